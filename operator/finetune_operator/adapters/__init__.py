@@ -1,0 +1,1 @@
+"""All input and output: the Kubernetes API and the metrics."""

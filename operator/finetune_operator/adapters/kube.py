@@ -1,0 +1,192 @@
+"""The Kubernetes API as dicts: the only module of the operator that talks to it (besides Kopf's watches).
+
+Typed models of the client validate what the server answers and break on objects that are newer than they are, so
+everything here is the parsed JSON. Every failure is one of five exceptions; each is an ordinary event for callers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from kubernetes import aio
+
+from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.finetunejob import KIND, PLURAL
+
+Json = dict[str, Any]
+
+FIELD_MANAGER = "finetune-operator"
+REQUEST_SECONDS = 30
+IN_CLUSTER_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+PLURALS = {
+    ("v1", "ConfigMap"): "configmaps",
+    ("v1", "Event"): "events",
+    ("v1", "Pod"): "pods",
+    ("ray.io/v1", "RayJob"): "rayjobs",
+    (API_VERSION, KIND): PLURAL,
+}
+
+
+class ApiError(Exception):
+    """A request failed; `str()` is the server's own message."""
+
+
+class ConflictError(ApiError):
+    """The object changed or exists already (409): read it again."""
+
+
+class InvalidError(ApiError):
+    """The server refuses the object (400, 422): sending it again cannot help."""
+
+
+class ForbiddenError(ApiError):
+    """RBAC or a quota forbids it (401, 403)."""
+
+
+class UnavailableError(ApiError):
+    """The server is away or busy (429, 5xx, no connection, timeout): try again later."""
+
+
+@dataclass(frozen=True)
+class TokenOwner:
+    """Whose a verified token is."""
+
+    username: str
+
+
+class Kube:
+    """A client with the few requests that the operator makes."""
+
+    def __init__(self, client: aio.client.ApiClient) -> None:
+        self._client = client
+
+    @classmethod
+    async def connect(cls) -> Kube:
+        """A client by the pod's service account or the kubeconfig, without a request yet."""
+        configuration = aio.client.Configuration()
+        if IN_CLUSTER_TOKEN.is_file():  # noqa: ASYNC240 - once, at the start
+            aio.config.load_incluster_config(client_configuration=configuration)
+        else:
+            await aio.config.load_kube_config(client_configuration=configuration)
+        return cls(aio.client.ApiClient(configuration))
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def get(self, api_version: str, kind: str, namespace: str, name: str) -> Json | None:
+        """The object, or None where there is none (or no such kind)."""
+        return await self._request("GET", _path(api_version, kind, namespace, name), missing_ok=True)
+
+    async def find(
+        self, api_version: str, kind: str, namespace: str, *, labels: Mapping[str, str]
+    ) -> list[Json]:
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        answer = await self._request(
+            "GET", _path(api_version, kind, namespace), query=[("labelSelector", selector)], missing_ok=True
+        )
+        return list(answer["items"]) if answer else []
+
+    async def apply(self, body: Json) -> Json:
+        """Server-side apply under our field manager; safe to repeat."""
+        metadata = body["metadata"]
+        answer = await self._request(
+            "PATCH",
+            _path(body["apiVersion"], body["kind"], metadata["namespace"], metadata["name"]),
+            body=body,
+            content_type="application/apply-patch+yaml",
+            query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
+        )
+        return answer or {}
+
+    async def create(self, body: Json) -> Json:
+        path = _path(body["apiVersion"], body["kind"], body["metadata"]["namespace"])
+        return await self._request("POST", path, body=body) or {}
+
+    async def patch_status(self, namespace: str, name: str, *, resource_version: str, patch: Json) -> Json:
+        """Merge the patch into a FineTuneJob's status. Raises ConflictError if it is not at that version any more."""
+        body = {"metadata": {"resourceVersion": resource_version}, "status": patch}
+        answer = await self._request(
+            "PATCH",
+            _path(API_VERSION, KIND, namespace, name) + "/status",
+            body=body,
+            content_type="application/merge-patch+json",
+            query=[("fieldManager", FIELD_MANAGER)],
+        )
+        return answer or {}
+
+    async def has_group_version(self, group_version: str) -> bool:
+        """Whether the cluster serves a group and version, for example ray.io/v1."""
+        return await self._request("GET", f"/apis/{group_version}", missing_ok=True) is not None
+
+    async def review_token(self, token: str, *, audience: str) -> TokenOwner | None:
+        """Whose token it is, or None where it is not valid for the audience (TokenReview)."""
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        answer = await self._request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body=body) or {}
+        status = answer.get("status", {})
+        if not status.get("authenticated") or audience not in status.get("audiences", []):
+            return None
+        return TokenOwner(username=status["user"]["username"])
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Json | None = None,
+        content_type: str = "application/json",
+        query: list[tuple[str, str]] | None = None,
+        missing_ok: bool = False,
+    ) -> Json | None:
+        try:
+            request = await self._client.param_serialize(
+                method,
+                path,
+                query_params=query,
+                header_params={"Accept": "application/json", "Content-Type": content_type},
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            answer = await self._client.call_api(*request, _request_timeout=REQUEST_SECONDS)
+            data = await answer.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise UnavailableError(f"{method} {path}: {type(error).__name__} {error}") from error
+        if answer.status == 404 and missing_ok:
+            return None
+        if not 200 <= answer.status <= 299:
+            raise _error(answer.status, data, f"{method} {path}")
+        parsed: Json = json.loads(data)
+        return parsed
+
+
+def _path(api_version: str, kind: str, namespace: str, name: str | None = None) -> str:
+    root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+    path = f"{root}/namespaces/{namespace}/{PLURALS[api_version, kind]}"
+    return f"{path}/{name}" if name else path
+
+
+def _error(status: int, data: bytes, request: str) -> ApiError:
+    try:
+        message = str(json.loads(data)["message"])
+    except (ValueError, KeyError, TypeError):
+        message = f"HTTP {status}"
+    text = f"{request}: {message}"
+    match status:
+        case 409:
+            return ConflictError(text)
+        case 400 | 422:
+            return InvalidError(text)
+        case 401 | 403:
+            return ForbiddenError(text)
+        case 429 | 500 | 502 | 503 | 504:
+            return UnavailableError(text)
+        case _:
+            return ApiError(text)

@@ -1,0 +1,97 @@
+"""The operator's Prometheus metrics. Series of a job live and die with the job."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from finetune_operator.api.finetunejob import FineTuneJobStatus
+
+JOB_LABELS = ("namespace", "finetunejob")
+
+
+class Telemetry:
+    """Counters of the operator itself and gauges per job."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.reconcile_seconds = Histogram(
+            "finetune_reconcile_duration_seconds",
+            "Duration of one reconcile pass.",
+            ["kind"],
+            registry=registry,
+        )
+        self.reconcile_errors = Counter(
+            "finetune_reconcile_errors_total",
+            "Reconcile passes that ended in an error.",
+            ["kind"],
+            registry=registry,
+        )
+        self.queue_depth = Gauge(
+            "finetune_queue_depth", "Keys that wait for a reconcile pass.", registry=registry
+        )
+        self.reports = Counter(
+            "finetune_reports_total",
+            "Posts of trainers by HTTP status of the answer.",
+            ["code"],
+            registry=registry,
+        )
+        self.jobs_finished = Counter(
+            "finetune_jobs_finished_total",
+            "Jobs that ended, by class of failure or Succeeded.",
+            ["namespace", "class"],
+            registry=registry,
+        )
+        self._phase = Gauge(
+            "finetune_job_phase",
+            "1 for the phase that a job is in.",
+            [*JOB_LABELS, "phase"],
+            registry=registry,
+        )
+        self._gauges = {
+            "progress": Gauge(
+                "finetune_job_progress_ratio", "Optimizer steps done, 0 to 1.", JOB_LABELS, registry=registry
+            ),
+            "step": Gauge("finetune_job_step", "Optimizer steps done.", JOB_LABELS, registry=registry),
+            "tokens": Gauge(
+                "finetune_job_tokens_per_second", "Training tokens per second.", JOB_LABELS, registry=registry
+            ),
+            "loss": Gauge(
+                "finetune_job_loss", "Latest training loss, nats per token.", JOB_LABELS, registry=registry
+            ),
+            "eval_loss": Gauge(
+                "finetune_job_eval_loss",
+                "Latest evaluation loss, nats per token.",
+                JOB_LABELS,
+                registry=registry,
+            ),
+        }
+        self._phases: dict[tuple[str, str], str] = {}
+
+    def show_job(self, namespace: str, name: str, status: FineTuneJobStatus) -> None:
+        """Set the series of one job by its status."""
+        key = (namespace, name)
+        phase = str(status.phase or "Pending")
+        before = self._phases.get(key)
+        if before is not None and before != phase:
+            self._phase.remove(*key, before)
+        self._phases[key] = phase
+        self._phase.labels(*key, phase).set(1)
+        progress, metrics = status.progress, status.metrics
+        self._set("progress", key, progress.percent / 100 if progress else None)
+        self._set("step", key, progress.step if progress else None)
+        self._set("tokens", key, progress.tokens_per_second if progress else None)
+        self._set("loss", key, metrics.loss if metrics else None)
+        self._set("eval_loss", key, metrics.eval_loss if metrics else None)
+
+    def forget_job(self, namespace: str, name: str) -> None:
+        """Drop the series of a job that is gone."""
+        key = (namespace, name)
+        phase = self._phases.pop(key, None)
+        if phase is None:
+            return
+        self._phase.remove(*key, phase)
+        for gauge in self._gauges.values():
+            gauge.remove(*key)
+
+    def _set(self, gauge: str, key: tuple[str, str], value: float | None) -> None:
+        if value is not None:
+            self._gauges[gauge].labels(*key).set(value)

@@ -1,0 +1,56 @@
+"""Conditions as in metav1.Condition: one entry per type, a transition time that moves only with the status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from finetune_operator.api.base import Condition
+
+
+class ConditionType(StrEnum):
+    ACCEPTED = "Accepted"  # the operator understands the spec and can act on it
+    RESOURCES_READY = "ResourcesReady"  # the training pod runs
+    TRAINING = "Training"  # optimizer steps are being taken
+    ARTIFACT_PUBLISHED = "ArtifactPublished"  # the manifest is committed
+    COMPLETE = "Complete"  # as batch/v1 Job and TrainJob: ended well
+    FAILED = "Failed"  # as batch/v1 Job and TrainJob: ended badly
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to be said of one condition now."""
+
+    type: ConditionType
+    holds: bool | None
+    """None is Unknown."""
+    reason: str
+    message: str
+
+
+STATUS_WORDS = {True: "True", False: "False", None: "Unknown"}
+
+
+def merge(
+    conditions: Sequence[Condition], claims: Sequence[Claim], *, now: datetime, generation: int | None
+) -> list[Condition]:
+    """The conditions after the claims; those of other types stay as they are, in their order."""
+    merged = {condition.type: condition for condition in conditions}
+    for claim in claims:
+        old = merged.get(claim.type)
+        status = STATUS_WORDS[claim.holds]
+        merged[claim.type] = Condition(
+            type=claim.type,
+            status=status,
+            reason=claim.reason,
+            message=claim.message,
+            last_transition_time=old.last_transition_time if old and old.status == status else now,
+            observed_generation=generation,
+        )
+    return list(merged.values())
+
+
+def holds(conditions: Sequence[Condition], kind: ConditionType) -> bool:
+    return any(condition.type == kind and condition.status == "True" for condition in conditions)

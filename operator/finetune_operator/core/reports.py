@@ -1,0 +1,154 @@
+"""What a trainer tells: the body of its posts, and the part of a status that follows from it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+from finetune_operator.api.finetunejob import (
+    Artifact,
+    Effective,
+    ErrorClass,
+    Metrics,
+    Phase,
+    Progress,
+)
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class ReportModel(BaseModel):
+    """Part of a report. Newer trainers may send more than this operator knows, so unknown keys are ignored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+
+
+class Metric(ReportModel):
+    name: Annotated[str, Field(max_length=128)]
+    value: Annotated[str, Field(max_length=64)]
+
+
+class TrainerStatus(ReportModel):
+    """Kubeflow Trainer's part (TrainJob status.trainerStatus), which any Hugging Face Trainer can send."""
+
+    progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
+    estimated_remaining_seconds: Count | None = None
+    metrics: Annotated[list[Metric], Field(max_length=64)] = []
+    last_updated_time: datetime | None = None
+
+
+class Result(ReportModel):
+    """How the attempt ended, in the trainer's own words."""
+
+    error_class: Annotated[ErrorClass, Field(alias="class")]
+    exit_code: Annotated[int, Field(ge=0, le=255)]
+    message: Annotated[str, Field(max_length=4000)] = ""
+    step: Count | None = None
+    artifact: Artifact | None = None
+
+    @model_validator(mode="after")
+    def _success_has_an_artifact(self) -> Result:
+        if (self.error_class is ErrorClass.SUCCEEDED) != (self.artifact is not None):
+            raise ValueError("a result has an artifact if and only if its class is Succeeded")
+        return self
+
+
+class Details(ReportModel):
+    """Our own part."""
+
+    phase: Literal["Validating", "Training", "Evaluating", "Exporting"] | None = None
+    step: Count | None = None
+    total_steps: Count | None = None
+    epoch: Number | None = None
+    tokens_per_second: Number | None = None
+    effective: Effective | None = None
+    result: Result | None = None
+
+
+class Report(ReportModel):
+    """The body of one post."""
+
+    trainer_status: TrainerStatus = TrainerStatus()
+    finetune: Details = Details()
+
+    @property
+    def result(self) -> Result | None:
+        return self.finetune.result
+
+    def number(self, name: str) -> float | None:
+        """The finite number that a metric holds, or None."""
+        for metric in self.trainer_status.metrics:
+            if metric.name == name:
+                try:
+                    value = float(metric.value)
+                except ValueError:
+                    return None
+                return value if abs(value) < float("inf") else None
+        return None
+
+
+PHASES = {
+    "Validating": Phase.VALIDATING,
+    "Training": Phase.RUNNING,
+    "Evaluating": Phase.EVALUATING,
+    "Exporting": Phase.EVALUATING,
+}
+
+
+def phase_of(report: Report) -> Phase:
+    """The job's phase by a report. A foreign trainer sends no phase: its progress means that it trains."""
+    return PHASES[report.finetune.phase] if report.finetune.phase else Phase.RUNNING
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, two units at most: 45s, 3m20s, 2h05m, 3d04h."""
+    total = round(seconds)
+    minutes, rest = divmod(total, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def rounded(value: float | None, digits: int = 5) -> float | None:
+    """A number with a few significant digits: what a reader needs, and no more bytes in etcd."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def progress_of(report: Report, *, now: datetime) -> Progress:
+    """The progress that a report tells; total steps come from ours or from Kubeflow's metric of that name."""
+    ours, theirs = report.finetune, report.trainer_status
+    step = ours.step if ours.step is not None else int(report.number("current_step") or 0)
+    total = ours.total_steps if ours.total_steps is not None else int(report.number("total_steps") or 0)
+    percent = theirs.progress_percentage or 0
+    remaining = theirs.estimated_remaining_seconds
+    return Progress(
+        percent=percent,
+        summary=f"{percent}%",
+        step=step,
+        total_steps=total or None,
+        epoch=rounded(ours.epoch if ours.epoch is not None else report.number("current_epoch"), 4),
+        tokens_per_second=rounded(ours.tokens_per_second, 4),
+        estimated_remaining_seconds=remaining,
+        eta=None if remaining is None else duration(remaining),
+        last_report_time=now,
+    )
+
+
+def metrics_of(report: Report, *, known: Metrics | None) -> Metrics:
+    """The latest metrics; one that this report does not carry keeps its last value."""
+    told = {
+        "loss": report.number("loss"),
+        "eval_loss": report.number("eval_loss"),
+        "learning_rate": report.number("learning_rate"),
+        "grad_norm": report.number("grad_norm"),
+    }
+    new = {name: rounded(value) for name, value in told.items() if value is not None}
+    return (known or Metrics()).model_copy(update=new)

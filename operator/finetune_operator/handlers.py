@@ -1,0 +1,61 @@
+"""The only module with Kopf decorators: it turns watch events into keys of the queue, and nothing else.
+
+Only `on.event` is used: Kopf then writes no annotations and no finalizers, and a restart begins with an event for
+every object that exists.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import kopf
+
+from finetune_operator.api.base import GROUP, VERSION
+from finetune_operator.api.finetunejob import PLURAL
+from finetune_operator.manifests import naming
+from finetune_operator.reconcile.queue import Key
+
+
+def build_registry(enqueue: Callable[[Key], None]) -> kopf.OperatorRegistry:
+    """The handlers of this operator, in a registry of their own."""
+    registry = kopf.OperatorRegistry()
+    ours: dict[str, Any] = {naming.LABEL_MANAGED_BY: naming.MANAGER, naming.LABEL_JOB: kopf.PRESENT}
+
+    @kopf.on.startup(registry=registry)
+    def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure_kopf(settings)
+
+    @kopf.on.login(registry=registry)
+    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def finetunejob_changed(namespace: str | None, name: str | None, **_: Any) -> None:
+        enqueue((namespace or "", name or ""))
+
+    @kopf.on.event("ray.io", "v1", "rayjobs", labels=ours, registry=registry)
+    async def rayjob_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+        enqueue((namespace or "", labels[naming.LABEL_JOB]))
+
+    @kopf.on.event("v1", "pods", labels=ours, registry=registry)
+    async def pod_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+        enqueue((namespace or "", labels[naming.LABEL_JOB]))
+
+    return registry
+
+
+def configure_kopf(settings: kopf.OperatorSettings) -> None:
+    """Our choices, each with its reason."""
+    settings.persistence.finalizer = f"{GROUP}/finalizer"  # never shared with another Kopf operator
+    settings.peering.standalone = True  # one replica; a Lease decides who leads when there are more
+    settings.posting.enabled = False  # events are ours: posted after the status that they tell about
+    settings.networking.connect_timeout = 10
+    settings.networking.request_timeout = 30  # the default of 300 s is too patient for a controller
+    # An API server that restarts or is upgraded must not end the operator: about an hour of retries.
+    settings.networking.error_backoffs = list(itertools.chain((1, 1, 2, 3, 5, 8), itertools.repeat(10, 360)))
+    settings.watching.chunk_size = 500  # the default lists everything at once
+    managed = f"{naming.LABEL_MANAGED_BY}={naming.MANAGER}"
+    settings.watching.label_selectors["ray.io", "v1", "rayjobs"] = managed
+    settings.watching.label_selectors["", "v1", "pods"] = managed

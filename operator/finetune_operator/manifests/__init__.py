@@ -1,0 +1,1 @@
+"""Pure builders: a model in, the dict of a Kubernetes object or a run file out."""

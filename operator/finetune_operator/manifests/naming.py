@@ -1,0 +1,29 @@
+"""Names, labels and paths that the operator, the trainer's pod and the tests must agree on."""
+
+from __future__ import annotations
+
+from finetune_operator.api.base import GROUP
+
+MANAGER = "finetune-operator"
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+LABEL_JOB = f"{GROUP}/job"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+
+RUN_FILE_FOLDER = "/etc/finetune"
+RUN_FILE_KEY = "run.json"
+AUTHORITY_KEY = "ca.crt"
+TOKEN_FOLDER = "/var/run/secrets/finetune.dev"  # noqa: S105 - a path
+VOLUMES_FOLDER = "/mnt/finetune"
+
+
+def labels(job: str, attempt: int) -> dict[str, str]:
+    return {LABEL_MANAGED_BY: MANAGER, LABEL_JOB: job, LABEL_ATTEMPT: str(attempt)}
+
+
+def audience(job_uid: str) -> str:
+    """The audience of the tokens with which a job's trainer reports: no other job's token passes for it."""
+    return f"{GROUP}/jobs/{job_uid}"
+
+
+def status_path(namespace: str, name: str, attempt: int) -> str:
+    return f"/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/status"

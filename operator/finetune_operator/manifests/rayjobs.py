@@ -1,0 +1,225 @@
+"""The objects of one attempt: a ConfigMap with the run file, and the RayJob that executes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_operator.api.base import API_VERSION, SecretReference
+from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec
+from finetune_operator.manifests import naming
+
+RAY_VERSION = "2.60.0"
+ENTRYPOINT = "finetune-trainer run"
+INSPECTION_ENTRYPOINT = "finetune-trainer inspect"
+TOKEN_SECONDS = 3600  # the kubelet renews a projected token before it expires
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The FineTuneJob that the objects belong to."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    def reference(self) -> dict[str, Any]:
+        return {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": False,  # would need a right on finetunejobs/finalizers for no gain
+        }
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What the operator's configuration decides about every RayJob."""
+
+    submission_mode: str
+    status_url: str
+    authority_pem: str | None
+    termination_grace_seconds: int
+
+
+def build_config_map(
+    owner: Owner, *, name: str, attempt: int, run_file: Mapping[str, Any], platform: Platform
+) -> dict[str, Any]:
+    data = {naming.RUN_FILE_KEY: json.dumps(run_file, indent=2)}
+    if platform.authority_pem:
+        data[naming.AUTHORITY_KEY] = platform.authority_pem
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(owner, name, attempt),
+        "data": data,
+    }
+
+
+def build_rayjob(
+    owner: Owner,
+    *,
+    name: str,
+    attempt: int,
+    spec: FineTuneJobSpec,
+    image: str,
+    output_uri: str,
+    platform: Platform,
+    inspect: bool = False,
+) -> dict[str, Any]:
+    """One attempt as a RayJob, or the search for its artifact (`inspect`).
+
+    KubeRay's own retries are off: it knows no failure class and no checkpoint.
+    """
+    rayjob_spec: dict[str, Any] = {
+        "entrypoint": INSPECTION_ENTRYPOINT if inspect else ENTRYPOINT,
+        "submissionMode": platform.submission_mode,
+        "backoffLimit": 0,
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": 0,
+        "rayClusterSpec": {
+            "rayVersion": RAY_VERSION,
+            "headGroupSpec": {
+                "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - KubeRay connects from its own pod
+                "template": {
+                    "metadata": {"labels": naming.labels(owner.name, attempt)},
+                    "spec": _pod_spec(
+                        owner,
+                        claims=volume_claims(spec, output_uri),
+                        container=_container(owner, attempt, spec, image, platform, inspect=inspect),
+                        config_map=name,
+                        grace_seconds=platform.termination_grace_seconds,
+                    ),
+                },
+            },
+        },
+    }
+    if platform.submission_mode == "K8sJobMode":
+        # With a second try the submitter would start the same job again from its beginning.
+        rayjob_spec["submitterConfig"] = {"backoffLimit": 0}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": _metadata(owner, name, attempt),
+        "spec": rayjob_spec,
+    }
+
+
+def _metadata(owner: Owner, name: str, attempt: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "namespace": owner.namespace,
+        "labels": naming.labels(owner.name, attempt),
+        "ownerReferences": [owner.reference()],
+    }
+
+
+def _pod_spec(
+    owner: Owner,
+    *,
+    claims: Sequence[str],
+    container: dict[str, Any],
+    config_map: str,
+    grace_seconds: int,
+) -> dict[str, Any]:
+    mounts = [
+        {"name": f"claim-{i}", "mountPath": f"{naming.VOLUMES_FOLDER}/{c}"} for i, c in enumerate(claims)
+    ]
+    volumes = [
+        {"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": c}} for i, c in enumerate(claims)
+    ]
+    return {
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": 1000,
+            "fsGroup": 1000,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                **container,
+                "volumeMounts": [
+                    {"name": "run-file", "mountPath": naming.RUN_FILE_FOLDER, "readOnly": True},
+                    {"name": "status-token", "mountPath": naming.TOKEN_FOLDER, "readOnly": True},
+                    *mounts,
+                ],
+            }
+        ],
+        "volumes": [
+            {"name": "run-file", "configMap": {"name": config_map}},
+            {"name": "status-token", "projected": {"sources": [_token_source(owner)]}},
+            *volumes,
+        ],
+    }
+
+
+def _container(
+    owner: Owner, attempt: int, spec: FineTuneJobSpec, image: str, platform: Platform, *, inspect: bool
+) -> dict[str, Any]:
+    return {
+        "name": "ray-head",
+        "image": image,
+        "env": _environment(owner, attempt, platform),
+        "envFrom": [{"secretRef": {"name": secret}} for secret in secrets(spec)],
+        "resources": _resources(spec, inspect=inspect),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+
+
+def _environment(owner: Owner, attempt: int, platform: Platform) -> list[dict[str, str]]:
+    path = naming.status_path(owner.namespace, owner.name, attempt)
+    variables = {
+        "FINETUNE_RUN_FILE": f"{naming.RUN_FILE_FOLDER}/{naming.RUN_FILE_KEY}",
+        "FINETUNE_VOLUMES": naming.VOLUMES_FOLDER,
+        "KUBEFLOW_TRAINER_SERVER_URL": f"{platform.status_url}{path}",
+        "KUBEFLOW_TRAINER_SERVER_TOKEN": f"{naming.TOKEN_FOLDER}/token",
+    }
+    if platform.authority_pem:
+        variables["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{naming.RUN_FILE_FOLDER}/{naming.AUTHORITY_KEY}"
+    return [{"name": name, "value": value} for name, value in variables.items()]
+
+
+def _token_source(owner: Owner) -> dict[str, Any]:
+    """A token that is good for one thing: reporting for this job. The API server itself does not accept it."""
+    return {
+        "serviceAccountToken": {
+            "path": "token",
+            "audience": naming.audience(owner.uid),
+            "expirationSeconds": TOKEN_SECONDS,
+        }
+    }
+
+
+def _resources(spec: FineTuneJobSpec, *, inspect: bool) -> dict[str, Any]:
+    """Requests equal limits, so that the pod is Guaranteed and evicted last. An inspection needs no GPU."""
+    amounts: dict[str, str] = {"cpu": spec.resources.cpu, "memory": spec.resources.memory}
+    if spec.resources.gpus_per_worker and not inspect:
+        amounts["nvidia.com/gpu"] = str(spec.resources.gpus_per_worker)
+    return {"requests": dict(amounts), "limits": amounts}
+
+
+def secrets(spec: FineTuneJobSpec) -> list[str]:
+    """Names of the Secrets that the spec refers to, each once, in the order model, dataset, output."""
+    references: list[SecretReference | None] = [
+        spec.model.secret_ref,
+        spec.dataset.secret_ref,
+        spec.output.secret_ref,
+    ]
+    return list(dict.fromkeys(reference.name for reference in references if reference))
+
+
+def volume_claims(spec: FineTuneJobSpec, output_uri: str) -> list[str]:
+    """Names of the PersistentVolumeClaims in the job's pvc:// URIs, each once, in the order of use."""
+    uris = [spec.model.uri, *(source.uri for source in spec.dataset.sources), output_uri]
+    return list(
+        dict.fromkeys(uri.removeprefix("pvc://").split("/", 1)[0] for uri in uris if uri.startswith("pvc://"))
+    )

@@ -1,0 +1,69 @@
+"""The latest report of each running attempt, between the endpoint that takes it and the pass that writes it down."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from finetune_operator.core.reports import Report
+from finetune_operator.reconcile.queue import Key
+
+
+@dataclass
+class _Slot:
+    attempt: int
+    report: Report
+    written: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Mailbox:
+    """One slot per job. A result is never displaced by progress that was overtaken on its way."""
+
+    def __init__(self) -> None:
+        self._slots: dict[Key, _Slot] = {}
+        self._last_write: dict[Key, float] = {}
+
+    def put(self, key: Key, *, attempt: int, report: Report) -> bool:
+        """Keep the report; False where an earlier one of the attempt is its result and this one is not."""
+        slot = self._slots.get(key)
+        if slot and slot.attempt == attempt and slot.report.result and not report.result:
+            return False
+        self._slots[key] = _Slot(attempt, report)
+        return True
+
+    def latest(self, key: Key, *, attempt: int) -> Report | None:
+        slot = self._slots.get(key)
+        return slot.report if slot and slot.attempt == attempt else None
+
+    def is_news(self, key: Key, report: Report) -> bool:
+        """Whether the report must be written at once: a result, or another phase than the last one."""
+        slot = self._slots.get(key)
+        return (
+            slot is None or report.result is not None or slot.report.finetune.phase != report.finetune.phase
+        )
+
+    def seconds_since_write(self, key: Key) -> float:
+        now = asyncio.get_running_loop().time()
+        return now - self._last_write.get(key, float("-inf"))
+
+    def mark_written(self, key: Key, report: Report) -> None:
+        """The status that holds the report is stored: whoever waits for that may go on."""
+        self._last_write[key] = asyncio.get_running_loop().time()
+        slot = self._slots.get(key)
+        if slot and slot.report is report:
+            slot.written.set()
+
+    async def wait_written(self, key: Key, report: Report, *, seconds: float) -> bool:
+        """Wait until the report is in the stored status; False when that did not happen in time."""
+        slot = self._slots.get(key)
+        if slot is None or slot.report is not report:
+            return False
+        try:
+            await asyncio.wait_for(slot.written.wait(), timeout=seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def forget(self, key: Key) -> None:
+        self._slots.pop(key, None)
+        self._last_write.pop(key, None)

@@ -1,0 +1,114 @@
+"""A keyed work queue, as controllers have it: one worker per key at a time, duplicates merged, errors back off.
+
+Cost follows changes: a key that nobody adds costs nothing. Times are in seconds of the event loop's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+logger = logging.getLogger(__name__)
+
+Key: TypeAlias = tuple[str, str]
+"""Namespace and name."""
+Worker: TypeAlias = Callable[[Key], Awaitable[float | None]]
+"""Handles one key; returns the seconds after which it wants to see the key again, or None."""
+
+FIRST_BACKOFF = 0.5
+LAST_BACKOFF = 60.0
+
+
+class KeyedQueue:
+    """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key."""
+
+    def __init__(
+        self, worker: Worker, *, concurrency: int = 8, on_depth: Callable[[int], None] = lambda depth: None
+    ) -> None:
+        self._worker = worker
+        self._concurrency = concurrency
+        self._on_depth = on_depth
+        self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, int, Key]] = []
+        self._order = itertools.count()
+        self._failures: dict[Key, int] = {}
+        self._started: dict[Key, float] = {}
+        self._changed = asyncio.Event()
+        self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
+
+    def add(self, key: Key, *, after: float = 0.0) -> None:
+        """Ask for a pass over the key in `after` seconds; of several wishes the earliest counts."""
+        when = asyncio.get_running_loop().time() + max(after, 0.0)
+        if key in self._due and self._due[key] <= when:
+            return
+        self._due[key] = when
+        heapq.heappush(self._heap, (when, next(self._order), key))
+        self._on_depth(len(self._due))
+        self._changed.set()
+
+    def longest_running(self) -> float:
+        """Seconds since the start of the longest pass that is under way; 0 when none is."""
+        now = asyncio.get_running_loop().time()
+        return max((now - started for started in self._started.values()), default=0.0)
+
+    async def run(self) -> None:
+        """Serve the queue until cancelled; passes under way are cancelled with it."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._changed.clear()
+                delay = self._start_due(group)
+                try:
+                    await asyncio.wait_for(self._changed.wait(), timeout=delay)
+                except TimeoutError:
+                    continue
+
+    def _start_due(self, group: asyncio.TaskGroup) -> float | None:
+        """Start what is due; return the seconds to the next due key, None when only a change can bring work."""
+        now = asyncio.get_running_loop().time()
+        blocked: list[tuple[float, int, Key]] = []
+        delay: float | None = None
+        while self._heap and len(self._started) < self._concurrency:
+            when, order, key = self._heap[0]
+            if self._due.get(key) != when:  # replaced by an earlier wish
+                heapq.heappop(self._heap)
+                continue
+            if when > now:
+                delay = when - now
+                break
+            heapq.heappop(self._heap)
+            if key in self._started:  # its worker wakes us when it is done
+                blocked.append((when, order, key))
+                continue
+            del self._due[key]
+            self._started[key] = now
+            group.create_task(self._serve(key))
+        for item in blocked:
+            heapq.heappush(self._heap, item)
+        self._on_depth(len(self._due))
+        return delay
+
+    async def _serve(self, key: Key) -> None:
+        try:
+            again = await self._worker(key)
+        except Exception:  # the border of a pass: any fault is logged, and the key comes back later
+            again = self._backoff(key)
+            logger.exception("reconcile of %s/%s failed; again in %.1f s", *key, again)
+        else:
+            self._failures.pop(key, None)
+        finally:
+            self._started.pop(key, None)
+            self._changed.set()
+        if again is not None:
+            self.add(key, after=again)
+
+    def _backoff(self, key: Key) -> float:
+        """Exponential with full jitter on the upper half, so that keys that failed together do not return together."""
+        failures = self._failures.get(key, 0)
+        self._failures[key] = failures + 1
+        ceiling: float = min(LAST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures, 20))
+        return ceiling * self._jitter.uniform(0.5, 1.0)
