@@ -1,0 +1,61 @@
+"""finetune-trainer run | inspect | compare."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EPILOG = """\
+run and inspect read the run file named by FINETUNE_RUN_FILE (or --run-file) and end with one of these exit codes:
+0 Succeeded, 64 BadConfig, 65 BadData, 66 ModelNotFound, 82 NotFinite, 1 Internal.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    if options.command == "compare":
+        from finetune_trainer.evaluation import command
+
+        return command.run(options)
+    from finetune_trainer import lifecycle
+
+    return lifecycle.run_job(options.run_file, only_inspect=options.command == "inspect")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune-trainer", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("run", "train as the run file says and commit the artifact to output.uri"),
+        ("inspect", "verify the artifact in output.uri against its manifest and report it"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--run-file",
+            type=Path,
+            default=Path(os.environ.get("FINETUNE_RUN_FILE", "/etc/finetune/run.json")),
+            help="JSON run file (default: FINETUNE_RUN_FILE, else /etc/finetune/run.json)",
+        )
+    _add_compare(commands.add_parser("compare", help="compare the base model with an artifact on rows it never saw"))
+    return parser
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", required=True, metavar="URI", help="base model: file:///path, hf://org/model, s3://...")
+    command.add_argument("--adapter", required=True, metavar="DIR", help="artifact's folder: a path or a URI")
+    command.add_argument("--data", required=True, metavar="FILE", help="rows in any of the four formats: a path or a URI")
+    command.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+    command.add_argument("--json-keys", metavar="A,B", help="answers must be JSON objects with exactly these keys")
+    command.add_argument("--match", metavar="A,B", help="of the JSON answer, these fields are compared with the expected ones")
+    command.add_argument("--max-new-tokens", type=int, default=96, metavar="N", help="longest answer (default 96)")
+    command.add_argument("--samples", type=int, default=3, metavar="N", help="answers to show in full (default 3)")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows generated at once (default 16)")
+    command.add_argument("--output", choices=("table", "json"), default="table")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

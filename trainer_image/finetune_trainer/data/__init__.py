@@ -1,0 +1,1 @@
+"""Data files to token rows: read, recognize the format, split, tokenize."""

@@ -1,0 +1,122 @@
+"""The border of the process: environment in, exit code, report and last line out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from finetune_trainer import artifacts, preflight, runfile, storage
+from finetune_trainer.failures import EXIT_CODES, ErrorClass, Stopped, classify
+from finetune_trainer.progress import Endpoint, Phase, Reporter
+
+
+def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
+    """Runs (or inspects) what the run file says and returns the exit code; reports the result wherever it can."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    reporter = Reporter(Endpoint.from_environment())
+    try:
+        run = runfile.load(run_file)
+        artifact = _inspect(run) if only_inspect else _train(run, reporter)
+        result = _succeeded(artifact)
+    except Stopped as stopped:
+        print(f"{stopped} at step {reporter.step}; nothing was committed", file=sys.stderr, flush=True)
+        return stopped.exit_code
+    except Exception as error:  # noqa: BLE001  the process border: every error becomes a class, a code and a report
+        result = _failed(error, step=reporter.step)
+    print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
+    reporter.finish(result)
+    return int(result["exitCode"])
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    raise Stopped(signal_number)
+
+
+def _inspect(run: runfile.RunFile) -> artifacts.Artifact:
+    return artifacts.inspect(storage.open_folder(run.output.uri), run.job)
+
+
+def _train(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
+    """Claims the output, checks, trains, commits. A claim that did not end in a commit is taken back."""
+    prepare_environment(run.uris())
+    folder = storage.open_folder(run.output.uri)
+    committed = artifacts.claim_folder(folder, run.job)
+    if committed is not None:
+        artifacts.inspect(folder, run.job)
+        print(f"{folder.uri} holds the whole artifact of this job already", flush=True)
+        reporter.update(step=committed.step, total_steps=committed.step)
+        return committed
+    try:
+        with tempfile.TemporaryDirectory(prefix="finetune-") as name:
+            return _train_into(folder, run, Path(name), reporter)
+    except BaseException:
+        _release(folder, run.job)
+        raise
+
+
+def _train_into(folder: storage.Folder, run: runfile.RunFile, work: Path, reporter: Reporter) -> artifacts.Artifact:
+    reporter.update(phase=Phase.VALIDATING)
+    checked = preflight.check(run, work)
+    print(f"checked: {len(checked.train)} rows to train on, {len(checked.held_out)} held out", flush=True)
+    reporter.update(
+        effective={
+            "datasetDigest": checked.dataset_digest,
+            "trainRows": len(checked.train),
+            "evalRows": len(checked.held_out),
+            **({} if checked.revision is None else {"modelRevision": checked.revision}),
+        }
+    )
+    from finetune_trainer import train  # seconds of imports; everything cheap has been checked
+
+    manifest = train.train(run, checked, work=work, reporter=reporter)
+    artifact = artifacts.commit(folder, work / "artifact", manifest, run.job)
+    print(f"committed {artifact.uri} ({artifact.size_bytes} bytes, {artifact.digest})", flush=True)
+    return artifact
+
+
+def _release(folder: storage.Folder, job: runfile.Job) -> None:
+    try:
+        artifacts.release_folder(folder, job)
+    except OSError as error:  # the first error is the one to report
+        print(f"{folder.uri} could not be cleaned up: {error}", file=sys.stderr, flush=True)
+
+
+def prepare_environment(uris: list[str]) -> None:
+    """Sets what the libraries read when they are imported; must run before them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"  # its callback reports 100 % on an early stop; ours does not
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process uses one GPU; TRL refuses to see more
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to 1; threads are set by choose_threads
+    if not any(storage.is_hub(uri) for uri in uris):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _succeeded(artifact: artifacts.Artifact) -> dict[str, Any]:
+    metrics = {name: artifact.metrics[name] for name in ("loss", "evalLoss") if name in artifact.metrics}
+    return {
+        "class": ErrorClass.SUCCEEDED,
+        "exitCode": 0,
+        "message": f"artifact committed to {artifact.uri}",
+        "step": artifact.step,
+        "artifact": artifact.to_report(),
+        "metrics": metrics,
+    }
+
+
+def _failed(error: Exception, *, step: int) -> dict[str, Any]:
+    error_class, message = classify(error)
+    if error_class is ErrorClass.INTERNAL:
+        traceback.print_exception(error)
+    print(f"{error_class}: {message}", file=sys.stderr, flush=True)
+    return {"class": error_class, "exitCode": EXIT_CODES[error_class], "message": message, "step": step}

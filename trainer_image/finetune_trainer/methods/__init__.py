@@ -1,0 +1,1 @@
+"""What is trained: base model, quantization, adapter, and the automatic choices."""

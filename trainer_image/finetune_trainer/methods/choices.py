@@ -1,0 +1,100 @@
+"""The automatic choices. Each returns its value together with the reason, which is printed and can be argued with."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from finetune_trainer.failures import BadConfig
+from finetune_trainer.runfile import Hyperparameters, MethodType, Precision
+
+LEARNING_RATES = {MethodType.LORA: 2e-4, MethodType.QLORA: 2e-4, MethodType.FULL: 2e-5}
+LARGEST_MICRO_BATCH = 8  # rows; a safe start for a small GPU, and more gains nothing on a CPU
+EVALUATIONS = 10  # per run
+LOGGED_STEPS = 400  # log lines of a run at most, so that a long run's log stays readable
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    value: T
+    reason: str
+
+
+def choose_learning_rate(hyper: Hyperparameters, method: MethodType) -> Choice[float]:
+    if hyper.learning_rate is not None:
+        return Choice(hyper.learning_rate, "as given")
+    return Choice(LEARNING_RATES[method], f"default for {method}")
+
+
+def choose_micro_batch(hyper: Hyperparameters) -> Choice[int]:
+    """Returns rows per forward pass; the run file's check made sure that a given one divides the global batch."""
+    if hyper.micro_batch_size is not None:
+        return Choice(hyper.micro_batch_size, "as given")
+    total = hyper.global_batch_size
+    value = max(size for size in range(1, LARGEST_MICRO_BATCH + 1) if total % size == 0)
+    return Choice(value, f"largest divisor of globalBatchSize {total} up to {LARGEST_MICRO_BATCH}")
+
+
+def choose_precision(asked: Precision, *, device: str, gpu_has_bfloat16: bool) -> Choice[Precision]:
+    """Raises BadConfig for BFloat16 on a GPU that computes it only by emulation."""
+    on_gpu = device.startswith("cuda")
+    if asked is Precision.BFLOAT16 and on_gpu and not gpu_has_bfloat16:
+        raise BadConfig("hyperparameters.precision: BFloat16 is not supported by this GPU; use Auto or Float32")
+    if asked is not Precision.AUTO:
+        return Choice(asked, "as given")
+    if on_gpu and gpu_has_bfloat16:
+        return Choice(Precision.BFLOAT16, "the GPU has bfloat16")
+    return Choice(Precision.FLOAT32, "the GPU has no bfloat16" if on_gpu else "on a CPU bfloat16 is slower")
+
+
+def choose_max_length(asked: int, *, model_limit: int | None) -> Choice[int]:
+    if model_limit is not None and asked > model_limit:
+        return Choice(model_limit, f"the model has {model_limit} positions, fewer than maxLength {asked}")
+    return Choice(asked, "as given")
+
+
+def choose_total_steps(hyper: Hyperparameters, *, rows: int) -> Choice[int]:
+    if hyper.max_steps is not None:
+        return Choice(hyper.max_steps, "maxSteps")
+    value = max(1, math.ceil(hyper.epochs * math.ceil(rows / hyper.global_batch_size)))
+    return Choice(value, f"{hyper.epochs:g} epochs of {rows} rows, {hyper.global_batch_size} a step")
+
+
+def choose_eval_steps(hyper: Hyperparameters, *, total_steps: int) -> Choice[int]:
+    if hyper.eval_steps is not None:
+        return Choice(hyper.eval_steps, "as given")
+    return Choice(max(1, total_steps // EVALUATIONS), f"{EVALUATIONS} evaluations in {total_steps} steps")
+
+
+def choose_logging_steps(total_steps: int) -> int:
+    return max(1, total_steps // LOGGED_STEPS)
+
+
+def choose_threads() -> Choice[int]:
+    """Returns the CPU cores that this process may use. Ray sets OMP_NUM_THREADS to 1, which would waste the others."""
+    granted = os.environ.get("FINETUNE_CPUS")
+    if granted:
+        try:
+            return Choice(max(1, math.floor(float(granted))), "FINETUNE_CPUS")
+        except ValueError:
+            raise BadConfig(f"FINETUNE_CPUS: {granted!r} is not a number of cores") from None
+    cores = len(os.sched_getaffinity(0))
+    quota = _read_cgroup_quota(Path("/sys/fs/cgroup/cpu.max"))
+    if quota is not None and quota < cores:
+        return Choice(quota, "cgroup quota")
+    return Choice(cores, "CPU affinity")
+
+
+def _read_cgroup_quota(path: Path) -> int | None:
+    """Returns whole cores of the cgroup's quota (version 2), None without a limit."""
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return None

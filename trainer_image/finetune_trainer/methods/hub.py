@@ -1,0 +1,33 @@
+"""Base models from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from finetune_trainer.failures import BadConfig, ModelNotFound, TrainerError
+from finetune_trainer.preflight import check_model_files
+from finetune_trainer.storage import MODEL_FILES
+
+
+def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
+    """Downloads a model into the hub's cache; returns its folder and the commit. Raises ModelNotFound or BadConfig."""
+    name = uri.removeprefix("hf://").strip("/")
+    if name.count("/") != 1 or "@" in name:
+        raise BadConfig(f"model.uri: {uri} must be hf://organization/model; a branch or commit goes into model.revision")
+    try:
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES))
+    except errors.GatedRepoError as error:
+        raise ModelNotFound(f"model.uri: {uri} asks for a licence; accept it on the hub and put HF_TOKEN into model.secretRef") from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFound(f"model.revision: {revision!r} does not exist in {uri}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFound(f"model.uri: {uri} does not exist, or is private and needs HF_TOKEN in model.secretRef") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise TrainerError(
+            f"model.uri: the hub cannot be reached for {uri}, and it is not in the cache; "
+            "check the network, or copy the model to a volume and use pvc:// or file://"
+        ) from error
+    return check_model_files(Path(path), uri=uri), Path(path).name

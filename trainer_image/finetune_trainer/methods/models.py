@@ -1,0 +1,97 @@
+"""Loading of the base model and of its tokenizer: safetensors only, never code from the model's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from finetune_trainer.failures import BadConfig, ModelNotFound
+from finetune_trainer.runfile import MethodType, Precision, Quantization, RunFile
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str  # "cuda:0" or "cpu"
+    description: str  # for people, such as "NVIDIA L4" or "cpu (4 threads)"
+    has_bfloat16: bool
+
+
+def find_device(*, threads: int) -> Device:
+    if torch.cuda.is_available():
+        return Device("cuda:0", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False))
+    return Device("cpu", f"cpu ({threads} threads)", has_bfloat16=False)
+
+
+def load_tokenizer(path: Path, *, uri: str) -> Any:
+    """Returns the tokenizer, with a padding token. Raises ModelNotFound when it cannot be loaded."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelNotFound(f"model.uri: the tokenizer of {uri} cannot be loaded ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelNotFound(f"model.uri: the tokenizer of {uri} has no end token; set eos_token in tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise ModelNotFound(f"model.uri: the tokenizer of {uri} has no fast version; convert it to tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padded places are masked and never learnt
+    return tokenizer
+
+
+def load_base(run: RunFile, path: Path, *, device: Device, precision: Precision) -> Any:
+    """Returns the base model on its device; for QLoRA quantized and prepared. Raises BadConfig or ModelNotFound."""
+    options: dict[str, Any] = {"dtype": _weights_dtype(run.method.type, precision)}
+    if run.method.quantization is not None:
+        options["quantization_config"] = build_quantization(run.method.quantization, precision=precision)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, device_map={"": device.name}, **options
+        )
+    except OSError as error:
+        raise ModelNotFound(f"model.uri: the weights of {run.model.uri} cannot be loaded ({_first_line(error)})") from error
+    except (ValueError, KeyError) as error:
+        raise BadConfig(
+            f"model.uri: {run.model.uri} is no causal language model that transformers knows ({_first_line(error)}); "
+            "models that bring their own code are not run"
+        ) from error
+    if run.method.quantization is not None:
+        import peft
+
+        model = peft.prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=run.hyperparameters.gradient_checkpointing
+        )
+    return model
+
+
+def _weights_dtype(method: MethodType, precision: Precision) -> torch.dtype:
+    # Full training keeps float32 weights under bfloat16 computation: small updates vanish in bfloat16.
+    return torch.bfloat16 if precision is Precision.BFLOAT16 and method is not MethodType.FULL else torch.float32
+
+
+def build_quantization(spec: Quantization, *, precision: Precision) -> Any:
+    default = "bfloat16" if precision is Precision.BFLOAT16 else "float32"
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.type,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=DTYPES[spec.compute_dtype or default],
+    )
+
+
+def check_vocabulary(model: Any, largest_token: int, *, uri: str) -> None:
+    """Raises BadConfig when the tokenizer makes tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if largest_token >= rows:
+        raise BadConfig(
+            f"model.uri: the tokenizer of {uri} makes token {largest_token}, but the model has {rows} embeddings; "
+            "the two do not belong together"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,177 @@
+"""The checks that cost no model: everything that can be known from files and text, before anything slow is imported.
+
+A wrong run file, model folder or data row ends here, in a fraction of a second for local files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer import artifacts, storage
+from finetune_trainer.data import files, formats, splits
+from finetune_trainer.failures import BadConfig, BadData, ModelNotFound, TrainerError
+from finetune_trainer.runfile import RunFile, Source
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Facts that training may rely on."""
+
+    model: Path  # config.json, tokenizer and safetensors are there
+    revision: str | None  # commit of a hub model
+    config: dict[str, Any]  # the model's config.json
+    train: list[formats.Example]
+    held_out: list[formats.Example]
+    dataset_digest: str
+
+
+def check(run: RunFile, work: Path) -> Checked:
+    """Checks model and data; remote files are brought into `work`. Raises BadConfig, BadData or ModelNotFound."""
+    _check_suffixes(run.dataset.sources)
+    model, revision = find_model(run, work)
+    config = read_model_config(model, uri=run.model.uri)
+    paths = [find_source(source, work / "data" / str(number)) for number, source in enumerate(run.dataset.sources)]
+    examples = [
+        example
+        for path, source in zip(paths, run.dataset.sources, strict=True)
+        for example in formats.parse_rows(files.read_rows(path, uri=source.uri), source)
+    ]
+    check_template(run, examples, has_template=run.model.chat_template is not None or has_chat_template(model))
+    train, held_out = splits.split_rows(
+        [_content_of(example) for example in examples], fraction=run.dataset.split.eval, seed=run.dataset.split.seed
+    )
+    return Checked(
+        model=model,
+        revision=revision,
+        config=config,
+        train=[examples[index] for index in train],
+        held_out=[examples[index] for index in held_out],
+        dataset_digest=artifacts.hash_dataset(paths),
+    )
+
+
+def _check_suffixes(sources: list[Source]) -> None:
+    for number, source in enumerate(sources):
+        if files.kind_of(source.uri) is None:
+            raise BadConfig(
+                f"dataset.sources[{number}].uri: {source.uri} has no ending that says what it is; "
+                f"use {', '.join(files.SUFFIXES)}, or one of them with .gz"
+            )
+
+
+def _content_of(example: formats.Example) -> str:
+    if isinstance(example, formats.Chat):
+        return json.dumps(example.turns, sort_keys=True, default=str)
+    return f"{example.prompt}\0{example.completion}"
+
+
+def find_source(source: Source, folder: Path) -> Path:
+    """Returns the local path of a data file. Raises BadData when it is not there or holds nothing."""
+    path = storage.local_path(source.uri)
+    try:
+        if path is None:
+            path = storage.fetch_file(source.uri, folder)
+        elif path.is_dir():
+            raise BadData(f"dataset.sources: {source.uri} is a folder; name the file in it")
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except FileNotFoundError as error:
+        raise BadData(f"dataset.sources: {source.uri} does not exist{_shown(path)}; check the path") from error
+    except PermissionError as error:
+        raise BadData(
+            f"dataset.sources: {source.uri} may not be read ({storage.describe_error(error)}); "
+            "check the file's permissions or the credentials in dataset.secretRef"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"dataset.sources: {source.uri} cannot be read ({storage.describe_error(error)})") from error
+    if empty:
+        raise BadData(f"dataset.sources: {source.uri} is empty; it needs at least one row")
+    return path
+
+
+def _shown(path: Path | None) -> str:
+    return "" if path is None else f" (looked at {path})"
+
+
+def find_model(run: RunFile, work: Path) -> tuple[Path, str | None]:
+    """Returns the folder of the base model and, for a hub model, its commit. Raises ModelNotFound."""
+    uri = run.model.uri
+    if storage.is_hub(uri):
+        from finetune_trainer.methods import hub  # imports huggingface_hub
+
+        return hub.fetch_model(uri, run.model.revision)
+    path = storage.local_path(uri)
+    if path is None:
+        path = _fetch_model(uri, work / "model")
+    elif not path.is_dir():
+        raise ModelNotFound(f"model.uri: {uri} is not a folder (looked at {path}); check the path")
+    return check_model_files(path, uri=uri), None
+
+
+def _fetch_model(uri: str, folder: Path) -> Path:
+    def fetch() -> Path:
+        return storage.fetch_folder(uri, folder)
+
+    return _with_model_errors(fetch, uri)
+
+
+def _with_model_errors(fetch: Callable[[], Path], uri: str) -> Path:
+    try:
+        return fetch()
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"model.uri: there is nothing at {uri}; check bucket and path") from error
+    except PermissionError as error:
+        raise ModelNotFound(f"model.uri: {uri} may not be read; check the credentials in model.secretRef") from error
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"model.uri: {uri} cannot be read ({storage.describe_error(error)})") from error
+
+
+def check_model_files(path: Path, *, uri: str) -> Path:
+    """Returns the path if it holds configuration, tokenizer and safetensors. Raises ModelNotFound, which names what is missing."""
+    if not (path / "config.json").is_file():
+        raise ModelNotFound(f"model.uri: {uri} has no config.json (looked at {path}); name the folder of a transformers model")
+    if not any(path.glob("*.safetensors")):
+        raise ModelNotFound(
+            f"model.uri: {uri} has no *.safetensors (looked at {path}); other weight files are not loaded, "
+            "because they can carry code: convert them with save_pretrained"
+        )
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelNotFound(f"model.uri: {uri} has no tokenizer (looked at {path} for {', '.join(TOKENIZER_FILES)})")
+    return path
+
+
+def read_model_config(path: Path, *, uri: str) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model.uri: config.json of {uri} cannot be read ({storage.describe_error(error)})") from error
+    if not isinstance(config, dict):
+        raise ModelNotFound(f"model.uri: config.json of {uri} is not a JSON object")
+    return config
+
+
+def has_chat_template(model: Path) -> bool:
+    """Says whether the tokenizer brings a chat template, without loading it."""
+    if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
+        return True
+    try:
+        config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
+
+
+def check_template(run: RunFile, examples: list[formats.Example], *, has_template: bool) -> None:
+    """Raises BadConfig when data or dataset.applyChatTemplate need a template that neither model nor run file has."""
+    for example in examples:
+        if isinstance(example, formats.Chat):
+            if not has_template:
+                raise BadConfig(formats.NO_TEMPLATE.format(cause=f"{example.where} holds messages"))
+        else:
+            formats.as_chat(example, choice=run.dataset.apply_chat_template, has_template=has_template)

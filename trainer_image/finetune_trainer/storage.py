@@ -1,0 +1,221 @@
+"""URIs to files: local paths for file:// and pvc://, fsspec for object stores, the hub's cache for hf:// models."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune_trainer.failures import BadConfig, TrainerError
+
+REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+
+
+def local_path(uri: str) -> Path | None:
+    """Returns the path of a file:// or pvc:// URI, None for a remote one. Raises BadConfig for anything else."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        raise BadConfig(f"{uri!r} is not a URI; write file:///absolute/path, pvc://claim/path, s3://bucket/path, ...")
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise BadConfig(f"{uri!r}: file:// needs an absolute path, three slashes: file:///{rest}")
+        return Path(rest)
+    if scheme == "pvc":
+        return _volume_path(uri, rest)
+    if scheme in REMOTE_SCHEMES:
+        return None
+    raise BadConfig(f"{uri!r}: scheme {scheme} is not known; use file, pvc, {', '.join(REMOTE_SCHEMES)}")
+
+
+def _volume_path(uri: str, rest: str) -> Path:
+    volumes = os.environ.get("FINETUNE_VOLUMES")
+    if not volumes:
+        raise BadConfig(f"{uri!r}: no volumes are mounted here (FINETUNE_VOLUMES is not set)")
+    claim = Path(volumes) / rest.partition("/")[0]
+    if not claim.is_dir():
+        raise BadConfig(f"{uri!r}: claim {claim.name!r} is not mounted under {volumes}")
+    path = Path(volumes) / rest
+    if ".." in path.parts:
+        raise BadConfig(f"{uri!r}: '..' would leave the volume; write the path without it")
+    return path
+
+
+def is_hub(uri: str) -> bool:
+    return uri.startswith("hf://")
+
+
+def open_filesystem(uri: str) -> tuple[Any, str]:
+    """Returns fsspec's file system and the path in it. AWS_ENDPOINT_URL and the usual credentials are read by fsspec."""
+    import fsspec  # a slow import, and local runs need none of it
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        raise BadConfig(f"{uri}: this image cannot read it ({error})") from error
+    return filesystem, str(path)
+
+
+def fetch_file(uri: str, folder: Path) -> Path:
+    """Downloads a remote file into `folder`, keeping its name (the suffix says what is in it).
+
+    Raises FileNotFoundError; PermissionError and other OSErrors of the store pass through.
+    """
+    filesystem, path = open_filesystem(uri)
+    target = folder / path.rsplit("/", 1)[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    filesystem.get_file(path, str(target))
+    return target
+
+
+def fetch_folder(uri: str, folder: Path) -> Path:
+    """Downloads the model files of a remote folder. Raises FileNotFoundError when the folder holds nothing."""
+    filesystem, path = open_filesystem(uri)
+    names = [name for name in filesystem.find(path) if any(Path(name).match(pattern) for pattern in MODEL_FILES)]
+    if not names:
+        raise FileNotFoundError(uri)
+    for name in names:
+        target = folder / os.path.relpath(name, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get_file(name, str(target))
+    return folder
+
+
+class Folder(Protocol):
+    """An output folder, wherever it is. Names are relative, with forward slashes."""
+
+    uri: str
+
+    def names(self) -> list[str]:
+        """Every file below the folder; empty when there is none."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """The file's content, None when it does not exist."""
+        ...
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The file's content in pieces. Raises FileNotFoundError."""
+        ...
+
+    def put(self, source: Path, name: str) -> None:
+        """Copies a local file into the folder."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file so that a reader sees all of it or nothing."""
+        ...
+
+    def remove(self, name: str) -> None: ...
+
+    def remove_if_empty(self) -> None: ...
+
+
+def open_folder(uri: str) -> Folder:
+    """Returns the folder of an output URI; nothing is created yet."""
+    path = local_path(uri)
+    return RemoteFolder(uri) if path is None else LocalFolder(uri, path)
+
+
+class LocalFolder:
+    def __init__(self, uri: str, path: Path) -> None:
+        self.uri = uri
+        self.path = path
+
+    def names(self) -> list[str]:
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(str(self.path))
+        return sorted(str(file.relative_to(self.path)) for file in self.path.rglob("*") if not file.is_dir())
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        with (self.path / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+
+    def put(self, source: Path, name: str) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as reader, target.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            _sync(writer)
+
+    def write(self, name: str, content: bytes) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        part = self.path / f".{name}.part"
+        with part.open("wb") as writer:
+            writer.write(content)
+            _sync(writer)
+        part.replace(self.path / name)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove_if_empty(self) -> None:
+        if self.path.is_dir():
+            # Deepest first: a folder is empty only after its own folders went.
+            for folder in sorted((item for item in self.path.rglob("*") if item.is_dir()), reverse=True):
+                _remove_folder_if_empty(folder)
+            _remove_folder_if_empty(self.path)
+
+
+def _sync(writer: Any) -> None:
+    writer.flush()
+    os.fsync(writer.fileno())
+
+
+def _remove_folder_if_empty(path: Path) -> None:
+    if not any(path.iterdir()):
+        path.rmdir()
+
+
+class RemoteFolder:
+    """A prefix of an object store. A put object is visible as a whole or not at all, so `write` needs no rename."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.filesystem, self.path = open_filesystem(uri)
+
+    def names(self) -> list[str]:
+        self.filesystem.invalidate_cache()
+        return sorted(os.path.relpath(name, self.path) for name in self.filesystem.find(self.path))
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return bytes(self.filesystem.cat_file(f"{self.path}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        with self.filesystem.open(f"{self.path}/{name}", "rb") as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+
+    def put(self, source: Path, name: str) -> None:
+        self.filesystem.put_file(str(source), f"{self.path}/{name}")
+
+    def write(self, name: str, content: bytes) -> None:
+        self.filesystem.pipe_file(f"{self.path}/{name}", content)
+
+    def remove(self, name: str) -> None:
+        if self.filesystem.exists(f"{self.path}/{name}"):
+            self.filesystem.rm_file(f"{self.path}/{name}")
+
+    def remove_if_empty(self) -> None:
+        """Prefixes are not things; there is nothing to remove."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Returns what an I/O error says, without our own words around it."""
+    if isinstance(error, TrainerError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
