@@ -1,0 +1,139 @@
+"""CustomResourceDefinition documents from the models.
+
+`python -m finetune_operator.api.crds --write DIR` (or --check DIR).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_operator.api import finetunejob
+from finetune_operator.api.base import CATEGORY, GROUP, VERSION
+from finetune_operator.api.structural import structural_schema
+
+Document = dict[str, Any]
+
+HEADER = "# Generated from operator/finetune_operator/api by `make crds`; do not edit.\n"
+
+
+def build_crds() -> list[Document]:
+    """Every CustomResourceDefinition, ready to be applied. Raises NotStructuralError if a model cannot be one."""
+    return [_build_finetunejob()]
+
+
+def render_crds() -> dict[str, str]:
+    """File name -> YAML text of each definition."""
+    return {
+        f"{crd['spec']['group']}_{crd['spec']['names']['plural']}.yaml": HEADER
+        + yaml.safe_dump(crd, sort_keys=False, width=120, allow_unicode=True)
+        for crd in build_crds()
+    }
+
+
+def _build_finetunejob() -> Document:
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{finetunejob.PLURAL}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "names": {
+                "kind": finetunejob.KIND,
+                "listKind": f"{finetunejob.KIND}List",
+                "plural": finetunejob.PLURAL,
+                "singular": finetunejob.KIND.lower(),
+                "shortNames": ["ftj"],
+                "categories": [CATEGORY],
+            },
+            "scope": "Namespaced",
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "schema": {"openAPIV3Schema": _root_schema()},
+                    "subresources": {"status": {}},
+                    "selectableFields": [{"jsonPath": ".status.phase"}, {"jsonPath": ".spec.method.type"}],
+                    "additionalPrinterColumns": _printer_columns(),
+                }
+            ],
+        },
+    }
+
+
+def _root_schema() -> Document:
+    spec = structural_schema(finetunejob.FineTuneJobSpec)
+    root = structural_schema(finetunejob.FineTuneJob, defaults=False)
+    meta = {
+        "apiVersion": {"type": "string"},
+        "kind": {"type": "string"},
+        # `name` is declared so that rules can point at it
+        "metadata": {"type": "object", "properties": {"name": {"type": "string"}}},
+    }
+    documented = {"description": root["properties"]["spec"]["description"]}
+    return {
+        **root,
+        "description": finetunejob.DESCRIPTION,
+        "properties": {**meta, "spec": {**spec, **documented}, "status": root["properties"]["status"]},
+    }
+
+
+def _printer_columns() -> list[Document]:
+    return [
+        _column("Phase", ".status.phase"),
+        _column("Method", ".spec.method.type"),
+        _column("Model", ".spec.model.uri"),
+        _column("Progress", ".status.progress.summary"),
+        _column("Loss", ".status.metrics.loss", kind="number"),
+        _column("Age", ".metadata.creationTimestamp", kind="date"),
+        _column("Step", ".status.progress.step", kind="integer", priority=1),
+        _column("ETA", ".status.progress.eta", priority=1),
+        _column("Reason", ".status.reason", priority=1),
+        _column("Artifact", ".status.artifact.uri", priority=1),
+    ]
+
+
+def _column(name: str, path: str, *, kind: str = "string", priority: int = 0) -> Document:
+    return {"name": name, "type": kind, "jsonPath": path, **({"priority": priority} if priority else {})}
+
+
+def sync_files(folder: Path, texts: dict[str, str], *, write: bool) -> list[str]:
+    """Writes `texts` into `folder`, or (write=False) only compares. Returns the names that differed."""
+    stale = [
+        name
+        for name, text in texts.items()
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
+    ]
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in stale:
+            (folder / name).write_text(texts[name], encoding="utf-8")
+    return stale
+
+
+def run(texts: dict[str, str], *, description: str, arguments: list[str] | None = None) -> int:
+    """Command line of a generator: 0 if the files are current (or were written), 1 if --check found old ones."""
+    parser = argparse.ArgumentParser(description=description)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", type=Path, metavar="DIR", help="write the files that differ")
+    mode.add_argument(
+        "--check", type=Path, metavar="DIR", help="only say which files differ; exit code 1 if any"
+    )
+    options = parser.parse_args(arguments)
+    write = options.write is not None
+    stale = sync_files(options.write if write else options.check, texts, write=write)
+    for name in stale:
+        print(f"{'written' if write else 'not current'}: {name}")
+    if stale and not write:
+        print("run `make crds` to write them again", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(render_crds(), description=__doc__ or ""))

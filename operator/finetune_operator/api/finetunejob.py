@@ -1,0 +1,221 @@
+"""FineTuneJob: the fine-tuning of one model on one data set, from base model to committed artifact.
+
+This is the module that others import; the parts of the spec and the status have files of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from finetune_operator.api.base import ApiModel
+from finetune_operator.api.finetunejob_datasets import (
+    ApplyChatTemplate,
+    DataFormat,
+    DatasetSpec,
+    SourceSpec,
+    SplitSpec,
+)
+from finetune_operator.api.finetunejob_methods import (
+    ComputeDtype,
+    LoraSpec,
+    MethodSpec,
+    MethodType,
+    ModelSpec,
+    QuantizationSpec,
+    QuantizationType,
+)
+from finetune_operator.api.finetunejob_status import (
+    Artifact,
+    Attempt,
+    Effective,
+    ErrorClass,
+    FineTuneJobStatus,
+    Metrics,
+    Phase,
+    Progress,
+)
+from finetune_operator.api.finetunejob_training import (
+    EarlyStoppingSpec,
+    HyperparameterSpec,
+    Optimizer,
+    OutputSpec,
+    Precision,
+    ResourcesSpec,
+    Scheduler,
+)
+from finetune_operator.api.rules import FORBIDDEN, rule, rules
+
+__all__ = [
+    "DESCRIPTION",
+    "KIND",
+    "MAX_NAME_LENGTH",
+    "PLURAL",
+    "ApplyChatTemplate",
+    "Artifact",
+    "Attempt",
+    "ComputeDtype",
+    "DataFormat",
+    "DatasetSpec",
+    "EarlyStoppingSpec",
+    "Effective",
+    "ErrorClass",
+    "FineTuneJob",
+    "FineTuneJobSpec",
+    "FineTuneJobStatus",
+    "HyperparameterSpec",
+    "LoraSpec",
+    "MethodSpec",
+    "MethodType",
+    "Metrics",
+    "ModelSpec",
+    "Optimizer",
+    "OutputSpec",
+    "Phase",
+    "Precision",
+    "Progress",
+    "QuantizationSpec",
+    "QuantizationType",
+    "ResourcesSpec",
+    "Scheduler",
+    "SourceSpec",
+    "SplitSpec",
+]
+
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+MAX_NAME_LENGTH = (
+    40  # the RayJob's name gets a suffix, and KubeRay makes Service names (63 characters at most) of that
+)
+
+
+# Top of `kubectl explain finetunejob`: enough to write the first job.
+DESCRIPTION = """\
+FineTuneJob fine-tunes a language model on your data and leaves an adapter (or a model) in storage.
+The least that it needs:
+
+  apiVersion: finetune.dev/v1alpha1
+  kind: FineTuneJob
+  metadata:
+    name: my-first
+  spec:
+    model:
+      uri: hf://HuggingFaceTB/SmolLM2-135M-Instruct
+    dataset:
+      sources:
+        - uri: pvc://files/train.jsonl
+
+Follow it with `finetune jobs watch my-first` or `kubectl get ftj my-first --watch`.
+Wait for it with `kubectl wait --for=condition=Complete ftj/my-first`.
+The name has at most 40 characters. The spec cannot be changed once the first attempt was started."""
+
+
+class FineTuneJobSpec(ApiModel):
+    """What to train. Required: model.uri and dataset.sources[].uri; everything else has a default."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.earlyStopping) || self.dataset.split.eval > 0.0",
+                "early stopping watches eval_loss, and dataset.split.eval 0 turns evaluation off; "
+                "set dataset.split.eval above 0 (for example 0.05) or remove earlyStopping",
+                fieldPath=".earlyStopping",
+                reason=FORBIDDEN,
+            ),
+            rule(
+                "!has(self.hyperparameters.evalSteps) || self.dataset.split.eval > 0.0",
+                "dataset.split.eval 0 turns evaluation off; set it above 0 (for example 0.05) or remove evalSteps",
+                fieldPath=".hyperparameters.evalSteps",
+                reason=FORBIDDEN,
+            ),
+            rule(
+                "!has(self.method.quantization) || !has(self.method.quantization.computeDtype) || "
+                "self.hyperparameters.precision == 'Auto' || "
+                "self.hyperparameters.precision.lowerAscii() == self.method.quantization.computeDtype",
+                "computeDtype and hyperparameters.precision name different types; "
+                "use the same type for both, or leave computeDtype out",
+                messageExpression="'computeDtype ' + self.method.quantization.computeDtype + "
+                "' and hyperparameters.precision ' + self.hyperparameters.precision + "
+                "' are different types; use the same type for both, or leave computeDtype out'",
+                fieldPath=".method.quantization.computeDtype",
+                reason=FORBIDDEN,
+            ),
+            rule(
+                "!has(self.output.uri) || self.output.uri != self.model.uri",
+                "output.uri is the folder of the base model, which would be overwritten; name a new folder",
+                fieldPath=".output.uri",
+                reason=FORBIDDEN,
+            ),
+        )
+    )
+
+    objective: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=64,
+            json_schema_extra=rules(
+                rule(
+                    "self == 'SFT'",
+                    "is not an objective of this version; use SFT (supervised fine-tuning)",
+                    messageExpression="self.lowerAscii() == 'ppo' ? "
+                    "'PPO was removed from TRL; its successors are RLOO and GRPO. "
+                    "This version of finetune-operator trains SFT (supervised fine-tuning) only' "
+                    ": self.lowerAscii() == 'sft' ? 'write SFT in capital letters' "
+                    ": self + ' is not an objective of this version; use SFT (supervised fine-tuning)'",
+                )
+            ),
+        ),
+    ] = "SFT"
+    """What is learnt. SFT (default, the only one in this version): supervised fine-tuning on demonstrations."""
+    model: ModelSpec
+    """The base model."""
+    method: MethodSpec = MethodSpec()
+    """Which weights are trained. Default: LoRA."""
+    dataset: DatasetSpec
+    """What is trained on."""
+    hyperparameters: HyperparameterSpec = HyperparameterSpec()
+    """How it is trained. Default: 3 epochs, 16 rows per step, cosine schedule."""
+    early_stopping: EarlyStoppingSpec | None = None
+    """Stop when eval_loss no longer improves; needs dataset.split.eval above 0. Absent: train to the end; {} is
+    patience 3."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """What the training pod gets. Default: 1 CPU, 4Gi memory, no GPU."""
+    output: OutputSpec = OutputSpec()
+    """Where the artifact goes. Default: a folder of its own below the operator's output folder."""
+
+
+class FineTuneJob(ApiModel):
+    """Fine-tunes a language model on your data and leaves an adapter (or a model) in storage."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
+                f"metadata.name must have at most {MAX_NAME_LENGTH} characters",
+                messageExpression="self.metadata.name + ' is too long: at most "
+                f"{MAX_NAME_LENGTH} characters are allowed, because names of Services are made from it'",
+                fieldPath=".metadata.name",
+            ),
+            rule(
+                "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+                "must begin with a letter, hold only lower-case letters, digits and '-', and not end with '-', "
+                "because names of Services are made from it",
+                fieldPath=".metadata.name",
+            ),
+            rule(
+                "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 "
+                "|| self.spec == oldSelf.spec",
+                "the spec cannot be changed once the first attempt was started; apply the new spec under another name, "
+                "or delete this job first",
+                fieldPath=".spec",
+                reason=FORBIDDEN,
+            ),
+        )
+    )
+
+    spec: FineTuneJobSpec
+    """What to train. Required: model.uri and dataset.sources[].uri; everything else has a default."""
+    status: FineTuneJobStatus | None = None
+    """What happened so far. Written by the operator."""
