@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core import reports
@@ -57,6 +58,7 @@ class Observed:
     pods: Sequence[PodFacts] = ()
     report: reports.Report | None = None
     """The latest report of the current attempt that came since the operator started."""
+    reported_at: datetime | None = None
     kuberay_installed: bool = True
 
 

@@ -122,7 +122,7 @@ def rounded(value: float | None, digits: int = 5) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
 
 
-def progress_of(report: Report, *, now: datetime) -> Progress:
+def progress_of(report: Report, *, at: datetime | None) -> Progress:
     """The progress that a report tells; total steps come from ours or from Kubeflow's metric of that name."""
     ours, theirs = report.finetune, report.trainer_status
     step = ours.step if ours.step is not None else int(report.number("current_step") or 0)
@@ -138,7 +138,7 @@ def progress_of(report: Report, *, now: datetime) -> Progress:
         tokens_per_second=rounded(ours.tokens_per_second, 4),
         estimated_remaining_seconds=remaining,
         eta=None if remaining is None else duration(remaining),
-        last_report_time=now,
+        last_report_time=at,
     )
 
 

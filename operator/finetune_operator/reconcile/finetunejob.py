@@ -74,7 +74,7 @@ class FineTuneJobReconciler:
         attempt = job.status.attempts[-1]
         rayjob = await self._rayjob(job, attempt.ray_job)
         inspection = await self._rayjob(job, attempt.inspection) if attempt.inspection else None
-        report = self.mailbox.latest(key, attempt=attempt.number)
+        report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
         starting = rayjob is not None and report is None and rayjob.job_status != "RUNNING"
         return Observed(
             job=job,
@@ -82,6 +82,7 @@ class FineTuneJobReconciler:
             inspection=inspection,
             pods=await self._pods(job, attempt.number) if starting else (),
             report=report,
+            reported_at=reported_at,
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from finetune_operator.core.reports import Report
 from finetune_operator.reconcile.queue import Key
@@ -13,6 +14,7 @@ from finetune_operator.reconcile.queue import Key
 class _Slot:
     attempt: int
     report: Report
+    received: datetime
     written: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -28,12 +30,13 @@ class Mailbox:
         slot = self._slots.get(key)
         if slot and slot.attempt == attempt and slot.report.result and not report.result:
             return False
-        self._slots[key] = _Slot(attempt, report)
+        self._slots[key] = _Slot(attempt, report, datetime.now(UTC))
         return True
 
-    def latest(self, key: Key, *, attempt: int) -> Report | None:
+    def latest(self, key: Key, *, attempt: int) -> tuple[Report, datetime] | tuple[None, None]:
+        """The attempt's latest report and when it came."""
         slot = self._slots.get(key)
-        return slot.report if slot and slot.attempt == attempt else None
+        return (slot.report, slot.received) if slot and slot.attempt == attempt else (None, None)
 
     def is_news(self, key: Key, report: Report) -> bool:
         """Whether the report must be written at once: a result, or another phase than the last one."""

@@ -1,0 +1,86 @@
+"""Facts for the tests of decisions: one job, and the steps that it goes through."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.core import jobs
+from finetune_operator.core.facts import Defaults, JobFacts, Observed, Plan, RayJobFacts
+from finetune_operator.core.reports import Report
+
+START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
+DEFAULTS = Defaults(output_uri="file:///artifacts", image="trainer:1")
+SPEC: dict[str, Any] = {
+    "model": {"uri": "hf://acme/tiny"},
+    "dataset": {"sources": [{"uri": "file:///data/train.jsonl"}]},
+}
+ARTIFACT = {
+    "uri": "file:///artifacts/team/triage-0123abcd",
+    "digest": "sha256:" + "a" * 64,
+    "sizeBytes": 1234,
+    "baseModel": "hf://acme/tiny",
+    "rank": 16,
+}
+
+
+class Story:
+    """A job over time: `step` decides, keeps the status and lets a second pass."""
+
+    def __init__(self, spec: dict[str, Any] | None = None, defaults: Defaults = DEFAULTS) -> None:
+        self.now = START
+        self.defaults = defaults
+        self.job = JobFacts(
+            namespace="team",
+            name="triage",
+            uid="0123abcd-1111",
+            generation=1,
+            spec=FineTuneJobSpec.model_validate(spec or SPEC),
+            problem=None,
+            status=FineTuneJobStatus(),
+        )
+
+    def step(self, **seen: Any) -> Plan:
+        plan = jobs.decide(Observed(job=self.job, **seen), defaults=self.defaults, now=self.now)
+        self.job = replace(self.job, status=plan.status)
+        self.now += timedelta(seconds=1)
+        return plan
+
+    def started(self) -> Story:
+        """The attempt is recorded and its RayJob was created."""
+        self.step()
+        self.step()
+        return self
+
+    def trained(self) -> Story:
+        self.started()
+        self.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=5))
+        return self
+
+
+def rayjob(deployment: str = "", job: str = "", **more: Any) -> RayJobFacts:
+    return RayJobFacts(
+        name="triage-a1",
+        uid="ray-uid",
+        **{"ours": True, "deployment_status": deployment, "job_status": job, **more},
+    )
+
+
+def training(*, step: int, total: int = 10, **metrics: str) -> Report:
+    return Report.model_validate(
+        {
+            "trainerStatus": {
+                "progressPercentage": 100 * step // total,
+                "estimatedRemainingSeconds": 200,
+                "metrics": [{"name": k, "value": v} for k, v in ({"loss": "1.5"} | metrics).items()],
+            },
+            "finetune": {"phase": "Training", "step": step, "totalSteps": total, "tokensPerSecond": 120.54},
+        }
+    )
+
+
+def result(error_class: str, exit_code: int, message: str = "", **more: Any) -> Report:
+    body = {"class": error_class, "exitCode": exit_code, "message": message, **more}
+    return Report.model_validate({"finetune": {"result": body}})

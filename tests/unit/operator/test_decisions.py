@@ -1,0 +1,272 @@
+"""What the operator decides for a job, told as stories."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
+
+from finetune_operator.api.finetunejob import ErrorClass, Phase
+from finetune_operator.core import jobs
+from finetune_operator.core.facts import CreateRayJob, Defaults, PodFacts
+
+
+def condition(story: Story, kind: str) -> tuple[str, str] | None:
+    return next(((c.status, c.reason) for c in story.job.status.conditions if c.type == kind), None)
+
+
+def test_the_attempt_is_recorded_before_anything_is_created() -> None:
+    story = Story()
+    first = story.step()
+    assert first.actions == ()
+    assert first.requeue_after == 0
+    assert [(a.number, a.ray_job, a.uid) for a in first.status.attempts] == [(1, "triage-a1", None)]
+    assert first.status.effective is not None
+    assert first.status.effective.output_uri == "file:///artifacts/team/triage-0123abcd"
+    second = story.step()
+    assert list(second.actions) == [CreateRayJob("triage-a1", 1)]
+    assert second.status.phase is Phase.PROVISIONING
+
+
+def test_creation_is_repeated_until_the_rayjob_is_seen() -> None:
+    story = Story()
+    story.step()
+    assert story.step().actions == story.step().actions == [CreateRayJob("triage-a1", 1)]
+    assert story.step(rayjob=rayjob("Initializing")).actions == ()
+    assert story.job.status.attempts[-1].uid == "ray-uid"
+
+
+def test_a_run_from_apply_to_artifact() -> None:
+    story = Story()
+    phases = [
+        story.step().status.phase,
+        story.step().status.phase,
+        story.step(rayjob=rayjob("Initializing")).status.phase,
+        story.step(rayjob=rayjob("Running", "RUNNING")).status.phase,
+        story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=5)).status.phase,
+        story.step(
+            rayjob=rayjob("Running", "RUNNING"),
+            report=result("Succeeded", 0, "done", step=10, artifact=ARTIFACT),
+        ).status.phase,
+    ]
+    assert phases == ["Pending", "Provisioning", "Provisioning", "Validating", "Running", "Succeeded"]
+    status = story.job.status
+    assert status.artifact is not None
+    assert status.artifact.digest == ARTIFACT["digest"]
+    assert (condition(story, "Complete"), condition(story, "Failed")) == (("True", "ArtifactPublished"), None)
+    assert condition(story, "Training") == ("False", "Finished")
+    attempt = status.attempts[-1]
+    assert (attempt.error_class, attempt.exit_code, attempt.last_step) == (ErrorClass.SUCCEEDED, 0, 10)
+    assert status.completion_time == attempt.end_time
+    assert status.completion_time is not None
+
+
+def test_progress_is_told_in_numbers_and_for_printing() -> None:
+    story = Story().trained()
+    progress, metrics = story.job.status.progress, story.job.status.metrics
+    assert progress is not None
+    assert (progress.percent, progress.summary, progress.step, progress.total_steps) == (50, "50%", 5, 10)
+    assert (progress.eta, progress.tokens_per_second) == ("3m20s", 120.5)
+    assert metrics is not None
+    assert metrics.loss == 1.5
+
+
+def test_a_metric_that_a_report_lacks_keeps_its_last_value() -> None:
+    story = Story().started()
+    story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=5, eval_loss="0.75"))
+    story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=6, loss="1.25"))
+    metrics = story.job.status.metrics
+    assert metrics is not None
+    assert (metrics.loss, metrics.eval_loss) == (1.25, 0.75)
+
+
+def test_nothing_changes_when_nothing_happened() -> None:
+    story = Story().trained()
+    before = story.job.status
+    assert story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=5)).status == before
+
+
+def test_the_phase_survives_a_restart_of_the_operator() -> None:
+    story = Story().trained()
+    plan = story.step(rayjob=rayjob("Running", "RUNNING"), report=None)
+    assert plan.status.phase is Phase.RUNNING
+    assert plan.status.progress is not None
+    assert plan.events == []
+
+
+@pytest.mark.parametrize(
+    ("error_class", "exit_code", "advice"),
+    [
+        ("BadConfig", 64, "Correct the spec"),
+        ("BadData", 65, "Correct the data"),
+        ("ModelNotFound", 66, "spec.model.uri"),
+        ("NotFinite", 82, "learningRate"),
+        ("Internal", 1, "log"),
+    ],
+)
+def test_a_reported_failure_ends_the_job_with_class_code_and_advice(
+    error_class: str, exit_code: int, advice: str
+) -> None:
+    story = Story().started()
+    plan = story.step(rayjob=rayjob("Running", "RUNNING"), report=result(error_class, exit_code, "line 17"))
+    attempt = plan.status.attempts[-1]
+    assert plan.status.phase is Phase.FAILED
+    assert plan.status.reason == error_class
+    assert (attempt.error_class, attempt.exit_code) == (error_class, exit_code)
+    assert "line 17" in (plan.status.message or "")
+    assert advice in (plan.status.message or "")
+    assert condition(story, "Failed") == ("True", error_class)
+    assert [event.warning for event in plan.events] == [True]
+
+
+@pytest.mark.parametrize(
+    ("message", "error_class", "exit_code"),
+    [
+        ("Job entrypoint command failed with exit code 65, last available logs (truncated to 20,000 chars):\nbad row",
+         ErrorClass.BAD_DATA, 65),
+        ("Job entrypoint command failed with exit code 82, last available logs: x", ErrorClass.NOT_FINITE, 82),
+        ("Job entrypoint command failed with exit code 1, last available logs: x", ErrorClass.INTERNAL, 1),
+        ("Job entrypoint command failed with exit code 137, last available logs: x", ErrorClass.LOST, None),
+        ("the log says: Job entrypoint command failed with exit code 65", ErrorClass.LOST, None),
+    ],
+)  # fmt: skip
+def test_without_a_report_the_exit_code_in_kuberays_message_counts(
+    message: str, error_class: ErrorClass, exit_code: int | None
+) -> None:
+    story = Story().started()
+    status = story.step(rayjob=rayjob("Failed", "FAILED", reason="AppFailed", message=message)).status
+    assert status.attempts[-1].error_class is error_class
+    assert status.phase is Phase.FAILED
+    if exit_code is not None:
+        assert status.attempts[-1].exit_code == exit_code
+
+
+def test_a_stopped_ray_job_is_cancelled_and_not_failed_for_a_reason_of_its_own() -> None:
+    status = Story().trained().step(rayjob=rayjob("Complete", "STOPPED")).status
+    assert (status.phase, status.attempts[-1].error_class) == (Phase.CANCELLED, ErrorClass.CANCELLED)
+
+
+def test_a_rayjob_that_kuberay_refuses_is_a_bad_config() -> None:
+    status = Story().started().step(rayjob=rayjob("ValidationFailed", message="name too long")).status
+    assert (status.reason, "name too long" in (status.message or "")) == ("BadConfig", True)
+
+
+def test_success_without_a_report_is_believed_only_after_an_inspection() -> None:
+    story = Story().trained()
+    over = rayjob("Complete", "SUCCEEDED")
+    assert story.step(rayjob=over).status.attempts[-1].inspection == "triage-i1"
+    assert list(story.step(rayjob=over).actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
+    assert story.step(rayjob=over, inspection=rayjob("Running", "RUNNING")).actions == []
+    found = result("Succeeded", 0, "verified", artifact=ARTIFACT)
+    plan = story.step(rayjob=over, inspection=rayjob("Running", "RUNNING"), report=found)
+    assert plan.status.phase is Phase.SUCCEEDED
+
+
+def test_success_without_an_artifact_is_a_failure() -> None:
+    story = Story().trained()
+    over = rayjob("Complete", "SUCCEEDED")
+    story.step(rayjob=over)
+    missing = result("Internal", 1, "no manifest.json")
+    status = story.step(rayjob=over, inspection=rayjob("Failed", "FAILED"), report=missing).status
+    assert (status.phase, status.reason) == (Phase.FAILED, "Internal")
+    assert "no manifest.json" in (status.message or "")
+
+
+def test_an_artifact_that_was_committed_before_the_process_was_lost_counts() -> None:
+    story = Story().trained()
+    lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
+    assert story.step(rayjob=lost).status.reason == "Inspecting"
+    found = result("Succeeded", 0, "verified", artifact=ARTIFACT)
+    assert story.step(rayjob=lost, inspection=None, report=found).status.phase is Phase.SUCCEEDED
+
+
+def test_a_lost_process_without_an_artifact_is_lost() -> None:
+    story = Story().trained()
+    lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
+    story.step(rayjob=lost)
+    status = story.step(rayjob=lost, inspection=rayjob("Failed", "FAILED")).status
+    assert (status.reason, "submitter died" in (status.message or "")) == ("Lost", True)
+
+
+def test_a_deleted_rayjob_is_lost_and_never_created_again() -> None:
+    story = Story().trained()
+    plan = story.step(rayjob=None)
+    assert plan.status.reason == "Lost"
+    assert plan.actions == ()
+    assert story.step(rayjob=None).actions == ()
+
+
+def test_a_rayjob_of_somebody_else_is_left_alone() -> None:
+    story = Story()
+    story.step()
+    plan = story.step(rayjob=rayjob("Running", "RUNNING", ours=False))
+    assert plan.actions == ()
+    assert (plan.status.reason, plan.status.attempts[-1].uid) == ("BadConfig", None)
+
+
+def test_a_finished_job_is_never_touched_again() -> None:
+    story = Story().started()
+    story.step(rayjob=rayjob(), report=result("Succeeded", 0, artifact=ARTIFACT))
+    before = story.job.status
+    for seen in ({}, {"rayjob": rayjob("Failed", "FAILED")}, {"report": result("Internal", 1)}):
+        plan = story.step(**seen)
+        assert (plan.status, plan.actions, plan.requeue_after) == (before, (), None)
+
+
+def test_without_kuberay_the_job_waits_and_starts_when_it_appears() -> None:
+    story = Story()
+    plan = story.step(kuberay_installed=False)
+    assert (plan.status.phase, plan.status.reason) == (Phase.PENDING, "KubeRayUnavailable")
+    assert plan.requeue_after == jobs.WAITING_SECONDS
+    assert condition(story, "Accepted") == ("False", "KubeRayUnavailable")
+    assert story.step(kuberay_installed=False).events == []
+    story.step()
+    assert condition(story, "Accepted") == ("True", "Accepted")
+
+
+def test_without_any_output_folder_the_job_waits_for_the_user() -> None:
+    story = Story(defaults=Defaults(output_uri=None, image="trainer:1"))
+    plan = story.step()
+    assert (plan.status.reason, plan.requeue_after) == ("OutputRequired", None)
+    assert "spec.output.uri" in (plan.status.message or "")
+
+
+def test_the_reason_why_a_pod_waits_is_in_the_status() -> None:
+    story = Story().started()
+    pod = PodFacts("triage-a1-head", False, "Unschedulable", "0/1 nodes: Insufficient cpu")
+    plan = story.step(rayjob=rayjob("Initializing"), pods=[pod])
+    assert condition(story, "ResourcesReady") == ("False", "Unschedulable")
+    assert "Insufficient cpu" in (plan.status.message or "")
+    assert plan.requeue_after is not None
+    assert plan.requeue_after <= 15
+
+
+def test_one_event_per_transition() -> None:
+    story = Story()
+    names = [event.reason for _ in range(3) for event in story.step().events]
+    running = {"rayjob": rayjob("Running", "RUNNING")}
+    names += [
+        e.reason for step in (1, 2, 3) for e in story.step(**running, report=training(step=step)).events
+    ]
+    assert names == ["Accepted", "Provisioning", "Training"]
+
+
+def test_a_transition_time_moves_only_with_the_status_of_its_condition() -> None:
+    story = Story().trained()
+    before = {c.type: c.last_transition_time for c in story.job.status.conditions}
+    story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=6))
+    assert {c.type: c.last_transition_time for c in story.job.status.conditions} == before
+    story.step(rayjob=rayjob("Complete", "STOPPED"))
+    after = {c.type: c.last_transition_time for c in story.job.status.conditions}
+    assert after["Training"] > before["Training"]
+    assert after["Accepted"] == before["Accepted"]
+
+
+def test_a_quota_in_the_way_is_told_and_retried() -> None:
+    story = Story().started()
+    plan = jobs.forbidden(jobs_observed(story), "rayjobs is forbidden: exceeded quota: small", now=story.now)
+    assert (plan.status.reason, plan.requeue_after) == ("QuotaExceeded", jobs.WAITING_SECONDS)
+    assert not jobs.is_finished(plan.status)
+
+
+def jobs_observed(story: Story) -> jobs.Observed:
+    return jobs.Observed(job=story.job)

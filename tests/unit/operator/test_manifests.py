@@ -1,0 +1,159 @@
+"""The objects of an attempt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.manifests import naming, rayjobs, runfiles
+
+OWNER = rayjobs.Owner("team", "triage", "uid-1")
+PLATFORM = rayjobs.Platform("HTTPMode", "http://127.0.0.1:8090", None, 5)
+BASE: dict[str, Any] = {
+    "model": {"uri": "pvc://models/tiny", "secretRef": {"name": "hub"}},
+    "dataset": {
+        "sources": [{"uri": "pvc://files/a.jsonl"}, {"uri": "s3://bucket/b.jsonl"}],
+        "secretRef": {"name": "store"},
+    },
+    "output": {"uri": "pvc://models/out", "secretRef": {"name": "store"}},
+}
+
+
+def build(
+    spec: dict[str, Any] | None = None, platform: rayjobs.Platform = PLATFORM, **more: Any
+) -> dict[str, Any]:
+    parsed = FineTuneJobSpec.model_validate(BASE | (spec or {}))
+    return rayjobs.build_rayjob(
+        OWNER,
+        name="triage-a1",
+        attempt=1,
+        spec=parsed,
+        image="trainer:1",
+        output_uri="pvc://models/out",
+        platform=platform,
+        **more,
+    )
+
+
+def pod(rayjob: dict[str, Any]) -> dict[str, Any]:
+    template: dict[str, Any] = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    return template
+
+
+def test_the_job_owns_its_rayjob() -> None:
+    (reference,) = build()["metadata"]["ownerReferences"]
+    assert (reference["kind"], reference["name"], reference["uid"], reference["controller"]) == (
+        "FineTuneJob",
+        "triage",
+        "uid-1",
+        True,
+    )
+
+
+def test_retries_are_never_left_to_kuberay() -> None:
+    spec = build()["spec"]
+    assert (spec["backoffLimit"], spec["submissionMode"]) == (0, "HTTPMode")
+    assert "submitterConfig" not in spec
+    cluster = build(platform=rayjobs.Platform("K8sJobMode", "https://operator", "PEM", 30))["spec"]
+    assert cluster["submitterConfig"] == {"backoffLimit": 0}
+
+
+def test_the_pod_gets_no_cluster_token_but_one_for_reporting() -> None:
+    spec = pod(build())
+    assert spec["automountServiceAccountToken"] is False
+    (volume,) = [v for v in spec["volumes"] if "projected" in v]
+    token = volume["projected"]["sources"][0]["serviceAccountToken"]
+    assert token["audience"] == "finetune.dev/jobs/uid-1"
+
+
+def test_the_pod_meets_the_restricted_pod_security_standard() -> None:
+    spec = pod(build())
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    context = spec["containers"][0]["securityContext"]
+    assert (context["allowPrivilegeEscalation"], context["capabilities"]) == (False, {"drop": ["ALL"]})
+
+
+def test_every_claim_is_mounted_once_where_the_trainer_looks_for_it() -> None:
+    spec = pod(build())
+    mounts = {m["name"]: m["mountPath"] for m in spec["containers"][0]["volumeMounts"]}
+    claims = {
+        v["name"]: v["persistentVolumeClaim"]["claimName"]
+        for v in spec["volumes"]
+        if "persistentVolumeClaim" in v
+    }
+    assert {claims[name]: mounts[name] for name in claims} == {
+        "models": "/mnt/finetune/models",
+        "files": "/mnt/finetune/files",
+    }
+
+
+def test_secrets_are_referred_to_and_never_written_out() -> None:
+    rayjob = build()
+    assert pod(rayjob)["containers"][0]["envFrom"] == [
+        {"secretRef": {"name": "hub"}},
+        {"secretRef": {"name": "store"}},
+    ]
+    run_file = runfiles.build_run_file(
+        namespace="team",
+        name="triage",
+        uid="u",
+        attempt=1,
+        spec=FineTuneJobSpec.model_validate(BASE),
+        output_uri="s3://out/x",
+    )
+    assert "secret" not in json.dumps(run_file).lower()
+
+
+def test_an_inspection_asks_for_no_gpu() -> None:
+    spec = {"resources": {"gpusPerWorker": 1, "cpu": "4", "memory": "16Gi"}}
+    training, inspection = build(spec), build(spec, inspect=True)
+    assert pod(training)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert "nvidia.com/gpu" not in pod(inspection)["containers"][0]["resources"]["limits"]
+    assert (training["spec"]["entrypoint"], inspection["spec"]["entrypoint"]) == (
+        "finetune-trainer run",
+        "finetune-trainer inspect",
+    )
+
+
+def test_the_authority_is_mounted_only_where_there_is_one() -> None:
+    def names(rayjob: dict[str, Any]) -> set[str]:
+        return {variable["name"] for variable in pod(rayjob)["containers"][0]["env"]}
+
+    assert "KUBEFLOW_TRAINER_SERVER_CA_CERT" not in names(build())
+    tls = rayjobs.Platform("K8sJobMode", "https://operator", "PEM", 30)
+    assert "KUBEFLOW_TRAINER_SERVER_CA_CERT" in names(build(platform=tls))
+    data = rayjobs.build_config_map(OWNER, name="x", attempt=1, run_file={}, platform=tls)["data"]
+    assert data == {"run.json": "{}", "ca.crt": "PEM"}
+
+
+@pytest.mark.parametrize(
+    ("method", "present"),
+    [
+        ({"type": "LoRA"}, {"lora"}),
+        ({"type": "QLoRA", "quantization": {}}, {"lora", "quantization"}),
+        ({"type": "Full"}, set()),
+    ],
+)
+def test_the_run_file_spells_the_methods_settings_out(method: dict[str, Any], present: set[str]) -> None:
+    run_file = runfiles.build_run_file(
+        namespace="team",
+        name="triage",
+        uid="u",
+        attempt=1,
+        spec=FineTuneJobSpec.model_validate(BASE | {"method": method}),
+        output_uri="s3://out/x",
+    )
+    assert set(run_file["method"]) - {"type"} == present
+    assert run_file["hyperparameters"]["globalBatchSize"] == 16
+    assert "learningRate" not in run_file["hyperparameters"]
+    assert run_file["output"] == {"uri": "s3://out/x"}
+
+
+def test_labels_lead_from_every_object_back_to_its_job() -> None:
+    rayjob = build()
+    template = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    assert rayjob["metadata"]["labels"] == template["metadata"]["labels"] == naming.labels("triage", 1)

@@ -1,0 +1,141 @@
+"""The work queue: merging, exclusion per key, order of delays, and backing off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from finetune_operator.reconcile.queue import Key, KeyedQueue, Worker
+
+A, B = ("ns", "a"), ("ns", "b")
+
+
+@asynccontextmanager
+async def running(worker: Worker, concurrency: int = 8) -> AsyncIterator[KeyedQueue]:
+    queue = KeyedQueue(worker, concurrency=concurrency)
+    task = asyncio.create_task(queue.run())
+    try:
+        yield queue
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_wishes_for_one_key_are_merged() -> None:
+    seen: list[Key] = []
+
+    async def worker(key: Key) -> None:
+        seen.append(key)
+
+    async with running(worker) as queue:
+        for _ in range(100):
+            queue.add(A)
+        await asyncio.sleep(0.05)
+    assert seen == [A]
+
+
+async def test_a_key_is_never_worked_on_twice_at_once_and_no_wish_is_lost() -> None:
+    active: set[Key] = set()
+    passes = 0
+
+    async def worker(key: Key) -> None:
+        nonlocal passes
+        assert key not in active
+        active.add(key)
+        await asyncio.sleep(0.02)
+        active.remove(key)
+        passes += 1
+
+    async with running(worker) as queue:
+        queue.add(A)
+        await asyncio.sleep(0.01)
+        queue.add(A)  # while the first pass is under way
+        await asyncio.sleep(0.1)
+    assert passes == 2
+
+
+async def test_other_keys_go_on_while_one_is_slow() -> None:
+    seen: list[Key] = []
+
+    async def worker(key: Key) -> None:
+        if key == A:
+            await asyncio.sleep(10)
+        seen.append(key)
+
+    async with running(worker, concurrency=2) as queue:
+        queue.add(A)
+        queue.add(A, after=0.01)
+        queue.add(B)
+        await asyncio.sleep(0.1)
+        assert queue.longest_running() > 0.05
+    assert seen == [B]
+
+
+async def test_of_two_delays_the_earlier_counts() -> None:
+    seen: list[Key] = []
+
+    async def worker(key: Key) -> None:
+        seen.append(key)
+
+    async with running(worker) as queue:
+        queue.add(A, after=30)
+        queue.add(A, after=0.02)
+        queue.add(A, after=40)
+        await asyncio.sleep(0.1)
+    assert seen == [A]
+
+
+async def test_a_requeue_is_obeyed() -> None:
+    passes = 0
+
+    async def worker(key: Key) -> float | None:
+        nonlocal passes
+        passes += 1
+        return 0.01 if passes < 4 else None
+
+    async with running(worker) as queue:
+        queue.add(A)
+        await asyncio.sleep(0.3)
+    assert passes == 4
+
+
+async def test_a_failing_key_comes_back_ever_later_and_stops_no_other() -> None:
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
+    others = 0
+
+    async def worker(key: Key) -> None:
+        nonlocal others
+        if key == B:
+            others += 1
+            return
+        times.append(loop.time())
+        raise RuntimeError("broken")
+
+    async with running(worker) as queue:
+        queue.add(A)
+        while len(times) < 3:
+            queue.add(B)
+            await asyncio.sleep(0.05)
+    first, second = times[1] - times[0], times[2] - times[1]
+    assert 0.25 <= first <= 0.65
+    assert 0.5 <= second <= 1.15
+    assert others > 5
+
+
+async def test_at_most_concurrency_passes_run_at_once() -> None:
+    active = most = 0
+
+    async def worker(key: Key) -> None:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        await asyncio.sleep(0.01)
+        active -= 1
+
+    async with running(worker, concurrency=3) as queue:
+        for i in range(20):
+            queue.add(("ns", str(i)))
+        await asyncio.sleep(0.2)
+    assert most == 3
