@@ -1,0 +1,50 @@
+# Two commands to know: `make demo` and `make test`. Both set up everything that they need and say what they do.
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest -q --no-header
+
+.PHONY: help setup demo test test-unit lint format crds bench up down clean
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: ## create .venv and install what is pinned
+	@tools/setup
+
+demo: setup ## the five-minute tour: cluster up, fine-tune, compare with the base model
+	@examples/quickstart/demo
+
+test: setup ## every test: unit, integration (real API server, KubeRay, Ray), end to end
+	@$(BIN)/finetune local build
+	@$(BIN)/python -m finetune_local.models
+	@$(PYTEST)
+
+test-unit: setup ## the tests that need no cluster and train nothing
+	@$(PYTEST) tests/unit
+
+lint: setup ## ruff, mypy --strict, import layers, generated files
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache | tail -n 12
+	@$(BIN)/python -m finetune_operator.api.crds --check crds
+	@$(BIN)/python -m finetune_operator.api.reference --check
+
+format: setup ## rewrite the code in the one format
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+crds: setup ## generate crds/ and docs/reference/ from the models
+	@$(BIN)/python -m finetune_operator.api.crds --write crds
+	@$(BIN)/python -m finetune_operator.api.reference --write
+
+bench: up ## measure FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
+	@$(BIN)/python benchmarks/overhead.py
+
+up: setup ## start the laptop cluster
+	@$(BIN)/finetune local up
+
+down: ## stop what `make up` started
+	@if [ -x $(BIN)/finetune ]; then $(BIN)/finetune local down; fi
+
+clean: down ## stop the cluster and remove .venv and caches of tools; keeps artifacts
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
