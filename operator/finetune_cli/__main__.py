@@ -1,0 +1,23 @@
+"""Entry point of `finetune`. One module per subcommand group; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import typer
+
+from finetune_cli import local
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune language models on Kubernetes, and run the whole stack on a laptop.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(local.app, name="local")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

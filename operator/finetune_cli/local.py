@@ -1,0 +1,221 @@
+"""`finetune local`: the laptop cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from finetune_local.cluster import Cluster, PartStatus
+
+app = typer.Typer(help="Run a real cluster on this machine, without containers.", no_args_is_help=True)
+
+
+class Output(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state", help="State folder (default: FINETUNE_LOCAL_DIR, else ~/.local/share/finetune-operator/local)."
+    ),
+]
+
+
+@app.command()
+def up(
+    state: StateOption = None,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder behind the volume claim `files`; default: the current one.")
+    ] = None,
+    crds: Annotated[Path | None, typer.Option(help="Folder with the CRDs of finetune.dev.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Comma list of parts to start; `control-plane` stands for the Kubernetes ones.")
+    ] = "",
+    without: Annotated[str, typer.Option(help="Comma list of parts to leave out.")] = "",
+) -> None:
+    """Start the cluster, or what is missing of it. Prints the path for KUBECONFIG."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    began = time.monotonic()
+    for option, folder in (("--files", files), ("--crds", crds)):
+        if folder is not None and not folder.is_dir():
+            raise typer.BadParameter(f"{folder} is not a folder", param_hint=option)
+    cluster = _cluster(state, files=files, crds=crds)
+    with _told(), console.status("starting") as spinner:
+        cluster.up(
+            _choose(only, without),
+            report=lambda line: console.print(f"  {line}", markup=False),
+            detail=lambda line: spinner.update(line),
+        )
+    console.print(f"The cluster is ready ({time.monotonic() - began:.0f} s).")
+    console.print(f"export KUBECONFIG={cluster.kubeconfig}", soft_wrap=True)
+    _say_about_kubectl(console.print)
+
+
+@app.command()
+def down(
+    state: StateOption = None,
+    purge: Annotated[bool, typer.Option("--purge", help="Also remove the state, artifacts included.")] = False,
+) -> None:
+    """Stop what `up` started, and nothing else."""
+    cluster = _cluster(state)
+    with _told():
+        stopped = cluster.down(purge=purge, report=lambda line: typer.echo(f"  {line}"))
+    if not stopped:
+        typer.echo("Nothing was running.")
+
+
+@app.command()
+def status(
+    state: StateOption = None,
+    output: Annotated[Output, typer.Option("--output", "-o", help="table or json")] = Output.TABLE,
+) -> None:
+    """What runs. Exit code 1 when a part has crashed."""
+    from finetune_local.cluster import State
+
+    with _told():
+        lines = _cluster(state).status()
+    if output is Output.JSON:
+        import dataclasses
+
+        typer.echo(json.dumps([dataclasses.asdict(line) for line in lines], indent=2))
+    else:
+        _print_table(lines)
+    if any(line.state is State.CRASHED for line in lines):
+        raise typer.Exit(1)
+
+
+@app.command()
+def logs(
+    part: Annotated[str, typer.Argument(help="A part, for example kuberay; empty: all of them.")] = "",
+    state: StateOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
+    tail: Annotated[int, typer.Option(min=0, help="Lines from the end of each log.")] = 50,
+) -> None:
+    """The logs of the parts."""
+    from finetune_local import parts, processes
+
+    if part and part not in parts.ALL:
+        raise typer.BadParameter(f"{part}; the parts are {', '.join(parts.ALL)}", param_hint="PART")
+    layout = _cluster(state).layout
+    names = [part] if part else list(parts.ALL)
+    prefix = {name: "" if part else f"{name:24}| " for name in names}
+    positions = {}
+    for name in names:
+        path = layout.log(name)
+        positions[name] = path.stat().st_size if path.exists() else 0
+        for line in processes.tail(path, tail):
+            typer.echo(prefix[name] + line)
+    with contextlib.suppress(KeyboardInterrupt):
+        while follow:
+            time.sleep(0.5)
+            for name in names:
+                positions[name] = _print_new(layout.log(name), positions[name], prefix[name])
+
+
+def _print_new(path: Path, position: int, prefix: str) -> int:
+    """Print whole lines from `position` (bytes) on; return where to go on. A log that was set aside starts at 0."""
+    if not path.exists():
+        return 0
+    if path.stat().st_size < position:
+        position = 0
+    with path.open("rb") as stream:
+        stream.seek(position)
+        chunk = stream.read()
+    end = chunk.rfind(b"\n") + 1
+    for line in chunk[:end].decode(errors="replace").splitlines():
+        typer.echo(prefix + line)
+    return position + end
+
+
+def _cluster(state: Path | None, *, files: Path | None = None, crds: Path | None = None) -> Cluster:
+    try:
+        from finetune_local import cluster, layouts
+    except ImportError as error:
+        typer.secho(
+            f"{error}. The laptop cluster needs more packages: pip install 'finetune-operator[local,trainer]'",
+            fg="red",
+            err=True,
+        )
+        raise typer.Exit(1) from error
+    return cluster.Cluster(state or layouts.default_state_folder(), files=files, crds=crds)
+
+
+def _choose(only: str, without: str) -> list[str]:
+    from finetune_local import parts
+
+    groups = {"control-plane": parts.CONTROL_PLANE}
+
+    def expand(text: str, option: str) -> set[str]:
+        names: set[str] = set()
+        for name in filter(None, (word.strip() for word in text.split(","))):
+            if name not in parts.ALL and name not in groups:
+                known = ", ".join((*parts.ALL, *groups))
+                raise typer.BadParameter(f"{name}; the parts are {known}", param_hint=option)
+            names.update(groups.get(name, (name,)))
+        return names
+
+    chosen = expand(only, "--only") or set(parts.ALL)
+    return [name for name in parts.ALL if name in chosen - expand(without, "--without")]
+
+
+def _print_table(lines: list[PartStatus]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("PART", "STATE", "PID", "PORT", "UPTIME", "LOG", box=None, header_style="bold")
+    colours = {"Running": "green", "Crashed": "red", "Starting": "yellow"}
+    for line in lines:
+        state = line.state.value
+        colour = colours.get(state)
+        table.add_row(
+            line.name,
+            f"[{colour}]{state}[/]" if colour else state,
+            str(line.pid or ""),
+            str(line.port or ""),
+            "" if line.uptime is None else _duration(line.uptime),
+            line.log,
+        )
+    Console().print(table)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m" if hours else f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+def _say_about_kubectl(say: object) -> None:
+    from finetune_local import binaries
+
+    assert callable(say)
+    sources = binaries.Sources.from_environment()
+    with _told():
+        kubectl = binaries.find_kubectl(sources, announce=lambda line: say(f"  {line}"), detail=lambda line: None)
+    if kubectl.is_relative_to(sources.cache):
+        say(f"kubectl is not on PATH; here is one:\nexport PATH=$PATH:{kubectl.parent}")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Errors that a user can do something about are printed without a traceback."""
+    from finetune_local import errors
+
+    try:
+        yield
+    except errors.LocalClusterError as error:
+        typer.secho(f"error: {error.message}", fg="red", err=True)
+        if error.remedy:
+            typer.echo(error.remedy, err=True)
+        raise typer.Exit(1) from error

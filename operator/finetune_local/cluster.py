@@ -1,0 +1,383 @@
+"""The laptop cluster as one object: up, down, status. The command line and the tests both use it.
+
+Everything that must outlast a command is in the state folder: `instance.json` (identity, ports, the parts that are
+wanted), one record per started process, certificates and data. `up` compares that with what runs and starts only what
+is missing; so it is also the way back after any part was killed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+from finetune_local import (
+    binaries,
+    certificates,
+    errors,
+    graphs,
+    kubeapi,
+    layouts,
+    objects,
+    parts,
+    ports,
+    processes,
+)
+
+Report = Callable[[str], None]
+# Stopped from the outside in: nobody is left who would log that its server is gone.
+STOP_ORDER = (
+    ("operator", "kuberay", "ray-gateway"),
+    ("ray", "kwok"),
+    ("kube-controller-manager", "kube-scheduler"),
+    ("kube-apiserver",),
+    ("etcd",),
+)
+
+
+class State(StrEnum):
+    RUNNING = "Running"  # the process lives and answers
+    STARTING = "Starting"  # it lives and does not answer (yet)
+    CRASHED = "Crashed"  # it was started, nobody stopped it, and it is gone
+    STOPPED = "Stopped"
+
+
+@dataclasses.dataclass(frozen=True)
+class PartStatus:
+    """One line of `status`. `uptime` in seconds; `port` is the main one, on 127.0.0.1."""
+
+    name: str
+    state: State
+    pid: int | None
+    port: int | None
+    uptime: float | None
+    log: str
+
+
+@dataclasses.dataclass
+class Instance:
+    """What is remembered between commands."""
+
+    identity: str
+    ports: dict[str, int]
+    wanted: list[str]
+    files: str | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Instance:
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return cls(identity=uuid.uuid4().hex, ports={}, wanted=[])
+        except (ValueError, TypeError) as error:
+            raise errors.LocalClusterError(
+                f"{path} cannot be read: {error}", remedy="Remove the state folder's content and start anew."
+            ) from error
+
+    def save(self, path: Path) -> None:
+        layouts.write_private(path, json.dumps(dataclasses.asdict(self), indent=1))
+
+
+class Cluster:
+    """A laptop cluster in a state folder. Several may run side by side in folders of their own.
+
+    `crds` is the folder with our own CRDs (default: the one shipped with the project). `files` is the folder behind
+    the claim `files` in namespace default (default: as at the last `up`, first the current folder).
+    `operator_environment` is added to the operator's environment.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        *,
+        crds: Path | None = None,
+        files: Path | None = None,
+        sources: binaries.Sources | None = None,
+        operator_environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.layout = layouts.Layout(state.expanduser().absolute())
+        self._crds = crds or layouts.find_shipped("crds")
+        self._files = files
+        self._sources = sources or binaries.Sources.from_environment()
+        self._operator_environment = dict(operator_environment or {})
+
+    @property
+    def kubeconfig(self) -> Path:
+        """Of a cluster administrator."""
+        return self.layout.kubeconfig
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Port on 127.0.0.1 by name (parts.PORTS); empty before the first `up`."""
+        return dict(Instance.load(self.layout.instance).ports)
+
+    def client(self) -> kubeapi.ApiClient:
+        """A client with all rights."""
+        return kubeapi.ApiClient(f"https://127.0.0.1:{self.ports['kube-apiserver']}", pki=self.layout.pki)
+
+    def up(
+        self,
+        names: Sequence[str] = parts.ALL,
+        *,
+        report: Report = lambda line: None,
+        detail: Report = lambda line: None,
+    ) -> None:
+        """Start what is missing of these parts, and wait until each is ready.
+
+        Raises LocalClusterError, which names the part that failed and quotes its log.
+        """
+        wanted = _check_names(names)
+        self.layout.create()
+        with self._locked(report):
+            instance = Instance.load(self.layout.instance)
+            found = binaries.obtain(
+                parts.programs_of(wanted), sources=self._sources, announce=report, detail=detail
+            )
+            self._settle(instance, wanted, report)
+            setting = parts.Setting(
+                layout=self.layout,
+                identity=instance.identity,
+                ports=instance.ports,
+                programs=found.programs,
+                ray_parameters=parts.ray_parameters(),
+                operator_environment=self._operator_environment,
+            )
+            certificates.ensure(self.layout.pki)
+            self._write_kubeconfigs(setting)
+            graphs.run_all(self._tasks(setting, wanted, found, Path(instance.files or "."), report))
+
+    def down(self, *, purge: bool = False, report: Report = lambda line: None) -> list[str]:
+        """Stop every process that was started from this state folder, and only those; return the parts that ran.
+
+        `purge` also removes the state folder. The artifacts in it are removed with it.
+        """
+        if not self.layout.instance.exists():
+            return []
+        with self._locked(report):
+            instance = Instance.load(self.layout.instance)
+            running: list[str] = []
+            for wave in STOP_ORDER:
+                stopped = processes.stop(self.layout, instance.identity, wave)
+                running += stopped
+                if stopped:
+                    report(f"stopped {', '.join(stopped)}")
+            instance.wanted = []
+            instance.save(self.layout.instance)
+            if purge:
+                shutil.rmtree(self.layout.ray_folder(instance.identity), ignore_errors=True)
+                shutil.rmtree(self.layout.root)
+                report(f"removed {self.layout.root}")
+        return running
+
+    def status(self) -> list[PartStatus]:
+        """All parts, in start order."""
+        instance = Instance.load(self.layout.instance)
+        setting = parts.Setting(
+            layout=self.layout,
+            identity=instance.identity,
+            ports=instance.ports,
+            programs={},
+            ray_parameters={},
+            operator_environment={},
+        )
+        with concurrent.futures.ThreadPoolExecutor(max_workers=len(parts.ALL)) as pool:
+            return list(pool.map(lambda name: self._status_of(name, setting), parts.ALL))
+
+    def _status_of(self, name: str, setting: parts.Setting) -> PartStatus:
+        record = processes.load(self.layout, name)
+        process = record.find() if record else None
+        if process is None:
+            state = State.CRASHED if record else State.STOPPED
+        else:
+            state = State.RUNNING if parts.PARTS[name].is_ready(setting) else State.STARTING
+        return PartStatus(
+            name=name,
+            state=state,
+            pid=process.pid if process else None,
+            port=setting.ports.get(parts.MAIN_PORTS.get(name, name)) if process else None,
+            uptime=round(time.time() - record.created, 1) if process and record else None,
+            log=str(self.layout.log(name)),
+        )
+
+    @contextlib.contextmanager
+    def _locked(self, report: Report) -> Iterator[None]:
+        """One `up` or `down` per state folder at a time."""
+        with self.layout.lock.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                report("waiting for another `finetune local` command")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            # Whoever held the lock may have purged the folder.
+            self.layout.create()
+            yield
+
+    def _settle(self, instance: Instance, wanted: tuple[str, ...], report: Report) -> None:
+        """Decide identity, ports and folders before anything starts, and write them down."""
+        alive = [name for name in parts.ALL if self._is_alive(name)]
+        kept = [port for port in parts.PORTS if _owner(port) in alive]
+        chosen = ports.choose(parts.PORTS, known=instance.ports, in_use_by_us=kept)
+        if instance.ports and chosen != instance.ports and alive:
+            moved = sorted(name for name in chosen if chosen[name] != instance.ports.get(name))
+            report(f"ports in use by other programs ({', '.join(moved)}): starting everything anew")
+            for wave in STOP_ORDER:
+                processes.stop(self.layout, instance.identity, wave)
+        instance.ports = chosen
+        instance.wanted = [name for name in parts.ALL if name in {*instance.wanted, *wanted}]
+        files = self._files or (Path(instance.files) if instance.files else Path.cwd())
+        instance.files = str(files.expanduser().absolute())
+        instance.save(self.layout.instance)
+
+    def _is_alive(self, name: str) -> bool:
+        record = processes.load(self.layout, name)
+        return record is not None and record.find() is not None
+
+    def _write_kubeconfigs(self, setting: parts.Setting) -> None:
+        for user in certificates.USERS:
+            admin = user == "admin"
+            path = self.layout.kubeconfig if admin else self.layout.user_kubeconfig(user)
+            certificates.write_kubeconfig(path, pki=self.layout.pki, user=user, server=setting.server)
+
+    def _tasks(
+        self,
+        setting: parts.Setting,
+        wanted: tuple[str, ...],
+        found: binaries.Found,
+        files: Path,
+        report: Report,
+    ) -> list[graphs.Task]:
+        def start(name: str) -> Callable[[threading.Event], None]:
+            return lambda stop: _Starter(setting, report).ensure(parts.PARTS[name], stop)
+
+        tasks = [graphs.Task(name, parts.PARTS[name].needs, start(name)) for name in wanted]
+        if "kube-apiserver" not in wanted:
+            return tasks
+        client = setting.client()
+        volumes = {
+            "files": files,
+            "models": layouts.cache_folder().absolute() / "models",
+            "artifacts": self.layout.artifacts,
+        }
+
+        def step(name: str, run: Callable[[], object]) -> graphs.Task:
+            return graphs.Task(name, ("kube-apiserver",), lambda stop: _patiently(name, run, stop))
+
+        tasks.append(step("node", lambda: objects.apply_node(client)))
+        tasks.append(step("identities", lambda: self._apply_identities(client)))
+        tasks.append(step("volumes", lambda: objects.apply_volumes(client, volumes)))
+        tasks.append(step("crds", lambda: self._apply_crds(client, self._crds, "crds")))
+        if "kuberay" in wanted:
+            tasks.append(step("ray-crds", lambda: self._apply_crds(client, found.crds, "ray-crds")))
+        return tasks
+
+    def _apply_identities(self, client: kubeapi.ApiClient) -> None:
+        for name in ("parts-rbac.yaml", "operator-rbac.yaml"):
+            objects.apply_file(client, objects.MANIFESTS / name)
+
+    def _apply_crds(self, client: kubeapi.ApiClient, folder: Path | None, name: str) -> None:
+        if folder is not None:
+            files = sorted(folder.glob("*.yaml"))
+            objects.apply_crds(client, files, memory=self.layout.run / f"applied-{name}.state")
+
+
+class _Starter:
+    """Brings one part to life."""
+
+    def __init__(self, setting: parts.Setting, report: Report) -> None:
+        self._setting = setting
+        self._report = report
+
+    def ensure(self, part: parts.Part, stop: threading.Event) -> None:
+        """Leave it alone when it runs as wanted; else start it. Then wait until it is ready."""
+        began = time.monotonic()
+        layout, identity = self._setting.layout, self._setting.identity
+        argv, environment = part.command(self._setting), part.environment(self._setting)
+        fingerprint = parts.fingerprint(argv, environment)
+        record = processes.load(layout, part.name)
+        alive = record is not None and record.find() is not None
+        if record is None or not alive or record.fingerprint != fingerprint:
+            if record is not None:
+                self._report(f"{part.name}: " + ("changed, restarting" if alive else "was gone, restarting"))
+            # What a killed part left behind (children, the file locks of its data) must not meet the new one.
+            processes.stop(layout, identity, (part.name,), grace=part.grace)
+            record = processes.start(
+                part.name,
+                argv,
+                layout=layout,
+                identity=identity,
+                environment={**parts.base_environment(), **environment},
+                fingerprint=fingerprint,
+            )
+            self._wait(part, record, stop)
+            self._report(f"{part.name}: ready after {time.monotonic() - began:.1f} s")
+        else:
+            self._wait(part, record, stop)
+
+    def _wait(self, part: parts.Part, record: processes.Record, stop: threading.Event) -> None:
+        deadline = time.monotonic() + part.seconds
+        pause = 0.05
+        while not part.is_ready(self._setting):
+            if record.find() is None:
+                self._fail(part, record, "stopped by itself")
+            if time.monotonic() > deadline:
+                self._fail(part, record, f"was not ready within {part.seconds:.0f} s")
+            if stop.wait(pause):
+                return
+            pause = min(pause * 1.3, 0.5)
+        if record.find() is None:
+            # Somebody else answered on its port, or it died just now.
+            self._fail(part, record, "stopped by itself")
+
+    def _fail(self, part: parts.Part, record: processes.Record, what: str) -> None:
+        log = self._setting.layout.log(part.name)
+        lines = processes.tail(log, 15, offset=record.log_offset)
+        quoted = "\n".join(f"  {line[:300]}" for line in lines) or "  (nothing)"
+        raise errors.LocalClusterError(
+            f"{part.name} {what}. The end of its log {log}:\n{quoted}",
+            remedy="Run `finetune local up` again; if it stays so, `finetune local down --purge` and `up`.",
+        )
+
+
+def _patiently(name: str, run: Callable[[], object], stop: threading.Event) -> None:
+    """A fresh API server is ready before all of its bootstrap objects are there: retry for a few seconds."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            run()
+            return
+        except kubeapi.ApiError as error:
+            # 404: namespace default comes a moment later; 409: our own deletion is not through; 403: roles as well.
+            if error.status not in (0, 403, 404, 409, 429, 500, 503) or time.monotonic() > deadline:
+                raise errors.LocalClusterError(f"applying {name} failed: {error}") from error
+        if stop.wait(0.3):
+            return
+
+
+def _check_names(names: Sequence[str]) -> tuple[str, ...]:
+    unknown = sorted(set(names) - set(parts.ALL))
+    if unknown:
+        raise errors.LocalClusterError(
+            f"no such part: {', '.join(unknown)}", remedy=f"The parts are: {', '.join(parts.ALL)}."
+        )
+    wanted = tuple(name for name in parts.ALL if name in names)
+    if "operator" in wanted and importlib.util.find_spec("finetune_operator.__main__") is None:
+        raise errors.LocalClusterError(
+            "the package finetune_operator is not installed beside finetune_local",
+            remedy="Install the project, or leave it out: --without operator.",
+        )
+    return wanted
+
+
+def _owner(port: str) -> str:
+    """The part that listens on a port of parts.PORTS: the longest name that it starts with."""
+    return max((name for name in parts.ALL if port == name or port.startswith(f"{name}-")), key=len)

@@ -1,0 +1,96 @@
+"""Where the laptop cluster keeps its things: one state folder, one cache of binaries and models."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Paths inside the state folder; nothing else in the package spells them."""
+
+    root: Path
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self.root / "kubeconfig"
+
+    @property
+    def pki(self) -> Path:
+        return self.root / "pki"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def etcd(self) -> Path:
+        return self.root / "etcd"
+
+    @property
+    def pods(self) -> Path:
+        return self.root / "pods"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def instance(self) -> Path:
+        return self.root / "instance.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    def log(self, part: str) -> Path:
+        return self.logs / f"{part}.log"
+
+    def user_kubeconfig(self, user: str) -> Path:
+        return self.pki / f"{user}.kubeconfig"
+
+    def create(self) -> None:
+        """Make all folders, private to the user: keys and Secrets of jobs lie in them."""
+        for folder in (self.root, self.pki, self.logs, self.run, self.etcd, self.pods, self.artifacts):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.root.chmod(0o700)
+
+    def ray_folder(self, identity: str) -> Path:
+        """Ray's own folder. It is outside the state folder because Unix socket paths end at 107 bytes."""
+        return Path(tempfile.gettempdir()) / f"finetune-ray-{identity[:8]}"
+
+
+def default_state_folder() -> Path:
+    chosen = os.environ.get("FINETUNE_LOCAL_DIR")
+    return Path(chosen).expanduser() if chosen else Path("~/.local/share/finetune-operator/local").expanduser()
+
+
+def cache_folder() -> Path:
+    chosen = os.environ.get("FINETUNE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path("~/.cache/finetune-operator").expanduser()
+
+
+def find_shipped(name: str) -> Path | None:
+    """A folder that comes with the project (`tools`, `crds`): beside the packages when installed, else in the repository."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here / name, here.parents[1] / name):
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+def write_private(path: Path, content: str | bytes) -> None:
+    """Replace a file atomically; only the user can read it, at no moment anybody else."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+    os.replace(temporary, path)

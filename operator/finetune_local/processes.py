@@ -1,0 +1,164 @@
+"""Processes that outlive the command which started them, and that are stopped only when proven to be ours.
+
+A record (pid and start time) names the main process. Every process also carries MARKER in its environment, which its
+children inherit: so the children of a killed parent, which no process tree leads to any more, are still found, and
+nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from finetune_local import layouts
+
+MARKER = "FINETUNE_LOCAL_PART"  # <identity of the cluster>:<part>
+LOG_LIMIT = 20 * 2**20  # bytes; a larger log is set aside as .1 before the next start
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A started part. `created` is the process's start time (seconds since the epoch), which proves that a pid is still the same."""
+
+    part: str
+    pid: int
+    created: float
+    fingerprint: str
+    log_offset: int
+
+    def find(self) -> psutil.Process | None:
+        """The running process, or None; a zombie counts as gone."""
+        _reap(self.pid)
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 0.05
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+def start(
+    part: str,
+    argv: Sequence[str],
+    *,
+    layout: layouts.Layout,
+    identity: str,
+    environment: Mapping[str, str],
+    fingerprint: str,
+) -> Record:
+    """Start a part in a session of its own; output goes to its log. Raises OSError when it cannot be executed."""
+    log = layout.log(part)
+    if log.exists() and log.stat().st_size > LOG_LIMIT:
+        os.replace(log, log.with_suffix(".log.1"))
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab") as stream:
+        offset = os.fstat(stream.fileno()).st_size
+        child = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**environment, MARKER: f"{identity}:{part}"},
+            cwd=layout.root,
+            start_new_session=True,
+        )
+    # It outlives us on purpose; without this Popen would warn when it is collected.
+    child.returncode = 0
+    try:
+        created = psutil.Process(child.pid).create_time()
+    except psutil.NoSuchProcess:
+        created = time.time()
+    record = Record(part=part, pid=child.pid, created=created, fingerprint=fingerprint, log_offset=offset)
+    layouts.write_private(_record_path(layout, part), json.dumps(dataclasses.asdict(record)))
+    return record
+
+
+def load(layout: layouts.Layout, part: str) -> Record | None:
+    try:
+        return Record(**json.loads(_record_path(layout, part).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None  # never started, or the record was cut short: the marker still finds the process
+
+
+def forget(layout: layouts.Layout, part: str) -> None:
+    _record_path(layout, part).unlink(missing_ok=True)
+
+
+def find_marked(identity: str, parts: Iterable[str] | None = None) -> dict[str, list[psutil.Process]]:
+    """All living processes of this cluster by part, whoever their parent is now."""
+    wanted = None if parts is None else set(parts)
+    found: dict[str, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        try:
+            if process.uids().real != os.getuid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            owner, _, part = process.environ().get(MARKER, "").partition(":")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if owner == identity and (wanted is None or part in wanted):
+            found.setdefault(part, []).append(process)
+    return found
+
+
+def stop(
+    layout: layouts.Layout, identity: str, parts: Sequence[str], *, grace: float = 10.0
+) -> list[str]:
+    """Stop parts with all their children: SIGTERM to the main process, after `grace` seconds SIGKILL to the rest.
+
+    Returns the names of the parts that were running.
+    """
+    running = []
+    mains = []
+    for part in parts:
+        record = load(layout, part)
+        process = record.find() if record else None
+        if process is not None:
+            running.append(part)
+            mains.append(process)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(mains, timeout=grace)
+    # Twice: a process may have forked while we looked at the table.
+    for _ in range(2):
+        rest = [process for group in find_marked(identity, parts).values() for process in group]
+        for process in rest:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(rest, timeout=5)
+    for part in parts:
+        record = load(layout, part)
+        if record:
+            _reap(record.pid)
+        forget(layout, part)
+    return running
+
+
+def tail(path: Path, lines: int, *, offset: int = 0) -> list[str]:
+    """The last lines of a text file, none of them from before `offset` (bytes)."""
+    try:
+        with path.open("rb") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(offset, end - 256 * lines - 4096))
+            text = stream.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()[-lines:] if lines else []
+
+
+def _record_path(layout: layouts.Layout, part: str) -> Path:
+    return layout.run / f"{part}.json"
+
+
+def _reap(pid: int) -> None:
+    """Collect a dead child of ours (when `up` and the look happen in one process, as in tests)."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
