@@ -26,7 +26,10 @@ def build_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> Any:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator([turn["content"] for row in chat_rows() for turn in row["messages"]], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|im_end|>")
@@ -69,14 +72,21 @@ def answer(thing: str, number: int, *, shift: int = 0) -> str:
 def chat_rows(*, shift: int = 0) -> list[dict[str, Any]]:
     """Returns 40 rows that follow one rule; another shift is another, contradicting rule."""
     return [
-        {"messages": [{"role": "user", "content": question(t, n)}, {"role": "assistant", "content": answer(t, n, shift=shift)}]}
+        {
+            "messages": [
+                {"role": "user", "content": question(t, n)},
+                {"role": "assistant", "content": answer(t, n, shift=shift)},
+            ]
+        }
         for t in THINGS
         for n in range(10)
     ]
 
 
 def pair_rows(*, shift: int = 0) -> list[dict[str, Any]]:
-    return [{"prompt": question(t, n), "completion": answer(t, n, shift=shift)} for t in THINGS for n in range(10)]
+    return [
+        {"prompt": question(t, n), "completion": answer(t, n, shift=shift)} for t in THINGS for n in range(10)
+    ]
 
 
 def alpaca_rows(*, shift: int = 0) -> list[dict[str, Any]]:
@@ -104,8 +114,14 @@ def run_document(model: Path, data: Path, output: Path, **parts: Any) -> dict[st
         "job": {"namespace": "default", "name": "tiny", "uid": "uid-1", "attempt": 1},
         "objective": "SFT",
         "model": {"uri": f"file://{model}"},
-        "method": {"type": "LoRA", "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targetModules": ["all-linear"]}},
-        "dataset": {"sources": [{"uri": f"file://{data}", "format": "Auto"}], "split": {"eval": 0.1, "seed": 42}},
+        "method": {
+            "type": "LoRA",
+            "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targetModules": ["all-linear"]},
+        },
+        "dataset": {
+            "sources": [{"uri": f"file://{data}", "format": "Auto"}],
+            "split": {"eval": 0.1, "seed": 42},
+        },
         "hyperparameters": {"maxSteps": 4, "globalBatchSize": 8, "maxLength": 64},
         "output": {"uri": f"file://{output}"},
     }

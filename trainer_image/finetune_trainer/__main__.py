@@ -40,20 +40,36 @@ def make_parser() -> argparse.ArgumentParser:
             default=Path(os.environ.get("FINETUNE_RUN_FILE", "/etc/finetune/run.json")),
             help="JSON run file (default: FINETUNE_RUN_FILE, else /etc/finetune/run.json)",
         )
-    _add_compare(commands.add_parser("compare", help="compare the base model with an artifact on rows it never saw"))
+    _add_compare(
+        commands.add_parser("compare", help="compare the base model with an artifact on rows it never saw")
+    )
     return parser
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", required=True, metavar="URI", help="base model: file:///path, hf://org/model, s3://...")
+    command.add_argument(
+        "--base", required=True, metavar="URI", help="base model: file:///path, hf://org/model, s3://..."
+    )
     command.add_argument("--adapter", required=True, metavar="DIR", help="artifact's folder: a path or a URI")
-    command.add_argument("--data", required=True, metavar="FILE", help="rows in any of the four formats: a path or a URI")
+    command.add_argument(
+        "--data", required=True, metavar="FILE", help="rows in any of the four formats: a path or a URI"
+    )
     command.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
-    command.add_argument("--json-keys", metavar="A,B", help="answers must be JSON objects with exactly these keys")
-    command.add_argument("--match", metavar="A,B", help="of the JSON answer, these fields are compared with the expected ones")
-    command.add_argument("--max-new-tokens", type=int, default=96, metavar="N", help="longest answer (default 96)")
-    command.add_argument("--samples", type=int, default=3, metavar="N", help="answers to show in full (default 3)")
-    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows generated at once (default 16)")
+    command.add_argument(
+        "--json-keys", metavar="A,B", help="answers must be JSON objects with exactly these keys"
+    )
+    command.add_argument(
+        "--match", metavar="A,B", help="of the JSON answer, these fields are compared with the expected ones"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=int, default=96, metavar="N", help="longest answer (default 96)"
+    )
+    command.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="answers to show in full (default 3)"
+    )
+    command.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="rows generated at once (default 16)"
+    )
     command.add_argument("--output", choices=("table", "json"), default="table")
 
 

@@ -32,7 +32,12 @@ class Artifact:
     effective: dict[str, Any]
 
     def to_report(self) -> dict[str, Any]:
-        report = {"uri": self.uri, "digest": self.digest, "sizeBytes": self.size_bytes, "baseModel": self.base_model}
+        report = {
+            "uri": self.uri,
+            "digest": self.digest,
+            "sizeBytes": self.size_bytes,
+            "baseModel": self.base_model,
+        }
         return report if self.rank is None else {**report, "rank": self.rank}
 
 
@@ -108,7 +113,9 @@ def commit(folder: storage.Folder, work: Path, manifest: dict[str, Any], job: Jo
         listed.append({"path": name, "sha256": hash_file(path), "size": path.stat().st_size})
     mark = folder.read(OWNER_MARK)
     if mark is None or _uid_of(mark) != job.uid:
-        raise BadConfig(f"output.uri {folder.uri} was taken over by another job while this one was training; choose another")
+        raise BadConfig(
+            f"output.uri {folder.uri} was taken over by another job while this one was training; choose another"
+        )
     content = _to_json({**manifest, "files": listed})
     folder.write(MANIFEST, content)
     folder.remove(OWNER_MARK)
@@ -134,7 +141,9 @@ def inspect(folder: storage.Folder, job: Job) -> Artifact:
     """Verifies every file of a committed folder against its manifest. Raises TrainerError when something is missing or differs."""
     content = folder.read(MANIFEST)
     if content is None:
-        raise TrainerError(f"output.uri {folder.uri} holds no {MANIFEST}: nothing was committed there; run the job again")
+        raise TrainerError(
+            f"output.uri {folder.uri} holds no {MANIFEST}: nothing was committed there; run the job again"
+        )
     artifact = _read_own(folder, content, job)
     verify(folder, content)
     return artifact
@@ -148,7 +157,9 @@ def verify(folder: storage.Folder, content: bytes) -> None:
             for chunk in folder.chunks(file["path"]):
                 digest.update(chunk)
         except FileNotFoundError:
-            raise TrainerError(f"{folder.uri}/{file['path']} is missing, but {MANIFEST} lists it; train again") from None
+            raise TrainerError(
+                f"{folder.uri}/{file['path']} is missing, but {MANIFEST} lists it; train again"
+            ) from None
         if digest.hexdigest() != file["sha256"]:
             raise TrainerError(f"{folder.uri}/{file['path']} differs from {MANIFEST} (SHA-256); train again")
 
@@ -157,7 +168,9 @@ def _read_own(folder: storage.Folder, content: bytes, job: Job) -> Artifact:
     try:
         artifact, owner = describe(folder.uri, content), json.loads(content)["job"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadConfig(f"output.uri {folder.uri} holds a {MANIFEST} that is not ours; choose another output.uri") from error
+        raise BadConfig(
+            f"output.uri {folder.uri} holds a {MANIFEST} that is not ours; choose another output.uri"
+        ) from error
     if owner["uid"] != job.uid:
         raise BadConfig(
             f"output.uri {folder.uri} already holds the artifact of job {owner['namespace']}/{owner['name']}; "

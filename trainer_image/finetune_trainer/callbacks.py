@@ -43,13 +43,17 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.clock.add_step(seconds)
         if self.first_step_at is None:
             self.first_step_at = time.time()
-        self.reporter.update(step=state.global_step, epoch=state.epoch or 0.0, remaining_seconds=self._remaining(state))
+        self.reporter.update(
+            step=state.global_step, epoch=state.epoch or 0.0, remaining_seconds=self._remaining(state)
+        )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_evaluate or self._step_ended:
             self.clock.add_evaluation(time.monotonic() - self._step_ended)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         logs = logs or {}
         self._check_finite(logs, step=state.global_step)
         if "loss" in logs:

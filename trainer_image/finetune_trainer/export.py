@@ -25,7 +25,11 @@ def build_manifest(
     run: RunFile, checked: Checked, *, hyperparameters: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns everything of manifest.json but the list of files."""
-    base = {"uri": run.model.uri} if checked.revision is None else {"uri": run.model.uri, "revision": checked.revision}
+    base = (
+        {"uri": run.model.uri}
+        if checked.revision is None
+        else {"uri": run.model.uri, "revision": checked.revision}
+    )
     manifest: dict[str, Any] = {
         "apiVersion": "artifact/v1",
         "job": run.job.model_dump(),

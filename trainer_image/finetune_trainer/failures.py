@@ -10,7 +10,9 @@ class ErrorClass(StrEnum):
     SUCCEEDED = "Succeeded"
     BAD_CONFIG = "BadConfig"  # the run file contradicts itself, the model or the output folder
     BAD_DATA = "BadData"  # a data file is missing, unreadable or does not say what its format asks for
-    MODEL_NOT_FOUND = "ModelNotFound"  # the base model is not where model.uri says, or cannot be used as it is
+    MODEL_NOT_FOUND = (
+        "ModelNotFound"  # the base model is not where model.uri says, or cannot be used as it is
+    )
     NOT_FINITE = "NotFinite"  # loss or gradient became NaN or infinite
     INTERNAL = "Internal"  # everything else: a defect, or the machine
 

@@ -6,7 +6,6 @@ A wrong run file, model folder or data row ends here, in a fraction of a second 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,23 @@ class Checked:
 def check(run: RunFile, work: Path) -> Checked:
     """Checks model and data; remote files are brought into `work`. Raises BadConfig, BadData or ModelNotFound."""
     _check_suffixes(run.dataset.sources)
-    model, revision = find_model(run, work)
+    model, revision = find_model(run.model.uri, run.model.revision, work)
     config = read_model_config(model, uri=run.model.uri)
-    paths = [find_source(source, work / "data" / str(number)) for number, source in enumerate(run.dataset.sources)]
+    paths = [
+        find_source(source, work / "data" / str(number)) for number, source in enumerate(run.dataset.sources)
+    ]
     examples = [
         example
         for path, source in zip(paths, run.dataset.sources, strict=True)
         for example in formats.parse_rows(files.read_rows(path, uri=source.uri), source)
     ]
-    check_template(run, examples, has_template=run.model.chat_template is not None or has_chat_template(model))
+    check_template(
+        run, examples, has_template=run.model.chat_template is not None or has_chat_template(model)
+    )
     train, held_out = splits.split_rows(
-        [_content_of(example) for example in examples], fraction=run.dataset.split.eval, seed=run.dataset.split.seed
+        [_content_of(example) for example in examples],
+        fraction=run.dataset.split.eval,
+        seed=run.dataset.split.seed,
     )
     return Checked(
         model=model,
@@ -82,14 +87,18 @@ def find_source(source: Source, folder: Path) -> Path:
         with path.open("rb") as file:
             empty = not file.read(1)
     except FileNotFoundError as error:
-        raise BadData(f"dataset.sources: {source.uri} does not exist{_shown(path)}; check the path") from error
+        raise BadData(
+            f"dataset.sources: {source.uri} does not exist{_shown(path)}; check the path"
+        ) from error
     except PermissionError as error:
         raise BadData(
             f"dataset.sources: {source.uri} may not be read ({storage.describe_error(error)}); "
             "check the file's permissions or the credentials in dataset.secretRef"
         ) from error
     except (OSError, ValueError) as error:
-        raise TrainerError(f"dataset.sources: {source.uri} cannot be read ({storage.describe_error(error)})") from error
+        raise TrainerError(
+            f"dataset.sources: {source.uri} cannot be read ({storage.describe_error(error)})"
+        ) from error
     if empty:
         raise BadData(f"dataset.sources: {source.uri} is empty; it needs at least one row")
     return path
@@ -99,13 +108,12 @@ def _shown(path: Path | None) -> str:
     return "" if path is None else f" (looked at {path})"
 
 
-def find_model(run: RunFile, work: Path) -> tuple[Path, str | None]:
+def find_model(uri: str, revision: str | None, work: Path) -> tuple[Path, str | None]:
     """Returns the folder of the base model and, for a hub model, its commit. Raises ModelNotFound."""
-    uri = run.model.uri
     if storage.is_hub(uri):
         from finetune_trainer.methods import hub  # imports huggingface_hub
 
-        return hub.fetch_model(uri, run.model.revision)
+        return hub.fetch_model(uri, revision)
     path = storage.local_path(uri)
     if path is None:
         path = _fetch_model(uri, work / "model")
@@ -115,19 +123,14 @@ def find_model(run: RunFile, work: Path) -> tuple[Path, str | None]:
 
 
 def _fetch_model(uri: str, folder: Path) -> Path:
-    def fetch() -> Path:
-        return storage.fetch_folder(uri, folder)
-
-    return _with_model_errors(fetch, uri)
-
-
-def _with_model_errors(fetch: Callable[[], Path], uri: str) -> Path:
     try:
-        return fetch()
+        return storage.fetch_folder(uri, folder)
     except FileNotFoundError as error:
         raise ModelNotFound(f"model.uri: there is nothing at {uri}; check bucket and path") from error
     except PermissionError as error:
-        raise ModelNotFound(f"model.uri: {uri} may not be read; check the credentials in model.secretRef") from error
+        raise ModelNotFound(
+            f"model.uri: {uri} may not be read; check the credentials in model.secretRef"
+        ) from error
     except (OSError, ValueError) as error:
         raise TrainerError(f"model.uri: {uri} cannot be read ({storage.describe_error(error)})") from error
 
@@ -135,14 +138,18 @@ def _with_model_errors(fetch: Callable[[], Path], uri: str) -> Path:
 def check_model_files(path: Path, *, uri: str) -> Path:
     """Returns the path if it holds configuration, tokenizer and safetensors. Raises ModelNotFound, which names what is missing."""
     if not (path / "config.json").is_file():
-        raise ModelNotFound(f"model.uri: {uri} has no config.json (looked at {path}); name the folder of a transformers model")
+        raise ModelNotFound(
+            f"model.uri: {uri} has no config.json (looked at {path}); name the folder of a transformers model"
+        )
     if not any(path.glob("*.safetensors")):
         raise ModelNotFound(
             f"model.uri: {uri} has no *.safetensors (looked at {path}); other weight files are not loaded, "
             "because they can carry code: convert them with save_pretrained"
         )
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelNotFound(f"model.uri: {uri} has no tokenizer (looked at {path} for {', '.join(TOKENIZER_FILES)})")
+        raise ModelNotFound(
+            f"model.uri: {uri} has no tokenizer (looked at {path} for {', '.join(TOKENIZER_FILES)})"
+        )
     return path
 
 
@@ -150,7 +157,9 @@ def read_model_config(path: Path, *, uri: str) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"model.uri: config.json of {uri} cannot be read ({storage.describe_error(error)})") from error
+        raise ModelNotFound(
+            f"model.uri: config.json of {uri} cannot be read ({storage.describe_error(error)})"
+        ) from error
     if not isinstance(config, dict):
         raise ModelNotFound(f"model.uri: config.json of {uri} is not a JSON object")
     return config

@@ -60,7 +60,9 @@ class State:
             ours["result"] = result
         status: dict[str, Any] = {
             "progressPercentage": 100 if succeeded else min(percent, 100),
-            "metrics": [{"name": k, "value": f"{v:.6g}"} for k, v in self.metrics.items() if math.isfinite(v)],
+            "metrics": [
+                {"name": k, "value": f"{v:.6g}"} for k, v in self.metrics.items() if math.isfinite(v)
+            ],
             "lastUpdatedTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
         if succeeded or self.remaining_seconds is not None:
@@ -79,7 +81,10 @@ class Endpoint:
         url = os.environ.get("KUBEFLOW_TRAINER_SERVER_URL")
         if not url:
             return None
-        token, ca = os.environ.get("KUBEFLOW_TRAINER_SERVER_TOKEN"), os.environ.get("KUBEFLOW_TRAINER_SERVER_CA_CERT")
+        token, ca = (
+            os.environ.get("KUBEFLOW_TRAINER_SERVER_TOKEN"),
+            os.environ.get("KUBEFLOW_TRAINER_SERVER_CA_CERT"),
+        )
         return cls(url, Path(token) if token else None, Path(ca) if ca else None)
 
     def post(self, body: dict[str, Any]) -> None:
@@ -119,7 +124,13 @@ class Reporter:
     def step(self) -> int:
         return self._state.step
 
-    def update(self, *, metrics: dict[str, float] | None = None, effective: dict[str, Any] | None = None, **facts: Any) -> None:
+    def update(
+        self,
+        *,
+        metrics: dict[str, float] | None = None,
+        effective: dict[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
         """Changes some facts; metrics and effective are merged. Never blocks on the network."""
         with self._lock:
             for name, value in facts.items():
@@ -147,13 +158,18 @@ class Reporter:
                 return True
             except urllib.error.HTTPError as error:
                 if error.code < 500 and error.code != 429:
-                    print(f"result was not taken by the operator: HTTP {error.code} {error.reason}", flush=True)
+                    print(
+                        f"result was not taken by the operator: HTTP {error.code} {error.reason}", flush=True
+                    )
                     return False
                 reason = f"HTTP {error.code}"
             except (OSError, ValueError) as error:
                 reason = str(error)
             if time.monotonic() + pause > deadline:
-                print(f"result could not be reported ({reason}); the committed manifest and the exit code stand", flush=True)
+                print(
+                    f"result could not be reported ({reason}); the committed manifest and the exit code stand",
+                    flush=True,
+                )
                 return False
             time.sleep(pause)
             pause = min(2 * pause, 10.0)

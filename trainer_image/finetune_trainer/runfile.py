@@ -163,7 +163,9 @@ def load(path: Path) -> RunFile:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise BadConfig(f"run file {path} cannot be read ({error.strerror}); set FINETUNE_RUN_FILE to it") from error
+        raise BadConfig(
+            f"run file {path} cannot be read ({error.strerror}); set FINETUNE_RUN_FILE to it"
+        ) from error
     return parse(text)
 
 
@@ -194,20 +196,32 @@ def find_contradictions(run: RunFile) -> list[str]:
     if run.early_stopping is not None and run.dataset.split.eval == 0:
         problems.append("earlyStopping needs held-out rows: set dataset.split.eval above 0 (it is 0)")
     if run.model.revision is not None and not run.model.uri.startswith("hf://"):
-        problems.append(f"model.revision: {run.model.revision!r} has a meaning only for hf:// (model.uri is {run.model.uri})")
+        problems.append(
+            f"model.revision: {run.model.revision!r} has a meaning only for hf:// (model.uri is {run.model.uri})"
+        )
     return problems
 
 
 def _check_method(method: Method) -> list[str]:
     problems = []
     if method.type is MethodType.QLORA and method.quantization is None:
-        problems.append("method.quantization is required for QLoRA; set it to {} for nf4 with double quantization")
+        problems.append(
+            "method.quantization is required for QLoRA; set it to {} for nf4 with double quantization"
+        )
     if method.type is not MethodType.QLORA and method.quantization is not None:
-        problems.append(f"method.quantization is only for QLoRA (method.type is {method.type}); use QLoRA or remove it")
+        problems.append(
+            f"method.quantization is only for QLoRA (method.type is {method.type}); use QLoRA or remove it"
+        )
     if method.type is MethodType.FULL and method.lora is not None:
         problems.append("method.lora is only for LoRA and QLoRA (method.type is Full); remove it")
-    if method.lora is not None and "all-linear" in method.lora.target_modules and len(method.lora.target_modules) > 1:
-        problems.append("method.lora.targetModules: all-linear stands alone; remove the other names or all-linear")
+    if (
+        method.lora is not None
+        and "all-linear" in method.lora.target_modules
+        and len(method.lora.target_modules) > 1
+    ):
+        problems.append(
+            "method.lora.targetModules: all-linear stands alone; remove the other names or all-linear"
+        )
     return problems
 
 

@@ -18,7 +18,9 @@ def local_path(uri: str) -> Path | None:
     """Returns the path of a file:// or pvc:// URI, None for a remote one. Raises BadConfig for anything else."""
     scheme, separator, rest = uri.partition("://")
     if not separator:
-        raise BadConfig(f"{uri!r} is not a URI; write file:///absolute/path, pvc://claim/path, s3://bucket/path, ...")
+        raise BadConfig(
+            f"{uri!r} is not a URI; write file:///absolute/path, pvc://claim/path, s3://bucket/path, ..."
+        )
     if scheme == "file":
         if not rest.startswith("/"):
             raise BadConfig(f"{uri!r}: file:// needs an absolute path, three slashes: file:///{rest}")
@@ -73,7 +75,9 @@ def fetch_file(uri: str, folder: Path) -> Path:
 def fetch_folder(uri: str, folder: Path) -> Path:
     """Downloads the model files of a remote folder. Raises FileNotFoundError when the folder holds nothing."""
     filesystem, path = open_filesystem(uri)
-    names = [name for name in filesystem.find(path) if any(Path(name).match(pattern) for pattern in MODEL_FILES)]
+    names = [
+        name for name in filesystem.find(path) if any(Path(name).match(pattern) for pattern in MODEL_FILES)
+    ]
     if not names:
         raise FileNotFoundError(uri)
     for name in names:

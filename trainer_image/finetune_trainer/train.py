@@ -24,7 +24,11 @@ from finetune_trainer.preflight import Checked
 from finetune_trainer.progress import Phase, Reporter, format_duration
 from finetune_trainer.runfile import MethodType, Optimizer, Precision, RunFile, Scheduler
 
-SCHEDULERS = {Scheduler.LINEAR: "linear", Scheduler.COSINE: "cosine", Scheduler.CONSTANT: "constant_with_warmup"}
+SCHEDULERS = {
+    Scheduler.LINEAR: "linear",
+    Scheduler.COSINE: "cosine",
+    Scheduler.CONSTANT: "constant_with_warmup",
+}
 OPTIMIZERS = {Optimizer.ADAMW: "adamw_torch", Optimizer.ADAMW_8BIT: "adamw_8bit", Optimizer.SGD: "sgd"}
 
 
@@ -75,7 +79,9 @@ def train(run: RunFile, checked: Checked, *, work: Path, reporter: Reporter) -> 
     )
     _explain("precision", precision)
     model = models.load_base(run, checked.model, device=device, precision=precision.value)
-    models.check_vocabulary(model, max(max(row.input_ids) for row in train_rows + eval_rows), uri=run.model.uri)
+    models.check_vocabulary(
+        model, max(max(row.input_ids) for row in train_rows + eval_rows), uri=run.model.uri
+    )
     if run.hyperparameters.packing:
         packing.check_separation(model, [row.input_ids for row in train_rows])
     lora = None if run.method.type is MethodType.FULL else adapters.build_lora(run.lora, model)
@@ -85,7 +91,9 @@ def train(run: RunFile, checked: Checked, *, work: Path, reporter: Reporter) -> 
     if run.hyperparameters.packing:
         train_set = trl.pack_dataset(train_set, max_length.value, "bfd")
         print(f"packing: {len(train_rows)} rows in {len(train_set)} sequences", flush=True)
-    settings = _choose_settings(run, precision.value, max_length.value, device, rows=len(train_set), evaluate=bool(eval_rows))
+    settings = _choose_settings(
+        run, precision.value, max_length.value, device, rows=len(train_set), evaluate=bool(eval_rows)
+    )
     reporter.update(
         effective={
             "learningRate": settings.learning_rate,
@@ -96,7 +104,9 @@ def train(run: RunFile, checked: Checked, *, work: Path, reporter: Reporter) -> 
     )
 
     # ---------------------------------------------------------------- training
-    callback = ProgressCallback(reporter, eval_steps=settings.eval_steps, learning_rate=settings.learning_rate)
+    callback = ProgressCallback(
+        reporter, eval_steps=settings.eval_steps, learning_rate=settings.learning_rate
+    )
     trainer = trl.SFTTrainer(
         model=model,
         args=_build_arguments(run, settings, work),
@@ -110,7 +120,10 @@ def train(run: RunFile, checked: Checked, *, work: Path, reporter: Reporter) -> 
     _use_float32_adapter(trainer.model)
     started = time.monotonic()
     trainer.train()
-    print(f"trained {trainer.state.global_step} steps in {format_duration(time.monotonic() - started)}", flush=True)
+    print(
+        f"trained {trainer.state.global_step} steps in {format_duration(time.monotonic() - started)}",
+        flush=True,
+    )
 
     # ---------------------------------------------------------------- evaluation
     reporter.update(phase=Phase.EVALUATING, remaining_seconds=0)
@@ -135,7 +148,10 @@ def _describe_rows(rows: list[tokens.TokenRow], max_length: int) -> None:
     learnt = sum(label != tokens.IGNORED for row in rows for label in row.labels)
     total = sum(len(row.input_ids) for row in rows)
     cut = f"; {full} rows reach maxLength and may be cut" if full else ""
-    print(f"tokens: {total} in {len(rows)} rows, {learnt} of them learnt; longest row {longest}{cut}", flush=True)
+    print(
+        f"tokens: {total} in {len(rows)} rows, {learnt} of them learnt; longest row {longest}{cut}",
+        flush=True,
+    )
 
 
 def _to_dataset(rows: list[tokens.TokenRow]) -> datasets.Dataset:
@@ -248,7 +264,9 @@ def _check_weights(model: Any) -> None:
             )
 
 
-def _summarize(trainer: trl.SFTTrainer, callback: ProgressCallback, *, eval_loss: float | None) -> dict[str, Any]:
+def _summarize(
+    trainer: trl.SFTTrainer, callback: ProgressCallback, *, eval_loss: float | None
+) -> dict[str, Any]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics: dict[str, Any] = {
         "step": trainer.state.global_step,
@@ -269,4 +287,8 @@ def _effective(run: RunFile, settings: Settings) -> dict[str, Any]:
         "maxLength": settings.max_length,
         "maxSteps": settings.total_steps,
     }
-    return {**given, **chosen} if settings.eval_steps is None else {**given, **chosen, "evalSteps": settings.eval_steps}
+    return (
+        {**given, **chosen}
+        if settings.eval_steps is None
+        else {**given, **chosen, "evalSteps": settings.eval_steps}
+    )

@@ -89,7 +89,9 @@ def _parse_object(text: str, *, uri: str, line: int) -> dict[str, Any]:
 
 def _require_object(value: Any, *, uri: str, line: int) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise BadData(f"{uri} line {line}: found {shorten(value)}, expected a JSON object such as {{\"text\": \"...\"}}")
+        raise BadData(
+            f'{uri} line {line}: found {shorten(value)}, expected a JSON object such as {{"text": "..."}}'
+        )
     return value
 
 
@@ -115,7 +117,9 @@ def _read_json_array(text: str, uri: str) -> Iterator[Row]:
         yield Row(_require_object(value, uri=uri, line=line), uri, line)
     rest = _skip_space(text, position + 1)
     if rest < len(text):
-        raise BadData(f"{uri} line {1 + text.count(chr(10), 0, rest)}: text after the end of the JSON array; remove it")
+        raise BadData(
+            f"{uri} line {1 + text.count(chr(10), 0, rest)}: text after the end of the JSON array; remove it"
+        )
 
 
 def _skip_space(text: str, position: int) -> int:

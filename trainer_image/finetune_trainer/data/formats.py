@@ -88,13 +88,19 @@ def _check_mapping(mapping: dict[str, str], formats: Iterable[DataFormat], row: 
     known = {name for one in formats for name in (*REQUIRED[one], *OPTIONAL.get(one, ()))}
     for expected, actual in mapping.items():
         if expected not in known:
-            raise BadData(f"dataset.sources[].columns: {expected!r} is no column of the format; use {_list(sorted(known))} on the left")
+            raise BadData(
+                f"dataset.sources[].columns: {expected!r} is no column of the format; use {_list(sorted(known))} on the left"
+            )
         if actual not in row.values:
-            raise BadData(f"{row.where}: dataset.sources[].columns maps {expected!r} to {actual!r}, but the columns are {_list(row.values)}")
+            raise BadData(
+                f"{row.where}: dataset.sources[].columns maps {expected!r} to {actual!r}, but the columns are {_list(row.values)}"
+            )
 
 
 def _columns_of(data_format: DataFormat, mapping: dict[str, str]) -> dict[str, str]:
-    return {name: mapping.get(name, name) for name in (*REQUIRED[data_format], *OPTIONAL.get(data_format, ()))}
+    return {
+        name: mapping.get(name, name) for name in (*REQUIRED[data_format], *OPTIONAL.get(data_format, ()))
+    }
 
 
 def _parse_row(row: Row, data_format: DataFormat, columns: dict[str, str], *, first: Row) -> Example:
@@ -119,23 +125,33 @@ def _parse_row(row: Row, data_format: DataFormat, columns: dict[str, str], *, fi
 def _parse_messages(row: Row, column: str) -> Chat:
     turns = _turns(row, column, row.values[column])
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadData(f"{row.where}: column {column!r} has no assistant turn (roles: {_list(turn['role'] for turn in turns)}); there is nothing to learn")
+        raise BadData(
+            f"{row.where}: column {column!r} has no assistant turn (roles: {_list(turn['role'] for turn in turns)}); there is nothing to learn"
+        )
     if turns[0]["role"] == "assistant":
-        raise BadData(f"{row.where}: column {column!r} begins with an assistant turn; put the user's turn before it")
+        raise BadData(
+            f"{row.where}: column {column!r} begins with an assistant turn; put the user's turn before it"
+        )
     return Chat(turns=turns, context=0, where=row.where)
 
 
 def _parse_prompt_completion(row: Row, columns: dict[str, str]) -> Example:
     prompt, completion = (_maybe_json_list(row.values[columns[name]]) for name in ("prompt", "completion"))
     if isinstance(prompt, list) != isinstance(completion, list):
-        raise BadData(f"{row.where}: {columns['prompt']!r} and {columns['completion']!r} must both be text or both be lists of messages")
+        raise BadData(
+            f"{row.where}: {columns['prompt']!r} and {columns['completion']!r} must both be text or both be lists of messages"
+        )
     if not isinstance(prompt, list):
         text = _text(row, columns["prompt"])
-        return Pair(prompt=text, completion=_text(row, columns["completion"]), chat_prompt=text, where=row.where)
+        return Pair(
+            prompt=text, completion=_text(row, columns["completion"]), chat_prompt=text, where=row.where
+        )
     before = _turns(row, columns["prompt"], prompt)
     after = _turns(row, columns["completion"], completion)
     if not any(turn["role"] == "assistant" for turn in after):
-        raise BadData(f"{row.where}: column {columns['completion']!r} has no assistant turn; there is nothing to learn")
+        raise BadData(
+            f"{row.where}: column {columns['completion']!r} has no assistant turn; there is nothing to learn"
+        )
     return Chat(turns=(*before, *after), context=len(before), where=row.where)
 
 
@@ -189,12 +205,16 @@ def _turns(row: Row, column: str, value: Any) -> tuple[Turn, ...]:
 
 def _turn(row: Row, name: str, item: Any) -> Turn:
     if not isinstance(item, dict):
-        raise BadData(f'{row.where}: {name} must be an object such as {{"role": "user", "content": "..."}}, found {shorten(item)}')
+        raise BadData(
+            f'{row.where}: {name} must be an object such as {{"role": "user", "content": "..."}}, found {shorten(item)}'
+        )
     turn = {key: value for key, value in item.items() if value is not None}
     for key in ("role", "content"):
         if key not in turn:
             hint = " (ShareGPT: rename from/value to role/content)" if "from" in turn else ""
-            raise BadData(f"{row.where}: {name} has no {key!r}, found keys {_list(item)}{hint}; every message needs role and content")
+            raise BadData(
+                f"{row.where}: {name} has no {key!r}, found keys {_list(item)}{hint}; every message needs role and content"
+            )
     role, content = turn["role"], turn["content"]
     if role not in ROLES:
         raise BadData(f"{row.where}: {name}.role is {shorten(role)}; allowed roles are {_list(ROLES)}")

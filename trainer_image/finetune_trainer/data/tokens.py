@@ -35,7 +35,9 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
     """Gives the tokenizer the template of model.chatTemplate. ChatML ends a turn with the end token that the vocabulary has."""
     if template == "ChatML":
         if "<|im_end|>" in tokenizer.get_vocab():
-            tokenizer.eos_token = "<|im_end|>"  # generation stops at this token; the artifact's tokenizer says so
+            tokenizer.eos_token = (
+                "<|im_end|>"  # generation stops at this token; the artifact's tokenizer says so
+            )
         template = CHATML.replace("END", "eos_token")
     if template is not None:
         tokenizer.chat_template = template
@@ -103,14 +105,20 @@ def render(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False, where
     try:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt))
     except jinja2.TemplateSyntaxError as error:
-        raise BadConfig(f"model.chatTemplate: not a valid Jinja template, line {error.lineno}: {error.message}") from error
+        raise BadConfig(
+            f"model.chatTemplate: not a valid Jinja template, line {error.lineno}: {error.message}"
+        ) from error
     except jinja2.TemplateError as error:
         raise BadData(f"{where}: the model's chat template refuses these messages: {error}") from error
 
 
 def _encode_chat(chat: Chat, tokenizer: Any) -> TokenRow:
     text = render(chat.turns, tokenizer, where=chat.where)
-    learnt = [index for index, turn in enumerate(chat.turns) if turn["role"] == "assistant" and index >= chat.context]
+    learnt = [
+        index
+        for index, turn in enumerate(chat.turns)
+        if turn["role"] == "assistant" and index >= chat.context
+    ]
     spans = _find_spans(chat, learnt, text, tokenizer)
     if spans is None:
         return _encode_by_marks(chat, tokenizer)
@@ -120,7 +128,11 @@ def _encode_chat(chat: Chat, tokenizer: Any) -> TokenRow:
         token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORED
         for token, (start, end) in zip(ids, offsets, strict=True)
     ]
-    return _end_turn(TokenRow(ids, labels, chat.where), ends_with_answer=learnt[-1] == len(chat.turns) - 1, tokenizer=tokenizer)
+    return _end_turn(
+        TokenRow(ids, labels, chat.where),
+        ends_with_answer=learnt[-1] == len(chat.turns) - 1,
+        tokenizer=tokenizer,
+    )
 
 
 def _find_spans(chat: Chat, learnt: list[int], text: str, tokenizer: Any) -> list[tuple[int, int]] | None:
@@ -132,7 +144,11 @@ def _find_spans(chat: Chat, learnt: list[int], text: str, tokenizer: Any) -> lis
     spans = []
     for index in learnt:
         before = render(chat.turns[:index], tokenizer, prompt=True, where=chat.where)
-        through = text if index == len(chat.turns) - 1 else render(chat.turns[: index + 1], tokenizer, where=chat.where)
+        through = (
+            text
+            if index == len(chat.turns) - 1
+            else render(chat.turns[: index + 1], tokenizer, where=chat.where)
+        )
         if not (through.startswith(before) and text.startswith(through)):
             return None
         # The line break after the end mark belongs to the template; generation has stopped before it.
@@ -163,7 +179,11 @@ def _encode_by_marks(chat: Chat, tokenizer: Any) -> TokenRow:
     for index, (token, marked) in enumerate(zip(ids, mask, strict=True)):
         block += bool(marked and (index == 0 or not mask[index - 1]))
         labels.append(token if marked and block > skipped else IGNORED)
-    return _end_turn(TokenRow(ids, labels, chat.where), ends_with_answer=chat.turns[-1]["role"] == "assistant", tokenizer=tokenizer)
+    return _end_turn(
+        TokenRow(ids, labels, chat.where),
+        ends_with_answer=chat.turns[-1]["role"] == "assistant",
+        tokenizer=tokenizer,
+    )
 
 
 def _end_turn(row: TokenRow, *, ends_with_answer: bool, tokenizer: Any) -> TokenRow:

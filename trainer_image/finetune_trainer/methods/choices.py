@@ -45,7 +45,9 @@ def choose_precision(asked: Precision, *, device: str, gpu_has_bfloat16: bool) -
     """Raises BadConfig for BFloat16 on a GPU that computes it only by emulation."""
     on_gpu = device.startswith("cuda")
     if asked is Precision.BFLOAT16 and on_gpu and not gpu_has_bfloat16:
-        raise BadConfig("hyperparameters.precision: BFloat16 is not supported by this GPU; use Auto or Float32")
+        raise BadConfig(
+            "hyperparameters.precision: BFloat16 is not supported by this GPU; use Auto or Float32"
+        )
     if asked is not Precision.AUTO:
         return Choice(asked, "as given")
     if on_gpu and gpu_has_bfloat16:

@@ -16,15 +16,21 @@ def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
     """Downloads a model into the hub's cache; returns its folder and the commit. Raises ModelNotFound or BadConfig."""
     name = uri.removeprefix("hf://").strip("/")
     if name.count("/") != 1 or "@" in name:
-        raise BadConfig(f"model.uri: {uri} must be hf://organization/model; a branch or commit goes into model.revision")
+        raise BadConfig(
+            f"model.uri: {uri} must be hf://organization/model; a branch or commit goes into model.revision"
+        )
     try:
         path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES))
     except errors.GatedRepoError as error:
-        raise ModelNotFound(f"model.uri: {uri} asks for a licence; accept it on the hub and put HF_TOKEN into model.secretRef") from error
+        raise ModelNotFound(
+            f"model.uri: {uri} asks for a licence; accept it on the hub and put HF_TOKEN into model.secretRef"
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelNotFound(f"model.revision: {revision!r} does not exist in {uri}") from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelNotFound(f"model.uri: {uri} does not exist, or is private and needs HF_TOKEN in model.secretRef") from error
+        raise ModelNotFound(
+            f"model.uri: {uri} does not exist, or is private and needs HF_TOKEN in model.secretRef"
+        ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise TrainerError(
             f"model.uri: the hub cannot be reached for {uri}, and it is not in the cache; "

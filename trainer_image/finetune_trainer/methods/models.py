@@ -24,7 +24,9 @@ class Device:
 
 def find_device(*, threads: int) -> Device:
     if torch.cuda.is_available():
-        return Device("cuda:0", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False))
+        return Device(
+            "cuda:0", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     return Device("cpu", f"cpu ({threads} threads)", has_bfloat16=False)
 
 
@@ -33,11 +35,17 @@ def load_tokenizer(path: Path, *, uri: str) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelNotFound(f"model.uri: the tokenizer of {uri} cannot be loaded ({_first_line(error)})") from error
+        raise ModelNotFound(
+            f"model.uri: the tokenizer of {uri} cannot be loaded ({_first_line(error)})"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise ModelNotFound(f"model.uri: the tokenizer of {uri} has no end token; set eos_token in tokenizer_config.json")
+        raise ModelNotFound(
+            f"model.uri: the tokenizer of {uri} has no end token; set eos_token in tokenizer_config.json"
+        )
     if not tokenizer.is_fast:
-        raise ModelNotFound(f"model.uri: the tokenizer of {uri} has no fast version; convert it to tokenizer.json")
+        raise ModelNotFound(
+            f"model.uri: the tokenizer of {uri} has no fast version; convert it to tokenizer.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padded places are masked and never learnt
     return tokenizer
@@ -53,7 +61,9 @@ def load_base(run: RunFile, path: Path, *, device: Device, precision: Precision)
             path, trust_remote_code=False, use_safetensors=True, device_map={"": device.name}, **options
         )
     except OSError as error:
-        raise ModelNotFound(f"model.uri: the weights of {run.model.uri} cannot be loaded ({_first_line(error)})") from error
+        raise ModelNotFound(
+            f"model.uri: the weights of {run.model.uri} cannot be loaded ({_first_line(error)})"
+        ) from error
     except (ValueError, KeyError) as error:
         raise BadConfig(
             f"model.uri: {run.model.uri} is no causal language model that transformers knows ({_first_line(error)}); "
@@ -70,7 +80,9 @@ def load_base(run: RunFile, path: Path, *, device: Device, precision: Precision)
 
 def _weights_dtype(method: MethodType, precision: Precision) -> torch.dtype:
     # Full training keeps float32 weights under bfloat16 computation: small updates vanish in bfloat16.
-    return torch.bfloat16 if precision is Precision.BFLOAT16 and method is not MethodType.FULL else torch.float32
+    return (
+        torch.bfloat16 if precision is Precision.BFLOAT16 and method is not MethodType.FULL else torch.float32
+    )
 
 
 def build_quantization(spec: Quantization, *, precision: Precision) -> Any:

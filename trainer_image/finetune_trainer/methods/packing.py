@@ -9,7 +9,9 @@ import torch
 from finetune_trainer.failures import BadConfig
 
 SAMPLE_TOKENS = 32  # per row; enough to see a leak, and a forward pass of nothing
-TOLERANCE = 0.05  # of the logits' spread; separate rows differ by rounding only, a leak changes them altogether
+TOLERANCE = (
+    0.05  # of the logits' spread; separate rows differ by rounding only, a leak changes them altogether
+)
 
 
 def check_separation(model: Any, rows: list[list[int]]) -> None:
@@ -26,7 +28,9 @@ def check_separation(model: Any, rows: list[list[int]]) -> None:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        together = model(input_ids=packed, position_ids=positions, use_cache=False).logits[0, len(first) :].float()
+        together = (
+            model(input_ids=packed, position_ids=positions, use_cache=False).logits[0, len(first) :].float()
+        )
         alone = model(input_ids=packed[:, len(first) :], use_cache=False).logits[0].float()
     model.train(was_training)
     difference = (together - alone).abs().max().item()
