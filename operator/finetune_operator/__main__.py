@@ -32,8 +32,9 @@ def main() -> None:
         settings = config.load(os.environ)
     except config.ConfigurationError as error:
         sys.exit(f"finetune-operator: {error}")
-    kopf.configure(log_format=kopf.LogFormat.JSON if settings.json_logs else kopf.LogFormat.PLAIN)
+    kopf.configure(log_format=kopf.LogFormat.JSON if settings.json_logs else kopf.LogFormat.FULL)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per watch event otherwise
     asyncio.run(run(settings))
 
 

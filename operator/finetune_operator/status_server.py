@@ -31,7 +31,7 @@ from finetune_operator.reconcile.queue import Key
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
-PERSIST_SECONDS = 20.0  # below the trainer's own timeout for a result
+PERSIST_SECONDS = 8.0  # below the 10 s after which the trainer gives up one post
 CACHE_SECONDS = 60.0  # a revoked token is noticed after this time
 CACHE_ENTRIES = 10_000
 

@@ -8,6 +8,7 @@ from finetune_operator.api.finetunejob import ErrorClass
 
 CLASS_OF_EXIT_CODE = {
     0: ErrorClass.SUCCEEDED,
+    1: ErrorClass.INTERNAL,
     64: ErrorClass.BAD_CONFIG,
     65: ErrorClass.BAD_DATA,
     66: ErrorClass.MODEL_NOT_FOUND,

@@ -1,0 +1,60 @@
+"""Fixtures that all tests share: one laptop cluster per run, a namespace per test, a tiny model per run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_local.cluster import Cluster
+from tests import tiny
+from tests.clients import Kubectl
+
+# Set before any test imports transformers: nothing here may ask a hub.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The laptop cluster with all its parts; tests that break a part start it again with `up`."""
+    running = Cluster(
+        tmp_path_factory.mktemp("cluster"),
+        files=Path(__file__).parents[1],
+        operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"},
+    )
+    try:
+        running.up(report=lambda line: print(f"cluster: {line}"))
+        yield running
+    finally:
+        running.down()
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of the test's own; what is left in it is deleted."""
+    name = f"test-{next(_numbers)}"
+    kubectl = Kubectl(cluster.kubeconfig, name)
+    kubectl("create", "namespace", name)
+    yield name
+    kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def kubectl(cluster: Cluster, namespace: str) -> Kubectl:
+    return Kubectl(cluster.kubeconfig, namespace)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """320 chat rows that follow one rule, as JSONL."""
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", tiny.chat_rows(), times=8)

@@ -1,0 +1,138 @@
+"""Parts of the cluster die while a job runs; the job ends as if nothing had happened, or says what did."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune_local.cluster import Cluster
+from tests.clients import Json, Kubectl, finetunejob
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def whole(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, started again after a test that broke it."""
+    yield cluster
+    cluster.up()
+
+
+def pid_of(cluster: Cluster, part: str) -> int:
+    (pid,) = [status.pid for status in cluster.status() if status.name == part]
+    assert pid is not None, f"{part} does not run"
+    return pid
+
+
+def is_training(status: Json) -> bool:
+    return status.get("phase") == "Running" and status.get("progress", {}).get("step", 0) > 0
+
+
+def slow_job(name: str, model: Path, data: Path, *, steps: int = 600) -> Json:
+    """About 20 s of training."""
+    hyperparameters = {"maxSteps": steps, "globalBatchSize": 16, "maxLength": 64, "learningRate": 0.01}
+    return finetunejob(name, model, data, hyperparameters=hyperparameters)
+
+
+@pytest.mark.parametrize("part", ["operator", "kube-apiserver", "etcd", "kuberay", "ray-gateway"])
+def test_a_part_that_is_killed_while_a_job_trains_costs_nothing(
+    part: str, whole: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+) -> None:
+    kubectl.apply(slow_job("survivor", tiny_model, tiny_rows))
+    uid = kubectl.wait_job("survivor", is_training)["status"]["attempts"][0]["uid"]
+    os.kill(pid_of(whole, part), signal.SIGKILL)
+    time.sleep(1)
+    whole.up()
+    status = kubectl.finished("survivor")
+    assert status["phase"] == "Succeeded", status["message"]
+    assert status["progress"]["step"] == 600
+    (attempt,) = status["attempts"]
+    assert attempt["uid"] == uid, "the job ran twice"
+    assert len(kubectl.items("rayjob")) == 1
+
+
+def test_a_job_applied_while_the_operator_is_away_is_not_lost(
+    whole: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+) -> None:
+    os.kill(pid_of(whole, "operator"), signal.SIGKILL)
+    kubectl.apply(finetunejob("patient", tiny_model, tiny_rows))
+    time.sleep(1)
+    assert "status" not in kubectl.job("patient")
+    whole.up()
+    assert kubectl.finished("patient")["phase"] == "Succeeded"
+
+
+def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
+    whole: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    """The operator sleeps when the result is sent, and the trainer is killed before it wakes up."""
+    output = tmp_path / "artifact"
+    job = slow_job("unheard", tiny_model, tiny_rows, steps=200)
+    job["spec"]["output"] = {"uri": f"file://{output}"}
+    kubectl.apply(job)
+    kubectl.wait_job("unheard", is_training)
+    operator = pid_of(whole, "operator")
+    os.kill(operator, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "manifest.json").exists():
+            assert time.monotonic() < deadline, "no manifest was written"
+            time.sleep(0.01)
+        trainer = trainer_of("unheard")
+        trainer.kill()
+    finally:
+        os.kill(operator, signal.SIGCONT)
+    status = kubectl.finished("unheard")
+    assert status["phase"] == "Succeeded", status["message"]
+    assert status["attempts"][0]["inspection"] == "unheard-i1"
+    assert status["artifact"]["uri"] == f"file://{output}"
+
+
+def trainer_of(job: str) -> psutil.Process:
+    """The Python process that trains for a job, found by the endpoint in its environment."""
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if "finetune-trainer" not in " ".join(process.info["cmdline"] or []):
+                continue
+            if f"/finetunejobs/{job}/" in process.environ().get("KUBEFLOW_TRAINER_SERVER_URL", ""):
+                return process
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no trainer of {job} runs")
+
+
+def test_a_trainer_that_is_killed_is_told_as_lost(
+    kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+) -> None:
+    kubectl.apply(slow_job("killed", tiny_model, tiny_rows))
+    kubectl.wait_job("killed", is_training)
+    trainer_of("killed").kill()
+    status = kubectl.finished("killed")
+    assert (status["phase"], status["reason"]) == ("Failed", "Lost"), status["message"]
+    assert "artifact" not in status
+
+
+def test_kuberay_may_be_installed_later(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
+    """A cluster without KubeRay: the job says what is missing, nothing crashes, and it goes on when KubeRay comes."""
+    bare = Cluster(tmp_path / "bare", operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"})
+    parts = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok", "operator")
+    try:
+        bare.up(parts)
+        kubectl = Kubectl(bare.kubeconfig, "default")
+        kubectl.apply(finetunejob("early", tiny_model, tiny_rows))
+        job = kubectl.wait_job("early", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=30)
+        assert job["status"]["phase"] == "Pending"
+        assert "install it" in job["status"]["message"]
+        operator = pid_of(bare, "operator")
+        bare.up()
+        status = kubectl.finished("early")
+        assert status["phase"] == "Succeeded", status["message"]
+        assert pid_of(bare, "operator") == operator, "the operator was restarted"
+    finally:
+        bare.down()

@@ -1,0 +1,146 @@
+"""Operator and trainer share no code; this is what holds them together."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from finetune_operator.api import finetunejob as api
+from finetune_operator.core import failures, reports
+from finetune_operator.manifests import runfiles
+from finetune_trainer import failures as trainer_failures
+from finetune_trainer import runfile
+
+NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,20}[a-z0-9]", fullmatch=True)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
+def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Objects with any subset of the fields."""
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+def numbers(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False, exclude_min=True, exclude_max=True)
+
+
+LORA = optional(
+    r=st.integers(1, 1024),
+    alpha=st.integers(1, 4096),
+    dropout=numbers(0, 1),
+    targetModules=st.lists(TEXTS, min_size=1, max_size=4),
+)
+QUANTIZATION = optional(
+    type=st.sampled_from(["nf4", "fp4"]),
+    doubleQuant=st.booleans(),
+    computeDtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+)
+METHODS = st.one_of(
+    st.fixed_dictionaries({"type": st.just("LoRA")}, optional={"lora": LORA}),
+    st.fixed_dictionaries({"type": st.just("QLoRA"), "quantization": QUANTIZATION}, optional={"lora": LORA}),
+    st.just({"type": "Full"}),
+)
+SOURCES = st.fixed_dictionaries(
+    {"uri": NAMES.map(lambda name: f"s3://bucket/{name}.jsonl")},
+    optional={
+        "format": st.sampled_from([str(item) for item in api.DataFormat]),
+        "columns": st.fixed_dictionaries({"text": TEXTS}),
+    },
+)
+HYPERPARAMETERS = optional(
+    learningRate=numbers(0, 1),
+    epochs=numbers(0, 1000),
+    maxSteps=st.integers(1, 10_000_000),
+    globalBatchSize=st.integers(1, 65536),
+    microBatchSize=st.just(1),
+    maxLength=st.integers(8, 1_048_576),
+    packing=st.booleans(),
+    warmupRatio=numbers(0, 1),
+    scheduler=st.sampled_from([str(item) for item in api.Scheduler]),
+    weightDecay=numbers(0, 1),
+    maxGradNorm=numbers(0, 1000),
+    neftuneAlpha=numbers(0, 100),
+    optimizer=st.sampled_from([str(item) for item in api.Optimizer]),
+    precision=st.sampled_from([str(item) for item in api.Precision]),
+    gradientCheckpointing=st.booleans(),
+    evalSteps=st.just(1),
+    seed=st.integers(0, 2**31 - 1),
+)
+SPECS = st.fixed_dictionaries(
+    {
+        "model": st.fixed_dictionaries(
+            {"uri": NAMES.map(lambda name: f"hf://{name}/{name}")},
+            optional={
+                "revision": NAMES,
+                "chatTemplate": TEXTS,
+                "secretRef": st.fixed_dictionaries({"name": NAMES}),
+            },
+        ),
+        "dataset": st.fixed_dictionaries(
+            {"sources": st.lists(SOURCES, min_size=1, max_size=3, unique_by=lambda source: source["uri"])},
+            optional={
+                "split": optional(eval=numbers(0, 0.5), seed=st.integers(0, 2**31 - 1)),
+                "applyChatTemplate": st.sampled_from([str(item) for item in api.ApplyChatTemplate]),
+            },
+        ),
+    },
+    optional={
+        "method": METHODS,
+        "hyperparameters": HYPERPARAMETERS,
+        "earlyStopping": optional(patience=st.integers(1, 1000), minDelta=numbers(0, 1000)),
+        "output": st.fixed_dictionaries({"uri": NAMES.map(lambda name: f"gs://bucket/{name}")}),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(document=SPECS)
+def test_every_run_file_that_the_operator_builds_is_one_that_the_trainer_accepts(
+    document: dict[str, Any],
+) -> None:
+    spec = api.FineTuneJobSpec.model_validate(document)
+    built = runfiles.build_run_file(
+        namespace="team", name="job", uid="uid-1", attempt=1, spec=spec, output_uri="s3://bucket/out"
+    )
+    parsed = runfile.RunFile.model_validate(json.loads(json.dumps(built)))
+    # Nothing is lost on the way: what the user wrote is what the trainer reads.
+    told = parsed.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for section in ("model", "method", "dataset", "hyperparameters", "earlyStopping"):
+        for field, value in document.get(section, {}).items():
+            if field != "secretRef":
+                assert contains(told[section][field], value), (section, field)
+
+
+def contains(told: Any, asked: Any) -> bool:
+    """Whether everything asked is told; defaults may have been added."""
+    if isinstance(asked, dict):
+        return all(name in told and contains(told[name], value) for name, value in asked.items())
+    if isinstance(asked, list):
+        return len(told) == len(asked) and all(contains(a, b) for a, b in zip(told, asked, strict=True))
+    return bool(told == asked)
+
+
+def test_a_field_that_the_trainer_does_not_know_is_refused_there() -> None:
+    with pytest.raises(ValidationError):
+        runfile.Lora.model_validate({"rank": 8})
+
+
+def test_both_sides_number_the_classes_of_failure_alike() -> None:
+    theirs = {code: str(name) for name, code in trainer_failures.EXIT_CODES.items()}
+    assert theirs == {code: str(name) for code, name in failures.CLASS_OF_EXIT_CODE.items()}
+
+
+def test_the_last_report_of_the_trainer_is_one_that_the_operator_accepts() -> None:
+    from finetune_trainer import progress
+
+    state = progress.State(step=10, total_steps=10, metrics={"loss": 1.5})
+    artifact = {"uri": "file:///x", "digest": "sha256:1", "sizeBytes": 1, "baseModel": "hf://a/b", "rank": 8}
+    result = {"class": "Succeeded", "exitCode": 0, "message": "done", "step": 10, "artifact": artifact}
+    report = reports.Report.model_validate(state.to_body(result))
+    assert report.result is not None
+    assert report.number("loss") == 1.5
