@@ -41,7 +41,7 @@ class SourceSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.format != 'Auto' || !has(self.columns) || self.columns.all(key, key in "
+                "(has(self.format) && self.format != 'Auto') || !has(self.columns) || self.columns.all(key, key in "
                 + one_of([name for names in COLUMNS.values() for name in names])
                 + ")",
                 "the keys of columns are the names that the format reads (messages; prompt, completion; instruction, "
@@ -51,7 +51,7 @@ class SourceSpec(ApiModel):
             ),
             *(
                 rule(
-                    f"self.format != '{data_format}' || !has(self.columns) || "
+                    f"!has(self.format) || self.format != '{data_format}' || !has(self.columns) || "
                     f"self.columns.all(key, key in {one_of(names)})",
                     f"format {data_format} reads only {', '.join(names)}; remove the other keys or change format",
                     fieldPath=".columns",
@@ -69,7 +69,7 @@ class SourceSpec(ApiModel):
     format: DataFormat = DataFormat.AUTO
     """Shape of the rows. Messages: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
     "content": "..."}]}. PromptCompletion: {"prompt": "...", "completion": "..."}. Alpaca: {"instruction":
-    "...", "input": "...", "output": "..."} where input may be absent. Text: {"text": "..."}. Default Auto:
+    "...", "input": "...", "output": "..."} where input may be absent. Text: {"text": "..."}. Absent: Auto,
     recognized by the columns."""
     columns: (
         Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=8)] | None

@@ -70,7 +70,8 @@ class NotStructuralError(ValueError):
 def structural_schema(model: type[BaseModel], *, defaults: bool = True) -> Schema:
     """Structural schema of `model`, by alias, with descriptions, bounds, CEL rules and (if `defaults`) whole defaults.
 
-    A status passes defaults=False: a default there would be a claim that nobody made.
+    Items of lists get no defaults, so whoever reads them fills in the model's. A status passes defaults=False:
+    a default there would be a claim that nobody made.
     Raises NotStructuralError, with the path of the field, for everything that the API server would refuse or prune.
     """
     schema = model.model_json_schema(by_alias=True)
@@ -141,7 +142,7 @@ class _Converter:
             case "array":
                 if not isinstance(schema.get("items"), dict) or not schema["items"]:
                     _refuse(path, "a list must say what its items are")
-                result["items"] = self.convert(schema["items"], path + "[]")
+                result["items"] = self._convert_items(schema["items"], path + "[]")
             case "integer":
                 result["format"] = "int64"
             case "number":
@@ -152,6 +153,13 @@ class _Converter:
                 result["format"] = "date-time"
         if any(value is None for value in result.get("enum", ())):
             _refuse(path, "an enum must not hold null; an absent field says the same")
+
+    def _convert_items(self, schema: Schema, path: str) -> Schema:
+        """Without defaults: kubectl apply and Argo CD compare lists as a whole and would see a change for ever."""
+        kept, self.defaults = self.defaults, False
+        result = self.convert(schema, path)
+        self.defaults = kept
+        return result
 
     def _convert_object(self, schema: Schema, result: Schema, path: str) -> None:
         properties = schema.get("properties")

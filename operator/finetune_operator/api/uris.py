@@ -75,7 +75,7 @@ def uri_rules(shapes: dict[str, tuple[str, str]], *, what: str) -> tuple[dict[st
         rule(f"self.matches({quote(schemes)})", unknown, messageExpression=remedy),
         rule(
             f"!self.matches({quote(schemes)}) || self.matches({quote(forms)})",
-            f"is not a complete URI of {what}",
+            "must be one of: " + "; ".join(dict.fromkeys(explanation for _, explanation in shapes.values())),
             messageExpression=form,
         ),
         *SAFE,
