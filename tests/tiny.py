@@ -1,4 +1,4 @@
-"""A tiny Llama with a byte-level tokenizer, built in seconds, and rows that it can learn: mechanics without a download."""
+"""A tiny Llama with a byte-level tokenizer, built in seconds, and rows that it can learn: no download."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]], *, times: int = 1) -> Pa
     return path
 
 
-def run_document(model: Path, data: Path, output: Path, **parts: Any) -> dict[str, Any]:
+def run_document(model: Path, data: Path, output: Path, /, **parts: Any) -> dict[str, Any]:
     """Returns a run file for a LoRA run of a few steps; `parts` replace or add top-level keys."""
     document: dict[str, Any] = {
         "apiVersion": "trainer/v1",

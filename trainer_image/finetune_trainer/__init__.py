@@ -1,1 +1,4 @@
-"""The trainer: a run file in, a committed artifact out. It runs as the driver of a Ray job and knows nothing of Kubernetes."""
+"""The trainer: a run file in, a committed artifact out.
+
+It runs as the driver of a Ray job and knows nothing of Kubernetes.
+"""

@@ -76,8 +76,8 @@ def claim_folder(folder: storage.Folder, job: Job) -> Artifact | None:
             )
         if names and mark is None:
             raise BadConfig(
-                f"output.uri {folder.uri} is not empty ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) and was "
-                "not made by this job; choose an empty or new folder"
+                f"output.uri {folder.uri} is not empty ({_few(names)}) "
+                "and was not made by this job; choose an empty or new folder"
             )
         folder.write(OWNER_MARK, _to_json(job.model_dump()))
         for name in names:
@@ -92,7 +92,10 @@ def claim_folder(folder: storage.Folder, job: Job) -> Artifact | None:
 
 
 def release_folder(folder: storage.Folder, job: Job) -> None:
-    """Takes back a claim after a failure, so that a corrected job can use the same output.uri. Never touches a committed one."""
+    """Takes back a claim after a failure, so that a corrected job can use the same output.uri.
+
+    Never touches a committed folder.
+    """
     mark = folder.read(OWNER_MARK)
     if mark is None or _uid_of(mark) != job.uid or folder.read(MANIFEST) is not None:
         return
@@ -104,7 +107,10 @@ def release_folder(folder: storage.Folder, job: Job) -> None:
 
 
 def commit(folder: storage.Folder, work: Path, manifest: dict[str, Any], job: Job) -> Artifact:
-    """Copies the files of `work` into the folder and writes the manifest last. Raises BadConfig if another job took the folder."""
+    """Copies the files of `work` into the folder and writes the manifest last.
+
+    Raises BadConfig if another job took the folder meanwhile.
+    """
     files = sorted(path for path in work.rglob("*") if path.is_file())
     listed = []
     for path in files:
@@ -138,7 +144,7 @@ def describe(uri: str, content: bytes) -> Artifact:
 
 
 def inspect(folder: storage.Folder, job: Job) -> Artifact:
-    """Verifies every file of a committed folder against its manifest. Raises TrainerError when something is missing or differs."""
+    """Verifies every file of a committed folder against its manifest. Raises TrainerError when one differs."""
     content = folder.read(MANIFEST)
     if content is None:
         raise TrainerError(
@@ -177,6 +183,10 @@ def _read_own(folder: storage.Folder, content: bytes, job: Job) -> Artifact:
             "artifacts are never overwritten: choose another output.uri"
         )
     return artifact
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _uid_of(mark: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What happens at each step: the log line, the report, the time estimate, and the stop on a number that is not finite."""
+"""What happens at each step: the log line, the report, the time estimate, the stop on a NaN."""
 
 from __future__ import annotations
 

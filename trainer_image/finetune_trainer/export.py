@@ -115,8 +115,8 @@ def build_card(run: RunFile, manifest: dict[str, Any]) -> str:
 
 # {run.job.name}
 
-{run.method.type} fine-tuning of `{run.model.uri}`{_revision(manifest)} by FineTuneJob `{run.job.namespace}/{run.job.name}`
-on {rows["trainRows"]} rows of demonstrations ({run.objective}). `manifest.json` lists every file with its SHA-256.
+{run.method.type} fine-tuning of `{run.model.uri}`{_revision(manifest)}
+by FineTuneJob `{run.job.namespace}/{run.job.name}` on {rows["trainRows"]} rows of demonstrations ({run.objective}). `manifest.json` lists every file with its SHA-256.
 
 ## Use
 
@@ -128,7 +128,8 @@ on {rows["trainRows"]} rows of demonstrations ({run.objective}). `manifest.json`
 
 {chr(10).join(f"* `{uri}`" for uri in rows["sources"])}
 
-Digest `{rows["digest"]}`, {rows["trainRows"]} rows trained on, {rows["evalRows"]} held out (seed {rows["split"]["seed"]}).
+Digest `{rows["digest"]}`,
+{rows["trainRows"]} rows trained on, {rows["evalRows"]} held out (seed {rows["split"]["seed"]}).
 
 ## Results
 

@@ -35,19 +35,19 @@ class TrainerError(Exception):
     error_class = ErrorClass.INTERNAL
 
 
-class BadConfig(TrainerError):
+class BadConfig(TrainerError):  # noqa: N818  named as users read it
     error_class = ErrorClass.BAD_CONFIG
 
 
-class BadData(TrainerError):
+class BadData(TrainerError):  # noqa: N818  named as users read it
     error_class = ErrorClass.BAD_DATA
 
 
-class ModelNotFound(TrainerError):
+class ModelNotFound(TrainerError):  # noqa: N818  named as users read it
     error_class = ErrorClass.MODEL_NOT_FOUND
 
 
-class NotFinite(TrainerError):
+class NotFinite(TrainerError):  # noqa: N818  named as users read it
     error_class = ErrorClass.NOT_FINITE
 
 

@@ -136,7 +136,7 @@ def _fetch_model(uri: str, folder: Path) -> Path:
 
 
 def check_model_files(path: Path, *, uri: str) -> Path:
-    """Returns the path if it holds configuration, tokenizer and safetensors. Raises ModelNotFound, which names what is missing."""
+    """Returns the path if configuration, tokenizer and safetensors are there. Raises ModelNotFound otherwise."""
     if not (path / "config.json").is_file():
         raise ModelNotFound(
             f"model.uri: {uri} has no config.json (looked at {path}); name the folder of a transformers model"

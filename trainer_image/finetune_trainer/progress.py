@@ -9,6 +9,7 @@ import json
 import math
 import os
 import ssl
+import sys
 import threading
 import time
 import urllib.error
@@ -96,7 +97,7 @@ class Endpoint:
         data = json.dumps(body, ensure_ascii=False).encode()
         if len(data) > MAX_BODY:
             raise OSError(f"report of {len(data)} bytes is too large")
-        request = urllib.request.Request(self.url, data=data, headers=headers, method="POST")
+        request = urllib.request.Request(self.url, data=data, headers=headers, method="POST")  # noqa: S310  the operator set it
         # The operator is inside the cluster; a proxy for the outside world must not see the token.
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
         if self.url.startswith("https://"):
@@ -116,7 +117,7 @@ class Reporter:
         self._changed = threading.Event()
         self._closing = threading.Event()
         self._warned = ""
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(endpoint,), name="progress", daemon=True)
         if endpoint is not None:
             self._thread.start()
 
@@ -140,7 +141,7 @@ class Reporter:
         self._changed.set()
 
     def finish(self, result: dict[str, Any], *, patience: float = RESULT_PATIENCE) -> bool:
-        """Sends the result and says whether it was taken. Tries again while the operator is away, for `patience` seconds."""
+        """Sends the result, says whether it was taken; tries again for `patience` seconds while the operator is away."""
         self._closing.set()
         self._changed.set()
         if self._endpoint is None:
@@ -158,24 +159,18 @@ class Reporter:
                 return True
             except urllib.error.HTTPError as error:
                 if error.code < 500 and error.code != 429:
-                    print(
-                        f"result was not taken by the operator: HTTP {error.code} {error.reason}", flush=True
-                    )
+                    _complain(f"result was not taken by the operator: HTTP {error.code} {error.reason}")
                     return False
                 reason = f"HTTP {error.code}"
             except (OSError, ValueError) as error:
                 reason = str(error)
             if time.monotonic() + pause > deadline:
-                print(
-                    f"result could not be reported ({reason}); the committed manifest and the exit code stand",
-                    flush=True,
-                )
+                _complain(f"result could not be reported ({reason}); the manifest and the exit code stand")
                 return False
             time.sleep(pause)
             pause = min(2 * pause, 10.0)
 
-    def _run(self) -> None:
-        assert self._endpoint is not None
+    def _run(self, endpoint: Endpoint) -> None:
         while not self._closing.is_set():
             self._changed.wait()
             self._changed.clear()
@@ -184,13 +179,17 @@ class Reporter:
             with self._lock:
                 body = self._state.to_body()
             try:
-                self._endpoint.post(body)
+                endpoint.post(body)
                 self._warned = ""
             except (OSError, ValueError) as error:
                 if str(error) != self._warned:  # once per reason, not every two seconds
                     self._warned = str(error)
                     print(f"progress could not be reported: {error}; training goes on", flush=True)
             self._closing.wait(POST_INTERVAL)
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # the last line of stdout is the result
 
 
 class Clock:

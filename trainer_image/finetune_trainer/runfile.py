@@ -182,7 +182,7 @@ def parse(text: str) -> RunFile:
 
 
 def find_contradictions(run: RunFile) -> list[str]:
-    """Returns what cannot hold together although every field alone is right; each item names field, value and remedy."""
+    """Returns what cannot hold together although every field alone is right: field, value and remedy of each."""
     problems = []
     if run.objective not in OBJECTIVES:
         problems.append(_describe_objective(run.objective))

@@ -50,7 +50,7 @@ def is_hub(uri: str) -> bool:
 
 
 def open_filesystem(uri: str) -> tuple[Any, str]:
-    """Returns fsspec's file system and the path in it. AWS_ENDPOINT_URL and the usual credentials are read by fsspec."""
+    """Returns the file system and the path in it; credentials and AWS_ENDPOINT_URL come from the environment."""
     import fsspec  # a slow import, and local runs need none of it
 
     try:

@@ -240,7 +240,7 @@ def _early_stopping(run: RunFile) -> list[transformers.TrainerCallback]:
 
 
 def _use_float32_adapter(model: Any) -> None:
-    """TRL casts the adapter of a quantized base to bfloat16, in which small updates vanish; it is small, so undo that."""
+    """Undoes TRL's cast of a quantized base's adapter to bfloat16, in which small updates vanish."""
     if getattr(model, "is_loaded_in_4bit", False):
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -260,7 +260,8 @@ def _check_weights(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise NotFinite(
-                f"weight {name} is not finite after the last step; halve hyperparameters.learningRate. Nothing was exported"
+                f"weight {name} is not finite after the last step; "
+                "halve hyperparameters.learningRate. Nothing was exported"
             )
 
 

@@ -42,7 +42,8 @@ def read_rows(path: Path, *, uri: str) -> list[Row]:
         rows = list(_read(path, uri))
     except UnicodeDecodeError as error:
         raise BadData(
-            f"{uri}: not UTF-8 text (byte {error.object[error.start]:#04x} after {error.start} bytes); save the file as UTF-8"
+            f"{uri}: not UTF-8 text (byte {error.object[error.start]:#04x} after {error.start} bytes); "
+            "save the file as UTF-8"
         ) from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise BadData(f"{uri}: not a whole gzip file ({error}); compress it again or rename it") from error
@@ -81,8 +82,8 @@ def _parse_object(text: str, *, uri: str, line: int) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         start = max(0, error.pos - 20)
         raise BadData(
-            f"{uri} line {line}: broken JSON at column {error.pos + 1} ({error.msg}), near {text[start : error.pos + 20]!r}; "
-            "every line must be one whole JSON object"
+            f"{uri} line {line}: broken JSON at column {error.pos + 1} ({error.msg}), "
+            f"near {text[start : error.pos + 20]!r}; every line must be one whole JSON object"
         ) from error
     return _require_object(value, uri=uri, line=line)
 

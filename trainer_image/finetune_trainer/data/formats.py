@@ -1,6 +1,7 @@
 """The four formats: which one a file has, and what its rows say, in two shapes that no longer depend on the format.
 
-Chat: turns, of which the assistant's are learnt. Pair: a prompt and the text that follows it; Text is a pair without prompt.
+Chat: turns, of which the assistant's are learnt. Pair: a prompt and the text that follows it; Text is a pair
+without prompt.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ NO_TEMPLATE = (
     'set model.chatTemplate to "ChatML" or to a Jinja template, or use data without messages'
 )
 
+ALPACA_OPENING = "Here is an instruction for a task. Write the response that solves it."
+ALPACA_OPENING_WITH_INPUT = "Here is an instruction for a task, and an input that goes with it. Write the response that solves the task."
+
 Turn = dict[str, Any]
 
 
@@ -54,7 +58,7 @@ Example = Chat | Pair
 
 
 def as_chat(pair: Pair, *, choice: ApplyChatTemplate, has_template: bool) -> bool:
-    """Says whether a pair is written as a user's and an assistant's turn. Raises BadConfig for Always without a template."""
+    """Says whether a pair is written as chat turns. Raises BadConfig for Always without a template."""
     if pair.chat_prompt is None or choice is ApplyChatTemplate.NEVER:
         return False
     if choice is ApplyChatTemplate.ALWAYS and not has_template:
@@ -63,7 +67,7 @@ def as_chat(pair: Pair, *, choice: ApplyChatTemplate, has_template: bool) -> boo
 
 
 def parse_rows(rows: list[Row], source: Source) -> list[Example]:
-    """Turns the rows of one file into examples. Raises BadData for the first row that does not fit the file's format."""
+    """Turns the rows of one file into examples. Raises BadData for the first row that does not fit its format."""
     data_format, columns = detect_format(rows[0], source)
     return [_parse_row(row, data_format, columns, first=rows[0]) for row in rows]
 
@@ -80,7 +84,7 @@ def detect_format(row: Row, source: Source) -> tuple[DataFormat, dict[str, str]]
             return candidate, _columns_of(candidate, mapping)
     raise BadData(
         f"{row.where}: columns {_list(row.values)} fit no format. Expected: {_describe_formats()}. "
-        "Rename the columns, or map them in dataset.sources[].columns, for example {prompt: question, completion: answer}"
+        "Rename the columns, or map them in dataset.sources[].columns, such as {prompt: question, completion: answer}"
     )
 
 
@@ -88,12 +92,14 @@ def _check_mapping(mapping: dict[str, str], formats: Iterable[DataFormat], row: 
     known = {name for one in formats for name in (*REQUIRED[one], *OPTIONAL.get(one, ()))}
     for expected, actual in mapping.items():
         if expected not in known:
-            raise BadData(
-                f"dataset.sources[].columns: {expected!r} is no column of the format; use {_list(sorted(known))} on the left"
+            raise BadConfig(
+                f"dataset.sources[].columns: {expected!r} is no column of the format; "
+                f"use {_list(sorted(known))} on the left"
             )
         if actual not in row.values:
             raise BadData(
-                f"{row.where}: dataset.sources[].columns maps {expected!r} to {actual!r}, but the columns are {_list(row.values)}"
+                f"{row.where}: dataset.sources[].columns maps {expected!r} to {actual!r}, "
+                f"but the columns are {_list(row.values)}"
             )
 
 
@@ -126,7 +132,8 @@ def _parse_messages(row: Row, column: str) -> Chat:
     turns = _turns(row, column, row.values[column])
     if not any(turn["role"] == "assistant" for turn in turns):
         raise BadData(
-            f"{row.where}: column {column!r} has no assistant turn (roles: {_list(turn['role'] for turn in turns)}); there is nothing to learn"
+            f"{row.where}: column {column!r} has no assistant turn "
+            f"(roles: {_list(turn['role'] for turn in turns)}); there is nothing to learn"
         )
     if turns[0]["role"] == "assistant":
         raise BadData(
@@ -139,7 +146,8 @@ def _parse_prompt_completion(row: Row, columns: dict[str, str]) -> Example:
     prompt, completion = (_maybe_json_list(row.values[columns[name]]) for name in ("prompt", "completion"))
     if isinstance(prompt, list) != isinstance(completion, list):
         raise BadData(
-            f"{row.where}: {columns['prompt']!r} and {columns['completion']!r} must both be text or both be lists of messages"
+            f"{row.where}: {columns['prompt']!r} and {columns['completion']!r} "
+            "must both be text or both be lists of messages"
         )
     if not isinstance(prompt, list):
         text = _text(row, columns["prompt"])
@@ -172,9 +180,8 @@ def _parse_alpaca(row: Row, columns: dict[str, str]) -> Pair:
 def build_alpaca_prompt(instruction: str, given: str) -> str:
     """Returns the raw text before the answer, with the headings that Alpaca-style models know."""
     if given.strip():
-        opening = "Here is an instruction for a task, and an input that goes with it. Write the response that solves the task."
-        return f"{opening}\n\n### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
-    return f"Here is an instruction for a task. Write the response that solves it.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+        return f"{ALPACA_OPENING_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
+    return f"{ALPACA_OPENING}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 
 
 def _text(row: Row, column: str) -> str:
@@ -213,7 +220,8 @@ def _turn(row: Row, name: str, item: Any) -> Turn:
         if key not in turn:
             hint = " (ShareGPT: rename from/value to role/content)" if "from" in turn else ""
             raise BadData(
-                f"{row.where}: {name} has no {key!r}, found keys {_list(item)}{hint}; every message needs role and content"
+                f"{row.where}: {name} has no {key!r}, found keys {_list(item)}{hint}; "
+                "every message needs role and content"
             )
     role, content = turn["role"], turn["content"]
     if role not in ROLES:

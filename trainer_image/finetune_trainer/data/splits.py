@@ -14,7 +14,7 @@ def split_rows(keys: Sequence[Hashable], *, fraction: float, seed: int) -> tuple
     Rows with equal keys stay on one side, so that no held-out row was seen in training. With a fraction above 0 at
     least one row is held out and at least one stays. Raises BadData when there are not enough different rows for that.
     """
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311  repeatable, not secret
     groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)

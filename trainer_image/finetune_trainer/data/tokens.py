@@ -32,12 +32,10 @@ class TokenRow:
 
 
 def set_chat_template(tokenizer: Any, template: str | None) -> None:
-    """Gives the tokenizer the template of model.chatTemplate. ChatML ends a turn with the end token that the vocabulary has."""
+    """Gives the tokenizer the template of model.chatTemplate; ChatML uses the end token that the vocabulary has."""
     if template == "ChatML":
         if "<|im_end|>" in tokenizer.get_vocab():
-            tokenizer.eos_token = (
-                "<|im_end|>"  # generation stops at this token; the artifact's tokenizer says so
-            )
+            tokenizer.eos_token = "<|im_end|>"  # noqa: S105  generation stops here, and the artifact says so
         template = CHATML.replace("END", "eos_token")
     if template is not None:
         tokenizer.chat_template = template
@@ -161,8 +159,9 @@ def _encode_by_marks(chat: Chat, tokenizer: Any) -> TokenRow:
     template = tokenizer.get_chat_template()
     if "generation %}" not in template and "generation -%}" not in template:
         raise BadConfig(
-            f"model.chatTemplate: this template writes earlier turns differently when turns follow ({chat.where}), so the "
-            "assistant's tokens cannot be found; use a template with {% generation %} blocks around the assistant's text, "
+            f"model.chatTemplate: this template writes earlier turns differently when turns follow "
+            f"({chat.where}), so the assistant's tokens cannot be found; use a template with "
+            "{% generation %} blocks around the assistant's text, "
             'for example "ChatML"'
         )
     encoded = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""Base model against artifact on rows that neither has seen: answers, right fields, and the loss of the expected answers."""
+"""Base model against artifact on rows that neither has seen: answers, right fields, loss of the right answers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def build_question(example: formats.Example, tokenizer: Any) -> Question:
     if isinstance(example, formats.Pair):
         if example.chat_prompt is None:
             raise BadData(
-                f"{example.where}: format Text has no question; compare needs messages, prompt/completion or instruction/output"
+                f"{example.where}: format Text has no question; "
+                "compare needs messages, prompt/completion or instruction/output"
             )
         if not formats.as_chat(example, choice=choice, has_template=tokenizer.chat_template is not None):
             row = tokens.encode_example(example, tokenizer, choice=choice)

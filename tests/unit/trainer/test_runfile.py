@@ -1,0 +1,78 @@
+"""The run file: what is accepted, and how a wrong one is explained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer import runfile
+from finetune_trainer.failures import BadConfig
+from tests import tiny
+
+
+def document(**parts: Any) -> dict[str, Any]:
+    return tiny.run_document(Path("/model"), Path("/rows.jsonl"), Path("/out"), **parts)
+
+
+def refusal(**parts: Any) -> str:
+    with pytest.raises(BadConfig) as caught:
+        runfile.parse(json.dumps(document(**parts)))
+    return str(caught.value)
+
+
+def test_a_full_run_file_is_read() -> None:
+    run = runfile.parse(json.dumps(document(earlyStopping={"patience": 2, "minDelta": 0.1})))
+    assert run.method.type is runfile.MethodType.LORA
+    assert run.lora.target_modules == ["all-linear"]
+    assert run.early_stopping is not None
+    assert run.uris() == ["file:///model", "file:///rows.jsonl", "file:///out"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"objective": "PPO"}, ["objective", "RLOO", "GRPO"]),
+        ({"objective": "DPO"}, ["objective: 'DPO' is not known; use one of SFT"]),
+        ({"method": {"type": "QLoRA"}}, ["method.quantization is required for QLoRA", "{}"]),
+        ({"method": {"type": "LoRA", "quantization": {}}}, ["method.quantization is only for QLoRA", "LoRA"]),
+        ({"method": {"type": "Full", "lora": {}}}, ["method.lora is only for LoRA and QLoRA"]),
+        ({"method": {"type": "LoRA", "lora": {"targetModules": ["all-linear", "q_proj"]}}}, ["stands alone"]),
+        ({"method": {"type": "DoRA"}}, ["method.type", "DoRA", "LoRA"]),
+        (
+            {"hyperparameters": {"globalBatchSize": 16, "microBatchSize": 5}},
+            ["hyperparameters.microBatchSize: 5 does not divide globalBatchSize 16"],
+        ),
+        ({"hyperparameters": {"learningrate": 1}}, ["hyperparameters.learningrate", "Extra inputs"]),
+        ({"hyperparameters": {"learningRate": -1}}, ["hyperparameters.learningRate", "greater than 0", "-1"]),
+        ({"apiVersion": "trainer/v2"}, ["apiVersion", "trainer/v1", "trainer/v2"]),
+        ({"model": {"uri": "file:///m", "revision": "main"}}, ["model.revision: 'main'", "hf://"]),
+        ({"dataset": {"sources": []}}, ["dataset.sources", "at least 1"]),
+        ({"output": {}}, ["output.uri: Field required"]),
+        ({"secret": "x"}, ["secret: Extra inputs"]),
+    ],
+)
+def test_a_wrong_run_file_names_field_value_and_remedy(parts: dict[str, Any], expected: list[str]) -> None:
+    text = refusal(**parts)
+    for part in expected:
+        assert part in text
+
+
+def test_early_stopping_without_held_out_rows_is_refused() -> None:
+    dataset = {"sources": [{"uri": "file:///rows.jsonl"}], "split": {"eval": 0, "seed": 1}}
+    assert "dataset.split.eval above 0" in refusal(dataset=dataset, earlyStopping={})
+
+
+def test_several_problems_are_told_at_once() -> None:
+    text = refusal(method={"type": "QLoRA"}, hyperparameters={"globalBatchSize": 4, "microBatchSize": 3})
+    assert "method.quantization" in text
+    assert "microBatchSize" in text
+
+
+def test_text_that_is_no_json_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match=r"run file: .document.: Invalid JSON"):
+        runfile.parse("{")
+    with pytest.raises(BadConfig, match="FINETUNE_RUN_FILE"):
+        runfile.load(tmp_path / "none.json")
