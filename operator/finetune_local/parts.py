@@ -271,6 +271,9 @@ def ray_parameters() -> dict[str, int]:
 def _ray_environment(setting: Setting) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "disabled",
+        # Despite its name: everything of Ray, the programs that join it included, then stays on the loopback address,
+        # which `ray start` would otherwise replace by the machine's own.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_PRESTART_WORKER_FIRST_DRIVER": "0",
         "RAY_enable_open_telemetry": "false",

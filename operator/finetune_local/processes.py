@@ -1,8 +1,9 @@
 """Processes that outlive the command which started them, and that are stopped only when proven to be ours.
 
-A record (pid and start time) names the main process. Every process also carries MARKER in its environment, which its
-children inherit: so the children of a killed parent, which no process tree leads to any more, are still found, and
-nothing else is.
+A record (pid and start time) names the main process, which leads a session of its own. Every process also carries
+MARKER in its environment, which its children inherit. So the children of a killed parent, which no process tree leads
+to any more, are still found by their session or their marker, and nothing else is. Both are needed: some of Ray's
+processes overwrite their environment with a new title, and Ray's jobs leave the session.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ class Record:
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
+
+
+    def owns_session(self) -> bool:
+        """Whether a session with this number is ours: a pid is not used again while its session has members."""
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.created) < 0.05
+        except psutil.NoSuchProcess:
+            return True
 
 
 def start(
@@ -93,20 +102,21 @@ def forget(layout: layouts.Layout, part: str) -> None:
     _record_path(layout, part).unlink(missing_ok=True)
 
 
-def find_marked(identity: str, parts: Iterable[str] | None = None) -> dict[str, list[psutil.Process]]:
-    """All living processes of this cluster by part, whoever their parent is now."""
-    wanted = None if parts is None else set(parts)
-    found: dict[str, list[psutil.Process]] = {}
+def find_all(layout: layouts.Layout, identity: str, parts: Iterable[str]) -> list[psutil.Process]:
+    """All living processes of these parts, whoever their parent is now."""
+    markers = {f"{identity}:{part}" for part in parts}
+    sessions = {record.pid for part in parts if (record := load(layout, part)) and record.owns_session()}
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
             if process.uids().real != os.getuid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            owner, _, part = process.environ().get(MARKER, "").partition(":")
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            ours = os.getsid(process.pid) in sessions or process.environ().get(MARKER) in markers
+            for member in (process, *process.children(recursive=True)) if ours else ():
+                found[member.pid] = member
+        except (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
             continue
-        if owner == identity and (wanted is None or part in wanted):
-            found.setdefault(part, []).append(process)
-    return found
+    return list(found.values())
 
 
 def stop(
@@ -129,7 +139,7 @@ def stop(
     psutil.wait_procs(mains, timeout=grace)
     # Twice: a process may have forked while we looked at the table.
     for _ in range(2):
-        rest = [process for group in find_marked(identity, parts).values() for process in group]
+        rest = find_all(layout, identity, parts)
         for process in rest:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
