@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import yaml
 from kubernetes import client, config
 
+from finetune_local.cluster import Cluster
 from finetune_operator.api import finetunejob
 from finetune_operator.api.base import GROUP, VERSION
+from tests.clients import Kubectl, KubectlError
 from tests.integration.bad_jobs import BAD_JOBS, GOOD, QLORA, BadJob
 
 pytestmark = pytest.mark.integration
@@ -23,10 +23,6 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 NOW = "2026-01-01T00:00:00Z"
 JOB = (GROUP, VERSION)
-
-
-class Cluster(Protocol):
-    kubeconfig: Path
 
 
 def merged(target: Any, change: Any) -> Any:
@@ -48,6 +44,17 @@ def good(**spec: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """An API server without the operator: here the tests are the ones who write statuses."""
+    running = Cluster(tmp_path_factory.mktemp("api-server"), files=ROOT)
+    try:
+        running.up(("etcd", "kube-apiserver"))
+        yield running
+    finally:
+        running.down()
+
+
+@pytest.fixture(scope="module")
 def api(cluster: Cluster) -> client.CustomObjectsApi:
     return client.CustomObjectsApi(config.new_client_from_config(str(cluster.kubeconfig)))
 
@@ -62,26 +69,6 @@ def create(api: client.CustomObjectsApi, namespace: str) -> Any:
         return created
 
     return create_job
-
-
-@pytest.fixture
-def kubectl(cluster: Cluster, namespace: str) -> Any:
-    program = os.environ.get("KUBECTL") or shutil.which("kubectl") or _bundled(cluster)
-
-    def run(*arguments: str, text: str | None = None) -> str:
-        command = [program, "--kubeconfig", str(cluster.kubeconfig), "-n", namespace, *arguments]
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
-def _bundled(cluster: Cluster) -> str:
-    path = getattr(cluster, "kubectl", None)
-    if path is None:
-        pytest.skip("no kubectl: set KUBECTL or put it on PATH")
-    return str(path)
 
 
 @pytest.mark.parametrize("bad", BAD_JOBS, ids=[bad.name for bad in BAD_JOBS])
@@ -310,7 +297,7 @@ def test_status_that_breaks_the_schema_is_refused(
 
 
 def test_kubectl_shows_columns_category_and_conditions(
-    api: client.CustomObjectsApi, namespace: str, create: Any, kubectl: Any
+    api: client.CustomObjectsApi, namespace: str, create: Any, kubectl: Kubectl
 ) -> None:
     create(GOOD, dry_run=False)
     patch(api, namespace, {"status": started()}, status=True)
@@ -326,7 +313,7 @@ def test_kubectl_shows_columns_category_and_conditions(
     assert "condition met" in kubectl("wait", "--for=condition=Complete", "ftj/good", "--timeout=10s")
 
 
-def test_explain_is_enough_to_write_a_job(kubectl: Any, create: Any) -> None:
+def test_explain_is_enough_to_write_a_job(kubectl: Kubectl, create: Any) -> None:
     top = kubectl("explain", "ftj")
     start = top.index("apiVersion: finetune.dev")
     example = top[top.rindex("\n", 0, start) + 1 : top.index("Follow it")]
@@ -341,19 +328,17 @@ def test_explain_is_enough_to_write_a_job(kubectl: Any, create: Any) -> None:
     assert "enum: LoRA, QLoRA, Full" in everything
 
 
-def test_kubectl_apply_says_all_problems_at_once(kubectl: Any) -> None:
+def test_kubectl_apply_says_all_problems_at_once(kubectl: Kubectl) -> None:
     job = good(objective="PPO", method={"type": "QLoRA"}, resources={"cpu": 0})
-    with pytest.raises(AssertionError) as caught:
-        kubectl("apply", "-f", "-", text=json.dumps(job))
+    with pytest.raises(KubectlError) as caught:
+        kubectl("apply", "-f", "-", body=job)
     for part in ("spec.objective", "spec.method.quantization", "spec.resources.cpu"):
         assert part in str(caught.value)
 
 
-def test_applying_the_same_file_again_changes_nothing(kubectl: Any) -> None:
-    text = json.dumps(good(method=QLORA))
-    assert "created" in kubectl("apply", "-f", "-", text=text)
-    assert "unchanged" in kubectl("apply", "-f", "-", text=text)
-    assert "serverside-applied" in kubectl(
-        "apply", "--server-side", "--force-conflicts", "-f", "-", text=text
-    )
+def test_applying_the_same_file_again_changes_nothing(kubectl: Kubectl) -> None:
+    job = good(method=QLORA)
+    assert "created" in kubectl("apply", "-f", "-", body=job)
+    assert "unchanged" in kubectl("apply", "-f", "-", body=job)
+    assert "serverside-applied" in kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", body=job)
     assert json.loads(kubectl("get", "ftj", "good", "-o", "json"))["metadata"]["generation"] == 1
