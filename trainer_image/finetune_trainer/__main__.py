@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         return command.run(options)
     from finetune_trainer import lifecycle
 
+    lifecycle.stop_on_signals()
     return lifecycle.run_job(options.run_file, only_inspect=options.command == "inspect")
 
 

@@ -116,7 +116,8 @@ def build_card(run: RunFile, manifest: dict[str, Any]) -> str:
 # {run.job.name}
 
 {run.method.type} fine-tuning of `{run.model.uri}`{_revision(manifest)}
-by FineTuneJob `{run.job.namespace}/{run.job.name}` on {rows["trainRows"]} rows of demonstrations ({run.objective}). `manifest.json` lists every file with its SHA-256.
+by FineTuneJob `{run.job.namespace}/{run.job.name}` on {rows["trainRows"]} rows of demonstrations ({run.objective}).
+`manifest.json` lists every file with its SHA-256.
 
 ## Use
 

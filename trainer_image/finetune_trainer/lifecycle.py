@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,8 +21,6 @@ from finetune_trainer.progress import Endpoint, Phase, Reporter
 
 def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
     """Runs (or inspects) what the run file says and returns the exit code; reports the result wherever it can."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
     reporter = Reporter(Endpoint.from_environment())
     try:
         run = runfile.load(run_file)
@@ -35,6 +34,12 @@ def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
     print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
     reporter.finish(result)
     return int(result["exitCode"])
+
+
+def stop_on_signals() -> None:
+    """Makes SIGTERM and SIGINT end the process with Stopped, from the main thread, wherever it is."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:
@@ -97,18 +102,17 @@ def prepare_environment(uris: list[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = (
-        "TRUE"  # its callback reports 100 % on an early stop; ours does not
-    )
+    # transformers' own callback reports 100 % on an early stop; ours does not.
+    os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process uses one GPU; TRL refuses to see more
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to 1; threads are set by choose_threads
     # A waiting OpenMP thread must give its core away: where other processes share the cores, spinning costs a whole
     # time slice (10 ms) for each operation, which made small models 100 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # TRL's use of old names, not ours
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at import
+    # TRL uses names that transformers will drop; nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not any(storage.is_hub(uri) for uri in uris):
         os.environ["HF_HUB_OFFLINE"] = "1"
 

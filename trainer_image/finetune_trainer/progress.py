@@ -141,7 +141,7 @@ class Reporter:
         self._changed.set()
 
     def finish(self, result: dict[str, Any], *, patience: float = RESULT_PATIENCE) -> bool:
-        """Sends the result, says whether it was taken; tries again for `patience` seconds while the operator is away."""
+        """Sends the result, says whether it was taken; retries for `patience` seconds while the operator is away."""
         self._closing.set()
         self._changed.set()
         if self._endpoint is None:

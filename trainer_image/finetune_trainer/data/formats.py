@@ -34,7 +34,10 @@ NO_TEMPLATE = (
 )
 
 ALPACA_OPENING = "Here is an instruction for a task. Write the response that solves it."
-ALPACA_OPENING_WITH_INPUT = "Here is an instruction for a task, and an input that goes with it. Write the response that solves the task."
+ALPACA_OPENING_WITH_INPUT = (
+    "Here is an instruction for a task, and an input that goes with it. "
+    "Write the response that solves the task."
+)
 
 Turn = dict[str, Any]
 
@@ -180,8 +183,10 @@ def _parse_alpaca(row: Row, columns: dict[str, str]) -> Pair:
 def build_alpaca_prompt(instruction: str, given: str) -> str:
     """Returns the raw text before the answer, with the headings that Alpaca-style models know."""
     if given.strip():
-        return f"{ALPACA_OPENING_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
-    return f"{ALPACA_OPENING}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+        opening, task = ALPACA_OPENING_WITH_INPUT, f"{instruction}\n\n### Input:\n{given}"
+    else:
+        opening, task = ALPACA_OPENING, instruction
+    return f"{opening}\n\n### Instruction:\n{task}\n\n### Response:\n"
 
 
 def _text(row: Row, column: str) -> str:
