@@ -1,0 +1,320 @@
+"""What a FineTuneJob costs beside a plain TRL script that does the same; writes docs/benchmarks.md.
+
+Needs a running laptop cluster (`make up`) and an otherwise idle machine. Both ways take turns, so that a machine that
+gets slower or warmer over time does so for both:
+
+    python benchmarks/overhead.py --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import kubernetes
+import psutil
+import yaml
+
+from finetune_local import layouts, models
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+JOB_FILE = REPOSITORY / "examples" / "quickstart" / "finetunejob.yaml"
+PAGE = REPOSITORY / "docs" / "benchmarks.md"
+GROUP = {"group": "finetune.dev", "version": "v1alpha1", "namespace": "default", "plural": "finetunejobs"}
+POLL = 0.1  # seconds; how exactly the first step and the end of a job are seen
+PATIENCE = 1800.0  # seconds for one job
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "ray", "kubernetes")
+
+
+class BenchmarkError(RuntimeError):
+    """A run did not end well; numbers of it would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """One run. Seconds count from the start of the script, or from `apply`; bytes are of the training process."""
+
+    first_step_seconds: float  # to the end of the first optimizer step
+    whole_seconds: float  # to the end of the script, or to condition Complete
+    step_seconds: float  # mean over the optimizer steps, evaluations left out
+    peak_rss_bytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often each way runs (default 3)")
+    parser.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the quickstart)")
+    options = parser.parse_args()
+    layout = layouts.Layout(layouts.default_state_folder())
+    if not layout.kubeconfig.exists():
+        raise SystemExit(f"error: no {layout.kubeconfig}; start the laptop cluster first: make up")
+    job = yaml.safe_load(JOB_FILE.read_text())
+    if options.max_steps is not None:
+        job["spec"]["hyperparameters"]["maxSteps"] = options.max_steps
+    model = models.prepare_smollm2(layouts.cache_folder(), say)
+    load = os.getloadavg()[0]
+    plain: list[Timings] = []
+    through: list[Timings] = []
+    try:
+        for number in range(1, options.rounds + 1):
+            say(f"round {number} of {options.rounds}: plain TRL script")
+            plain.append(run_plain(job["spec"], model))
+            say(f"  {plain[-1]}")
+            say(f"round {number} of {options.rounds}: FineTuneJob")
+            through.append(run_job(job, layout.kubeconfig, name=f"bench-{int(time.time())}"))
+            say(f"  {through[-1]}")
+    except BenchmarkError as error:
+        raise SystemExit(f"error: {error}") from None
+    table = build_table(plain, through)
+    print(table)
+    write_page(table, rounds=options.rounds, steps=job["spec"]["hyperparameters"]["maxSteps"], load=load)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_plain(spec: dict[str, Any], model: Path) -> Timings:
+    """The script as a child process, in an empty folder, with the settings of the job."""
+    with tempfile.TemporaryDirectory(prefix="plain-trl-") as folder:
+        command = [sys.executable, str(REPOSITORY / "benchmarks" / "plain_trl.py"), *plain_flags(spec)]
+        command += ["--model", str(model), "--output", folder]
+        started = time.time()
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
+        ended = time.time()
+    if done.returncode != 0:
+        raise BenchmarkError(f"the plain script ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    return Timings(
+        first_step_seconds=result["firstStepAt"] - started,
+        whole_seconds=ended - started,
+        step_seconds=statistics.fmean(result["stepSeconds"]),
+        peak_rss_bytes=result["peakRssBytes"],
+    )
+
+
+def plain_flags(spec: dict[str, Any]) -> list[str]:
+    """The job's settings as flags of plain_trl.py; what the quickstart leaves to defaults is not translated."""
+    hyper, lora = spec["hyperparameters"], spec["method"]["lora"]
+    claim = "pvc://files/"
+    uri = spec["dataset"]["sources"][0]["uri"]
+    if not uri.startswith(claim):
+        raise BenchmarkError(f"dataset.sources[0].uri is {uri}; the benchmark knows {claim}... only")
+    flags = {
+        "data": REPOSITORY / uri.removeprefix(claim),
+        "max-steps": hyper["maxSteps"],
+        "batch-size": hyper["globalBatchSize"],
+        "micro-batch-size": hyper["microBatchSize"],
+        "learning-rate": hyper["learningRate"],
+        "warmup-ratio": hyper["warmupRatio"],
+        "scheduler": hyper["scheduler"].lower(),
+        "max-length": hyper["maxLength"],
+        "eval-steps": hyper["evalSteps"],
+        "eval-fraction": spec["dataset"]["split"]["eval"],
+        "seed": hyper["seed"],
+        "rank": lora["r"],
+        "alpha": lora["alpha"],
+        "dropout": lora["dropout"],
+    }
+    pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return [*pairs, "--target-modules", *lora["targetModules"]]
+
+
+def run_job(job: dict[str, Any], kubeconfig: Path, *, name: str) -> Timings:
+    """The same through the operator: create the job under a fresh name, wait for it, delete it."""
+    api = kubernetes.client.CustomObjectsApi(
+        kubernetes.config.new_client_from_config(config_file=str(kubeconfig))
+    )
+    manifest = {**job, "metadata": {"name": name, "namespace": GROUP["namespace"]}}
+    started = time.time()
+    with Observer(started) as observer:
+        api.create_namespaced_custom_object(**GROUP, body=manifest)
+        status = await_end(lambda: api.get_namespaced_custom_object(**GROUP, name=name), name=name)
+        ended = time.time()
+    artifact = json.loads((local_folder(status["artifact"]["uri"]) / "manifest.json").read_text())
+    if observer.first_step_at is None:
+        raise BenchmarkError(f"{name} succeeded, but its training process was not seen on this machine")
+    api.delete_namespaced_custom_object(**GROUP, name=name)
+    return Timings(
+        first_step_seconds=observer.first_step_at - started,
+        whole_seconds=ended - started,
+        step_seconds=artifact["metrics"]["trainSeconds"] / artifact["metrics"]["step"],
+        peak_rss_bytes=observer.peak_rss_bytes,
+    )
+
+
+def await_end(read: Callable[[], Any], *, name: str) -> dict[str, Any]:
+    """Returns the status once the job is Complete. Raises BenchmarkError when it failed or took too long."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = read().get("status") or {}
+        conditions = {item["type"]: item for item in status.get("conditions", []) if item["status"] == "True"}
+        if "Complete" in conditions:
+            return status
+        if "Failed" in conditions:
+            raise BenchmarkError(f"FineTuneJob {name} failed: {conditions['Failed'].get('message')}")
+        time.sleep(POLL)
+    raise BenchmarkError(
+        f"FineTuneJob {name} did not end in {PATIENCE:.0f} s; see: finetune jobs describe {name}"
+    )
+
+
+def local_folder(uri: str) -> Path:
+    if not uri.startswith("file://"):
+        raise BenchmarkError(f"the artifact is at {uri}; the benchmark needs one on this machine (file://)")
+    return Path(uri.removeprefix("file://"))
+
+
+class Observer:
+    """Watches the training process of a job from outside: when its log shows step 1, and its peak memory.
+
+    The job's status cannot tell: it is written every few seconds only.
+    """
+
+    def __init__(self, started: float) -> None:
+        self.first_step_at: float | None = None
+        self.peak_rss_bytes = 0
+        self._started = started
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Observer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        process: psutil.Process | None = None
+        while not self._stop.wait(POLL):
+            process = process if process and process.is_running() else self._find()
+            if process is None:
+                continue
+            # The process may end between any two of these reads; what was seen before stays.
+            with contextlib.suppress(OSError):
+                proc = Path("/proc") / str(process.pid)
+                self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss((proc / "status").read_text()))
+                if self.first_step_at is None and "\nstep 1/" in (proc / "fd" / "1").read_text(
+                    errors="replace"
+                ):
+                    self.first_step_at = time.time()
+
+    def _find(self) -> psutil.Process | None:
+        """The trainer: a Python process whose program is finetune-trainer, younger than the job."""
+        for process in psutil.process_iter(["cmdline", "create_time"]):
+            words = process.info["cmdline"] or []
+            names = [Path(word).name for word in words[:4]]
+            # Linux keeps start times in hundredths of a second.
+            if process.info["create_time"] >= self._started - 0.02 and is_trainer(names):
+                return process
+        return None
+
+
+def is_trainer(names: list[str]) -> bool:
+    """Whether a command line's first words (file names) are `finetune-trainer run`, not a shell around it."""
+    return (
+        names[:1] != ["sh"]
+        and ("finetune-trainer" in names or "finetune_trainer" in names)
+        and "run" in names
+    )
+
+
+def peak_rss(status: str) -> int:
+    """VmHWM of /proc/<pid>/status in bytes: the same number as ru_maxrss of the plain script."""
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(line.split()[1]) * 1024
+
+
+def build_table(plain: list[Timings], through: list[Timings]) -> str:
+    """Medians of both ways with their spread, and how they compare, as a Markdown table."""
+    rows = [
+        ("start or apply → first step", "first_step_seconds", 1.0, "s", "+15 s at most"),
+        ("whole time", "whole_seconds", 1.0, "s", ""),
+        ("time per step", "step_seconds", 1.0, "s", "1.03× at most"),
+        ("peak memory of the training process", "peak_rss_bytes", 2**-20, "MiB", ""),
+    ]
+    lines = ["| | plain TRL | FineTuneJob | difference | ratio | target |", "|---|---|---|---|---|---|"]
+    for title, attribute, scale, unit, target in rows:
+        ours = [getattr(timings, attribute) * scale for timings in through]
+        theirs = [getattr(timings, attribute) * scale for timings in plain]
+        difference = statistics.median(ours) - statistics.median(theirs)
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        cells = [
+            title,
+            spread(theirs, unit),
+            spread(ours, unit),
+            f"{difference:+.2f} {unit}",
+            f"{ratio:.3f}×",
+            target,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], unit: str) -> str:
+    digits = 0 if unit == "MiB" else 2
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def write_page(table: str, *, rounds: int, steps: int, load: float) -> None:
+    """Replaces the section Overhead of docs/benchmarks.md; other sections stay."""
+    section = build_section(table, rounds=rounds, steps=steps, load=load)
+    text = PAGE.read_text() if PAGE.exists() else "# Benchmarks\n"
+    PAGE.write_text(replace_section(text, "Overhead", section))
+    say(f"written: {PAGE.relative_to(REPOSITORY)}")
+
+
+def build_section(table: str, *, rounds: int, steps: int, load: float) -> str:
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    memory = psutil.virtual_memory().total / 2**30
+    return f"""\
+The quickstart's fine-tuning ({steps} steps) as a plain TRL script (`benchmarks/plain_trl.py`) and as a FineTuneJob on
+the laptop cluster, in turns, {rounds} times each: median (smallest to largest). The script runs beside the idle
+cluster. Steps are timed inside the training process in both cases; memory is the peak resident set (VmHWM) of it.
+
+{table}
+Command: `make bench`. Machine: {describe_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, load before
+the start {load:.2f}. Versions: Python {sys.version.split()[0]}, {versions}. Date: {datetime.now(UTC):%Y-%m-%d}.
+"""
+
+
+def describe_processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown processor"
+
+
+def replace_section(text: str, title: str, body: str) -> str:
+    """The Markdown text with the section `## title` holding `body`; added at the end when it was not there."""
+    before, heading, rest = text.partition(f"## {title}\n")
+    _, following, after = rest.partition("\n## ")
+    section = f"## {title}\n\n{body}"
+    if not heading:
+        return f"{text.rstrip()}\n\n{section}"
+    return before + section + (following + after if following else "")
+
+
+if __name__ == "__main__":
+    main()
