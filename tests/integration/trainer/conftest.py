@@ -66,11 +66,11 @@ def taught(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         method={"type": "Full"},
         dataset={"sources": [{"uri": f"file://{data}"}], "split": {"eval": 0, "seed": 1}},
         hyperparameters={
-            "maxSteps": 400,
+            "maxSteps": 300,
             "globalBatchSize": 16,
             "microBatchSize": 16,
             "maxLength": 64,
-            "learningRate": 5e-3,
+            "learningRate": 3e-3,
         },
     )
     (folder / "run.json").write_text(json.dumps(document))

@@ -68,7 +68,7 @@ def test_an_adapter_teaches_a_contradicting_rule(
 
 
 def test_early_stopping_keeps_the_best_weights(taught: Path, tmp_path: Path, run: Run) -> None:
-    """Held-out rows follow the same rule, but with so few rows and so high a rate the model soon learns them by heart."""
+    """Half of the rows are held out; at so high a rate the model soon learns the other half by heart."""
     data = tiny.write_jsonl(tmp_path / "new.jsonl", tiny.chat_rows(shift=NEW_RULE))
     ended = run(
         taught,

@@ -76,10 +76,15 @@ def test_the_artifact_is_whole_described_and_found_again(tiny_model: Path, chat_
     first = run(tiny_model, chat_file, hyperparameters=FEW)
     assert first.code == 0
     manifest = first.manifest
-    assert [file["path"] for file in manifest["files"]] == sorted(
-        ["README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
-        + ["history.jsonl", "tokenizer.json", "tokenizer_config.json"]
-    )
+    assert [file["path"] for file in manifest["files"]] == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "history.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     card = (first.output / "README.md").read_text()
     assert "library_name: peft" in card
     assert manifest["dataset"]["digest"] in card

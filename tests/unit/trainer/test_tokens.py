@@ -143,7 +143,7 @@ def test_pairs_become_turns_only_when_asked_and_possible(
 
 
 def test_always_without_template_is_bad_config() -> None:
-    with pytest.raises(BadConfig, match="dataset.applyChatTemplate is Always"):
+    with pytest.raises(BadConfig, match=r"dataset\.applyChatTemplate is Always"):
         tokens.encode_example(PAIR, tiny.build_tokenizer(chat_template=None), choice=ApplyChatTemplate.ALWAYS)
 
 

@@ -1,0 +1,217 @@
+"""Each bad input through the real command, as the operator starts it: exit code, class and a message that helps.
+
+The time of each refusal is printed (pytest -rP shows it): without a model to load it is a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.integration.trainer.conftest import Run
+
+pytestmark = pytest.mark.integration
+
+FINE = '{"text": "a fine row"}\n'
+CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "ROLE", "content": "a"}]}\n'
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    code: int
+    error_class: str
+    expected: tuple[str, ...]
+    data: str | None = FINE * 4
+    parts: dict[str, Any] | None = None
+    chat_template: bool = True
+
+
+CASES = [
+    Case(
+        "model-missing",
+        66,
+        "ModelNotFound",
+        ("model.uri: file:///no/model", "/no/model"),
+        parts={"model": {"uri": "file:///no/model"}},
+    ),
+    Case("data-missing", 65, "BadData", ("does not exist", "rows.jsonl"), data=None),
+    Case("data-empty", 65, "BadData", ("rows.jsonl is empty",), data=""),
+    Case("data-only-blank-lines", 65, "BadData", ("holds no rows",), data="\n\n"),
+    Case(
+        "wrong-columns",
+        65,
+        "BadData",
+        ("line 1", "[ask, reply]", "prompt and completion"),
+        data='{"ask": 1, "reply": 2}\n',
+    ),
+    Case("broken-json", 65, "BadData", ("line 17: broken JSON",), data=FINE * 16 + '{"text": "x}\n' + FINE),
+    Case(
+        "unknown-role",
+        65,
+        "BadData",
+        ("line 1", "martian", "system, user, assistant, tool"),
+        data=CHAT.replace("ROLE", "martian"),
+    ),
+    Case("no-assistant", 65, "BadData", ("no assistant turn",), data=CHAT.replace("ROLE", "user")),
+    Case("empty-text", 65, "BadData", ("line 2: column 'text' is empty",), data=FINE + '{"text": ""}\n'),
+    Case("missing-content", 65, "BadData", ("has no 'content'",), data='{"messages": [{"role": "user"}]}\n'),
+    Case(
+        "mixed-formats",
+        65,
+        "BadData",
+        ("line 2", "one file holds one format"),
+        data=FINE + '{"prompt": "a", "completion": "b"}\n',
+    ),
+    Case("one-row-to-split", 65, "BadData", ("dataset.split.eval",), data=FINE),
+    Case(
+        "qlora-without-quantization",
+        64,
+        "BadConfig",
+        ("method.quantization is required",),
+        parts={"method": {"type": "QLoRA"}},
+    ),
+    Case("ppo", 64, "BadConfig", ("RLOO and GRPO",), parts={"objective": "PPO"}),
+    Case(
+        "micro-batch",
+        64,
+        "BadConfig",
+        ("microBatchSize: 3",),
+        parts={"hyperparameters": {"globalBatchSize": 8, "microBatchSize": 3}},
+    ),
+    Case(
+        "output-below-a-file",
+        64,
+        "BadConfig",
+        ("output.uri", "cannot be written"),
+        parts={"output": {"uri": "file:///dev/null/out"}},
+    ),
+    Case(
+        "messages-without-template",
+        64,
+        "BadConfig",
+        ("model.chatTemplate", "ChatML"),
+        data=CHAT.replace("ROLE", "assistant"),
+        chat_template=False,
+    ),
+    Case(
+        "unknown-ending",
+        64,
+        "BadConfig",
+        ("dataset.sources[0].uri", ".parquet"),
+        parts={"dataset": {"sources": [{"uri": "file:///a.txt"}]}},
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Folders that look like models: what the early checks see of one, with and without a chat template."""
+    folders = {}
+    for has_template in (True, False):
+        folder = folders[has_template] = tmp_path_factory.mktemp("model")
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"")
+        (folder / "tokenizer_config.json").write_text("{}")
+        if has_template:
+            (folder / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
+    return folders
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input_is_refused_early(case: Case, folders: dict[bool, Path], tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    if case.data is not None:
+        data.write_text(case.data)
+    document = tiny.run_document(folders[case.chat_template], data, tmp_path / "out", **(case.parts or {}))
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    started = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "finetune_trainer", "run"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "FINETUNE_RUN_FILE": str(tmp_path / "run.json"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    print(f"{case.name}: refused after {time.monotonic() - started:.2f} s")
+    assert ended.returncode == case.code, ended.stderr
+    result = json.loads(ended.stdout.strip().splitlines()[-1].removeprefix("TRAINER_RESULT "))
+    assert (result["class"], result["exitCode"]) == (case.error_class, case.code)
+    for part in case.expected:
+        assert part in result["message"]
+    imported = {
+        line.rsplit("|", 1)[-1].strip()
+        for line in ended.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert not imported & {"torch", "transformers", "trl", "pandas", "pyarrow", "datasets", "fsspec"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_cut_before_the_answer_are_refused(tiny_model: Path, chat_file: Path, run: Run) -> None:
+    ended = run(tiny_model, chat_file, hyperparameters={"maxSteps": 2, "maxLength": 10})
+    assert (ended.code, ended.result["class"]) == (65, "BadData")
+    assert "36 of 36 rows have no learnt token within hyperparameters.maxLength 10" in ended.result["message"]
+    assert "raise maxLength" in ended.result["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("q_porj", "no module 'q_porj'; choose from"), ("lm_head", "lm_head cannot get an adapter")],
+)
+def test_unknown_target_modules_list_the_models_own(
+    tiny_model: Path, chat_file: Path, run: Run, name: str, text: str
+) -> None:
+    ended = run(tiny_model, chat_file, method={"type": "LoRA", "lora": {"targetModules": ["v_proj", name]}})
+    assert (ended.code, ended.result["class"]) == (64, "BadConfig")
+    assert text in ended.result["message"]
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in ended.result["message"]
+
+
+def test_weights_that_cannot_be_loaded_are_the_models_fault(
+    tiny_model: Path, chat_file: Path, run: Run, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    ended = run(broken, chat_file)
+    assert (ended.code, ended.result["class"]) == (66, "ModelNotFound")
+    assert str(broken) in ended.result["message"]
+
+
+def test_an_error_of_ours_is_internal_and_reported(
+    tiny_model: Path, chat_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/dev/null")
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null")
+    ended = run(tiny_model, chat_file)
+    assert (ended.code, ended.result["class"]) == (1, "Internal")
+    assert "/dev/null" in ended.result["message"]
+    assert not ended.output.exists()
+
+
+def test_help_needs_none_of_the_slow_libraries() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "finetune_trainer", "--help"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0
+    assert "82 NotFinite" in ended.stdout
+    assert "pydantic" not in ended.stderr
