@@ -90,7 +90,7 @@ def _program() -> str:
     return str(binaries.find_kubectl(binaries.Sources.from_environment(), announce=quiet, detail=quiet))
 
 
-def finetunejob(name: str, model: Path, data: Path | str, **spec: Any) -> Json:
+def finetunejob(name: str, model: Path, data: Path | str, /, **spec: Any) -> Json:
     """A FineTuneJob that trains the tiny model for a few steps; `spec` replaces or adds fields."""
     uri = data if isinstance(data, str) else f"file://{data}"
     return {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from finetune_local.cluster import Cluster
 from tests import tiny
@@ -28,6 +30,7 @@ class Case:
     content: Callable[[], str | None] = lambda: lines(tiny.chat_rows())
     file: str = "rows.jsonl"
     spec: dict[str, Any] = field(default_factory=dict)
+    overflowing_model: bool = False
 
 
 def turns(question: str, answer: str, *, role: str = "user") -> dict[str, Any]:
@@ -63,7 +66,7 @@ CASES = [
         "BadData",
         65,
         ("maxLength",),
-        lambda: lines([turns("long " * 400, "ok")] * 20),
+        lambda: lines([turns(f"{i} is long " * 200, "ok") for i in range(20)]),
     ),
     Case("broken-csv", "BadData", 65, ("rows.csv", "completion"), lambda: "prompt,answer\na,b\n", "rows.csv"),
     Case(
@@ -85,13 +88,18 @@ CASES = [
         "NotFinite",
         82,
         ("learningRate",),
-        spec={
-            "method": {"type": "Full"},
-            "hyperparameters": {"maxSteps": 20, "globalBatchSize": 8, "maxLength": 64, "learningRate": 1.0,
-                                "maxGradNorm": 1000, "scheduler": "Constant", "warmupRatio": 0, "optimizer": "SGD"},
-        },
+        overflowing_model=True,
     ),
 ]  # fmt: skip
+
+
+def overflow(model: Path, folder: Path) -> Path:
+    """A copy of the model whose logits exceed float32, so that the first loss is not a number."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 1e38
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +109,14 @@ def outcomes(
     """All cases run side by side in one namespace, since each takes seconds of start-up and next to no work."""
     kubectl = Kubectl(cluster.kubeconfig, "test-bad-input")
     kubectl("create", "namespace", kubectl.namespace)
+    overflowing = overflow(tiny_model, tmp_path_factory.mktemp("overflowing") / "model")
     for case in CASES:
         data = tmp_path_factory.mktemp(case.name) / case.file
         content = case.content()
         if content is not None:
             data.write_text(content)
-        kubectl.apply(finetunejob(case.name, tiny_model, data, **case.spec))
+        model = overflowing if case.overflowing_model else tiny_model
+        kubectl.apply(finetunejob(case.name, model, data, **case.spec))
     yield lambda name: kubectl.finished(name, seconds=300)
     kubectl("delete", "namespace", kubectl.namespace, "--wait=false")
 

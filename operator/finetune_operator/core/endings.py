@@ -11,6 +11,7 @@ from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import CreateRayJob, Observed, Plan, RayJobFacts
 
 INSPECTION_SECONDS = 10.0
+RELEASED = Claim(ConditionType.RESOURCES_READY, False, "Released", "the job is over")
 
 
 def over(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
@@ -89,6 +90,7 @@ def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now
         "ArtifactPublished",
         message,
         claims=[
+            RELEASED,
             Claim(ConditionType.TRAINING, False, "Finished", "training is over"),
             Claim(ConditionType.ARTIFACT_PUBLISHED, True, "ManifestCommitted", message),
             Claim(ConditionType.COMPLETE, True, "ArtifactPublished", message),
@@ -132,6 +134,7 @@ def ended(
         str(error_class),
         text,
         claims=[
+            RELEASED,
             Claim(ConditionType.TRAINING, False, str(error_class), text),
             Claim(ConditionType.FAILED, True, str(error_class), text),
         ],
