@@ -44,7 +44,7 @@ def prepare_smollm2(cache: Path, say: Say) -> Path:
     folder = cache / "models" / NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f".{NAME}.lock"):
-        if _is_whole(folder):
+        if is_whole(folder):
             return folder
         for leftover in folder.parent.glob(f".{NAME}-*"):
             shutil.rmtree(leftover)
@@ -54,7 +54,7 @@ def prepare_smollm2(cache: Path, say: Say) -> Path:
             say("Base model: converting it to safetensors (half a minute)")
             made = Path(temporary) / NAME
             _convert_in_child(gguf, made)
-            _write_marker(made)
+            write_marker(made)
             if folder.exists():
                 shutil.rmtree(folder)
             made.rename(folder)
@@ -69,7 +69,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield  # closing the file releases the lock
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether every file that the marker names is there, unchanged, and made by this version's conversion."""
     try:
         marker = json.loads((folder / MARKER).read_text())
         return marker["layout"] == LAYOUT and all(
@@ -79,7 +80,8 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _write_marker(folder: Path) -> None:
+def write_marker(folder: Path) -> None:
+    """Seal a finished folder: what is_whole compares it with from now on."""
     files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     marker = {"layout": LAYOUT, "package": PACKAGE, "ggufSha256": GGUF_SHA256, "files": files}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
