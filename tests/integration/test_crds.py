@@ -12,6 +12,7 @@ import pytest
 import yaml
 from kubernetes import client, config
 
+from finetune_cli import job_files
 from finetune_local.cluster import Cluster
 from finetune_operator.api import finetunejob
 from finetune_operator.api.base import GROUP, VERSION
@@ -84,13 +85,11 @@ def test_bad_job_is_refused_with_words_that_help(create: Any, bad: BadJob) -> No
 def example_jobs() -> list[Any]:
     found = []
     for path in sorted((ROOT / "examples").rglob("*.yaml")):
-        for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
-            if isinstance(document, dict) and document.get("kind") == finetunejob.KIND:
-                found.append(
-                    pytest.param(
-                        document, id=f"{path.parent.name}/{path.name}:{document['metadata']['name']}"
-                    )
-                )
+        text = path.read_text(encoding="utf-8")
+        if "finetune.dev/" in text:
+            for job in job_files.load_jobs(text):
+                name = job["metadata"]["name"]
+                found.append(pytest.param(job, id=f"{path.relative_to(ROOT / 'examples')}:{name}"))
     return found
 
 

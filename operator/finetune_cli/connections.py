@@ -1,0 +1,71 @@
+"""The connection of the commands to a cluster: which one, which namespace, and what to say when it does not answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_KUBECONFIG = Path("~/.kube/config")
+
+
+class NoClusterError(Exception):
+    """There is no cluster to talk to; the message says what was tried and what to do."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An API client (kubernetes.client.ApiClient) and the namespace that the kubeconfig names."""
+
+    api: Any
+    namespace: str
+    server: str
+
+
+def connect(kubeconfig: Path | None, context: str | None) -> Connection:
+    """Reads the kubeconfig as kubectl does; without any, the laptop cluster's. Raises NoClusterError."""
+    from kubernetes import client, config
+
+    file = _find(kubeconfig)
+    if file is None and "KUBERNETES_SERVICE_HOST" in os.environ:
+        config.load_incluster_config()
+        return _connection(client.Configuration.get_default_copy(), _pod_namespace())
+    settings = client.Configuration()
+    try:
+        known, active = config.list_kube_config_contexts(config_file=file)
+        config.load_kube_config(config_file=file, context=context, client_configuration=settings)
+    except config.ConfigException as error:
+        raise NoClusterError(
+            f"{str(error).rstrip('.')}. Set KUBECONFIG or --kubeconfig, "
+            "or start a cluster on this machine: finetune local up"
+        ) from error
+    chosen = next((one for one in known if one["name"] == context), active)
+    return _connection(settings, chosen["context"].get("namespace") or "default")
+
+
+def _connection(settings: Any, namespace: str) -> Connection:
+    from kubernetes import client
+
+    # The commands decide themselves when to try again; the client's own retries only hide for how long.
+    settings.retries = 0
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    return Connection(client.ApiClient(settings), namespace, settings.host)
+
+
+def _find(kubeconfig: Path | None) -> str | None:
+    if kubeconfig is not None:
+        return str(kubeconfig.expanduser())
+    if os.environ.get("KUBECONFIG"):
+        return os.environ["KUBECONFIG"]
+    if DEFAULT_KUBECONFIG.expanduser().is_file():
+        return str(DEFAULT_KUBECONFIG.expanduser())
+    from finetune_local import layouts
+
+    laptop = layouts.Layout(layouts.default_state_folder()).kubeconfig
+    return str(laptop) if laptop.is_file() else None
+
+
+def _pod_namespace() -> str:
+    return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text(encoding="utf-8").strip()

@@ -1,0 +1,53 @@
+"""Having the API server check a FineTuneJob without creating or changing anything."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from finetune_cli import job_files
+from finetune_operator.api import finetunejob
+from finetune_operator.api.base import API_VERSION, GROUP, VERSION
+
+
+def find_problems(api: Any, namespace: str, job: dict[str, Any]) -> list[str]:
+    """One line for each problem; empty: the job could be applied. Raises ApiException for anything but a refusal."""
+    if job.get("apiVersion") != API_VERSION:
+        return [f"apiVersion: {job.get('apiVersion')!r} is not known; write {API_VERSION}"]
+    refusal = _dry_run(api, namespace, job, validation="Strict")
+    if refusal is None:
+        return []
+    problems = job_files.explain_refusal(refusal)
+    if job_files.is_about_unknown_fields(refusal):
+        values = _dry_run(api, namespace, job, validation="Ignore")
+        problems += job_files.explain_refusal(values) if values else []
+    return problems
+
+
+def _dry_run(api: Any, namespace: str, job: dict[str, Any], *, validation: str) -> dict[str, Any] | None:
+    """The API server's Status if it refuses to create the job, or to update the one that exists; else None."""
+    from kubernetes import client
+
+    objects = client.CustomObjectsApi(api)
+    body = copy.deepcopy(job)
+    meta = body.setdefault("metadata", {}) or {}
+    meta["namespace"] = namespace
+    place = (GROUP, VERSION, namespace, finetunejob.PLURAL)
+    try:
+        try:
+            objects.create_namespaced_custom_object(*place, body, dry_run="All", field_validation=validation)
+        except client.ApiException as error:
+            if error.status != 409:
+                raise
+            known = objects.get_namespaced_custom_object(*place, meta["name"])
+            meta["resourceVersion"] = known["metadata"]["resourceVersion"]
+            objects.replace_namespaced_custom_object(
+                *place, meta["name"], body, dry_run="All", field_validation=validation
+            )
+    except client.ApiException as error:
+        if error.status not in (400, 422):
+            raise
+        refusal: dict[str, Any] = json.loads(error.body)
+        return refusal
+    return None

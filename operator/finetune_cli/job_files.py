@@ -1,0 +1,100 @@
+"""Files with FineTuneJobs, and the API server's refusals in plain words. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from finetune_operator.api import crds, finetunejob
+
+
+class UnreadableFileError(ValueError):
+    """A file that is no YAML, or holds no FineTuneJob; the message says where and what."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as kubectl does: 2e-4 is a number there, and a text for YAML 1.1 as PyYAML has it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+_UNKNOWN = re.compile(r'unknown field "([^"]+)"')
+_DUPLICATE = re.compile(r'key "([^"]+)" already set')
+
+
+def load_jobs(text: str) -> list[dict[str, Any]]:
+    """The FineTuneJobs of a YAML or JSON text; other kinds are left out. Raises UnreadableFileError."""
+    try:
+        documents = [one for one in yaml.load_all(text, Loader=_Loader) if one is not None]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UnreadableFileError(f"{where}not YAML: {getattr(error, 'problem', None) or error}") from error
+    flat = [
+        item for one in documents for item in (one.get("items", [one]) if isinstance(one, dict) else [one])
+    ]
+    for item in flat:
+        if not isinstance(item, dict) or "kind" not in item:
+            raise UnreadableFileError(
+                "a document has no kind; begin it with apiVersion, kind, metadata and spec"
+            )
+    jobs = [item for item in flat if item["kind"] == finetunejob.KIND]
+    if not jobs:
+        kinds = ", ".join(sorted({str(item["kind"]) for item in flat})) or "nothing"
+        raise UnreadableFileError(f"holds no {finetunejob.KIND} (found: {kinds})")
+    return jobs
+
+
+def is_about_unknown_fields(refusal: Mapping[str, Any]) -> bool:
+    """Whether the API server stopped at the spelling; then it has not looked at the values yet."""
+    return "strict decoding error" in str(refusal.get("message", ""))
+
+
+def explain_refusal(refusal: Mapping[str, Any]) -> list[str]:
+    """One line for each problem in a Status object of the API server: the field, what is wrong, what to do."""
+    message = str(refusal.get("message", "no message"))
+    if is_about_unknown_fields(refusal):
+        lines = [_explain_unknown(path) for path in _UNKNOWN.findall(message)]
+        return lines + [f"{path}: is there twice; keep one" for path in _DUPLICATE.findall(message)] or [
+            message
+        ]
+    causes = (refusal.get("details") or {}).get("causes") or []
+    lines, notes = [], []
+    for cause in causes:
+        field, text = cause.get("field") or "", str(cause.get("message", ""))
+        if field in ("", "<nil>"):
+            notes.append(text.removeprefix("Invalid value: null: ").removeprefix('Invalid value: "null": '))
+        else:
+            lines.append(f"{field}: {text.removeprefix('Invalid value: ')}")
+    return list(dict.fromkeys([*sorted(lines), *notes])) or [message]
+
+
+def _explain_unknown(path: str) -> str:
+    parent, _, name = path.rpartition(".")
+    known = _fields_of(parent)
+    plain = {re.sub("[^a-z0-9]", "", field.lower()): field for field in known}
+    close = difflib.get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, n=1, cutoff=0.6)
+    if close:
+        return f"{path}: unknown field; did you mean {plain[close[0]]}?"
+    if known:
+        return f"{path}: unknown field; there are {', '.join(sorted(known))}"
+    return f"{path}: unknown field"
+
+
+def _fields_of(path: str) -> list[str]:
+    """Names of the fields of the object at `path` (such as spec.dataset.sources[0]) in the CRD."""
+    version = crds.build_crds()[0]["spec"]["versions"][0]
+    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
+    for part in filter(None, path.split(".")):
+        schema = schema.get("properties", {}).get(part.split("[")[0], {})
+        if "[" in part:
+            schema = schema.get("items", {})
+    return list(schema.get("properties", {}))

@@ -1,0 +1,181 @@
+"""The page of `finetune jobs describe`: what the job is, why it is where it is, and what to do about it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from finetune_cli.job_views import (
+    Job,
+    elapsed,
+    exit_code,
+    format_duration,
+    measures,
+    number,
+    result_lines,
+    seconds_between,
+    status_of,
+    steps,
+)
+
+AGAIN = "then delete the job and apply it again: kubectl delete ftj {name} -n {namespace}"
+# Why a job failed -> what the user does next. The message already names the field, the file or the step.
+REMEDIES = {
+    "BadConfig": f"Change the field that the message names, {AGAIN}",
+    "BadData": f"Correct the file that the message names, {AGAIN}",
+    "ModelNotFound": f"Check spec.model.uri, its revision and the Secret in spec.model.secretRef, {AGAIN}",
+    "NotFinite": "Lower spec.hyperparameters.learningRate (half of it is a good try) or set precision Float32, "
+    + AGAIN,
+    "Cancelled": "Somebody stopped the Ray job or deleted the RayJob. To train after all, "
+    "delete the job and apply it again: kubectl delete ftj {name} -n {namespace}",
+    "Lost": "The training process or its pod went away. Look for evictions and memory: "
+    "kubectl get events -n {namespace}; " + AGAIN,
+    "Internal": "Read the trainer's log: kubectl logs -n {namespace} -l finetune.dev/job={name} --tail=100; "
+    "on a laptop: finetune local logs ray",
+}
+WAITING = {
+    "Pending": "Nothing runs yet. If this stays: is the operator up (finetune local status, or its Deployment)?",
+    "Provisioning": "The cluster starts the training pod. If this stays: "
+    "kubectl describe pod -n {namespace} -l finetune.dev/job={name}",
+}
+
+
+def describe(job: Job, events: Sequence[Mapping[str, Any]], now: datetime) -> str:
+    """The whole page. `events` are the job's Event objects in any order; the last five are shown."""
+    sections = [
+        _title(job, now),
+        _section("What", what(job)),
+        _section("Why", [status_of(job).get("message") or "The operator has not looked at the job yet."]),
+        _section("Do", [next_step(job)]),
+        _section("Progress", _progress(job, now)),
+        _section("Used", _effective(job)),
+        _section("Result", result_lines(job)),
+        _section("Attempts", _attempts(job)),
+        _section("Conditions", _conditions(job, now)),
+        _section("Events", _events(events, now)),
+    ]
+    return "\n".join(line for section in sections for line in section)
+
+
+def what(job: Job) -> list[str]:
+    """The spec in sentences."""
+    spec = job["spec"]
+    method, hyper, data = spec["method"], spec["hyperparameters"], spec["dataset"]
+    sources = [source["uri"] for source in data["sources"]]
+    length = f"{hyper['maxSteps']} steps" if hyper.get("maxSteps") else f"{hyper['epochs']:g} epochs"
+    resources = spec["resources"]
+    lines = [
+        f"{spec['objective']} with {method['type']} of {spec['model']['uri']}",
+        f"on {', '.join(sources[:3])}" + (f" and {len(sources) - 3} more" if len(sources) > 3 else ""),
+        f"for {length} of {hyper['globalBatchSize']} rows, at most {hyper['maxLength']} tokens a row; "
+        f"{data['split']['eval']:.0%} of the rows held out",
+        f"with {resources['cpu']} CPU, {resources['memory']} memory, {resources['gpusPerWorker']} GPU",
+    ]
+    if spec.get("earlyStopping"):
+        lines.append(f"stops early after {spec['earlyStopping']['patience']} evaluations without improvement")
+    return lines
+
+
+def next_step(job: Job) -> str:
+    """What the user does now."""
+    status, meta = status_of(job), job["metadata"]
+    phase, reason = status.get("phase", "Pending"), status.get("reason", "")
+    names = {"name": meta["name"], "namespace": meta["namespace"]}
+    if phase == "Succeeded":
+        kind = "adapter" if (status.get("artifact") or {}).get("rank") else "model"
+        return f"Use the {kind}: it is in the folder below, with manifest.json (hashes) and README.md (model card)."
+    if phase in ("Failed", "Cancelled"):
+        return REMEDIES.get(reason, REMEDIES["Internal"]).format(**names)
+    if phase == "Pending" and _refused(status):
+        return "Do what the message says; the operator tries again by itself."
+    if phase in WAITING:
+        return WAITING[phase].format(**names)
+    return f"Nothing; it runs. To follow it: finetune jobs watch {meta['name']} -n {meta['namespace']}"
+
+
+def _refused(status: Mapping[str, Any]) -> bool:
+    return any(c["type"] == "Accepted" and c["status"] == "False" for c in status.get("conditions", ()))
+
+
+def _title(job: Job, now: datetime) -> list[str]:
+    status, meta = status_of(job), job["metadata"]
+    reason = f" ({status['reason']})" if status.get("reason") else ""
+    took = elapsed(job, now)
+    word = "took" if exit_code(job) is not None else "for"
+    time = "" if took is None else f", {word} {format_duration(took)}"
+    return [f"FineTuneJob {meta['namespace']}/{meta['name']}: {status.get('phase', 'Pending')}{reason}{time}"]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    """Nothing to say, no section."""
+    return ["", title, *(f"  {line}" for line in lines)] if lines else []
+
+
+def _progress(job: Job, now: datetime) -> list[str]:
+    progress = status_of(job).get("progress") or {}
+    done = steps(job)
+    if not done:
+        return []
+    epoch = f", epoch {number(progress['epoch'], digits=3)}" if progress.get("epoch") is not None else ""
+    reported = seconds_between(progress.get("lastReportTime"), now)
+    lines = [f"step {done}{epoch}", ", ".join(measures(job, now))]
+    if reported is not None and exit_code(job) is None:
+        lines.append(f"last report {format_duration(reported)} ago")
+    return [line for line in lines if line]
+
+
+def _effective(job: Job) -> list[str]:
+    effective = status_of(job).get("effective") or {}
+    labels = {
+        "modelRevision": "model revision",
+        "datasetDigest": "data",
+        "trainRows": "rows trained on",
+        "evalRows": "rows held out",
+        "learningRate": "learning rate",
+        "microBatchSize": "rows per forward pass",
+        "precision": "precision",
+        "device": "device",
+        "image": "image",
+        "outputUri": "output",
+    }
+    return [f"{label}: {effective[key]}" for key, label in labels.items() if effective.get(key) is not None]
+
+
+def _attempts(job: Job) -> list[str]:
+    lines = []
+    for attempt in status_of(job).get("attempts", ()):
+        took = seconds_between(attempt["startTime"], attempt.get("endTime"))
+        parts = [f"{attempt['number']}: RayJob {attempt['rayJob']}", attempt.get("class") or "running"]
+        if attempt.get("exitCode") is not None:
+            parts.append(f"exit code {attempt['exitCode']}")
+        if attempt.get("lastStep") is not None:
+            parts.append(f"last step {attempt['lastStep']}")
+        if took is not None:
+            parts.append(format_duration(took))
+        lines.append(", ".join(parts))
+    return lines
+
+
+def _conditions(job: Job, now: datetime) -> list[str]:
+    lines = []
+    for condition in status_of(job).get("conditions", ()):
+        since = seconds_between(condition["lastTransitionTime"], now) or 0
+        lines.append(
+            f"{condition['type']} {condition['status']} for {format_duration(since)} ({condition['reason']}): "
+            f"{condition['message']}"
+        )
+    return lines
+
+
+def _events(events: Sequence[Mapping[str, Any]], now: datetime) -> list[str]:
+    def last_seen(event: Mapping[str, Any]) -> str:
+        return str(
+            event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+        )
+
+    lines = []
+    for event in sorted(events, key=last_seen)[-5:]:
+        ago = format_duration(seconds_between(last_seen(event), now) or 0)
+        lines.append(f"{ago} ago {event['type']} {event['reason']}: {event.get('message', '')}")
+    return lines

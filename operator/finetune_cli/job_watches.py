@@ -1,0 +1,150 @@
+"""Following one FineTuneJob through everything that happens to the connection."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from finetune_operator.api import finetunejob
+from finetune_operator.api.base import GROUP, VERSION
+
+Job = dict[str, Any]
+
+WATCH_SECONDS = 20  # so that a connection that died without a word is noticed
+CONNECT_SECONDS = 5
+PAUSES = (
+    0.3,
+    0.5,
+    1.0,
+    2.0,
+    3.0,
+)  # seconds between attempts to get the connection back; the last one repeats
+REFUSAL_SECONDS = (
+    60.0  # an API server that has just started may answer 401 or 403 until it has read its rules
+)
+
+
+class JobNotFoundError(Exception):
+    """There is no such job, or no longer, or this cluster does not know FineTuneJobs."""
+
+
+class WatchTimeoutError(Exception):
+    """The time that the user allowed is over."""
+
+
+def get_job(api: Any, namespace: str, name: str) -> Job:
+    """The job as it is now. Raises JobNotFoundError, ApiException, urllib3's errors."""
+    from kubernetes import client
+
+    try:
+        found: Job = client.CustomObjectsApi(api).get_namespaced_custom_object(
+            GROUP,
+            VERSION,
+            namespace,
+            finetunejob.PLURAL,
+            name,
+            _request_timeout=(CONNECT_SECONDS, WATCH_SECONDS),
+        )
+    except client.ApiException as error:
+        if error.status == 404:
+            raise JobNotFoundError(_missing(error.body, namespace, name)) from error
+        raise
+    return found
+
+
+def follow(
+    api: Any,
+    namespace: str,
+    name: str,
+    *,
+    deadline: float | None,
+    on_trouble: Callable[[str | None], None],
+) -> Iterator[Job]:
+    """The job now and after each change, for ever. Errors of the connection are told to `on_trouble` and survived.
+
+    `deadline` is in time.monotonic() seconds. `on_trouble(None)` says that the connection is back.
+    Raises JobNotFoundError (also when the job is deleted), WatchTimeoutError, and at the first request what
+    get_job raises: a cluster that never answered is a mistake of the caller.
+    """
+    from kubernetes import client
+    from urllib3.exceptions import HTTPError
+
+    job = get_job(api, namespace, name)
+    uid, trouble, refused_since = job["metadata"]["uid"], 0, 0.0
+    yield job
+    while True:
+        _check(deadline)
+        try:
+            if trouble:
+                job = get_job(api, namespace, name)
+                if job["metadata"]["uid"] != uid:
+                    raise JobNotFoundError(f"{name} was deleted, and another job of that name was created")
+                on_trouble(None)
+                trouble = 0
+                yield job
+            version = job["metadata"]["resourceVersion"]
+            for change in _changes(api, namespace, name, version=version, deadline=deadline):
+                job = change
+                yield job
+        except client.ApiException as error:
+            if error.status in (401, 403):
+                refused_since = refused_since if trouble else time.monotonic()
+                if time.monotonic() - refused_since > REFUSAL_SECONDS:
+                    raise
+            elif error.status not in (410, 429) and error.status < 500:
+                raise
+            trouble = _pause(trouble, deadline)
+            if error.status != 410:  # that one only says that the watch has to begin anew
+                on_trouble(f"the API server answers {error.status}; trying again")
+        except (HTTPError, OSError):
+            on_trouble("the API server does not answer; the job goes on, trying again")
+            trouble = _pause(trouble, deadline)
+
+
+def _changes(api: Any, namespace: str, name: str, *, version: str, deadline: float | None) -> Iterator[Job]:
+    """Changes after `version`, for at most WATCH_SECONDS."""
+    from kubernetes import client, watch
+
+    left = WATCH_SECONDS if deadline is None else min(WATCH_SECONDS, deadline - time.monotonic())
+    seconds = max(1, math.ceil(left))
+    stream = watch.Watch().stream(
+        client.CustomObjectsApi(api).list_namespaced_custom_object,
+        GROUP,
+        VERSION,
+        namespace,
+        finetunejob.PLURAL,
+        field_selector=f"metadata.name={name}",
+        resource_version=version,
+        timeout_seconds=seconds,
+        _request_timeout=(CONNECT_SECONDS, seconds + 10),
+    )
+    for event in stream:
+        if event["type"] == "DELETED":
+            raise JobNotFoundError(f"{name} was deleted in namespace {namespace}")
+        yield event["raw_object"]
+        _check(deadline)
+
+
+def _pause(trouble: int, deadline: float | None) -> int:
+    pause = PAUSES[min(trouble, len(PAUSES) - 1)]
+    time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
+    return trouble + 1
+
+
+def _check(deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() >= deadline:
+        raise WatchTimeoutError
+
+
+def _missing(body: Any, namespace: str, name: str) -> str:
+    """The job is missing, or the whole kind: the API server answers the latter without details."""
+    try:
+        details = json.loads(body).get("details") or {}
+    except (TypeError, ValueError):
+        details = {}
+    if details.get("name") != name:
+        return f"this cluster has no {finetunejob.KIND} ({GROUP}/{VERSION}); install the operator's CRDs"
+    return f"no FineTuneJob {name} in namespace {namespace}; see: finetune jobs list -A"

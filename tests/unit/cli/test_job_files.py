@@ -1,0 +1,94 @@
+"""Files with jobs, and the API server's refusals in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_cli import job_files
+
+
+def test_numbers_are_read_as_kubectl_reads_them() -> None:
+    text = "kind: FineTuneJob\nvalues: [2e-4, 1.5e-5, 5E3, .5e1, 0.1, 10, 2e, e4, 1.2.3e4, '2e-4']\n"
+    (job,) = job_files.load_jobs(text)
+    assert job["values"] == [2e-4, 1.5e-5, 5000.0, 5.0, 0.1, 10, "2e", "e4", "1.2.3e4", "2e-4"]
+
+
+def test_other_kinds_and_empty_documents_are_left_out() -> None:
+    text = "---\nkind: Secret\n---\n---\nkind: FineTuneJob\na: 1\n---\nkind: List\nitems: [{kind: FineTuneJob, a: 2}]\n"
+    assert [job["a"] for job in job_files.load_jobs(text)] == [1, 2]
+
+
+def test_json_is_read_too() -> None:
+    assert job_files.load_jobs('{"kind": "FineTuneJob"}') == [{"kind": "FineTuneJob"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("kind: FineTuneJob\nspec: [\n", "line 3, column 1: not YAML"),
+        ("kind: FineTuneJob\n\tspec: 1\n", "line 2, column 1: not YAML"),
+        ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
+        ("", "holds no FineTuneJob (found: nothing)"),
+        ("kind: Secret\n", "holds no FineTuneJob (found: Secret)"),
+        ("just text", "a document has no kind"),
+        ("spec: {}\n", "a document has no kind"),
+    ],
+)
+def test_files_that_cannot_be_read(text: str, problem: str) -> None:
+    with pytest.raises(job_files.UnreadableFileError) as caught:
+        job_files.load_jobs(text)
+    assert problem in str(caught.value)
+
+
+def refusal(*causes: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "message": "whole",
+        "details": {"causes": [{"field": field, "message": message} for field, message in causes]},
+    }
+
+
+def test_causes_become_one_line_each_with_notes_last() -> None:
+    lines = job_files.explain_refusal(
+        refusal(
+            ("<nil>", "Invalid value: null: some validation rules were not checked"),
+            ("spec.objective", 'Invalid value: "PPO": was removed'),
+            ("spec.model", "Required value"),
+            ("spec.model", "Required value"),
+        )
+    )
+    assert lines == [
+        "spec.model: Required value",
+        'spec.objective: "PPO": was removed',
+        "some validation rules were not checked",
+    ]
+
+
+def test_refusal_without_causes_is_its_message() -> None:
+    assert job_files.explain_refusal({"message": "admission webhook says no"}) == [
+        "admission webhook says no"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("spec.hyperparameters.learning_rate", "did you mean learningRate?"),
+        ("spec.hyperparameters.learningrate", "did you mean learningRate?"),
+        ("spec.dataset.sources[0].colums", "did you mean columns?"),
+        ("spec.early_stopping", "did you mean earlyStopping?"),
+        ("spec.zzz", "there are dataset, earlyStopping"),
+        ("spec.nothing.here", "unknown field"),
+    ],
+)
+def test_unknown_fields_get_a_suggestion(path: str, expected: str) -> None:
+    message = f'FineTuneJob cannot be handled: strict decoding error: unknown field "{path}"'
+    (line,) = job_files.explain_refusal({"message": message})
+    assert line.startswith(f"{path}: unknown field")
+    assert expected in line
+
+
+def test_fields_given_twice_are_named() -> None:
+    message = 'strict decoding error: yaml: line 3: key "spec" already set in map'
+    assert job_files.explain_refusal({"message": message}) == ["spec: is there twice; keep one"]
