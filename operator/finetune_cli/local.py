@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,8 @@ class Output(StrEnum):
 StateOption = Annotated[
     Path | None,
     typer.Option(
-        "--state", help="State folder (default: FINETUNE_LOCAL_DIR, else ~/.local/share/finetune-operator/local)."
+        "--state",
+        help="State folder (default: FINETUNE_LOCAL_DIR, else ~/.local/share/finetune-operator/local).",
     ),
 ]
 
@@ -39,7 +40,8 @@ def up(
     ] = None,
     crds: Annotated[Path | None, typer.Option(help="Folder with the CRDs of finetune.dev.")] = None,
     only: Annotated[
-        str, typer.Option(help="Comma list of parts to start; `control-plane` stands for the Kubernetes ones.")
+        str,
+        typer.Option(help="Comma list of parts to start; `control-plane` stands for the Kubernetes ones."),
     ] = "",
     without: Annotated[str, typer.Option(help="Comma list of parts to leave out.")] = "",
 ) -> None:
@@ -60,13 +62,15 @@ def up(
         )
     console.print(f"The cluster is ready ({time.monotonic() - began:.0f} s).")
     console.print(f"export KUBECONFIG={cluster.kubeconfig}", soft_wrap=True)
-    _say_about_kubectl(console.print)
+    _say_about_kubectl(lambda line: console.print(line, soft_wrap=True, markup=False))
 
 
 @app.command()
 def down(
     state: StateOption = None,
-    purge: Annotated[bool, typer.Option("--purge", help="Also remove the state, artifacts included.")] = False,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Also remove the state, artifacts included.")
+    ] = False,
 ) -> None:
     """Stop what `up` started, and nothing else."""
     cluster = _cluster(state)
@@ -196,13 +200,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes}m" if hours else f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
-def _say_about_kubectl(say: object) -> None:
+def _say_about_kubectl(say: Callable[[str], None]) -> None:
     from finetune_local import binaries
 
-    assert callable(say)
     sources = binaries.Sources.from_environment()
     with _told():
-        kubectl = binaries.find_kubectl(sources, announce=lambda line: say(f"  {line}"), detail=lambda line: None)
+        kubectl = binaries.find_kubectl(
+            sources, announce=lambda line: say(f"  {line}"), detail=lambda line: None
+        )
     if kubectl.is_relative_to(sources.cache):
         say(f"kubectl is not on PATH; here is one:\nexport PATH=$PATH:{kubectl.parent}")
 

@@ -124,12 +124,12 @@ class _Maker:
         self.announce(f"downloading {program} {version} from {host}")
         try:
             downloads.fetch(release, target, progress=self._megabytes)
-        except downloads.ChecksumMismatch as error:
+        except downloads.ChecksumMismatchError as error:
             # Something between us and the project changed the file. Building from checked sources is safe.
             self.announce(f"refused: {error}")
             return False
         except downloads.DownloadError as error:
-            if isinstance(error, downloads.Unreachable):
+            if isinstance(error, downloads.UnreachableError):
                 self.unreachable.add(host)
             self.announce(f"not downloaded: {error}")
             return False

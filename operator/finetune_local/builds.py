@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -36,7 +37,12 @@ def find_go(cache: Path, *, announce: Callable[[str], None]) -> Path:
 
 
 def build(
-    program: str, *, go: Path, sources: Path, target: Path, announce: Callable[[str], None] = lambda line: None
+    program: str,
+    *,
+    go: Path,
+    sources: Path,
+    target: Path,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Compile one program to `target`, atomically. `sources` is the tool's folder with go.mod and go.sum."""
     tool = pins.tool_of(program)
@@ -46,15 +52,18 @@ def build(
     argv += ["-ldflags", f"-s -w {tool.ldflags}".strip(), "-o", str(partial), tool.packages[program]]
     try:
         _run(argv, sources, announce, what=f"building {program}")
-        os.replace(partial, target)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def copy_crds(tool: pins.Tool, *, go: Path, sources: Path, target: Path) -> None:
     """Copy a module's CRDs out of Go's module cache (which is read-only) to `target`, atomically."""
-    assert tool.crds is not None
-    _run([str(go), "mod", "download", tool.module], sources, lambda line: None, what=f"fetching {tool.module}")
+    if tool.crds is None:
+        raise ValueError(f"{tool.name} has no CRDs")
+    _run(
+        [str(go), "mod", "download", tool.module], sources, lambda line: None, what=f"fetching {tool.module}"
+    )
     listing = subprocess.run(
         [str(go), "list", "-m", "-f", "{{.Dir}}", tool.module],
         cwd=sources,
@@ -69,7 +78,7 @@ def copy_crds(tool: pins.Tool, *, go: Path, sources: Path, target: Path) -> None
     for path in sorted((Path(listing.stdout.strip()) / tool.crds).glob("*.yaml")):
         (partial / path.name).write_bytes(path.read_bytes())
     shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    partial.replace(target)
 
 
 def _environment() -> dict[str, str]:
@@ -80,10 +89,9 @@ def _run(argv: list[str], folder: Path, announce: Callable[[str], None], *, what
     process = subprocess.Popen(
         argv, cwd=folder, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    assert process.stdout is not None
     lines: list[str] = []
-    with process.stdout:
-        for line in process.stdout:
+    with process.stdout or contextlib.nullcontext(()) as output:
+        for line in output:
             lines.append(line.rstrip())
             announce(lines[-1])
     if process.wait() != 0:
@@ -96,7 +104,9 @@ def _run(argv: list[str], folder: Path, announce: Callable[[str], None], *, what
 
 def _go_version(go: Path) -> tuple[int, int]:
     try:
-        text = subprocess.run([str(go), "env", "GOVERSION"], capture_output=True, text=True, timeout=30).stdout
+        text = subprocess.run(
+            [str(go), "env", "GOVERSION"], capture_output=True, text=True, timeout=30
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return (0, 0)
     match = re.match(r"go(\d+)\.(\d+)", text)

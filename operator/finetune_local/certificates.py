@@ -1,4 +1,4 @@
-"""The cluster's own certificate authority, its server and client certificates, and the keys of service-account tokens."""
+"""The cluster's certificate authority, its server and client certificates, and the keys of service-account tokens."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def _name(common_name: str, groups: tuple[str, ...]) -> x509.Name:
     return x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

@@ -24,6 +24,7 @@ from pathlib import Path
 from finetune_local import (
     binaries,
     certificates,
+    commands,
     errors,
     graphs,
     kubeapi,
@@ -32,6 +33,7 @@ from finetune_local import (
     parts,
     ports,
     processes,
+    starters,
 )
 
 Report = Callable[[str], None]
@@ -144,12 +146,12 @@ class Cluster:
                 parts.programs_of(wanted), sources=self._sources, announce=report, detail=detail
             )
             self._settle(instance, wanted, report)
-            setting = parts.Setting(
+            setting = commands.Setting(
                 layout=self.layout,
                 identity=instance.identity,
                 ports=instance.ports,
                 programs=found.programs,
-                ray_parameters=parts.ray_parameters(),
+                ray_parameters=commands.ray_parameters(),
                 operator_environment=self._operator_environment,
             )
             certificates.ensure(self.layout.pki)
@@ -182,7 +184,7 @@ class Cluster:
     def status(self) -> list[PartStatus]:
         """All parts, in start order."""
         instance = Instance.load(self.layout.instance)
-        setting = parts.Setting(
+        setting = commands.Setting(
             layout=self.layout,
             identity=instance.identity,
             ports=instance.ports,
@@ -193,7 +195,7 @@ class Cluster:
         with concurrent.futures.ThreadPoolExecutor(max_workers=len(parts.ALL)) as pool:
             return list(pool.map(lambda name: self._status_of(name, setting), parts.ALL))
 
-    def _status_of(self, name: str, setting: parts.Setting) -> PartStatus:
+    def _status_of(self, name: str, setting: commands.Setting) -> PartStatus:
         record = processes.load(self.layout, name)
         process = record.find() if record else None
         if process is None:
@@ -242,7 +244,7 @@ class Cluster:
         record = processes.load(self.layout, name)
         return record is not None and record.find() is not None
 
-    def _write_kubeconfigs(self, setting: parts.Setting) -> None:
+    def _write_kubeconfigs(self, setting: commands.Setting) -> None:
         for user in certificates.USERS:
             admin = user == "admin"
             path = self.layout.kubeconfig if admin else self.layout.user_kubeconfig(user)
@@ -250,14 +252,14 @@ class Cluster:
 
     def _tasks(
         self,
-        setting: parts.Setting,
+        setting: commands.Setting,
         wanted: tuple[str, ...],
         found: binaries.Found,
         files: Path,
         report: Report,
     ) -> list[graphs.Task]:
         def start(name: str) -> Callable[[threading.Event], None]:
-            return lambda stop: _Starter(setting, report).ensure(parts.PARTS[name], stop)
+            return lambda stop: starters.Starter(setting, report).ensure(parts.PARTS[name], stop)
 
         tasks = [graphs.Task(name, parts.PARTS[name].needs, start(name)) for name in wanted]
         if "kube-apiserver" not in wanted:
@@ -288,64 +290,6 @@ class Cluster:
         if folder is not None:
             files = sorted(folder.glob("*.yaml"))
             objects.apply_crds(client, files, memory=self.layout.run / f"applied-{name}.state")
-
-
-class _Starter:
-    """Brings one part to life."""
-
-    def __init__(self, setting: parts.Setting, report: Report) -> None:
-        self._setting = setting
-        self._report = report
-
-    def ensure(self, part: parts.Part, stop: threading.Event) -> None:
-        """Leave it alone when it runs as wanted; else start it. Then wait until it is ready."""
-        began = time.monotonic()
-        layout, identity = self._setting.layout, self._setting.identity
-        argv, environment = part.command(self._setting), part.environment(self._setting)
-        fingerprint = parts.fingerprint(argv, environment)
-        record = processes.load(layout, part.name)
-        alive = record is not None and record.find() is not None
-        if record is None or not alive or record.fingerprint != fingerprint:
-            if record is not None:
-                self._report(f"{part.name}: " + ("changed, restarting" if alive else "was gone, restarting"))
-            # What a killed part left behind (children, the file locks of its data) must not meet the new one.
-            processes.stop(layout, identity, (part.name,), grace=part.grace)
-            record = processes.start(
-                part.name,
-                argv,
-                layout=layout,
-                identity=identity,
-                environment={**parts.base_environment(), **environment},
-                fingerprint=fingerprint,
-            )
-            self._wait(part, record, stop)
-            self._report(f"{part.name}: ready after {time.monotonic() - began:.1f} s")
-        else:
-            self._wait(part, record, stop)
-
-    def _wait(self, part: parts.Part, record: processes.Record, stop: threading.Event) -> None:
-        deadline = time.monotonic() + part.seconds
-        pause = 0.05
-        while not part.is_ready(self._setting):
-            if record.find() is None:
-                self._fail(part, record, "stopped by itself")
-            if time.monotonic() > deadline:
-                self._fail(part, record, f"was not ready within {part.seconds:.0f} s")
-            if stop.wait(pause):
-                return
-            pause = min(pause * 1.3, 0.5)
-        if record.find() is None:
-            # Somebody else answered on its port, or it died just now.
-            self._fail(part, record, "stopped by itself")
-
-    def _fail(self, part: parts.Part, record: processes.Record, what: str) -> None:
-        log = self._setting.layout.log(part.name)
-        lines = processes.tail(log, 15, offset=record.log_offset)
-        quoted = "\n".join(f"  {line[:300]}" for line in lines) or "  (nothing)"
-        raise errors.LocalClusterError(
-            f"{part.name} {what}. The end of its log {log}:\n{quoted}",
-            remedy="Run `finetune local up` again; if it stays so, `finetune local down --purge` and `up`.",
-        )
 
 
 def _patiently(name: str, run: Callable[[], object], stop: threading.Event) -> None:

@@ -24,11 +24,11 @@ class DownloadError(Exception):
     """The file could not be had."""
 
 
-class Unreachable(DownloadError):
+class UnreachableError(DownloadError):
     """The host does not answer: asking it for the next file is of no use."""
 
 
-class ChecksumMismatch(DownloadError):
+class ChecksumMismatchError(DownloadError):
     """The file is not the one that its project published."""
 
 
@@ -37,20 +37,21 @@ def fetch(
 ) -> None:
     """Put the program at `target` (mode 0755), atomically.
 
-    `progress` is called with (bytes so far, bytes in all or 0). Raises Unreachable, ChecksumMismatch or DownloadError.
+    `progress` is called with (bytes so far, bytes in all or 0).
+    Raises UnreachableError, ChecksumMismatchError or DownloadError.
     """
     expected = _published_checksum(download)
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         actual = _save(download.url, partial, progress)
         if actual != expected:
-            raise ChecksumMismatch(
+            raise ChecksumMismatchError(
                 f"{download.url} has SHA-256 {actual}, but its project publishes {expected}"
             )
         if download.member is not None:
             _extract(partial, download.member)
         partial.chmod(0o755)
-        os.replace(partial, target)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -62,20 +63,20 @@ def _published_checksum(download: pins.Download) -> str:
     name = urllib.parse.urlparse(download.url).path.rsplit("/", 1)[-1]
     for line in text.splitlines():
         words = line.split()
-        if words and (len(words) == 1 or words[-1].lstrip("*").rsplit("/", 1)[-1] == name):
-            if len(words[0]) == 64:
-                return words[0].lower()
+        ours = len(words) == 1 or (words and words[-1].lstrip("*").rsplit("/", 1)[-1] == name)
+        if ours and len(words[0]) == 64:
+            return words[0].lower()
     raise DownloadError(f"{download.checksum} holds no SHA-256 for {name}")
 
 
 def _open(url: str, timeout: float) -> http.client.HTTPResponse:
     try:
-        answer: http.client.HTTPResponse = urllib.request.urlopen(url, timeout=timeout)
+        answer: http.client.HTTPResponse = urllib.request.urlopen(url, timeout=timeout)  # noqa: S310 - pinned addresses
         return answer
     except urllib.error.HTTPError as error:
         raise DownloadError(f"{url} answered {error.code}") from error
     except OSError as error:
-        raise Unreachable(f"{urllib.parse.urlparse(url).netloc} cannot be reached: {error}") from error
+        raise UnreachableError(f"{urllib.parse.urlparse(url).netloc} cannot be reached: {error}") from error
 
 
 def _save(url: str, path: Path, progress: Callable[[int, int], None]) -> str:
@@ -106,4 +107,4 @@ def _extract(archive: Path, member: str) -> None:
                 shutil.copyfileobj(source, stream)
     except (tarfile.TarError, KeyError) as error:
         raise DownloadError(f"{archive.name} has no file {member}: {error}") from error
-    os.replace(program, archive)
+    program.replace(archive)

@@ -21,21 +21,26 @@ class AsyncApi:
     def __init__(self, server: str, context: ssl.SSLContext) -> None:
         self._server = server
         self._context = context
-        self._session: aiohttp.ClientSession | None = None
+        self._opened: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> AsyncApi:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._context))
+        self._opened = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._context))
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+        if self._opened is not None:
+            await self._opened.close()
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._opened is None:
+            raise RuntimeError("use AsyncApi as an async context manager")
+        return self._opened
 
     async def call(
         self, method: str, path: str, body: Object | None = None, *, content_type: str = "application/json"
     ) -> Any:
         """Parsed JSON. Raises ApiError (status 0: no answer)."""
-        assert self._session is not None
         data = None if body is None else json.dumps(body)
         try:
             async with self._session.request(
@@ -63,7 +68,6 @@ class AsyncApi:
 
     async def watch(self, path: str, *, version: str, seconds: int = 240) -> AsyncIterator[Object]:
         """Events from a resourceVersion on, until the server ends the watch. Raises ApiError."""
-        assert self._session is not None
         separator = "&" if "?" in path else "?"
         url = f"{self._server}{path}{separator}watch=1&resourceVersion={version}&timeoutSeconds={seconds}"
         # A broken connection that nobody closes must not blind us: the server ends a watch in time.

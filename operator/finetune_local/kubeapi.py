@@ -63,10 +63,10 @@ class ApiClient:
             raise ApiError(answer.status, _message(text))
         return json.loads(text) if "json" in (answer.headers.get("Content-Type") or "") else text
 
-    def get(self, path: str) -> Any | None:
+    def get(self, path: str, *, timeout: float = 10.0) -> Any | None:
         """The object, or None when there is none."""
         try:
-            return self.call("GET", path)
+            return self.call("GET", path, timeout=timeout)
         except ApiError as error:
             if error.status == 404:
                 return None

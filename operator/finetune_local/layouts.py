@@ -69,7 +69,9 @@ class Layout:
 
 def default_state_folder() -> Path:
     chosen = os.environ.get("FINETUNE_LOCAL_DIR")
-    return Path(chosen).expanduser() if chosen else Path("~/.local/share/finetune-operator/local").expanduser()
+    return (
+        Path(chosen).expanduser() if chosen else Path("~/.local/share/finetune-operator/local").expanduser()
+    )
 
 
 def cache_folder() -> Path:
@@ -78,7 +80,7 @@ def cache_folder() -> Path:
 
 
 def find_shipped(name: str) -> Path | None:
-    """A folder that comes with the project (`tools`, `crds`): beside the packages when installed, else in the repository."""
+    """A folder that comes with the project (`tools`, `crds`): in the package, else in the repository."""
     here = Path(__file__).resolve().parent
     for candidate in (here / name, here.parents[1] / name):
         if candidate.is_dir():
@@ -93,4 +95,4 @@ def write_private(path: Path, content: str | bytes) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(data)
-    os.replace(temporary, path)
+    temporary.replace(path)

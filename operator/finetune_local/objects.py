@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,8 +44,21 @@ def apply_crds(client: kubeapi.ApiClient, files: Iterable[Path], *, memory: Path
         if known.get(name) != digest or client.get(api_path) is None:
             client.apply(api_path, content)
             known[name] = digest
+    for name in names:
+        _await_established(client, name)
     layouts.write_private(memory, json.dumps(known))
     return names
+
+
+def _await_established(client: kubeapi.ApiClient, name: str) -> None:
+    """Until then its kind is not served, and who starts a watch fails. Raises ApiError after 20 s."""
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"
+    for _ in range(200):
+        conditions = client.call("GET", path).get("status", {}).get("conditions") or []
+        if any(item["type"] == "Established" and item["status"] == "True" for item in conditions):
+            return
+        time.sleep(0.1)
+    raise kubeapi.ApiError(0, f"the CRD {name} was accepted but is not served: {conditions}")
 
 
 def _crd_name(content: bytes, path: Path) -> str:
@@ -73,7 +87,7 @@ def apply_node(client: kubeapi.ApiClient) -> None:
 
 
 def node_is_ready(client: kubeapi.ApiClient) -> bool:
-    node = client.get(f"/api/v1/nodes/{NODE}") or {}
+    node = client.get(f"/api/v1/nodes/{NODE}", timeout=2) or {}
     conditions = node.get("status", {}).get("conditions", [])
     ready = any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
     # The scheduler counts only what is allocatable, and places nothing while the not-ready taint is there.

@@ -67,7 +67,7 @@ class Folder:
 
 
 async def prepare(api: kubeaio.AsyncApi, pod: Object, *, service: str, path: Path) -> Folder:
-    """Make the folder anew. Raises pods.PodProblem or ApiError; a half-made folder is then removed."""
+    """Make the folder anew. Raises pods.PodError or ApiError; a half-made folder is then removed."""
     metadata = pod["metadata"]
     folder = Folder(
         path=path,
@@ -124,7 +124,7 @@ def _link(root: Path, mount: pods.Mount, volume: Path) -> None:
     place = root / mount.path.lstrip("/")
     for parent in place.relative_to(root).parents:
         if (root / parent).is_symlink():
-            raise pods.PodProblem(
+            raise pods.PodError(
                 f"the mount {mount.path} lies inside the mount /{parent}: the laptop cluster cannot do that, "
                 "because it would write into that volume; mount them side by side"
             )
@@ -136,7 +136,7 @@ def _link(root: Path, mount: pods.Mount, volume: Path) -> None:
 
 
 async def _make_volume(api: kubeaio.AsyncApi, pod: Object, folder: Folder, volume: Object) -> Path:
-    path = folder.path / "volumes" / volume["name"]
+    path = folder.path / "volumes" / str(volume["name"])
     if "persistentVolumeClaim" in volume:
         return await _resolve_claim(api, folder.namespace, volume["persistentVolumeClaim"]["claimName"])
     if "hostPath" in volume:
@@ -153,7 +153,7 @@ async def _make_volume(api: kubeaio.AsyncApi, pod: Object, folder: Folder, volum
         return path
     if "projected" not in volume:
         kinds = ", ".join(sorted(key for key in volume if key != "name"))
-        raise pods.PodProblem(
+        raise pods.PodError(
             f"the volume {volume['name']} is of the kind {kinds}, which the laptop cluster does not have; it has "
             "configMap, secret, projected, downwardAPI, emptyDir, hostPath and claims bound to hostPath volumes"
         )
@@ -178,7 +178,7 @@ async def _project(api: kubeaio.AsyncApi, pod: Object, folder: Folder, source: O
     elif "downwardAPI" in source:
         _write_fields(pod, source["downwardAPI"], path)
     else:
-        raise pods.PodProblem(
+        raise pods.PodError(
             f"a projected volume has a source that the laptop cluster does not have: {', '.join(source)}"
         )
 
@@ -206,7 +206,7 @@ async def _write_token(api: kubeaio.AsyncApi, folder: Folder, token: Token) -> T
 def _write_fields(pod: Object, source: Object, path: Path) -> None:
     for item in source.get("items", []):
         if "fieldRef" not in item:
-            raise pods.PodProblem(f"the file {item['path']} of a downwardAPI volume has no fieldRef")
+            raise pods.PodError(f"the file {item['path']} of a downwardAPI volume has no fieldRef")
         value = pods.field_of(pod, item["fieldRef"]["fieldPath"])
         _write(path / pods.safe_path(item["path"]), value.encode())
 
@@ -218,8 +218,8 @@ async def _write_data(api: kubeaio.AsyncApi, namespace: str, kind: str, source: 
     if data is None:
         if source.get("optional"):
             return
-        raise pods.PodProblem(f"{title} {name} does not exist in namespace {namespace}; create it")
-    texts = {key: "" for key in data}
+        raise pods.PodError(f"{title} {name} does not exist in namespace {namespace}; create it")
+    texts = dict.fromkeys(data, "")
     for file, key in pods.pick_items(texts, source, f"{title} {name}").items():
         _write(path / file, data[key])
 
@@ -229,7 +229,9 @@ def _write(path: Path, data: bytes) -> None:
     layouts.write_private(path, data)
 
 
-async def _read_data(api: kubeaio.AsyncApi, namespace: str, plural: str, name: str) -> dict[str, bytes] | None:
+async def _read_data(
+    api: kubeaio.AsyncApi, namespace: str, plural: str, name: str
+) -> dict[str, bytes] | None:
     """Key -> content of a ConfigMap or Secret, or None when it does not exist."""
     found = await api.get(f"/api/v1/namespaces/{namespace}/{plural}/{name}")
     if found is None:
@@ -261,22 +263,30 @@ async def _resolve_claim(api: kubeaio.AsyncApi, namespace: str, name: str) -> Pa
     """The folder behind a claim: claim -> bound volume -> hostPath."""
     claim = await api.get(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims/{name}")
     if claim is None:
-        raise pods.PodProblem(f"PersistentVolumeClaim {name} does not exist in namespace {namespace}; create it")
+        raise pods.PodError(
+            f"PersistentVolumeClaim {name} does not exist in namespace {namespace}; create it"
+        )
     volume_name = claim["spec"].get("volumeName")
     if not volume_name or claim.get("status", {}).get("phase") != "Bound":
-        raise pods.PodProblem(
+        raise pods.PodError(
             f"PersistentVolumeClaim {name} is not bound; create a PersistentVolume with hostPath for it"
         )
     volume = await api.get(f"/api/v1/persistentvolumes/{volume_name}")
     host_path = ((volume or {}).get("spec", {}).get("hostPath") or {}).get("path")
     if not host_path:
-        raise pods.PodProblem(
+        raise pods.PodError(
             f"PersistentVolume {volume_name} of the claim {name} has no hostPath, "
             "and the laptop cluster can mount nothing else"
         )
-    path = Path(host_path)
-    if (volume or {})["spec"]["hostPath"].get("type") == "DirectoryOrCreate":
+    kind = (volume or {})["spec"]["hostPath"].get("type")
+    return _existing(Path(host_path), claim=name, create=kind == "DirectoryOrCreate")
+
+
+def _existing(path: Path, *, claim: str, create: bool) -> Path:
+    if create:
         path.mkdir(parents=True, exist_ok=True)
     if not path.is_dir():
-        raise pods.PodProblem(f"the folder {path} behind the claim {name} does not exist on this machine; create it")
+        raise pods.PodError(
+            f"the folder {path} behind the claim {claim} does not exist on this machine; create it"
+        )
     return path

@@ -21,11 +21,13 @@ RAY_OWN = frozenset(
         "RAY_NODE_TYPE_NAME", "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE", "REDIS_PASSWORD", "RAY_REDIS_ADDRESS",
     )
 )  # fmt: skip
-_HOST = re.compile(r"^(?P<service>[a-z0-9][a-z0-9-]*)\.(?P<namespace>[a-z0-9-]+)\.svc(\.[a-z0-9.-]+)?(:\d+)?$")
+_HOST = re.compile(
+    r"^(?P<service>[a-z0-9][a-z0-9-]*)\.(?P<namespace>[a-z0-9-]+)\.svc(\.[a-z0-9.-]+)?(:\d+)?$"
+)
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 
 
-class PodProblem(Exception):
+class PodError(Exception):
     """The pod cannot be run as it is; the message tells a user what to change."""
 
 
@@ -110,7 +112,7 @@ def named_references(pod: Object) -> tuple[set[str], set[str]]:
 def environment_of(pod: Object, references: References) -> dict[str, str]:
     """The container's environment as a kubelet computes it, without the variables in RAY_OWN.
 
-    Raises PodProblem where a ConfigMap, a Secret or a key is missing and not optional.
+    Raises PodError where a ConfigMap, a Secret or a key is missing and not optional.
     """
     container = container_of(pod)
     values: dict[str, str] = {}
@@ -141,7 +143,7 @@ def expand(text: str, values: Mapping[str, str]) -> str:
 
 
 def field_of(pod: Object, path: str) -> str:
-    """The value of a `fieldRef`. Raises PodProblem for a field that a pod here does not have."""
+    """The value of a `fieldRef`. Raises PodError for a field that a pod here does not have."""
     metadata, spec, status = pod["metadata"], pod["spec"], pod.get("status", {})
     keyed = re.match(r"^metadata\.(labels|annotations)\['(.+)'\]$", path)
     if keyed:
@@ -157,7 +159,7 @@ def field_of(pod: Object, path: str) -> str:
         "status.hostIP": status.get("hostIP", ""),
     }
     if path not in simple:
-        raise PodProblem(f"the field {path} of a pod is not supported by the laptop cluster")
+        raise PodError(f"the field {path} of a pod is not supported by the laptop cluster")
     return str(simple[path])
 
 
@@ -175,7 +177,9 @@ def pick_items(data: Mapping[str, str], source: Object, what: str) -> dict[str, 
         if item["key"] in data:
             picked[safe_path(item["path"])] = item["key"]
         elif not source.get("optional"):
-            raise PodProblem(f"{what} has no key {item['key']}; its keys are {', '.join(sorted(data)) or 'none'}")
+            raise PodError(
+                f"{what} has no key {item['key']}; its keys are {', '.join(sorted(data)) or 'none'}"
+            )
     return picked
 
 
@@ -183,7 +187,7 @@ def safe_path(path: str) -> str:
     """A relative path that stays below its folder."""
     normal = posixpath.normpath(path)
     if normal.startswith(("/", "..")):
-        raise PodProblem(f"the path {path} leaves its volume")
+        raise PodError(f"the path {path} leaves its volume")
     return normal
 
 
@@ -193,7 +197,7 @@ def _find(kind: str, reference: Object, references: References) -> Mapping[str, 
     if data is None:
         if reference.get("optional"):
             return {}
-        raise PodProblem(f"{_title(kind)} {reference['name']} does not exist in the pod's namespace; create it")
+        raise PodError(f"{_title(kind)} {reference['name']} does not exist in the pod's namespace; create it")
     return data
 
 
@@ -215,11 +219,11 @@ def _value_from(pod: Object, name: str, source: Object, references: References) 
             return data[reference["key"]]
         if reference.get("optional"):
             return None
-        raise PodProblem(
+        raise PodError(
             f"{_title(kind)} {reference['name']} has no key {reference['key']} (for the variable {name}); "
             f"its keys are {', '.join(sorted(data)) or 'none'}"
         )
-    raise PodProblem(f"the variable {name} has a source that the laptop cluster does not support")
+    raise PodError(f"the variable {name} has a source that the laptop cluster does not support")
 
 
 _UNITS = {
@@ -229,10 +233,10 @@ _UNITS = {
 
 
 def parse_quantity(text: str) -> float:
-    """A Kubernetes quantity, for example 500m or 2Gi. Raises PodProblem."""
+    """A Kubernetes quantity, for example 500m or 2Gi. Raises PodError."""
     match = re.match(r"^([0-9.]+)(m|k|M|G|T|Ki|Mi|Gi|Ti|)$", str(text))
     if match is None:
-        raise PodProblem(f"{text} is not a quantity that the laptop cluster understands")
+        raise PodError(f"{text} is not a quantity that the laptop cluster understands")
     return float(match[1]) * _UNITS[match[2]]
 
 

@@ -21,7 +21,9 @@ def is_free(port: int) -> bool:
     return True
 
 
-def choose(names: Iterable[str], *, known: Mapping[str, int], in_use_by_us: Iterable[str] = ()) -> dict[str, int]:
+def choose(
+    names: Iterable[str], *, known: Mapping[str, int], in_use_by_us: Iterable[str] = ()
+) -> dict[str, int]:
     """One port per name.
 
     A known port is kept when it is free or held by our own running part (`in_use_by_us`, names).

@@ -28,7 +28,7 @@ LOG_LIMIT = 20 * 2**20  # bytes; a larger log is set aside as .1 before the next
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A started part. `created` is the process's start time (seconds since the epoch), which proves that a pid is still the same."""
+    """A started part. Its start time (`created`, seconds since the epoch) proves that the pid is still it."""
 
     part: str
     pid: int
@@ -45,7 +45,6 @@ class Record:
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
-
 
     def owns_session(self) -> bool:
         """Whether a session with this number is ours: a pid is not used again while its session has members."""
@@ -67,7 +66,7 @@ def start(
     """Start a part in a session of its own; output goes to its log. Raises OSError when it cannot be executed."""
     log = layout.log(part)
     if log.exists() and log.stat().st_size > LOG_LIMIT:
-        os.replace(log, log.with_suffix(".log.1"))
+        log.replace(log.with_suffix(".log.1"))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as stream:
         offset = os.fstat(stream.fileno()).st_size
@@ -119,9 +118,7 @@ def find_all(layout: layouts.Layout, identity: str, parts: Iterable[str]) -> lis
     return list(found.values())
 
 
-def stop(
-    layout: layouts.Layout, identity: str, parts: Sequence[str], *, grace: float = 10.0
-) -> list[str]:
+def stop(layout: layouts.Layout, identity: str, parts: Sequence[str], *, grace: float = 10.0) -> list[str]:
     """Stop parts with all their children: SIGTERM to the main process, after `grace` seconds SIGKILL to the rest.
 
     Returns the names of the parts that were running.

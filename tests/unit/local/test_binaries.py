@@ -49,7 +49,9 @@ def obtain(wanted: binaries.Sources, lines: list[str] | None = None) -> Path:
 
 
 @pytest.mark.parametrize("text", [CHECKSUM, f"{CHECKSUM}  kwok\n", f"{'0' * 64}  other\n{CHECKSUM} *kwok\n"])
-def test_a_release_with_the_published_checksum_is_kept(tmp_path: Path, site: tuple[str, Path], text: str) -> None:
+def test_a_release_with_the_published_checksum_is_kept(
+    tmp_path: Path, site: tuple[str, Path], text: str
+) -> None:
     address, folder = site
     (folder / "kwok").write_bytes(CONTENT)
     (folder / "kwok.sha256").write_text(text)
@@ -117,7 +119,7 @@ def test_the_assets_folder_comes_first(tmp_path: Path, site: tuple[str, Path]) -
 
 
 def test_a_wrong_assets_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(errors.LocalClusterError, match="FINETUNE_ASSETS names .*nowhere"):
+    with pytest.raises(errors.LocalClusterError, match=r"FINETUNE_ASSETS names .*nowhere"):
         obtain(sources(tmp_path, assets=tmp_path / "nowhere"))
 
 

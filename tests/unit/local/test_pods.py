@@ -118,7 +118,7 @@ def test_a_missing_key_is_an_error_unless_optional(data: dict[str, str] | None, 
     if optional:
         assert "X" not in environment(references, env=env)
     else:
-        with pytest.raises(pods.PodError, match="Secret s (does not exist|has no key PASSWORD)"):
+        with pytest.raises(pods.PodError, match=r"Secret s (does not exist|has no key PASSWORD)"):
             environment(references, env=env)
 
 

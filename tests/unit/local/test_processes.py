@@ -49,7 +49,8 @@ def is_alive(pid: int) -> bool:
 
 def test_orphans_of_a_killed_parent_are_stopped_too(layout: layouts.Layout, tmp_path: Path) -> None:
     # One child stays in the session, another leaves it (as Ray's jobs do).
-    script = f"sleep 300 & echo $! > {tmp_path}/stays; setsid sh -c 'echo $$ > {tmp_path}/leaves; exec sleep 300' & wait"
+    leaver = f"setsid sh -c 'echo $$ > {tmp_path}/leaves; exec sleep 300'"
+    script = f"sleep 300 & echo $! > {tmp_path}/stays; {leaver} & wait"
     record = start(layout, script)
     children = [read_pid(tmp_path / "stays"), read_pid(tmp_path / "leaves")]
     os.kill(record.pid, signal.SIGKILL)
@@ -60,7 +61,9 @@ def test_orphans_of_a_killed_parent_are_stopped_too(layout: layouts.Layout, tmp_
     assert not any(is_alive(pid) for pid in children)
 
 
-def test_a_child_that_wiped_its_environment_is_found_by_its_session(layout: layouts.Layout, tmp_path: Path) -> None:
+def test_a_child_that_wiped_its_environment_is_found_by_its_session(
+    layout: layouts.Layout, tmp_path: Path
+) -> None:
     record = start(layout, f"env -i /bin/sh -c 'echo $$ > {tmp_path}/pid; exec sleep 300' & wait")
     child = read_pid(tmp_path / "pid")
     os.kill(record.pid, signal.SIGKILL)
