@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import local
+from finetune_cli import jobs, local
 
 app = typer.Typer(
     name="finetune",
@@ -12,6 +12,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(local.app, name="local")
 
 
