@@ -1,6 +1,6 @@
 """CustomResourceDefinition documents from the models.
 
-`python -m finetune_operator.api.crds --write DIR` (or --check DIR).
+`python -m finetune_operator.api.crds --write [DIR]` (or --check [DIR]); DIR is crds below the current folder.
 """
 
 from __future__ import annotations
@@ -116,13 +116,23 @@ def sync_files(folder: Path, texts: dict[str, str], *, write: bool) -> list[str]
     return stale
 
 
-def run(texts: dict[str, str], *, description: str, arguments: list[str] | None = None) -> int:
-    """Command line of a generator: 0 if the files are current (or were written), 1 if --check found old ones."""
+def run(texts: dict[str, str], *, folder: Path, description: str, arguments: list[str] | None = None) -> int:
+    """Command line of a generator; `folder` is its default DIR.
+
+    Returns 0 if the files are current (or were written), 1 if --check found old ones.
+    """
     parser = argparse.ArgumentParser(description=description)
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--write", type=Path, metavar="DIR", help="write the files that differ")
     mode.add_argument(
-        "--check", type=Path, metavar="DIR", help="only say which files differ; exit code 1 if any"
+        "--write", type=Path, metavar="DIR", nargs="?", const=folder, help="write the files that differ"
+    )
+    mode.add_argument(
+        "--check",
+        type=Path,
+        metavar="DIR",
+        nargs="?",
+        const=folder,
+        help="only say which files differ; exit code 1 if any",
     )
     options = parser.parse_args(arguments)
     write = options.write is not None
@@ -136,4 +146,4 @@ def run(texts: dict[str, str], *, description: str, arguments: list[str] | None 
 
 
 if __name__ == "__main__":
-    sys.exit(run(render_crds(), description=__doc__ or ""))
+    sys.exit(run(render_crds(), folder=Path("crds"), description=__doc__ or ""))

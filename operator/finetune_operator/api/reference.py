@@ -1,6 +1,7 @@
 """Reference page of each resource, from its CRD.
 
-`python -m finetune_operator.api.reference --write DIR` (or --check DIR).
+`python -m finetune_operator.api.reference --write [DIR]` (or --check [DIR]).
+DIR is docs/reference below the current folder unless given.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from finetune_operator.api import crds
@@ -144,4 +146,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(crds.run(render_references(), description=__doc__ or ""))
+    sys.exit(crds.run(render_references(), folder=Path("docs/reference"), description=__doc__ or ""))

@@ -115,9 +115,16 @@ def test_quantity_is_not_a_truth_value() -> None:
 
 def test_check_finds_a_file_that_is_not_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {"a.yaml": "one\n", "b.yaml": "two\n"}
-    assert crds.run(texts, description="", arguments=["--write", str(tmp_path)]) == 0
-    assert crds.run(texts, description="", arguments=["--check", str(tmp_path)]) == 0
+
+    def run(*arguments: str) -> int:
+        return crds.run(texts, folder=tmp_path / "default", description="", arguments=list(arguments))
+
+    assert run("--write", str(tmp_path)) == 0
+    assert run("--check", str(tmp_path)) == 0
+    assert run("--check") == 1
+    assert run("--write") == 0
+    assert (tmp_path / "default" / "a.yaml").read_text(encoding="utf-8") == "one\n"
     (tmp_path / "b.yaml").write_text("other\n", encoding="utf-8")
     capsys.readouterr()
-    assert crds.run(texts, description="", arguments=["--check", str(tmp_path)]) == 1
+    assert run("--check", str(tmp_path)) == 1
     assert "not current: b.yaml" in capsys.readouterr().out
