@@ -74,9 +74,11 @@ def write_files(
         config = model.peft_config["default"]
         config.base_model_name_or_path = _name_base(run.model.uri)
         config.revision = manifest["baseModel"].get("revision")
+        # PEFT would ask the hub whether the vocabulary changed; adapters here never touch the embeddings.
+        model.save_pretrained(folder, save_embedding_layers=False)
     else:
         model.generation_config.eos_token_id = _end_tokens(model, tokenizer)
-    model.save_pretrained(folder)
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     lines = [json.dumps(entry, ensure_ascii=False) for entry in trainer.state.log_history]
     (folder / HISTORY).write_text("\n".join(lines) + "\n", encoding="utf-8")

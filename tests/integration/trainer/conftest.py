@@ -35,7 +35,9 @@ Run = Callable[..., Ended]
 def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs a run file (tiny.run_document with changes) to its end."""
 
-    def run(model: Path, data: Path, *, name: str = "out", only_inspect: bool = False, **parts: Any) -> Ended:
+    def run(
+        model: Path, data: Path, /, *, name: str = "out", only_inspect: bool = False, **parts: Any
+    ) -> Ended:
         output = tmp_path / name
         file = tmp_path / "run.json"
         file.write_text(json.dumps(tiny.run_document(model, data, output, **parts)))

@@ -196,9 +196,9 @@ def test_weights_that_cannot_be_loaded_are_the_models_fault(
 def test_an_error_of_ours_is_internal_and_reported(
     tiny_model: Path, chat_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", "/dev/null")
-    monkeypatch.setattr("tempfile.tempdir", "/dev/null")
-    ended = run(tiny_model, chat_file)
+    with monkeypatch.context() as context:  # pytest itself needs temporary files again afterwards
+        context.setattr("tempfile.tempdir", "/dev/null")
+        ended = run(tiny_model, chat_file)
     assert (ended.code, ended.result["class"]) == (1, "Internal")
     assert "/dev/null" in ended.result["message"]
     assert not ended.output.exists()

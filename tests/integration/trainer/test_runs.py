@@ -223,7 +223,7 @@ def test_a_stopped_run_says_so_and_commits_nothing(tiny_model: Path, chat_file: 
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step 3/"):
+        if line.startswith("step 1/"):
             break
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()

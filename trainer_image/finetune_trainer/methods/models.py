@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 
@@ -60,7 +61,7 @@ def load_base(run: RunFile, path: Path, *, device: Device, precision: Precision)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=False, use_safetensors=True, device_map={"": device.name}, **options
         )
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise ModelNotFound(
             f"model.uri: the weights of {run.model.uri} cannot be loaded ({_first_line(error)})"
         ) from error
