@@ -22,7 +22,7 @@ Post = Callable[..., tuple[int, dict[str, Any]]]
 @pytest.fixture
 def waiting_job(kubectl: Kubectl, tiny_model: Path, tiny_rows: Path) -> str:
     """A job that waits for room for ever: its attempt is recorded, and nothing else reports for it."""
-    resources = {"cpu": "4000", "memory": "1Gi"}
+    resources = {"cpu": "1000", "memory": "1Gi"}
     kubectl.apply(finetunejob("waits", tiny_model, tiny_rows, resources=resources))
     kubectl.wait_job("waits", lambda s: bool(s.get("attempts", [{}])[-1].get("uid")), seconds=60)
     return "waits"
