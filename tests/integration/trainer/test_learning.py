@@ -67,6 +67,31 @@ def test_an_adapter_teaches_a_contradicting_rule(
     assert report["samples"][0]["base"] == tiny.answer("cup", 0, shift=OLD_RULE)
 
 
+def test_gradients_pass_a_quantized_base_after_an_evaluation(tiny_model: Path) -> None:
+    import torch
+
+    from finetune_trainer import runfile
+    from finetune_trainer.methods import models
+
+    method = {"type": "QLoRA", "quantization": {}}
+    document = tiny.run_document(tiny_model, tiny_model, tiny_model, method=method)
+    run_file = runfile.parse(json.dumps(document))
+    device = models.Device("cpu", "cpu", has_bfloat16=False)
+    model = models.load_base(run_file, tiny_model, device=device, precision=runfile.Precision.FLOAT32)
+    embeddings = torch.randn(2, 8, 64, requires_grad=True)
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model(inputs_embeds=embeddings).logits.pow(2).mean().backward()
+        gradients.append(embeddings.grad)
+        embeddings.grad = None
+        model.eval()
+        with torch.no_grad():
+            model(inputs_embeds=embeddings.detach())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)
+
+
 def test_early_stopping_keeps_the_best_weights(taught: Path, tmp_path: Path, run: Run) -> None:
     """Half of the rows are held out; at so high a rate the model soon learns the other half by heart."""
     data = tiny.write_jsonl(tmp_path / "new.jsonl", tiny.chat_rows(shift=NEW_RULE))

@@ -134,8 +134,8 @@ def _print_tables(comparison: Comparison, *, samples: int) -> None:
         zip(comparison.questions, comparison.base.answers, comparison.adapter.answers, strict=True)
     )[:samples]:
         sample = Table(show_header=False, expand=True)
-        sample.add_column(style="bold", ratio=1, min_width=8)
-        sample.add_column(overflow="fold", ratio=8)
+        sample.add_column(style="bold", no_wrap=True)
+        sample.add_column(overflow="fold", ratio=1)
         for label, text in (
             ("prompt", question.prompt),
             ("expected", question.expected),

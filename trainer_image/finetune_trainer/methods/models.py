@@ -73,10 +73,24 @@ def load_base(run: RunFile, path: Path, *, device: Device, precision: Precision)
     if run.method.quantization is not None:
         import peft
 
+        _keep_gradients(model)
         model = peft.prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=run.hyperparameters.gradient_checkpointing
         )
     return model
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keeps bitsandbytes from its packed CPU layout, in which no gradient passes.
+
+    On CPUs with AVX512-BF16 a quantized layer repacks its weights at the first evaluation and stays so: training goes
+    on without error, but every layer below gets no gradient.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _weights_dtype(method: MethodType, precision: Precision) -> torch.dtype:
