@@ -227,6 +227,8 @@ class Cluster:
     def _settle(self, instance: Instance, wanted: tuple[str, ...], report: Report) -> None:
         """Decide identity, ports and folders before anything starts, and write them down."""
         alive = [name for name in parts.ALL if self._is_alive(name)]
+        # What killed parts left behind would still hold their ports.
+        processes.sweep(self.layout, instance.identity, [name for name in parts.ALL if name not in alive])
         kept = [port for port in parts.PORTS if _owner(port) in alive]
         chosen = ports.choose(parts.PORTS, known=instance.ports, in_use_by_us=kept)
         if instance.ports and chosen != instance.ports and alive:

@@ -48,6 +48,17 @@ def _answers(url: str) -> bool:
         return False
 
 
+def _ray_is_ready(setting: Setting) -> bool:
+    """The job API answers, and the two processes without which no job runs are healthy."""
+    agent = f"http://127.0.0.1:{setting.ports['ray-agent']}"
+    pages = (
+        f"{setting.dashboard}/api/gcs_healthz",
+        f"{agent}/api/local_raylet_healthz",
+        f"{setting.dashboard}/api/jobs/",
+    )
+    return all(_answers(page) for page in pages)
+
+
 def _secure(port: str, path: str) -> Callable[[Setting], bool]:
     """A probe over TLS with a certificate of our authority."""
 
@@ -99,7 +110,7 @@ PARTS: dict[str, Part] = {
             "ray",
             (),
             commands.ray,
-            _plain("ray-dashboard", "/api/jobs/"),
+            _ray_is_ready,
             commands.ray_environment,
             seconds=120,
             grace=15,

@@ -134,6 +134,17 @@ def stop(layout: layouts.Layout, identity: str, parts: Sequence[str], *, grace: 
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGTERM)
     psutil.wait_procs(mains, timeout=grace)
+    sweep(layout, identity, parts)
+    for part in parts:
+        record = load(layout, part)
+        if record:
+            _reap(record.pid)
+        forget(layout, part)
+    return running
+
+
+def sweep(layout: layouts.Layout, identity: str, parts: Sequence[str]) -> None:
+    """SIGKILL to every process of these parts; their records stay."""
     # Twice: a process may have forked while we looked at the table.
     for _ in range(2):
         rest = find_all(layout, identity, parts)
@@ -141,12 +152,6 @@ def stop(layout: layouts.Layout, identity: str, parts: Sequence[str], *, grace: 
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(rest, timeout=5)
-    for part in parts:
-        record = load(layout, part)
-        if record:
-            _reap(record.pid)
-        forget(layout, part)
-    return running
 
 
 def tail(path: Path, lines: int, *, offset: int = 0) -> list[str]:

@@ -18,44 +18,55 @@ class Starter:
 
     def ensure(self, part: parts.Part, stop: threading.Event) -> None:
         """Leave it alone when it runs as wanted; else start it. Then wait until it is ready."""
+        record = processes.load(self._setting.layout, part.name)
+        reason = self._reason_to_start(part, record)
+        if reason is None and record is not None:
+            # It may be dying just now (Ray notices the death of one of its processes after a while).
+            if self._await_ready(part, record, stop) is None:
+                return
+            reason = "went down"
+        if reason and record is not None:
+            self._report(f"{part.name}: {reason}, restarting")
+        self._start(part, stop)
+
+    def _reason_to_start(self, part: parts.Part, record: processes.Record | None) -> str | None:
+        """None when the part runs as wanted."""
+        if record is None or record.find() is None:
+            return "was gone"
+        return "changed" if record.fingerprint != parts.fingerprint(part, self._setting) else None
+
+    def _start(self, part: parts.Part, stop: threading.Event) -> None:
         began = time.monotonic()
         layout, identity = self._setting.layout, self._setting.identity
-        argv, environment = part.command(self._setting), part.environment(self._setting)
-        fingerprint = parts.fingerprint(part, self._setting)
-        record = processes.load(layout, part.name)
-        alive = record is not None and record.find() is not None
-        if record is None or not alive or record.fingerprint != fingerprint:
-            if record is not None:
-                self._report(f"{part.name}: " + ("changed, restarting" if alive else "was gone, restarting"))
-            # What a killed part left behind (children, the file locks of its data) must not meet the new one.
-            processes.stop(layout, identity, (part.name,), grace=part.grace)
-            record = processes.start(
-                part.name,
-                argv,
-                layout=layout,
-                identity=identity,
-                environment={**commands.base_environment(), **environment},
-                fingerprint=fingerprint,
-            )
-            self._wait(part, record, stop)
+        # What a killed part left behind (children, the file locks of its data) must not meet the new one.
+        processes.stop(layout, identity, (part.name,), grace=part.grace)
+        record = processes.start(
+            part.name,
+            part.command(self._setting),
+            layout=layout,
+            identity=identity,
+            environment={**commands.base_environment(), **part.environment(self._setting)},
+            fingerprint=parts.fingerprint(part, self._setting),
+        )
+        if problem := self._await_ready(part, record, stop):
+            self._fail(part, record, problem)
+        if not stop.is_set():
             self._report(f"{part.name}: ready after {time.monotonic() - began:.1f} s")
-        else:
-            self._wait(part, record, stop)
 
-    def _wait(self, part: parts.Part, record: processes.Record, stop: threading.Event) -> None:
+    def _await_ready(self, part: parts.Part, record: processes.Record, stop: threading.Event) -> str | None:
+        """None when the part is ready (or another one failed), else what is wrong with it."""
         deadline = time.monotonic() + part.seconds
         pause = 0.05
         while not part.is_ready(self._setting):
             if record.find() is None:
-                self._fail(part, record, "stopped by itself")
+                return "stopped by itself"
             if time.monotonic() > deadline:
-                self._fail(part, record, f"was not ready within {part.seconds:.0f} s")
+                return f"was not ready within {part.seconds:.0f} s"
             if stop.wait(pause):
-                return
+                return None
             pause = min(pause * 1.3, 0.5)
-        if record.find() is None:
-            # Somebody else answered on its port, or it died just now.
-            self._fail(part, record, "stopped by itself")
+        # Somebody else may have answered on its port, or it died just now.
+        return "stopped by itself" if record.find() is None else None
 
     def _fail(self, part: parts.Part, record: processes.Record, what: str) -> None:
         log = self._setting.layout.log(part.name)

@@ -300,6 +300,19 @@ def test_up_brings_a_killed_part_back(
     assert client.call("GET", base)["data"] == {"before": name}
 
 
+@pytest.mark.parametrize("program", ["gcs_server", "raylet/raylet", "dashboard/dashboard.py"])
+def test_up_brings_ray_back_when_one_of_its_processes_was_killed(
+    cluster: clusters.Cluster, program: str
+) -> None:
+    victim = next(process for process in our_processes(cluster) if program in " ".join(process.cmdline()))
+    victim.kill()
+    cluster.up()
+    assert {line.state for line in cluster.status()} == {clusters.State.RUNNING}
+    fresh = [process for process in our_processes(cluster) if program in " ".join(process.cmdline())]
+    assert fresh
+    assert victim.pid not in {process.pid for process in fresh}
+
+
 def test_jobs_run_after_all_that_killing(client: kubeapi.ApiClient) -> None:
     submit(client, rayjob("again", "echo fine"))
     assert wait_for_end(client, "again")["jobStatus"] == "SUCCEEDED"
