@@ -28,7 +28,11 @@ JOB = "triage-e2e"
 def base_model() -> Path:
     """SmolLM2-135M-Instruct in the cache; converted there the first time, which takes about a minute."""
     done = subprocess.run(
-        [sys.executable, "-m", "finetune_local.models"], stdout=subprocess.PIPE, text=True, timeout=900, check=True
+        [sys.executable, "-m", "finetune_local.models"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=900,
+        check=True,
     )
     return Path(done.stdout.strip())
 

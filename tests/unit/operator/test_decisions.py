@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
 from finetune_operator.core import jobs
 from finetune_operator.core.facts import CreateRayJob, Defaults, PodFacts
+from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
 
 
 def condition(story: Story, kind: str) -> tuple[str, str] | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
-from tests.unit.operator.stories import ARTIFACT
 
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import reports
+from tests.unit.operator.stories import ARTIFACT
 
 
 @pytest.mark.parametrize(
