@@ -20,7 +20,7 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The laptop cluster with all its parts; tests that break a part start it again with `up`."""
     running = Cluster(
         tmp_path_factory.mktemp("cluster"),
@@ -31,7 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         running.up(report=lambda line: print(f"cluster: {line}"))
         yield running
     finally:
-        running.down()
+        running.down(purge=request.session.testsfailed == 0)  # after a failure the logs are worth something
 
 
 @pytest.fixture

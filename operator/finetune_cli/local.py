@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -62,7 +63,9 @@ def up(
         )
     console.print(f"The cluster is ready ({time.monotonic() - began:.0f} s).")
     console.print(f"export KUBECONFIG={cluster.kubeconfig}", soft_wrap=True)
-    _say_about_kubectl(lambda line: console.print(line, soft_wrap=True, markup=False))
+    folder = _own_kubectl_folder(lambda line: console.print(f"  {line}", markup=False))
+    if folder is not None:
+        console.print(f"kubectl is not on PATH; here is one:\nexport PATH=$PATH:{folder}", soft_wrap=True)
 
 
 @app.command()
@@ -98,6 +101,34 @@ def status(
         _print_table(lines)
     if any(line.state is State.CRASHED for line in lines):
         raise typer.Exit(1)
+
+
+@app.command()
+def env(state: StateOption = None) -> None:
+    """Shell lines that point kubectl at the cluster: eval "$(finetune local env)"."""
+    typer.echo(f"export KUBECONFIG={shlex.quote(str(_cluster(state).kubeconfig))}")
+    folder = _own_kubectl_folder(lambda line: typer.echo(line, err=True))
+    if folder is not None:
+        typer.echo(f'export PATH="$PATH":{shlex.quote(str(folder))}')
+
+
+@app.command()
+def build() -> None:
+    """Get every program that the cluster needs, without starting it: download, else compile (once)."""
+    from rich.console import Console
+
+    from finetune_local import binaries, parts
+
+    console = Console(highlight=False)
+    with _told(), console.status("looking") as spinner:
+        binaries.obtain(
+            [*parts.programs_of(parts.ALL)],
+            sources=binaries.Sources.from_environment(),
+            announce=lambda line: console.print(f"  {line}", markup=False),
+            detail=lambda line: spinner.update(line),
+        )
+    _own_kubectl_folder(lambda line: console.print(f"  {line}", markup=False))
+    console.print("The programs are in place.")
 
 
 @app.command()
@@ -203,16 +234,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes}m" if hours else f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
-def _say_about_kubectl(say: Callable[[str], None]) -> None:
+def _own_kubectl_folder(announce: Callable[[str], None]) -> Path | None:
+    """The folder of our own kubectl where PATH has none."""
     from finetune_local import binaries
 
     sources = binaries.Sources.from_environment()
     with _told():
-        kubectl = binaries.find_kubectl(
-            sources, announce=lambda line: say(f"  {line}"), detail=lambda line: None
-        )
-    if kubectl.is_relative_to(sources.cache):
-        say(f"kubectl is not on PATH; here is one:\nexport PATH=$PATH:{kubectl.parent}")
+        kubectl = binaries.find_kubectl(sources, announce=announce, detail=lambda line: None)
+    return kubectl.parent if kubectl.is_relative_to(sources.cache) else None
 
 
 @contextlib.contextmanager
