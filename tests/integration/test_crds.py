@@ -255,6 +255,7 @@ def test_spec_may_change_before_the_first_attempt_and_not_after(
     changed = patch(api, namespace, {"spec": {"hyperparameters": {"epochs": 4}}})
     assert changed["spec"]["hyperparameters"]["epochs"] == 4
     patch(api, namespace, {"status": started()}, status=True)
+    change: dict[str, Any]
     for change in (
         {"hyperparameters": {"epochs": 6}},
         {"method": {"lora": {}}},

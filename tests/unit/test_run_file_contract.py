@@ -45,7 +45,7 @@ METHODS = st.one_of(
     st.fixed_dictionaries({"type": st.just("QLoRA"), "quantization": QUANTIZATION}, optional={"lora": LORA}),
     st.just({"type": "Full"}),
 )
-SOURCES = st.fixed_dictionaries(
+SOURCES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"uri": NAMES.map(lambda name: f"s3://bucket/{name}.jsonl")},
     optional={
         "format": st.sampled_from([str(item) for item in api.DataFormat]),
@@ -71,7 +71,7 @@ HYPERPARAMETERS = optional(
     evalSteps=st.just(1),
     seed=st.integers(0, 2**31 - 1),
 )
-SPECS = st.fixed_dictionaries(
+SPECS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries(
             {"uri": NAMES.map(lambda name: f"hf://{name}/{name}")},

@@ -6,7 +6,7 @@ import pytest
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
 from finetune_operator.core import jobs
-from finetune_operator.core.facts import CreateRayJob, Defaults, PodFacts
+from finetune_operator.core.facts import CreateRayJob, Defaults, Observed, PodFacts
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
 
 
@@ -268,5 +268,5 @@ def test_a_quota_in_the_way_is_told_and_retried() -> None:
     assert not jobs.is_finished(plan.status)
 
 
-def jobs_observed(story: Story) -> jobs.Observed:
-    return jobs.Observed(job=story.job)
+def jobs_observed(story: Story) -> Observed:
+    return Observed(job=story.job)
