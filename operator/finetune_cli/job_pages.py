@@ -10,7 +10,6 @@ from finetune_cli.job_views import (
     Job,
     elapsed,
     exit_code,
-    format_duration,
     measures,
     number,
     result_lines,
@@ -18,6 +17,7 @@ from finetune_cli.job_views import (
     status_of,
     steps,
 )
+from finetune_operator.core.durations import format_duration
 
 AGAIN = "then delete the job and apply it again: kubectl delete ftj {name} -n {namespace}"
 # Why a job failed -> what the user does next. The message already names the field, the file or the step.

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_cli import job_views
+from finetune_operator.core.durations import format_duration
 
 COLOURS = {
     "Succeeded": "green",
@@ -113,7 +114,7 @@ def render_live(job: job_views.Job, now: datetime, *, trouble: str | None = None
         (phase, COLOURS.get(phase, "bold")), "  ", status.get("message") or "waits for the operator"
     )
     if took is not None:
-        state.append(f"  {job_views.format_duration(took)}", "dim")
+        state.append(f"  {format_duration(took)}", "dim")
     lines: list[RenderableType] = [title, state]
     progress = status.get("progress") or {}
     if progress.get("totalSteps"):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_operator.core.durations import format_duration
+
 Job = Mapping[str, Any]
 
 FINAL = {"Succeeded": 0, "Failed": 1, "Cancelled": 1}  # phase -> exit code of `finetune jobs watch`
@@ -19,19 +21,6 @@ def exit_code(job: Job) -> int | None:
 
 def status_of(job: Job) -> Mapping[str, Any]:
     return job.get("status") or {}
-
-
-def format_duration(seconds: float) -> str:
-    """12s, 3m20s, 2h5m, 3d4h."""
-    whole = max(0, int(seconds))
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d{hour}h"
-    if hours:
-        return f"{hours}h{minute}m"
-    return f"{minutes}m{second}s" if minutes else f"{second}s"
 
 
 def format_size(size: float) -> str:

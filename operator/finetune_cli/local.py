@@ -209,6 +209,8 @@ def _print_table(lines: list[PartStatus]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from finetune_operator.core import durations
+
     table = Table("PART", "STATE", "PID", "PORT", "UPTIME", box=None, header_style="bold")
     colours = {"Running": "green", "Crashed": "red", "Starting": "yellow"}
     for line in lines:
@@ -219,19 +221,13 @@ def _print_table(lines: list[PartStatus]) -> None:
             f"[{colour}]{state}[/]" if colour else state,
             str(line.pid or ""),
             str(line.port or ""),
-            "" if line.uptime is None else _duration(line.uptime),
+            "" if line.uptime is None else durations.format_duration(line.uptime),
         )
     console = Console()
     console.print(table)
     console.print(
         f"Logs: {Path(lines[0].log).parent}/<part>.log", soft_wrap=True, markup=False, highlight=False
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes}m" if hours else f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
 def _own_kubectl_folder(announce: Callable[[str], None]) -> Path | None:

@@ -16,6 +16,7 @@ from finetune_operator.api.finetunejob import (
     Phase,
     Progress,
 )
+from finetune_operator.core import durations
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -104,19 +105,6 @@ def phase_of(report: Report) -> Phase:
     return PHASES[report.finetune.phase] if report.finetune.phase else Phase.RUNNING
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people, two units at most: 45s, 3m20s, 2h05m, 3d04h."""
-    total = round(seconds)
-    minutes, rest = divmod(total, 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
 def rounded(value: float | None, digits: int = 5) -> float | None:
     """A number with a few significant digits: what a reader needs, and no more bytes in etcd."""
     return None if value is None else float(f"{value:.{digits}g}")
@@ -137,7 +125,7 @@ def progress_of(report: Report, *, at: datetime | None) -> Progress:
         epoch=rounded(ours.epoch if ours.epoch is not None else report.number("current_epoch"), 4),
         tokens_per_second=rounded(ours.tokens_per_second, 4),
         estimated_remaining_seconds=remaining,
-        eta=None if remaining is None else duration(remaining),
+        eta=None if remaining is None else durations.format_duration(remaining),
         last_report_time=at,
     )
 

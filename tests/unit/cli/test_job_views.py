@@ -16,14 +16,6 @@ from tests.unit.cli.jobs import NOW, failed, job, running, succeeded
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (-3, "0s"), (59.9, "59s"), (60, "1m0s"), (200, "3m20s"), (7500, "2h5m"), (273_600, "3d4h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert job_views.format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
     ("size", "text"), [(999, "999 B"), (1500, "1.5 kB"), (9_812_345, "9.8 MB"), (2.5e13, "25.0 TB")]
 )
 def test_sizes(size: float, text: str) -> None:
