@@ -105,7 +105,7 @@ def test_splits_share_no_wording_phrase_product_or_name(source: dict[str, Any]) 
             assert not set(values) & set(source[group]["train"][kind]), kind
     wordings = {split: {text for issue in source["issues"] for text in issue[split]} for split in SPLITS}
     assert not wordings["train"] & wordings["heldout"]
-    assert len(wordings["train"]) == 160
+    assert len(wordings["train"]) == 240
     assert len(wordings["heldout"]) == 80
 
 
