@@ -1,0 +1,44 @@
+"""The operator's environment variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune_operator import config
+
+
+def test_the_defaults_are_those_of_a_cluster() -> None:
+    settings = config.load({})
+    assert (settings.submission_mode, settings.status_url) == ("K8sJobMode", "http://finetune-operator:8090")
+    assert (settings.namespaces, settings.output_uri, settings.status_tls()) == ((), None, None)
+
+
+def test_lists_and_folders_are_tidied() -> None:
+    settings = config.load({"FINETUNE_NAMESPACES": "a, b,,", "FINETUNE_OUTPUT_URI": "s3://bucket/x/"})
+    assert (settings.namespaces, settings.output_uri) == (("a", "b"), "s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FINETUNE_STATUS_PORT", "http"),
+        ("FINETUNE_METRICS_PORT", "0"),
+        ("FINETUNE_PROGRESS_SECONDS", "nan"),
+        ("FINETUNE_TERMINATION_GRACE_SECONDS", "-1"),
+        ("FINETUNE_SUBMISSION_MODE", "SidecarMode"),
+        ("FINETUNE_LOG_FORMAT", "xml"),
+        ("FINETUNE_STATUS_TLS_CA", "/nowhere/ca.crt"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_variable(name: str, value: str) -> None:
+    with pytest.raises(config.ConfigurationError, match=f"{name}='{value}': "):
+        config.load({name: value})
+
+
+def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
+    certificate = tmp_path / "tls.crt"
+    certificate.touch()
+    with pytest.raises(config.ConfigurationError, match="set both or none"):
+        config.load({"FINETUNE_STATUS_TLS_CERT": str(certificate)})

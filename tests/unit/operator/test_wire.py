@@ -1,0 +1,96 @@
+"""The border between the API's JSON and the operator's facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
+from finetune_operator.core.facts import Event
+from finetune_operator.reconcile import facts
+from finetune_operator.reconcile.finetunejob import merge_diff
+from tests.unit.operator.stories import SPEC, START, Story
+
+LEAVES = st.one_of(st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
+DOCUMENTS = st.recursive(
+    st.dictionaries(st.sampled_from("abc"), LEAVES, max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), st.one_of(LEAVES, inner), max_size=3),
+    max_leaves=8,
+)
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7386, section 2."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = merge_patch(merged.get(name), value)
+    return merged
+
+
+@given(old=DOCUMENTS, new=DOCUMENTS)
+def test_the_diff_is_a_merge_patch_from_old_to_new(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert merge_patch(old, merge_diff(old, new)) == new
+    assert merge_diff(new, new) == {}
+
+
+def test_a_status_survives_the_way_to_the_api_and_back() -> None:
+    status = Story().trained().job.status
+    stored = facts.to_json(status)
+    assert FineTuneJobStatus.model_validate(stored) == status
+    assert stored["startTime"] == "2026-01-01T12:00:00Z"
+    assert "completionTime" not in stored
+
+
+def test_a_status_of_a_newer_operator_can_still_be_read() -> None:
+    assert FineTuneJobStatus.model_validate({"phase": "Running", "novelty": 1}).phase is Phase.RUNNING
+
+
+def body(**parts: Any) -> dict[str, Any]:
+    metadata = {"namespace": "team", "name": "triage", "uid": "u", "generation": 3}
+    return {"metadata": metadata, "spec": SPEC, **parts}
+
+
+def test_a_spec_that_cannot_be_read_is_a_problem_with_the_fields_name() -> None:
+    job = facts.job_facts(body(spec=SPEC | {"method": {"type": "Telepathy"}}))
+    assert job.spec is None
+    assert "spec.method.type" in (job.problem or "")
+    assert facts.job_facts(body()).problem is None
+
+
+def test_an_event_fits_into_the_api_and_stays_text() -> None:
+    event = facts.event_body(body(), Event(warning=True, reason="BadData", message="é" * 2000), now=START)
+    assert len(event["message"].encode()) <= 1024
+    assert set(event["message"]) == {"é"}
+
+
+UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no cpu"}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ({"phase": "Pending", "conditions": [UNSCHEDULABLE]}, "Unschedulable"),
+        ({"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}, "ErrImagePull"),
+        ({"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}, None),
+        ({"phase": "Running"}, None),
+        ({}, None),
+    ],
+)
+def test_why_a_pod_waits(status: dict[str, Any], reason: str | None) -> None:
+    pod = facts.pod_facts({"metadata": {"name": "head"}, "status": status})
+    assert pod.waiting_reason == reason
+    assert pod.running == (status.get("phase") == "Running")
+
+
+def test_a_rayjob_is_ours_by_the_uid_of_its_owner_and_not_by_its_name() -> None:
+    rayjob = {"metadata": {"name": "triage-a1", "uid": "r", "ownerReferences": [{"uid": "u"}]}}
+    assert facts.rayjob_facts(rayjob, owner_uid="u").ours
+    assert not facts.rayjob_facts(rayjob, owner_uid="another").ours
