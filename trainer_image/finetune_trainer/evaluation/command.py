@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,20 +56,34 @@ def _compare(options: argparse.Namespace, work: Path) -> Comparison:
     adapter = _find_adapter(uris["adapter"], work / "adapter")
     from finetune_trainer.evaluation import compare  # seconds of imports
 
+    asked = examples[: options.limit]
     # JSON is read by programs: what libraries print must not get between.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _progress(2 * len(asked)) as on_answers:
         return compare.compare(
             base,
             adapter,
-            examples[: options.limit],
+            asked,
             base_uri=uris["base"],
             options=compare.Options(
                 keys=_split(options.json_keys),
                 fields=_split(options.match),
                 max_new_tokens=options.max_new_tokens,
                 batch_size=options.batch_size,
+                on_answers=on_answers,
             ),
         )
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, which only a terminal shows; base and artifact answer every question once."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def to_uri(text: str) -> str:

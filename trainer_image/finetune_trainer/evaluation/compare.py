@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Options:
     fields: tuple[str, ...]
     max_new_tokens: int
     batch_size: int
+    on_answers: Callable[[int], None] = lambda count: None
+    """Called after each batch, for base and artifact alike, with the number of its answers."""
 
 
 def compare(
@@ -143,6 +145,7 @@ def _ask(model: Any, tokenizer: Any, questions: Sequence[Question], options: Opt
         [question.prompt_ids for question in questions],
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
+        on_answers=options.on_answers,
     )
     return Side(
         scores=score_answers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,18 @@ class Answers:
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_answers: Callable[[int], None] = lambda count: None,
 ) -> Answers:
-    """Answers every prompt greedily. Prompts of similar length go together, so that little is padded."""
+    """Answers every prompt greedily. Prompts of similar length go together, so that little is padded.
+
+    `on_answers` is called after each batch with the number of its answers.
+    """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
     ends = end_tokens(model, tokenizer)
@@ -44,6 +53,7 @@ def generate(
             answer = _until_end(output[row, width:].tolist(), ends)
             produced += len(answer) + 1
             texts[index] = tokenizer.decode(answer, skip_special_tokens=True)
+        on_answers(len(batch))
     return Answers(texts, produced / max(time.monotonic() - started, 1e-9))
 
 
