@@ -66,7 +66,9 @@ def main() -> None:
         raise SystemExit(f"error: no {layout.kubeconfig}; start the laptop cluster first: make up")
     job = yaml.safe_load(JOB_FILE.read_text())
     if options.max_steps is not None:
-        job["spec"]["hyperparameters"]["maxSteps"] = options.max_steps
+        settings = job["spec"]["hyperparameters"]
+        settings["maxSteps"] = options.max_steps
+        settings["evalSteps"] = min(settings["evalSteps"], options.max_steps)
     model = models.prepare_smollm2(layouts.cache_folder(), say)
     load = os.getloadavg()[0]
     plain: list[Timings] = []

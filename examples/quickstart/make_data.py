@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 SEED = 20260
 SYSTEM = "Triage the support ticket. Answer with JSON: category, priority, summary."
 PRIORITIES = ["low", "normal", "high", "urgent"]  # in this order: phrases move a ticket up or down
-ROWS = {"train": 75, "heldout": 12}  # per category
+ROWS = {"train": 100, "heldout": 12}  # per category
 MAX_CHARACTERS = 330  # of a ticket: with prompt and answer about 130 tokens
 MAX_SHOUTED_CHARACTERS = 140  # capitals take twice as many tokens
 

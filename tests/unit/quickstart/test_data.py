@@ -78,7 +78,7 @@ def test_every_row_asks_the_same_way_and_answers_in_strict_json(split: str) -> N
         assert 1 <= len(answer["summary"].split()) <= 8
 
 
-@pytest.mark.parametrize(("split", "size"), [("train", 600), ("heldout", 96)])
+@pytest.mark.parametrize(("split", "size"), [("train", 800), ("heldout", 96)])
 def test_categories_are_balanced_and_no_priority_is_rare(split: str, size: int) -> None:
     found = answers(split)
     assert len(found) == size
