@@ -40,7 +40,7 @@ def slow_job(name: str, model: Path, data: Path, *, steps: int = 600) -> Json:
     return finetunejob(name, model, data, hyperparameters=hyperparameters)
 
 
-@pytest.mark.parametrize("part", ["operator", "kube-apiserver", "etcd", "kuberay", "ray-gateway"])
+@pytest.mark.parametrize("part", ["operator", "kube-apiserver", "etcd", "kuberay", "ray-gateway", "ray"])
 def test_a_part_that_is_killed_while_a_job_trains_costs_nothing(
     part: str, whole: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
 ) -> None:

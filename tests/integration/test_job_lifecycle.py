@@ -10,6 +10,8 @@ from urllib.parse import urlparse
 
 import pytest
 
+from finetune_local.cluster import Cluster
+from tests.buckets import open_bucket, serve_bucket
 from tests.clients import FINAL, Json, Kubectl, finetunejob
 
 pytestmark = pytest.mark.integration
@@ -75,12 +77,13 @@ def test_apply_trains_and_publishes_an_artifact(kubectl: Kubectl, tiny_model: Pa
 
 
 def test_a_user_sees_progress_in_kubectl_get(kubectl: Kubectl, tiny_model: Path, tiny_rows: Path) -> None:
-    kubectl.apply(finetunejob("columns", tiny_model, tiny_rows))
+    qlora = {"type": "QLoRA", "lora": {"r": 8}, "quantization": {}}
+    kubectl.apply(finetunejob("columns", tiny_model, tiny_rows, method=qlora))
     kubectl.finished("columns")
     header, row = kubectl("get", "ftj", "columns", "-o", "wide").splitlines()
     assert " ".join(header.split()) == "NAME PHASE METHOD MODEL PROGRESS LOSS AGE STEP ETA REASON ARTIFACT"
     cells = row.split()
-    assert cells[1:3] == ["Succeeded", "LoRA"]
+    assert cells[1:3] == ["Succeeded", "QLoRA"]
     assert cells[4] == "100%"
     assert float(cells[5]) > 0
     assert kubectl.job("columns")["status"]["artifact"]["rank"] == 8
@@ -157,3 +160,26 @@ def test_the_reason_why_a_job_waits_is_in_its_status(
     job = kubectl.wait_job("hungry", lambda s: s.get("reason") == "Unschedulable", seconds=40)
     assert "cpu" in job["status"]["message"]
     assert condition(job["status"], "ResourcesReady") == ("False", "Unschedulable")
+
+
+def test_credentials_of_the_users_secret_reach_the_trainer_and_nobody_else(
+    cluster: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+) -> None:
+    with serve_bucket("training") as environment:
+        bucket = open_bucket(environment)
+        bucket.put_file(str(tiny_rows), "training/rows.jsonl")
+        kubectl.apply(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}, "stringData": environment}
+        )
+        dataset = {"sources": [{"uri": "s3://training/rows.jsonl"}], "secretRef": {"name": "store"}}
+        output = {"uri": "s3://training/artifact", "secretRef": {"name": "store"}}
+        kubectl.apply(finetunejob("stored", tiny_model, tiny_rows, dataset=dataset, output=output))
+        status = kubectl.finished("stored")
+        assert status["phase"] == "Succeeded", status["message"]
+        manifest = bucket.cat_file("training/artifact/manifest.json")
+    assert status["artifact"]["digest"] == "sha256:" + hashlib.sha256(manifest).hexdigest()
+    secret = environment["AWS_SECRET_ACCESS_KEY"]
+    for kind in ("ftj", "rayjob", "configmap", "pod", "event"):
+        assert secret not in kubectl("get", kind, "-o", "yaml")
+    logs = [path for path in cluster.layout.logs.rglob("*") if path.is_file()]
+    assert [path.name for path in logs if secret in path.read_text(errors="replace")] == []

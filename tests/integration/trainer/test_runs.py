@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 
 from finetune_trainer import lifecycle, storage
 from tests import tiny
+from tests.buckets import serve_bucket
 from tests.integration.trainer.conftest import Run
 
 pytestmark = pytest.mark.integration
@@ -158,24 +158,10 @@ def test_progress_and_result_reach_the_operator(
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of a real S3 server on this machine."""
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    filesystem, _ = storage.open_filesystem("s3://training/")
-    filesystem.mkdir("training")
-    yield "s3://training"
-    server.stop()
+    with serve_bucket("training") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield "s3://training"
 
 
 def test_model_data_and_artifact_may_live_in_s3(
