@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of the base model")
     parser.add_argument("--data", required=True, help="JSON Lines with chat messages")
     parser.add_argument("--output", required=True, help="folder for the adapter")
-    parser.add_argument("--max-steps", type=int, default=140)
+    parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4, help="rows per optimizer step")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows per forward pass")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"])
     parser.add_argument("--eval-fraction", type=float, default=0.05)
-    parser.add_argument("--eval-steps", type=int, default=70)
+    parser.add_argument("--eval-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.e2e]
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "quickstart"
-STEPS = 40
+STEPS = 60
 JOB = "triage-e2e"
 
 
