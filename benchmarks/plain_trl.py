@@ -36,8 +36,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"])
-    parser.add_argument("--eval-fraction", type=float, default=0.05)
-    parser.add_argument("--eval-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -70,7 +68,6 @@ def main() -> None:
         lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
         remove_columns=["messages"],
     )
-    parts = rows.train_test_split(test_size=args.eval_fraction, seed=args.seed)
     stopwatch = Stopwatch()
     trainer = SFTTrainer(
         model=args.model,
@@ -79,14 +76,11 @@ def main() -> None:
             model_init_kwargs={"dtype": "float32"},
             max_steps=args.max_steps,
             per_device_train_batch_size=args.micro_batch_size,
-            per_device_eval_batch_size=args.micro_batch_size,
             gradient_accumulation_steps=args.batch_size // args.micro_batch_size,
             learning_rate=args.learning_rate,
             warmup_steps=args.warmup_ratio,
             lr_scheduler_type=args.scheduler,
             max_length=args.max_length,
-            eval_strategy="steps",
-            eval_steps=args.eval_steps,
             logging_steps=1,
             save_strategy="no",
             seed=args.seed,
@@ -96,8 +90,7 @@ def main() -> None:
             use_cpu=True,
             report_to="none",
         ),
-        train_dataset=parts["train"],
-        eval_dataset=parts["test"],
+        train_dataset=rows,
         peft_config=LoraConfig(
             r=args.rank,
             lora_alpha=args.alpha,
@@ -121,7 +114,6 @@ def main() -> None:
         "cpuSeconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peakRssBytes": usage.ru_maxrss * 1024,
         "loss": [entry["loss"] for entry in history if "loss" in entry],
-        "evalLoss": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
     }
     (Path(args.output) / "timings.json").write_text(json.dumps(result) + "\n")
     print(json.dumps(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,6 @@ def test_plain_script_gets_every_setting_of_the_job(monkeypatch: pytest.MonkeyPa
     assert arguments.learning_rate == hyper["learningRate"]
     assert arguments.warmup_ratio == hyper["warmupRatio"]
     assert arguments.max_length == hyper["maxLength"]
-    assert arguments.eval_steps == hyper["evalSteps"]
-    assert arguments.eval_fraction == SPEC["dataset"]["split"]["eval"]
     assert (arguments.rank, arguments.alpha, arguments.dropout) == (lora["r"], lora["alpha"], lora["dropout"])
     assert arguments.target_modules == lora["targetModules"]
     assert arguments.scheduler == "cosine"
@@ -45,16 +44,29 @@ def test_trainer_is_told_from_the_shell_around_it(names: list[str], *, expected:
     assert overhead.is_trainer(names) is expected
 
 
+def test_nothing_is_held_out_so_that_both_ways_train_on_the_same_rows() -> None:
+    spec = copy.deepcopy(SPEC)
+    overhead.without_evaluation(spec, max_steps=7)
+    assert spec["dataset"]["split"]["eval"] == 0
+    assert spec["hyperparameters"]["maxSteps"] == 7
+    assert "evalSteps" not in spec["hyperparameters"]
+
+
 def test_peak_memory_is_read_in_bytes() -> None:
     assert overhead.peak_rss("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n") == 2 * 2**20
 
 
 def test_table_compares_medians() -> None:
-    plain = [overhead.Timings(10, 100, 2.0, 2**30), overhead.Timings(30, 120, 2.2, 2**30)]
-    through = [overhead.Timings(25, 130, 2.1, 2**31), overhead.Timings(35, 134, 2.1, 2**31)]
+    losses = (2.0, 1.0)
+    plain = [overhead.Timings(10, 100, 2.0, 2**30, losses), overhead.Timings(30, 120, 2.2, 2**30, losses)]
+    through = [
+        overhead.Timings(25, 130, 2.1, 2**31, (2.0, 1.25)),
+        overhead.Timings(35, 134, 2.1, 2**31, losses),
+    ]
     table = overhead.build_table(plain, through)
     assert "| 20.00 s (10.00 to 30.00) | 30.00 s (25.00 to 35.00) | +10.00 s | 1.500× |" in table
     assert "| +0.00 s | 1.000× | 1.03× at most |" in table
+    assert "differs by 0.2500 at most" in table
     assert "| 1024 MiB (1024 to 1024) | 2048 MiB (2048 to 2048) | +1024.00 MiB | 2.000× |" in table
 
 
