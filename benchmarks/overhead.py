@@ -301,8 +301,9 @@ cluster. Both draw from the same rows, each in an order of its own. Steps are ti
 both cases; memory is the peak resident set (VmHWM) of it.
 
 {table}
-Command: `python benchmarks/overhead.py --rounds {rounds} --max-steps {steps}`. Machine: {describe_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, load before
-the start {load:.2f}. Versions: Python {sys.version.split()[0]}, {versions}. Date: {datetime.now(UTC):%Y-%m-%d}.
+Command: `python benchmarks/overhead.py --rounds {rounds} --max-steps {steps}`.
+Machine: {describe_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, load before the start {load:.2f}.
+Versions: Python {sys.version.split()[0]}, {versions}. Date: {datetime.now(UTC):%Y-%m-%d}.
 """
 
 
