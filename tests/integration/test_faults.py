@@ -73,12 +73,13 @@ def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
 ) -> None:
     """The operator is away when the result is sent, and the trainer is killed before it comes back."""
     output = tmp_path / "artifact"
-    job = slow_job("unheard", tiny_model, tiny_rows, steps=200)
+    job = slow_job("unheard", tiny_model, tiny_rows, steps=1000)
     job["spec"]["output"] = {"uri": f"file://{output}"}
+    operator = pid_of(whole, "operator")  # asked before: training must not be over when the operator dies
     kubectl.apply(job)
     kubectl.wait_job("unheard", is_training)
-    os.kill(pid_of(whole, "operator"), signal.SIGKILL)
-    deadline = time.monotonic() + 120
+    os.kill(operator, signal.SIGKILL)
+    deadline = time.monotonic() + 240
     while not (output / "manifest.json").exists():
         assert time.monotonic() < deadline, "no manifest was written"
         time.sleep(0.01)
