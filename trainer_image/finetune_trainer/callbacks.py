@@ -24,7 +24,6 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.clock = Clock()
         self.train_seconds = 0.0
         self.tokens = 0.0
-        self.first_step_at: float | None = None  # time.time() at the end of the first optimizer step
         self._step_started = 0.0
         self._step_ended = 0.0
         self._steps_at_log = 0
@@ -41,8 +40,6 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         seconds = self._step_ended - self._step_started
         self.train_seconds += seconds
         self.clock.add_step(seconds)
-        if self.first_step_at is None:
-            self.first_step_at = time.time()
         self.reporter.update(
             step=state.global_step, epoch=state.epoch or 0.0, remaining_seconds=self._remaining(state)
         )

@@ -50,7 +50,3 @@ def merge(
             observed_generation=generation,
         )
     return list(merged.values())
-
-
-def holds(conditions: Sequence[Condition], kind: ConditionType) -> bool:
-    return any(condition.type == kind and condition.status == "True" for condition in conditions)
