@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -68,17 +69,20 @@ def test_a_job_applied_while_the_operator_is_away_is_not_lost(
     assert kubectl.finished("patient")["phase"] == "Succeeded"
 
 
-def trainer_of(job: str) -> psutil.Process:
-    """The Python process that trains for a job, found by the endpoint in its environment."""
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            if "finetune-trainer" not in " ".join(process.info["cmdline"] or []):
-                continue
-            if f"/finetunejobs/{job}/" in process.environ().get("KUBEFLOW_TRAINER_SERVER_URL", ""):
-                return process
-        except psutil.Error:
-            continue
-    raise AssertionError(f"no trainer of {job} runs")
+def kill_trainer(job: str) -> None:
+    """Kill a job's processes: Python and the shell that started it. Either alone would leave the other behind."""
+    processes = [process for process in psutil.process_iter() if _works_for(process, job)]
+    assert processes, f"no trainer of {job} runs"
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _works_for(process: psutil.Process, job: str) -> bool:
+    try:
+        return f"/finetunejobs/{job}/" in process.environ().get("KUBEFLOW_TRAINER_SERVER_URL", "")
+    except psutil.Error:  # it has just ended, or belongs to somebody else
+        return False
 
 
 def test_a_trainer_that_is_killed_is_told_as_lost(
@@ -86,10 +90,36 @@ def test_a_trainer_that_is_killed_is_told_as_lost(
 ) -> None:
     kubectl.apply(slow_job("killed", tiny_model, tiny_rows))
     kubectl.wait_job("killed", is_training)
-    trainer_of("killed").kill()
+    kill_trainer("killed")
     status = kubectl.finished("killed")
     assert (status["phase"], status["reason"]) == ("Failed", "Lost"), status["message"]
     assert "artifact" not in status
+
+
+def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
+    whole: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    """The operator is away when the result is sent, and the trainer is killed before it comes back."""
+    output = tmp_path / "artifact"
+    job = slow_job("unheard", tiny_model, tiny_rows, steps=1000)
+    job["spec"]["output"] = {"uri": f"file://{output}"}
+    operator = pid_of(whole, "operator")  # asked before: training must not be over when the operator dies
+    kubectl.apply(job)
+    kubectl.wait_job("unheard", is_training)
+    os.kill(operator, signal.SIGKILL)
+    deadline = time.monotonic() + 240
+    while not (output / "manifest.json").exists():
+        assert time.monotonic() < deadline, "no manifest was written"
+        time.sleep(0.01)
+    kill_trainer("unheard")
+    whole.up()
+    status = kubectl.finished("unheard")
+    assert status["phase"] == "Succeeded", status["message"]
+    assert status["attempts"][0]["inspection"] == "unheard-i1"
+    assert status["artifact"]["uri"] == f"file://{output}"
+    assert (status["progress"]["step"], status["progress"]["percent"]) == (1000, 100)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert status["metrics"]["evalLoss"] == pytest.approx(manifest["metrics"]["evalLoss"], rel=1e-3)
 
 
 def test_kuberay_may_be_installed_later(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:

@@ -24,7 +24,7 @@ def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
     reporter = Reporter(Endpoint.from_environment())
     try:
         run = runfile.load(run_file)
-        artifact = _inspect(run) if only_inspect else _train(run, reporter)
+        artifact = _inspect(run, reporter) if only_inspect else _train(run, reporter)
         result = _succeeded(artifact)
     except Stopped as stopped:
         print(f"{stopped} at step {reporter.step}; nothing was committed", file=sys.stderr, flush=True)
@@ -46,8 +46,23 @@ def _stop(signal_number: int, frame: FrameType | None) -> None:
     raise Stopped(signal_number)
 
 
-def _inspect(run: runfile.RunFile) -> artifacts.Artifact:
-    return artifacts.inspect(storage.open_folder(run.output.uri), run.job)
+def _inspect(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
+    artifact = artifacts.inspect(storage.open_folder(run.output.uri), run.job)
+    _tell_committed(reporter, artifact)
+    return artifact
+
+
+def _tell_committed(reporter: Reporter, artifact: artifacts.Artifact) -> None:
+    """Reports training as it stood when the artifact was committed: this process took no step itself."""
+    names = {"loss": "loss", "evalLoss": "eval_loss"}  # manifest.json's names and those of reports
+    reporter.update(
+        phase=Phase.EXPORTING,
+        step=artifact.step,
+        total_steps=artifact.step,
+        epoch=artifact.metrics.get("epoch", 0.0),
+        tokens_per_second=artifact.metrics.get("tokensPerSecond"),
+        metrics={names[name]: value for name, value in artifact.metrics.items() if name in names},
+    )
 
 
 def _train(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
@@ -58,7 +73,7 @@ def _train(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
     if committed is not None:
         artifacts.inspect(folder, run.job)
         print(f"{folder.uri} holds the whole artifact of this job already", flush=True)
-        reporter.update(step=committed.step, total_steps=committed.step)
+        _tell_committed(reporter, committed)
         return committed
     try:
         with tempfile.TemporaryDirectory(prefix="finetune-") as name:
