@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import artifacts, storage
+from finetune_trainer import artifacts, model_files, storage
 from finetune_trainer.data import files, formats, splits
 from finetune_trainer.failures import BadConfig, BadData, ModelNotFound, TrainerError
-from finetune_trainer.runfile import RunFile, Source
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+from finetune_trainer.methods import targets
+from finetune_trainer.runfile import MethodType, RunFile, Source
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,10 @@ def check(run: RunFile, work: Path) -> Checked:
     """Checks model and data; remote files are brought into `work`. Raises BadConfig, BadData or ModelNotFound."""
     _check_suffixes(run.dataset.sources)
     model, revision = find_model(run.model.uri, run.model.revision, work)
-    config = read_model_config(model, uri=run.model.uri)
+    config = model_files.read_config(model, uri=run.model.uri)
+    tensors = model_files.read_tensors(model, uri=run.model.uri)
+    if run.method.type is not MethodType.FULL:
+        targets.check_early(run.lora.target_modules, config, tensors)
     paths = [
         find_source(source, work / "data" / str(number)) for number, source in enumerate(run.dataset.sources)
     ]
@@ -43,9 +45,9 @@ def check(run: RunFile, work: Path) -> Checked:
         for path, source in zip(paths, run.dataset.sources, strict=True)
         for example in formats.parse_rows(files.read_rows(path, uri=source.uri), source)
     ]
-    check_template(
-        run, examples, has_template=run.model.chat_template is not None or has_chat_template(model)
-    )
+    own_template = model_files.has_chat_template(model, uri=run.model.uri)
+    check_template(run, examples, has_template=run.model.chat_template is not None or own_template)
+    model_files.check_tokenizer(model, uri=run.model.uri)
     train, held_out = splits.split_rows(
         [_content_of(example) for example in examples],
         fraction=run.dataset.split.eval,
@@ -119,7 +121,7 @@ def find_model(uri: str, revision: str | None, work: Path) -> tuple[Path, str | 
         path = _fetch_model(uri, work / "model")
     elif not path.is_dir():
         raise ModelNotFound(f"model.uri: {uri} is not a folder (looked at {path}); check the path")
-    return check_model_files(path, uri=uri), None
+    return model_files.check_model_files(path, uri=uri), None
 
 
 def _fetch_model(uri: str, folder: Path) -> Path:
@@ -133,47 +135,6 @@ def _fetch_model(uri: str, folder: Path) -> Path:
         ) from error
     except (OSError, ValueError) as error:
         raise TrainerError(f"model.uri: {uri} cannot be read ({storage.describe_error(error)})") from error
-
-
-def check_model_files(path: Path, *, uri: str) -> Path:
-    """Returns the path if configuration, tokenizer and safetensors are there. Raises ModelNotFound otherwise."""
-    if not (path / "config.json").is_file():
-        raise ModelNotFound(
-            f"model.uri: {uri} has no config.json (looked at {path}); name the folder of a transformers model"
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ModelNotFound(
-            f"model.uri: {uri} has no *.safetensors (looked at {path}); other weight files are not loaded, "
-            "because they can carry code: convert them with save_pretrained"
-        )
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelNotFound(
-            f"model.uri: {uri} has no tokenizer (looked at {path} for {', '.join(TOKENIZER_FILES)})"
-        )
-    return path
-
-
-def read_model_config(path: Path, *, uri: str) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(
-            f"model.uri: config.json of {uri} cannot be read ({storage.describe_error(error)})"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelNotFound(f"model.uri: config.json of {uri} is not a JSON object")
-    return config
-
-
-def has_chat_template(model: Path) -> bool:
-    """Says whether the tokenizer brings a chat template, without loading it."""
-    if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
-        return True
-    try:
-        config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def check_template(run: RunFile, examples: list[formats.Example], *, has_template: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,8 +17,12 @@ from typing import Any
 
 import pytest
 
+from finetune_trainer.failures import BadConfig
+from finetune_trainer.methods import targets
+from finetune_trainer.runfile import Lora
 from tests import tiny
 from tests.integration.trainer.conftest import Run
+from tests.unit.trainer.test_model_files import SHAPES, write_weights
 
 pytestmark = pytest.mark.integration
 
@@ -34,6 +39,7 @@ class Case:
     data: str | None = FINE * 4
     parts: dict[str, Any] | None = None
     chat_template: bool = True
+    model_files: dict[str, str] | None = None  # put into the model's folder
 
 
 CASES = [
@@ -110,6 +116,21 @@ CASES = [
         ("dataset.sources[0].uri", ".parquet"),
         parts={"dataset": {"sources": [{"uri": "file:///a.txt"}]}},
     ),
+    Case(
+        "unknown-target-module",
+        64,
+        "BadConfig",
+        ("method.lora.targetModules", "'q_porj'", "choose from q_proj, up_proj"),
+        parts={"method": {"type": "LoRA", "lora": {"targetModules": ["q_porj"]}}},
+        model_files={"config.json": '{"model_type": "llama"}'},
+    ),
+    Case(
+        "broken-tokenizer",
+        66,
+        "ModelNotFound",
+        ("tokenizer.json", "cannot be read", "copy the model's folder again"),
+        model_files={"tokenizer.json": '{"version": "1.0", "model": {"vo'},
+    ),
 ]
 
 
@@ -120,7 +141,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     for has_template in (True, False):
         folder = folders[has_template] = tmp_path_factory.mktemp("model")
         (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(b"")
+        write_weights(folder / "model.safetensors", SHAPES)
         (folder / "tokenizer_config.json").write_text("{}")
         if has_template:
             (folder / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
@@ -132,7 +153,10 @@ def test_bad_input_is_refused_early(case: Case, folders: dict[bool, Path], tmp_p
     data = tmp_path / "rows.jsonl"
     if case.data is not None:
         data.write_text(case.data)
-    document = tiny.run_document(folders[case.chat_template], data, tmp_path / "out", **(case.parts or {}))
+    model = shutil.copytree(folders[case.chat_template], tmp_path / "model")
+    for name, content in (case.model_files or {}).items():
+        (model / name).write_text(content)
+    document = tiny.run_document(model, data, tmp_path / "out", **(case.parts or {}))
     (tmp_path / "run.json").write_text(json.dumps(document))
     started = time.monotonic()
     ended = subprocess.run(
@@ -172,13 +196,23 @@ def test_rows_cut_before_the_answer_are_refused(tiny_model: Path, chat_file: Pat
     ("name", "text"),
     [("q_porj", "no module 'q_porj'; choose from"), ("lm_head", "lm_head cannot get an adapter")],
 )
-def test_unknown_target_modules_list_the_models_own(
-    tiny_model: Path, chat_file: Path, run: Run, name: str, text: str
-) -> None:
-    ended = run(tiny_model, chat_file, method={"type": "LoRA", "lora": {"targetModules": ["v_proj", name]}})
-    assert (ended.code, ended.result["class"]) == (64, "BadConfig")
-    assert text in ended.result["message"]
-    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in ended.result["message"]
+def test_unknown_target_modules_list_the_models_own(tiny_model: Path, name: str, text: str) -> None:
+    """What the loaded model says, for model types whose files cannot tell."""
+    import transformers
+
+    from finetune_trainer.methods import adapters
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(BadConfig, match=text) as caught:
+        adapters.build_lora(Lora(target_modules=["v_proj", name]), model)
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
+
+
+def test_types_named_as_in_files_are_those_that_transformers_does_not_rename() -> None:
+    from transformers import conversion_mapping
+
+    for model_type in targets.NAMED_AS_IN_FILES:
+        assert not conversion_mapping.get_checkpoint_conversion_mapping(model_type), model_type
 
 
 def test_weights_that_cannot_be_loaded_are_the_models_fault(

@@ -7,20 +7,16 @@ from typing import Any
 import peft
 import torch
 
-from finetune_trainer.failures import BadConfig
+from finetune_trainer.methods import targets
 from finetune_trainer.runfile import Lora
-
-HEAD = "lm_head"
 
 
 def build_lora(spec: Lora, model: Any) -> peft.LoraConfig:
     """Returns PEFT's configuration. Raises BadConfig, which lists the model's modules, for a name that matches none."""
-    available = list_targets(model)
-    if spec.target_modules == ["all-linear"]:
-        target: str | list[str] = "all-linear"
+    if spec.target_modules == [targets.ALL_LINEAR]:
+        target: str | list[str] = targets.ALL_LINEAR
     else:
-        for name in spec.target_modules:
-            _check_target(name, available)
+        targets.check(spec.target_modules, list_targets(model))
         target = list(spec.target_modules)
     return peft.LoraConfig(
         r=spec.r,
@@ -29,18 +25,6 @@ def build_lora(spec: Lora, model: Any) -> peft.LoraConfig:
         target_modules=target,
         task_type="CAUSAL_LM",
     )
-
-
-def _check_target(name: str, available: list[str]) -> None:
-    choices = ", ".join(sorted({module.rsplit(".", 1)[-1] for module in available}))
-    if name.rsplit(".", 1)[-1] == HEAD:
-        raise BadConfig(
-            f"method.lora.targetModules: {HEAD} cannot get an adapter; choose from {choices}, or all-linear"
-        )
-    if not any(module == name or module.endswith(f".{name}") for module in available):
-        raise BadConfig(
-            f"method.lora.targetModules: the model has no module {name!r}; choose from {choices}, or all-linear"
-        )
 
 
 def list_targets(model: Any) -> list[str]:

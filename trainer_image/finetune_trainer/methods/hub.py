@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from finetune_trainer.failures import BadConfig, ModelNotFound, TrainerError
-from finetune_trainer.preflight import check_model_files
+from finetune_trainer.model_files import check_model_files
 from finetune_trainer.storage import MODEL_FILES
 
 
