@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from finetune_operator.api import finetunejob
-from finetune_operator.api.base import CATEGORY, GROUP, VERSION
+from finetune_operator.api import adapterdeployment, finetunejob
+from finetune_operator.api.base import CATEGORY, GROUP, VERSION, ApiModel
 from finetune_operator.api.structural import structural_schema
 
 Document = dict[str, Any]
@@ -23,7 +23,7 @@ HEADER = "# Generated from operator/finetune_operator/api by `make crds`; do not
 
 def build_crds() -> list[Document]:
     """Every CustomResourceDefinition, ready to be applied. Raises NotStructuralError if a model cannot be one."""
-    return [_build_finetunejob()]
+    return [_build_finetunejob(), _build_adapterdeployment()]
 
 
 def render_crds() -> dict[str, str]:
@@ -36,18 +36,73 @@ def render_crds() -> dict[str, str]:
 
 
 def _build_finetunejob() -> Document:
+    return _build(
+        finetunejob.FineTuneJob,
+        finetunejob.FineTuneJobSpec,
+        plural=finetunejob.PLURAL,
+        short_name="ftj",
+        description=finetunejob.DESCRIPTION,
+        selectable=[".status.phase", ".spec.method.type"],
+        columns=[
+            _column("Phase", ".status.phase"),
+            _column("Method", ".spec.method.type"),
+            _column("Model", ".spec.model.uri"),
+            _column("Progress", ".status.progress.summary"),
+            _column("Loss", ".status.metrics.loss", kind="number"),
+            _column("Age", ".metadata.creationTimestamp", kind="date"),
+            _column("Step", ".status.progress.step", kind="integer", priority=1),
+            _column("ETA", ".status.progress.eta", priority=1),
+            _column("Reason", ".status.reason", priority=1),
+            _column("Artifact", ".status.artifact.uri", priority=1),
+        ],
+    )
+
+
+def _build_adapterdeployment() -> Document:
+    return _build(
+        adapterdeployment.AdapterDeployment,
+        adapterdeployment.AdapterDeploymentSpec,
+        plural=adapterdeployment.PLURAL,
+        short_name=adapterdeployment.SHORT_NAME,
+        description=adapterdeployment.DESCRIPTION,
+        selectable=[".status.phase"],
+        columns=[
+            _column("Phase", ".status.phase"),
+            _column("Stage", ".status.stage"),
+            _column("Step", ".status.step"),
+            _column("Weight", ".status.weights.candidate", kind="number"),
+            _column("Stable", ".status.stableRevision"),
+            _column("Candidate", ".status.candidateRevision"),
+            _column("Age", ".metadata.creationTimestamp", kind="date"),
+            _column("Reason", ".status.reason", priority=1),
+            _column("Message", ".status.message", priority=1),
+        ],
+    )
+
+
+def _build(
+    resource: type[ApiModel],
+    spec: type[ApiModel],
+    *,
+    plural: str,
+    short_name: str,
+    description: str,
+    selectable: list[str],
+    columns: list[Document],
+) -> Document:
+    kind = resource.__name__
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{finetunejob.PLURAL}.{GROUP}"},
+        "metadata": {"name": f"{plural}.{GROUP}"},
         "spec": {
             "group": GROUP,
             "names": {
-                "kind": finetunejob.KIND,
-                "listKind": f"{finetunejob.KIND}List",
-                "plural": finetunejob.PLURAL,
-                "singular": finetunejob.KIND.lower(),
-                "shortNames": ["ftj"],
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": plural,
+                "singular": kind.lower(),
+                "shortNames": [short_name],
                 "categories": [CATEGORY],
             },
             "scope": "Namespaced",
@@ -56,19 +111,19 @@ def _build_finetunejob() -> Document:
                     "name": VERSION,
                     "served": True,
                     "storage": True,
-                    "schema": {"openAPIV3Schema": _root_schema()},
+                    "schema": {"openAPIV3Schema": _root_schema(resource, spec, description)},
                     "subresources": {"status": {}},
-                    "selectableFields": [{"jsonPath": ".status.phase"}, {"jsonPath": ".spec.method.type"}],
-                    "additionalPrinterColumns": _printer_columns(),
+                    "selectableFields": [{"jsonPath": path} for path in selectable],
+                    "additionalPrinterColumns": columns,
                 }
             ],
         },
     }
 
 
-def _root_schema() -> Document:
-    spec = structural_schema(finetunejob.FineTuneJobSpec)
-    root = structural_schema(finetunejob.FineTuneJob, defaults=False)
+def _root_schema(resource: type[ApiModel], spec_model: type[ApiModel], description: str) -> Document:
+    spec = structural_schema(spec_model)
+    root = structural_schema(resource, defaults=False)
     meta = {
         "apiVersion": {"type": "string"},
         "kind": {"type": "string"},
@@ -78,24 +133,9 @@ def _root_schema() -> Document:
     documented = {"description": root["properties"]["spec"]["description"]}
     return {
         **root,
-        "description": finetunejob.DESCRIPTION,
+        "description": description,
         "properties": {**meta, "spec": {**spec, **documented}, "status": root["properties"]["status"]},
     }
-
-
-def _printer_columns() -> list[Document]:
-    return [
-        _column("Phase", ".status.phase"),
-        _column("Method", ".spec.method.type"),
-        _column("Model", ".spec.model.uri"),
-        _column("Progress", ".status.progress.summary"),
-        _column("Loss", ".status.metrics.loss", kind="number"),
-        _column("Age", ".metadata.creationTimestamp", kind="date"),
-        _column("Step", ".status.progress.step", kind="integer", priority=1),
-        _column("ETA", ".status.progress.eta", priority=1),
-        _column("Reason", ".status.reason", priority=1),
-        _column("Artifact", ".status.artifact.uri", priority=1),
-    ]
 
 
 def _column(name: str, path: str, *, kind: str = "string", priority: int = 0) -> Document:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from finetune_operator.api.base import Condition, Message, StatusModel
-
-
-def keyed_list(key: str) -> dict[str, Any]:
-    """`json_schema_extra` of a list whose items are told apart by `key`."""
-    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+from finetune_operator.api.rules import keyed_list
 
 
 class Phase(StrEnum):

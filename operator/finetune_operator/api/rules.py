@@ -27,6 +27,11 @@ def rules(*items: dict[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": list(items)}
 
 
+def keyed_list(key: str) -> dict[str, Any]:
+    """`json_schema_extra` of a list whose items are told apart by `key`."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+
+
 def quote(text: str) -> str:
     """`text` as a CEL string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

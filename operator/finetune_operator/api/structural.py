@@ -33,6 +33,7 @@ KEPT = frozenset(
         "x-kubernetes-list-map-keys",
         "x-kubernetes-list-type",
         "x-kubernetes-map-type",
+        "x-kubernetes-preserve-unknown-fields",
         "x-kubernetes-validations",
     }
 )
@@ -174,7 +175,7 @@ class _Converter:
             }
         elif isinstance(values, dict) and values:
             result["additionalProperties"] = self.convert(values, path + ".*")
-        elif values is None or values is True:
+        elif (values is None or values is True) and not result.get("x-kubernetes-preserve-unknown-fields"):
             _refuse(path, "an object must say what its fields or values are")
 
     def _convert_default(self, schema: Schema, result: Schema, path: str) -> None:
