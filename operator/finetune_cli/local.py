@@ -39,7 +39,10 @@ def up(
     files: Annotated[
         Path | None, typer.Option(help="Folder behind the volume claim `files`; default: the current one.")
     ] = None,
-    crds: Annotated[Path | None, typer.Option(help="Folder with the CRDs of finetune.dev.")] = None,
+    crds: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the CRDs of finetune.dev; default: those of this version."),
+    ] = None,
     only: Annotated[
         str,
         typer.Option(help="Comma list of parts to start; `control-plane` stands for the Kubernetes ones."),

@@ -14,6 +14,7 @@ from pathlib import Path
 from finetune_local import builds, downloads, errors, layouts, pins
 
 Announce = Callable[[str], None]
+TOOLS = Path(__file__).parent / "tools"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Sources:
     """Where to look. `assets` is a folder with ready programs and `crds/`; `tools` holds one Go module per tool."""
 
     cache: Path
-    tools: Path | None
+    tools: Path = TOOLS
     assets: Path | None = None
     releases: Callable[[str], pins.Download | None] = pins.download_of
 
@@ -30,7 +31,6 @@ class Sources:
         assets = os.environ.get("FINETUNE_ASSETS")
         return cls(
             cache=layouts.cache_folder(),
-            tools=layouts.find_shipped("tools"),
             assets=Path(assets).expanduser() if assets else None,
         )
 
@@ -73,10 +73,8 @@ def tool_folder(tool: pins.Tool, sources: Sources) -> Path:
     """The tool's folder in the cache; a changed pin gives another folder, so old and new never mix."""
     recipe = (tool.version, tool.ldflags, *sorted(tool.packages.values()), pins.architecture())
     digest = hashlib.sha256("\n".join(recipe).encode())
-    if sources.tools is not None:
-        for name in ("go.mod", "go.sum"):
-            path = sources.tools / tool.name / name
-            digest.update(path.read_bytes() if path.exists() else b"")
+    for name in ("go.mod", "go.sum"):
+        digest.update((sources.tools / tool.name / name).read_bytes())
     return sources.cache / "programs" / f"{tool.name}-{tool.version}-{digest.hexdigest()[:12]}"
 
 
@@ -110,7 +108,7 @@ class _Maker:
                 if not target.is_dir():
                     self.announce(f"copying the CRDs of {tool.name} {tool.version}")
                     go = builds.find_go(self.sources.cache, announce=self.announce)
-                    builds.copy_crds(tool, go=go, sources=self._module(tool), target=target)
+                    builds.copy_crds(tool, go=go, sources=self.sources.tools / tool.name, target=target)
         return target
 
     def _download(self, program: str, target: Path) -> bool:
@@ -149,16 +147,8 @@ class _Maker:
             count += 1
             self.detail(f"{count} packages, {line[-60:]}")
 
-        builds.build(program, go=go, sources=self._module(tool), target=target, announce=package)
-
-    def _module(self, tool: pins.Tool) -> Path:
-        if self.sources.tools is None or not (self.sources.tools / tool.name / "go.mod").is_file():
-            raise errors.LocalClusterError(
-                f"{tool.name} cannot be built: the folder tools/{tool.name} with its go.mod is not there",
-                remedy="Run from a clone of the project, or put ready programs into a folder "
-                "and name it in FINETUNE_ASSETS.",
-            )
-        return self.sources.tools / tool.name
+        sources = self.sources.tools / tool.name
+        builds.build(program, go=go, sources=sources, target=target, announce=package)
 
     def _executable(self, path: Path) -> Path:
         if not os.access(path, os.X_OK):

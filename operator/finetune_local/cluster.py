@@ -11,12 +11,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import importlib.util
-import json
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -25,11 +22,12 @@ from finetune_local import (
     binaries,
     certificates,
     commands,
+    contents,
     errors,
     graphs,
+    instances,
     kubeapi,
     layouts,
-    objects,
     parts,
     ports,
     processes,
@@ -66,34 +64,10 @@ class PartStatus:
     log: str
 
 
-@dataclasses.dataclass
-class Instance:
-    """What is remembered between commands."""
-
-    identity: str
-    ports: dict[str, int]
-    wanted: list[str]
-    files: str | None = None
-
-    @classmethod
-    def load(cls, path: Path) -> Instance:
-        try:
-            return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
-            return cls(identity=uuid.uuid4().hex, ports={}, wanted=[])
-        except (ValueError, TypeError) as error:
-            raise errors.LocalClusterError(
-                f"{path} cannot be read: {error}", remedy="Remove the state folder's content and start anew."
-            ) from error
-
-    def save(self, path: Path) -> None:
-        layouts.write_private(path, json.dumps(dataclasses.asdict(self), indent=1))
-
-
 class Cluster:
     """A laptop cluster in a state folder. Several may run side by side in folders of their own.
 
-    `crds` is the folder with our own CRDs (default: the one shipped with the project). `files` is the folder behind
+    `crds` is a folder with our own CRDs (default: they are made from the models). `files` is the folder behind
     the claim `files` in namespace default (default: as at the last `up`, first the current folder).
     `operator_environment` is added to the operator's environment.
     """
@@ -108,7 +82,7 @@ class Cluster:
         operator_environment: Mapping[str, str] | None = None,
     ) -> None:
         self.layout = layouts.Layout(state.expanduser().absolute())
-        self._crds = crds or layouts.find_shipped("crds")
+        self._crds = crds
         self._files = files
         self._sources = sources or binaries.Sources.from_environment()
         self._operator_environment = dict(operator_environment or {})
@@ -121,7 +95,7 @@ class Cluster:
     @property
     def ports(self) -> dict[str, int]:
         """Port on 127.0.0.1 by name (parts.PORTS); empty before the first `up`."""
-        return dict(Instance.load(self.layout.instance).ports)
+        return dict(instances.Instance.load(self.layout.instance).ports)
 
     def client(self) -> kubeapi.ApiClient:
         """A client with all rights."""
@@ -141,7 +115,7 @@ class Cluster:
         wanted = _check_names(names)
         self.layout.create()
         with self._locked(report):
-            instance = Instance.load(self.layout.instance)
+            instance = instances.Instance.load(self.layout.instance)
             found = binaries.obtain(
                 parts.programs_of(wanted), sources=self._sources, announce=report, detail=detail
             )
@@ -166,7 +140,7 @@ class Cluster:
         if not self.layout.instance.exists():
             return []
         with self._locked(report):
-            instance = Instance.load(self.layout.instance)
+            instance = instances.Instance.load(self.layout.instance)
             running: list[str] = []
             for wave in STOP_ORDER:
                 stopped = processes.stop(self.layout, instance.identity, wave)
@@ -183,7 +157,7 @@ class Cluster:
 
     def status(self) -> list[PartStatus]:
         """All parts, in start order."""
-        instance = Instance.load(self.layout.instance)
+        instance = instances.Instance.load(self.layout.instance)
         setting = commands.Setting(
             layout=self.layout,
             identity=instance.identity,
@@ -224,7 +198,7 @@ class Cluster:
             self.layout.create()
             yield
 
-    def _settle(self, instance: Instance, wanted: tuple[str, ...], report: Report) -> None:
+    def _settle(self, instance: instances.Instance, wanted: tuple[str, ...], report: Report) -> None:
         """Decide identity, ports and folders before anything starts, and write them down."""
         alive = [name for name in parts.ALL if self._is_alive(name)]
         # What killed parts left behind would still hold their ports.
@@ -266,47 +240,16 @@ class Cluster:
         tasks = [graphs.Task(name, parts.PARTS[name].needs, start(name)) for name in wanted]
         if "kube-apiserver" not in wanted:
             return tasks
-        client = setting.client()
         volumes = {
             "files": files,
             "models": layouts.cache_folder().absolute() / "models",
             "artifacts": self.layout.artifacts,
         }
-
-        def step(name: str, run: Callable[[], object]) -> graphs.Task:
-            return graphs.Task(name, ("kube-apiserver",), lambda stop: _patiently(name, run, stop))
-
-        tasks.append(step("node", lambda: objects.apply_node(client)))
-        tasks.append(step("identities", lambda: self._apply_identities(client)))
-        tasks.append(step("volumes", lambda: objects.apply_volumes(client, volumes)))
-        tasks.append(step("crds", lambda: self._apply_crds(client, self._crds, "crds")))
-        if "kuberay" in wanted:
-            tasks.append(step("ray-crds", lambda: self._apply_crds(client, found.crds, "ray-crds")))
-        return tasks
-
-    def _apply_identities(self, client: kubeapi.ApiClient) -> None:
-        for name in ("parts-rbac.yaml", "operator-rbac.yaml"):
-            objects.apply_file(client, objects.MANIFESTS / name)
-
-    def _apply_crds(self, client: kubeapi.ApiClient, folder: Path | None, name: str) -> None:
-        if folder is not None:
-            files = sorted(folder.glob("*.yaml"))
-            objects.apply_crds(client, files, memory=self.layout.run / f"applied-{name}.state")
-
-
-def _patiently(name: str, run: Callable[[], object], stop: threading.Event) -> None:
-    """A fresh API server is ready before all of its bootstrap objects are there: retry for a few seconds."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            run()
-            return
-        except kubeapi.ApiError as error:
-            # 404: namespace default comes a moment later; 409: our own deletion is not through; 403: roles as well.
-            if error.status not in (0, 403, 404, 409, 429, 500, 503) or time.monotonic() > deadline:
-                raise errors.LocalClusterError(f"applying {name} failed: {error}") from error
-        if stop.wait(0.3):
-            return
+        ray_crds = found.crds if "kuberay" in wanted else None
+        steps = contents.tasks(
+            setting.client(), self.layout, volumes=volumes, crds=self._crds, ray_crds=ray_crds
+        )
+        return [*tasks, *steps]
 
 
 def _check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -315,13 +258,7 @@ def _check_names(names: Sequence[str]) -> tuple[str, ...]:
         raise errors.LocalClusterError(
             f"no such part: {', '.join(unknown)}", remedy=f"The parts are: {', '.join(parts.ALL)}."
         )
-    wanted = tuple(name for name in parts.ALL if name in names)
-    if "operator" in wanted and importlib.util.find_spec("finetune_operator.__main__") is None:
-        raise errors.LocalClusterError(
-            "the package finetune_operator is not installed beside finetune_local",
-            remedy="Install the project, or leave it out: --without operator.",
-        )
-    return wanted
+    return tuple(name for name in parts.ALL if name in names)
 
 
 def _owner(port: str) -> str:

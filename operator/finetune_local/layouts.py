@@ -79,15 +79,6 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path("~/.cache/finetune-operator").expanduser()
 
 
-def find_shipped(name: str) -> Path | None:
-    """A folder that comes with the project (`tools`, `crds`): in the package, else in the repository."""
-    here = Path(__file__).resolve().parent
-    for candidate in (here / name, here.parents[1] / name):
-        if candidate.is_dir():
-            return candidate
-    return None
-
-
 def write_private(path: Path, content: str | bytes) -> None:
     """Replace a file atomically; only the user can read it, at no moment anybody else."""
     data = content.encode() if isinstance(content, str) else content

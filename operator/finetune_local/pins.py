@@ -28,7 +28,7 @@ class Download:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """One Go module under `tools/`. `packages` maps a program's name to its Go package."""
+    """One Go module in the folder `tools` beside this file. `packages` maps a program's name to its Go package."""
 
     name: str
     version: str

@@ -36,11 +36,19 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Go on PATH that is new enough and can build nothing."""
+    program = tmp_path / "bin" / "go"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\n[ "$1" = env ] && echo go1.99 || { echo no compiler today; exit 1; }\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+
+
 def sources(tmp_path: Path, site: str | None = None, assets: Path | None = None) -> binaries.Sources:
     release = pins.Download(url=f"{site}/kwok", checksum=f"{site}/kwok.sha256") if site else None
-    return binaries.Sources(
-        cache=tmp_path / "cache", tools=None, assets=assets, releases=lambda program: release
-    )
+    return binaries.Sources(cache=tmp_path / "cache", assets=assets, releases=lambda program: release)
 
 
 def obtain(wanted: binaries.Sources, lines: list[str] | None = None) -> Path:
@@ -67,9 +75,9 @@ def test_a_release_with_another_checksum_is_refused(tmp_path: Path, site: tuple[
     (folder / "kwok").write_bytes(CONTENT + b"evil")
     (folder / "kwok.sha256").write_text(CHECKSUM)
     lines: list[str] = []
-    # Without sources to build from there is no other way: the error says so, and nothing was kept.
-    with pytest.raises(errors.LocalClusterError, match="FINETUNE_ASSETS"):
+    with pytest.raises(errors.LocalClusterError, match="no compiler today") as caught:
         obtain(sources(tmp_path, address), lines)
+    assert "FINETUNE_ASSETS" in caught.value.remedy
     assert any("publishes" in line for line in lines)
     assert [path.name for path in (tmp_path / "cache").rglob("*kwok*") if path.is_file()] == []
 
@@ -127,8 +135,16 @@ def test_a_changed_pin_gets_another_folder(tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     (tools / "kwok").mkdir(parents=True)
     (tools / "kwok" / "go.mod").write_text("module a")
+    (tools / "kwok" / "go.sum").write_text("")
     where = binaries.Sources(cache=tmp_path / "cache", tools=tools)
     before = binaries.tool_folder(pins.KWOK, where)
     assert binaries.tool_folder(pins.KWOK, where) == before
     (tools / "kwok" / "go.mod").write_text("module b")
     assert binaries.tool_folder(pins.KWOK, where) != before
+
+
+@pytest.mark.parametrize("tool", pins.TOOLS, ids=lambda tool: tool.name)
+def test_the_package_brings_what_every_program_is_built_from(tool: pins.Tool) -> None:
+    folder = binaries.Sources.from_environment().tools / tool.name
+    assert f"{tool.module} {tool.version}" in (folder / "go.mod").read_text()
+    assert (folder / "go.sum").stat().st_size > 0

@@ -1,0 +1,37 @@
+"""What a laptop cluster remembers between commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from pathlib import Path
+
+from finetune_local import errors, layouts
+
+
+@dataclasses.dataclass
+class Instance:
+    """`identity` marks its processes; `wanted` are the parts that `up` was asked for; `files` is the folder behind
+    the claim of that name.
+    """
+
+    identity: str
+    ports: dict[str, int]
+    wanted: list[str]
+    files: str | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Instance:
+        """The instance in a file, or a new one where there is none. Raises LocalClusterError for a broken file."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return cls(identity=uuid.uuid4().hex, ports={}, wanted=[])
+        except (ValueError, TypeError) as error:
+            raise errors.LocalClusterError(
+                f"{path} cannot be read: {error}", remedy="Remove the state folder's content and start anew."
+            ) from error
+
+    def save(self, path: Path) -> None:
+        layouts.write_private(path, json.dumps(dataclasses.asdict(self), indent=1))
