@@ -35,7 +35,7 @@ def load_tokenizer(path: Path, *, uri: str) -> Any:
     """Returns the tokenizer, with a padding token. Raises ModelNotFound when it cannot be loaded."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the library below raises nothing narrower for a broken tokenizer.json
         raise ModelNotFound(
             f"model.uri: the tokenizer of {uri} cannot be loaded ({_first_line(error)})"
         ) from error
