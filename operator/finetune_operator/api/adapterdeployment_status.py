@@ -263,6 +263,8 @@ class TakenAction(StatusModel):
     """The annotation's value."""
     pending: bool = True
     """Whether the annotation still has to be removed."""
+    refused: bool = False
+    """Whether it could not be done now; the message says why."""
     message: Message | None = None
     """What was done."""
 
