@@ -37,8 +37,9 @@ crds: setup ## generate crds/ and docs/reference/ from the models
 	@$(BIN)/python -m finetune_operator.api.crds --write crds
 	@$(BIN)/python -m finetune_operator.api.reference --write
 
-bench: up ## measure FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
-	@$(BIN)/python benchmarks/overhead.py
+bench: up ## measure refusals, and FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.refusals
+	@$(BIN)/python -m benchmarks.overhead
 
 up: setup ## start the laptop cluster
 	@$(BIN)/finetune local up

@@ -3,39 +3,34 @@
 Needs a running laptop cluster (`make up`) and an otherwise idle machine. Both ways take turns, so that a machine that
 gets slower or warmer over time does so for both:
 
-    python benchmarks/overhead.py --rounds 3
+    python -m benchmarks.overhead --rounds 3
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import kubernetes
-import psutil
 import yaml
 
+from benchmarks.observers import Observer
+from benchmarks.pages import REPOSITORY, current_load, describe_machine, say, spread, write_section
 from finetune_local import layouts, models
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 JOB_FILE = REPOSITORY / "examples" / "quickstart" / "finetunejob.yaml"
-PAGE = REPOSITORY / "docs" / "benchmarks.md"
 GROUP = {"group": "finetune.dev", "version": "v1alpha1", "namespace": "default", "plural": "finetunejobs"}
-POLL = 0.1  # seconds; how exactly the first step and the end of a job are seen
+POLL = 0.1  # seconds; how exactly the end of a job is seen
 PATIENCE = 1800.0  # seconds for one job
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "ray", "kubernetes")
 
@@ -67,7 +62,7 @@ def main() -> None:
     job = yaml.safe_load(JOB_FILE.read_text())
     without_evaluation(job["spec"], max_steps=options.max_steps)
     model = models.prepare_smollm2(layouts.cache_folder(), say)
-    load = os.getloadavg()[0]
+    load = current_load()
     plain: list[Timings] = []
     through: list[Timings] = []
     try:
@@ -82,11 +77,8 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     table = build_table(plain, through)
     print(table)
-    write_page(table, rounds=options.rounds, steps=job["spec"]["hyperparameters"]["maxSteps"], load=load)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    steps = job["spec"]["hyperparameters"]["maxSteps"]
+    write_section("Overhead", build_section(table, rounds=options.rounds, steps=steps, load=load))
 
 
 def run_plain(spec: dict[str, Any], model: Path) -> Timings:
@@ -189,68 +181,6 @@ def local_folder(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
-class Observer:
-    """Watches the training process of a job from outside: when its log shows step 1, and its peak memory.
-
-    The job's status cannot tell: it is written every few seconds only.
-    """
-
-    def __init__(self, started: float) -> None:
-        self.first_step_at: float | None = None
-        self.peak_rss_bytes = 0
-        self._started = started
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Observer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        process: psutil.Process | None = None
-        while not self._stop.wait(POLL):
-            process = process if process and process.is_running() else self._find()
-            if process is None:
-                continue
-            # The process may end between any two of these reads; what was seen before stays.
-            with contextlib.suppress(OSError):
-                proc = Path("/proc") / str(process.pid)
-                self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss((proc / "status").read_text()))
-                if self.first_step_at is None and "\nstep 1/" in (proc / "fd" / "1").read_text(
-                    errors="replace"
-                ):
-                    self.first_step_at = time.time()
-
-    def _find(self) -> psutil.Process | None:
-        """The trainer: a Python process whose program is finetune-trainer, younger than the job."""
-        for process in psutil.process_iter(["cmdline", "create_time"]):
-            words = process.info["cmdline"] or []
-            names = [Path(word).name for word in words[:4]]
-            # Linux keeps start times in hundredths of a second.
-            if process.info["create_time"] >= self._started - 0.02 and is_trainer(names):
-                return process
-        return None
-
-
-def is_trainer(names: list[str]) -> bool:
-    """Whether a command line's first words (file names) are `finetune-trainer run`, not a shell around it."""
-    return (
-        names[:1] != ["sh"]
-        and ("finetune-trainer" in names or "finetune_trainer" in names)
-        and "run" in names
-    )
-
-
-def peak_rss(status: str) -> int:
-    """VmHWM of /proc/<pid>/status in bytes: the same number as ru_maxrss of the plain script."""
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024
-
-
 def build_table(plain: list[Timings], through: list[Timings]) -> str:
     """Medians of both ways with their spread, and how they compare, as a Markdown table."""
     rows = [
@@ -277,23 +207,7 @@ def build_table(plain: list[Timings], through: list[Timings]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values: list[float], unit: str) -> str:
-    digits = 0 if unit == "MiB" else 2
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def write_page(table: str, *, rounds: int, steps: int, load: float) -> None:
-    """Replaces the section Overhead of docs/benchmarks.md; other sections stay."""
-    section = build_section(table, rounds=rounds, steps=steps, load=load)
-    text = PAGE.read_text() if PAGE.exists() else "# Benchmarks\n"
-    PAGE.write_text(replace_section(text, "Overhead", section))
-    say(f"written: {PAGE.relative_to(REPOSITORY)}")
-
-
 def build_section(table: str, *, rounds: int, steps: int, load: float) -> str:
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    memory = psutil.virtual_memory().total / 2**30
     return f"""\
 The quickstart's fine-tuning ({steps} steps) as a plain TRL script (`benchmarks/plain_trl.py`) and as a FineTuneJob on
 the laptop cluster, in turns, {rounds} times each: median (smallest to largest). The script runs beside the idle
@@ -301,27 +215,8 @@ cluster. Both draw from the same rows, each in an order of its own. Steps are ti
 both cases; memory is the peak resident set (VmHWM) of it.
 
 {table}
-Command: `python benchmarks/overhead.py --rounds {rounds} --max-steps {steps}`.
-Machine: {describe_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, load before the start {load:.2f}.
-Versions: Python {sys.version.split()[0]}, {versions}. Date: {datetime.now(UTC):%Y-%m-%d}.
-"""
-
-
-def describe_processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown processor"
-
-
-def replace_section(text: str, title: str, body: str) -> str:
-    """The Markdown text with the section `## title` holding `body`; added at the end when it was not there."""
-    before, heading, rest = text.partition(f"## {title}\n")
-    _, following, after = rest.partition("\n## ")
-    section = f"## {title}\n\n{body}"
-    if not heading:
-        return f"{text.rstrip()}\n\n{section}"
-    return before + section + (following + after if following else "")
+Command: `python -m benchmarks.overhead --rounds {rounds} --max-steps {steps}`.
+{describe_machine(PACKAGES, load=load)}"""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import overhead, plain_trl
+from benchmarks import observers, overhead, pages, plain_trl
 
 SPEC = yaml.safe_load(overhead.JOB_FILE.read_text())["spec"]
 
@@ -41,7 +41,7 @@ def test_plain_script_gets_every_setting_of_the_job(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_trainer_is_told_from_the_shell_around_it(names: list[str], *, expected: bool) -> None:
-    assert overhead.is_trainer(names) is expected
+    assert observers.is_trainer(names) is expected
 
 
 def test_nothing_is_held_out_so_that_both_ways_train_on_the_same_rows() -> None:
@@ -53,7 +53,7 @@ def test_nothing_is_held_out_so_that_both_ways_train_on_the_same_rows() -> None:
 
 
 def test_peak_memory_is_read_in_bytes() -> None:
-    assert overhead.peak_rss("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n") == 2 * 2**20
+    assert observers.peak_rss("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n") == 2 * 2**20
 
 
 def test_table_compares_medians() -> None:
@@ -70,8 +70,6 @@ def test_table_compares_medians() -> None:
 
 def test_other_sections_of_the_page_stay() -> None:
     page = "# Benchmarks\n\n## First\n\nkept\n\n## Overhead\n\nold\n\n## Last\n\nkept, too\n"
-    replaced = overhead.replace_section(page, "Overhead", "new\n")
+    replaced = pages.replace_section(page, "Overhead", "new\n")
     assert replaced == "# Benchmarks\n\n## First\n\nkept\n\n## Overhead\n\nnew\n\n## Last\n\nkept, too\n"
-    assert overhead.replace_section("# Benchmarks\n", "Overhead", "new\n").endswith(
-        "\n\n## Overhead\n\nnew\n"
-    )
+    assert pages.replace_section("# Benchmarks\n", "Overhead", "new\n").endswith("\n\n## Overhead\n\nnew\n")
