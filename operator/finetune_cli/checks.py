@@ -1,4 +1,4 @@
-"""Having the API server check a FineTuneJob without creating or changing anything."""
+"""Having the API server check an object without creating or changing anything."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ import copy
 import json
 from typing import Any
 
-from finetune_cli import job_files
-from finetune_operator.api import finetunejob
+from finetune_cli import files
+from finetune_cli.kinds import Kind
 from finetune_operator.api.base import API_VERSION, GROUP, VERSION
 
 
-def find_problems(api: Any, namespace: str, job: dict[str, Any]) -> list[str]:
-    """One line for each problem; empty: the job could be applied. Raises ApiException for anything but a refusal."""
-    if job.get("apiVersion") != API_VERSION:
-        return [f"apiVersion: {job.get('apiVersion')!r} is not known; write {API_VERSION}"]
-    refusal = _dry_run(api, namespace, job, validation="Strict")
+def find_problems(api: Any, kind: Kind, namespace: str, body: dict[str, Any]) -> list[str]:
+    """One line for each problem; empty: the object could be applied. Raises ApiException for anything but a refusal."""
+    if body.get("apiVersion") != API_VERSION:
+        return [f"apiVersion: {body.get('apiVersion')!r} is not known; write {API_VERSION}"]
+    refusal = _dry_run(api, kind, namespace, body, validation="Strict")
     if refusal is None:
         return []
-    problems = job_files.explain_refusal(refusal)
-    if job_files.is_about_unknown_fields(refusal):
-        values = _dry_run(api, namespace, job, validation="Ignore")
-        problems += job_files.explain_refusal(values) if values else []
+    problems = files.explain_refusal(refusal, kind)
+    if files.is_about_unknown_fields(refusal):
+        values = _dry_run(api, kind, namespace, body, validation="Ignore")
+        problems += files.explain_refusal(values, kind) if values else []
     return problems
 
 
-def _dry_run(api: Any, namespace: str, job: dict[str, Any], *, validation: str) -> dict[str, Any] | None:
-    """The API server's Status if it refuses to create the job, or to update the one that exists; else None."""
+def _dry_run(
+    api: Any, kind: Kind, namespace: str, given: dict[str, Any], *, validation: str
+) -> dict[str, Any] | None:
+    """The API server's Status if it refuses to create the object, or to update the one that exists; else None."""
     from kubernetes import client
 
     objects = client.CustomObjectsApi(api)
-    body = copy.deepcopy(job)
+    body = copy.deepcopy(given)
     meta = body.setdefault("metadata", {}) or {}
     meta["namespace"] = namespace
-    place = (GROUP, VERSION, namespace, finetunejob.PLURAL)
+    place = (GROUP, VERSION, namespace, kind.plural)
     try:
         try:
             objects.create_namespaced_custom_object(*place, body, dry_run="All", field_validation=validation)

@@ -1,4 +1,4 @@
-"""Files with FineTuneJobs, and the API server's refusals in plain words. Pure."""
+"""Files with objects of ours, and the API server's refusals in plain words. Pure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from finetune_operator.api import crds, finetunejob
+from finetune_cli.kinds import Kind
+from finetune_operator.api import crds
 
 
 class UnreadableFileError(ValueError):
-    """A file that is no YAML, or holds no FineTuneJob; the message says where and what."""
+    """A file that is no YAML, or holds none of the kind; the message says where and what."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,8 +31,8 @@ _UNKNOWN = re.compile(r'unknown field "([^"]+)"')
 _DUPLICATE = re.compile(r'key "([^"]+)" already set')
 
 
-def load_jobs(text: str) -> list[dict[str, Any]]:
-    """The FineTuneJobs of a YAML or JSON text; other kinds are left out. Raises UnreadableFileError."""
+def load_objects(text: str, kind: Kind) -> list[dict[str, Any]]:
+    """The objects of the kind in a YAML or JSON text; other kinds are left out. Raises UnreadableFileError."""
     try:
         documents = [one for one in yaml.load_all(text, Loader=_Loader) if one is not None]
     except yaml.YAMLError as error:
@@ -46,11 +47,11 @@ def load_jobs(text: str) -> list[dict[str, Any]]:
             raise UnreadableFileError(
                 "a document has no kind; begin it with apiVersion, kind, metadata and spec"
             )
-    jobs = [item for item in flat if item["kind"] == finetunejob.KIND]
-    if not jobs:
+    wanted = [item for item in flat if item["kind"] == kind.name]
+    if not wanted:
         kinds = ", ".join(sorted({str(item["kind"]) for item in flat})) or "nothing"
-        raise UnreadableFileError(f"holds no {finetunejob.KIND} (found: {kinds})")
-    return jobs
+        raise UnreadableFileError(f"holds no {kind.name} (found: {kinds})")
+    return wanted
 
 
 def is_about_unknown_fields(refusal: Mapping[str, Any]) -> bool:
@@ -58,11 +59,11 @@ def is_about_unknown_fields(refusal: Mapping[str, Any]) -> bool:
     return "strict decoding error" in str(refusal.get("message", ""))
 
 
-def explain_refusal(refusal: Mapping[str, Any]) -> list[str]:
+def explain_refusal(refusal: Mapping[str, Any], kind: Kind) -> list[str]:
     """One line for each problem in a Status object of the API server: the field, what is wrong, what to do."""
     message = str(refusal.get("message", "no message"))
     if is_about_unknown_fields(refusal):
-        lines = [_explain_unknown(path) for path in _UNKNOWN.findall(message)]
+        lines = [_explain_unknown(path, kind) for path in _UNKNOWN.findall(message)]
         return lines + [f"{path}: is there twice; keep one" for path in _DUPLICATE.findall(message)] or [
             message
         ]
@@ -77,9 +78,9 @@ def explain_refusal(refusal: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*sorted(lines), *notes])) or [message]
 
 
-def _explain_unknown(path: str) -> str:
+def _explain_unknown(path: str, kind: Kind) -> str:
     parent, _, name = path.rpartition(".")
-    known = _fields_of(parent)
+    known = _fields_of(parent, kind)
     plain = {re.sub("[^a-z0-9]", "", field.lower()): field for field in known}
     close = difflib.get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, n=1, cutoff=0.6)
     if close:
@@ -89,9 +90,10 @@ def _explain_unknown(path: str) -> str:
     return f"{path}: unknown field"
 
 
-def _fields_of(path: str) -> list[str]:
+def _fields_of(path: str, kind: Kind) -> list[str]:
     """Names of the fields of the object at `path` (such as spec.dataset.sources[0]) in the CRD."""
-    version = crds.build_crds()[0]["spec"]["versions"][0]
+    definition = next(crd for crd in crds.build_crds() if crd["spec"]["names"]["kind"] == kind.name)
+    version = definition["spec"]["versions"][0]
     schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
     for part in filter(None, path.split(".")):
         schema = schema.get("properties", {}).get(part.split("[")[0], {})

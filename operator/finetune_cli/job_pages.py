@@ -17,6 +17,7 @@ from finetune_cli.job_views import (
     status_of,
     steps,
 )
+from finetune_cli.pages import condition_lines, event_lines, section
 from finetune_operator.core.durations import format_duration
 
 AGAIN = "then delete the job and apply it again: kubectl delete ftj {name} -n {namespace}"
@@ -45,15 +46,15 @@ def describe(job: Job, events: Sequence[Mapping[str, Any]], now: datetime) -> st
     """The whole page. `events` are the job's Event objects in any order; the last five are shown."""
     sections = [
         _title(job, now),
-        _section("What", what(job)),
-        _section("Why", [status_of(job).get("message") or "The operator has not looked at the job yet."]),
-        _section("Do", [next_step(job)]),
-        _section("Progress", _progress(job, now)),
-        _section("Used", _effective(job)),
-        _section("Result", result_lines(job)),
-        _section("Attempts", _attempts(job)),
-        _section("Conditions", _conditions(job, now)),
-        _section("Events", _events(events, now)),
+        section("What", what(job)),
+        section("Why", [status_of(job).get("message") or "The operator has not looked at the job yet."]),
+        section("Do", [next_step(job)]),
+        section("Progress", _progress(job, now)),
+        section("Used", _effective(job)),
+        section("Result", result_lines(job)),
+        section("Attempts", _attempts(job)),
+        section("Conditions", condition_lines(job, now)),
+        section("Events", event_lines(events, now)),
     ]
     return "\n".join(line for section in sections for line in section)
 
@@ -107,11 +108,6 @@ def _title(job: Job, now: datetime) -> list[str]:
     return [f"FineTuneJob {meta['namespace']}/{meta['name']}: {status.get('phase', 'Pending')}{reason}{time}"]
 
 
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-    """Nothing to say, no section."""
-    return ["", title, *(f"  {line}" for line in lines)] if lines else []
-
-
 def _progress(job: Job, now: datetime) -> list[str]:
     progress = status_of(job).get("progress") or {}
     done = steps(job)
@@ -154,28 +150,4 @@ def _attempts(job: Job) -> list[str]:
         if took is not None:
             parts.append(format_duration(took))
         lines.append(", ".join(parts))
-    return lines
-
-
-def _conditions(job: Job, now: datetime) -> list[str]:
-    lines = []
-    for condition in status_of(job).get("conditions", ()):
-        since = seconds_between(condition["lastTransitionTime"], now) or 0
-        lines.append(
-            f"{condition['type']} {condition['status']} for {format_duration(since)} ({condition['reason']}): "
-            f"{condition['message']}"
-        )
-    return lines
-
-
-def _events(events: Sequence[Mapping[str, Any]], now: datetime) -> list[str]:
-    def last_seen(event: Mapping[str, Any]) -> str:
-        return str(
-            event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
-        )
-
-    lines = []
-    for event in sorted(events, key=last_seen)[-5:]:
-        ago = format_duration(seconds_between(last_seen(event), now) or 0)
-        lines.append(f"{ago} ago {event['type']} {event['reason']}: {event.get('message', '')}")
     return lines

@@ -1,4 +1,4 @@
-"""Following one FineTuneJob through everything that happens to the connection."""
+"""Following one object through everything that happens to the connection."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from finetune_operator.api import finetunejob
+from finetune_cli.kinds import Kind
 from finetune_operator.api.base import GROUP, VERSION
 
-Job = dict[str, Any]
+Object = dict[str, Any]
 
 WATCH_SECONDS = 20  # so that a connection that died without a word is noticed
 CONNECT_SECONDS = 5
@@ -27,68 +27,71 @@ REFUSAL_SECONDS = (
 )
 
 
-class JobNotFoundError(Exception):
-    """There is no such job, or no longer, or this cluster does not know FineTuneJobs."""
+class NotFoundError(Exception):
+    """There is no such object, or no longer, or this cluster does not know its kind."""
 
 
 class WatchTimeoutError(Exception):
     """The time that the user allowed is over."""
 
 
-def get_job(api: Any, namespace: str, name: str) -> Job:
-    """The job as it is now. Raises JobNotFoundError, ApiException, urllib3's errors."""
+def get_object(api: Any, kind: Kind, namespace: str, name: str) -> Object:
+    """The object as it is now. Raises NotFoundError, ApiException, urllib3's errors."""
     from kubernetes import client
 
     try:
-        found: Job = client.CustomObjectsApi(api).get_namespaced_custom_object(
+        found: Object = client.CustomObjectsApi(api).get_namespaced_custom_object(
             GROUP,
             VERSION,
             namespace,
-            finetunejob.PLURAL,
+            kind.plural,
             name,
             _request_timeout=(CONNECT_SECONDS, WATCH_SECONDS),
         )
     except client.ApiException as error:
         if error.status == 404:
-            raise JobNotFoundError(_missing(error.body, namespace, name)) from error
+            raise NotFoundError(_missing(error.body, kind, namespace, name)) from error
         raise
     return found
 
 
 def follow(
     api: Any,
+    kind: Kind,
     namespace: str,
     name: str,
     *,
     deadline: float | None,
     on_trouble: Callable[[str | None], None],
-) -> Iterator[Job]:
-    """The job now and after each change, for ever. Errors of the connection are told to `on_trouble` and survived.
+) -> Iterator[Object]:
+    """The object now and after each change, for ever. Errors of the connection are told to `on_trouble` and survived.
 
     `deadline` is in time.monotonic() seconds. `on_trouble(None)` says that the connection is back.
-    Raises JobNotFoundError (also when the job is deleted), WatchTimeoutError, and at the first request what
-    get_job raises: a cluster that never answered is a mistake of the caller.
+    Raises NotFoundError (also when the object is deleted), WatchTimeoutError, and at the first request what
+    get_object raises: a cluster that never answered is a mistake of the caller.
     """
     from kubernetes import client
     from urllib3.exceptions import HTTPError
 
-    job = get_job(api, namespace, name)
-    uid, trouble, refused_since = job["metadata"]["uid"], 0, 0.0
-    yield job
+    one = get_object(api, kind, namespace, name)
+    uid, trouble, refused_since = one["metadata"]["uid"], 0, 0.0
+    yield one
     while True:
         _check(deadline)
         try:
             if trouble:
-                job = get_job(api, namespace, name)
-                if job["metadata"]["uid"] != uid:
-                    raise JobNotFoundError(f"{name} was deleted, and another job of that name was created")
+                one = get_object(api, kind, namespace, name)
+                if one["metadata"]["uid"] != uid:
+                    raise NotFoundError(
+                        f"{name} was deleted, and another {kind.noun} of that name was created"
+                    )
                 on_trouble(None)
                 trouble = 0
-                yield job
-            version = job["metadata"]["resourceVersion"]
-            for change in _changes(api, namespace, name, version=version, deadline=deadline):
-                job = change
-                yield job
+                yield one
+            version = one["metadata"]["resourceVersion"]
+            for change in _changes(api, kind, namespace, name, version=version, deadline=deadline):
+                one = change
+                yield one
         except client.ApiException as error:
             if error.status in (401, 403):
                 refused_since = refused_since if trouble else time.monotonic()
@@ -100,11 +103,13 @@ def follow(
             if error.status != 410:  # that one only says that the watch has to begin anew
                 on_trouble(f"the API server answers {error.status}; trying again")
         except (HTTPError, OSError):
-            on_trouble("the API server does not answer; the job goes on, trying again")
+            on_trouble(f"the API server does not answer; the {kind.noun} goes on, trying again")
             trouble = _pause(trouble, deadline)
 
 
-def _changes(api: Any, namespace: str, name: str, *, version: str, deadline: float | None) -> Iterator[Job]:
+def _changes(
+    api: Any, kind: Kind, namespace: str, name: str, *, version: str, deadline: float | None
+) -> Iterator[Object]:
     """Changes after `version`, for at most WATCH_SECONDS."""
     from kubernetes import client, watch
 
@@ -115,7 +120,7 @@ def _changes(api: Any, namespace: str, name: str, *, version: str, deadline: flo
         GROUP,
         VERSION,
         namespace,
-        finetunejob.PLURAL,
+        kind.plural,
         field_selector=f"metadata.name={name}",
         resource_version=version,
         timeout_seconds=seconds,
@@ -123,7 +128,7 @@ def _changes(api: Any, namespace: str, name: str, *, version: str, deadline: flo
     )
     for event in stream:
         if event["type"] == "DELETED":
-            raise JobNotFoundError(f"{name} was deleted in namespace {namespace}")
+            raise NotFoundError(f"{name} was deleted in namespace {namespace}")
         yield event["raw_object"]
         _check(deadline)
 
@@ -139,12 +144,12 @@ def _check(deadline: float | None) -> None:
         raise WatchTimeoutError
 
 
-def _missing(body: Any, namespace: str, name: str) -> str:
-    """The job is missing, or the whole kind: the API server answers the latter without details."""
+def _missing(body: Any, kind: Kind, namespace: str, name: str) -> str:
+    """The object is missing, or the whole kind: the API server answers the latter without details."""
     try:
         details = json.loads(body).get("details") or {}
     except (TypeError, ValueError):
         details = {}
     if details.get("name") != name:
-        return f"this cluster has no {finetunejob.KIND} ({GROUP}/{VERSION}); install the operator's CRDs"
-    return f"no FineTuneJob {name} in namespace {namespace}; see: finetune jobs list -A"
+        return f"this cluster has no {kind.name} ({GROUP}/{VERSION}); install the operator's CRDs"
+    return f"no {kind.name} {name} in namespace {namespace}; see: {kind.listing}"

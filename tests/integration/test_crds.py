@@ -12,7 +12,8 @@ import pytest
 import yaml
 from kubernetes import client, config
 
-from finetune_cli import job_files
+from finetune_cli import files
+from finetune_cli.kinds import JOB
 from finetune_local.cluster import Cluster
 from finetune_operator.api import finetunejob
 from finetune_operator.api.base import GROUP, VERSION
@@ -87,7 +88,7 @@ def example_jobs() -> list[Any]:
     for path in sorted((ROOT / "examples").rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         if "finetune.dev/" in text:
-            for job in job_files.load_jobs(text):
+            for job in files.load_objects(text, JOB):
                 name = job["metadata"]["name"]
                 found.append(pytest.param(job, id=f"{path.relative_to(ROOT / 'examples')}:{name}"))
     return found

@@ -6,22 +6,23 @@ from typing import Any
 
 import pytest
 
-from finetune_cli import job_files
+from finetune_cli import files
+from finetune_cli.kinds import JOB
 
 
 def test_numbers_are_read_as_kubectl_reads_them() -> None:
     text = "kind: FineTuneJob\nvalues: [2e-4, 1.5e-5, 5E3, .5e1, 0.1, 10, 2e, e4, 1.2.3e4, '2e-4']\n"
-    (job,) = job_files.load_jobs(text)
+    (job,) = files.load_objects(text, JOB)
     assert job["values"] == [2e-4, 1.5e-5, 5000.0, 5.0, 0.1, 10, "2e", "e4", "1.2.3e4", "2e-4"]
 
 
 def test_other_kinds_and_empty_documents_are_left_out() -> None:
     text = "---\nkind: Secret\n---\n---\nkind: FineTuneJob\na: 1\n---\nkind: List\nitems: [{kind: FineTuneJob, a: 2}]\n"
-    assert [job["a"] for job in job_files.load_jobs(text)] == [1, 2]
+    assert [job["a"] for job in files.load_objects(text, JOB)] == [1, 2]
 
 
 def test_json_is_read_too() -> None:
-    assert job_files.load_jobs('{"kind": "FineTuneJob"}') == [{"kind": "FineTuneJob"}]
+    assert files.load_objects('{"kind": "FineTuneJob"}', JOB) == [{"kind": "FineTuneJob"}]
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,8 @@ def test_json_is_read_too() -> None:
     ],
 )
 def test_files_that_cannot_be_read(text: str, problem: str) -> None:
-    with pytest.raises(job_files.UnreadableFileError) as caught:
-        job_files.load_jobs(text)
+    with pytest.raises(files.UnreadableFileError) as caught:
+        files.load_objects(text, JOB)
     assert problem in str(caught.value)
 
 
@@ -50,13 +51,14 @@ def refusal(*causes: tuple[str, str]) -> dict[str, Any]:
 
 
 def test_causes_become_one_line_each_with_notes_last() -> None:
-    lines = job_files.explain_refusal(
+    lines = files.explain_refusal(
         refusal(
             ("<nil>", "Invalid value: null: some validation rules were not checked"),
             ("spec.objective", 'Invalid value: "PPO": was removed'),
             ("spec.model", "Required value"),
             ("spec.model", "Required value"),
-        )
+        ),
+        JOB,
     )
     assert lines == [
         "spec.model: Required value",
@@ -66,7 +68,7 @@ def test_causes_become_one_line_each_with_notes_last() -> None:
 
 
 def test_refusal_without_causes_is_its_message() -> None:
-    assert job_files.explain_refusal({"message": "admission webhook says no"}) == [
+    assert files.explain_refusal({"message": "admission webhook says no"}, JOB) == [
         "admission webhook says no"
     ]
 
@@ -84,11 +86,11 @@ def test_refusal_without_causes_is_its_message() -> None:
 )
 def test_unknown_fields_get_a_suggestion(path: str, expected: str) -> None:
     message = f'FineTuneJob cannot be handled: strict decoding error: unknown field "{path}"'
-    (line,) = job_files.explain_refusal({"message": message})
+    (line,) = files.explain_refusal({"message": message}, JOB)
     assert line.startswith(f"{path}: unknown field")
     assert expected in line
 
 
 def test_fields_given_twice_are_named() -> None:
     message = 'strict decoding error: yaml: line 3: key "spec" already set in map'
-    assert job_files.explain_refusal({"message": message}) == ["spec: is there twice; keep one"]
+    assert files.explain_refusal({"message": message}, JOB) == ["spec: is there twice; keep one"]

@@ -10,7 +10,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from finetune_cli import job_pages, job_screens, job_views, jobs
+from finetune_cli import job_pages, job_screens, job_views, screens, shared
 from finetune_operator.api.finetunejob import ErrorClass, Phase
 from tests.unit.cli.jobs import NOW, failed, job, running, succeeded
 
@@ -24,13 +24,13 @@ def test_sizes(size: float, text: str) -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200)])
 def test_timeouts(text: str, seconds: float) -> None:
-    assert jobs.parse_seconds(text) == seconds
+    assert shared.parse_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1s", "soon", "10d", "inf", "nan", "m"])
 def test_timeouts_that_are_none(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a time"):
-        jobs.parse_seconds(text)
+        shared.parse_seconds(text)
 
 
 def test_every_phase_is_either_over_or_goes_on() -> None:
@@ -220,7 +220,7 @@ def test_messages_are_not_read_as_markup() -> None:
 
 def test_plain_screen_prints_each_change_once() -> None:
     stream = io.StringIO()
-    with job_screens.open_screen(stream) as screen:
+    with screens.open_screen(stream, job_screens.VIEW) as screen:
         screen.show(job(phase="Pending", message="waits"))
         screen.show(job(phase="Pending", message="waits"))
         screen.trouble("the API server does not answer")
@@ -239,7 +239,7 @@ def test_plain_screen_prints_each_change_once() -> None:
 def test_table_in_a_pipe_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     long = running()
     long["spec"]["model"]["uri"] = "s3://" + "a" * 300
-    job_screens.print_table(job_views.list_rows([long], NOW, namespaces=False))
+    screens.print_table(job_views.list_rows([long], NOW, namespaces=False), colours=job_screens.COLOURS)
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == list(job_views.HEADER)
     assert "s3://" + "a" * 300 in row
