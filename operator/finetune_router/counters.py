@@ -1,0 +1,258 @@
+"""What one worker counts, cumulative over its life: the evidence for the operator and the numbers for Prometheus.
+
+Both are plain slots that the data path adds to; whoever reports takes those that changed since the last report.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+from finetune_operator.api.routes import Arm, ArmCounters, KeySample, Moments
+
+SAMPLE_LIMIT = 1024
+LENGTH_BINS = 16
+KEEP_GONE_SECONDS = 3600.0  # counters of a revision that no route names any more
+STABLE_BIT, CANDIDATE_BIT = 1, 2
+
+# Upper bounds in seconds; the last bucket is open.
+DURATION_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+
+StateKey = tuple[str, Arm, str]
+MetricsKey = tuple[str, str, str]
+
+
+class RunningMoments:
+    """Count, sum and sum of squares."""
+
+    __slots__ = ("n", "sum", "sum_squares")
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.sum = 0.0
+        self.sum_squares = 0.0
+
+    def add(self, value: float) -> None:
+        self.n += 1
+        self.sum += value
+        self.sum_squares += value * value
+
+    def wire(self) -> Moments:
+        return Moments(n=self.n, sum=self.sum, sum_squares=self.sum_squares)
+
+
+class ArmState:
+    """Evidence about one arm of one alias at one revision."""
+
+    __slots__ = (
+        "alias", "arm", "events", "fallbacks", "lengths", "requests", "revision", "seconds", "tokens", "ttft",
+    )  # fmt: skip
+
+    def __init__(self, alias: str, arm: Arm, revision: str) -> None:
+        self.alias = alias
+        self.arm = arm
+        self.revision = revision
+        self.requests = 0
+        self.events: dict[str, int] = {}
+        self.seconds = RunningMoments()
+        self.ttft = RunningMoments()
+        self.tokens = RunningMoments()
+        self.lengths = [0] * LENGTH_BINS
+        self.fallbacks = 0
+
+    def add_events(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            self.events[name] = self.events.get(name, 0) + 1
+
+    def add_tokens(self, count: int) -> None:
+        self.tokens.add(count)
+        self.lengths[min(count.bit_length(), LENGTH_BINS - 1)] += 1
+
+    def wire(self) -> ArmCounters:
+        return ArmCounters(
+            alias=self.alias,
+            arm=self.arm,
+            revision=self.revision,
+            requests=self.requests,
+            events=dict(self.events),
+            seconds=self.seconds.wire(),
+            ttft_seconds=self.ttft.wire(),
+            completion_tokens=self.tokens.wire(),
+            length_histogram=tuple(self.lengths),
+            fallbacks=self.fallbacks,
+        )
+
+
+class Histogram:
+    """Counts per bucket and the sum, as Prometheus wants them."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class ArmMetrics:
+    """Prometheus series of one arm, pinned requests included. The arm is "" for answers of the router itself."""
+
+    __slots__ = (
+        "codes", "duration", "fallbacks", "gone_since", "invalid", "key", "mirrors", "overhead", "tokens", "tpot",
+        "ttft",
+    )  # fmt: skip
+
+    def __init__(self, key: MetricsKey) -> None:
+        self.key = key
+        self.codes: dict[str, int] = {}
+        self.invalid: dict[str, int] = {}
+        self.mirrors: dict[str, int] = {}
+        self.fallbacks = 0
+        self.tokens = 0
+        self.duration = Histogram(DURATION_BUCKETS)
+        self.ttft = Histogram(TTFT_BUCKETS)
+        self.tpot = Histogram(TPOT_BUCKETS)
+        self.overhead = Histogram(OVERHEAD_BUCKETS)
+        self.gone_since: float | None = None
+
+    def add_code(self, code: int) -> None:
+        name = str(code)
+        self.codes[name] = self.codes.get(name, 0) + 1
+
+    def wire(self) -> dict[str, object]:
+        return {
+            "key": self.key,
+            "codes": self.codes,
+            "invalid": self.invalid,
+            "mirrors": self.mirrors,
+            "fallbacks": self.fallbacks,
+            "tokens": self.tokens,
+            "histograms": {
+                name: [histogram.counts, histogram.sum]
+                for name, histogram in (
+                    ("duration", self.duration),
+                    ("ttft", self.ttft),
+                    ("tpot", self.tpot),
+                    ("overhead", self.overhead),
+                )
+            },
+        }
+
+
+class Sample:
+    """The distinct keys with the smallest hashes, and on which arms their outcomes were recorded."""
+
+    def __init__(self, alias: str, comparison: str, limit: int = SAMPLE_LIMIT) -> None:
+        self.alias = alias
+        self.comparison = comparison
+        self._limit = limit
+        self._arms: dict[int, int] = {}
+        self._heap: list[int] = []  # negated hashes: the largest kept one is on top
+
+    def add(self, value: int, bit: int) -> bool:
+        """Record a key's hash for an arm (STABLE_BIT or CANDIDATE_BIT); whether the sample changed."""
+        known = self._arms.get(value)
+        if known is not None:
+            self._arms[value] = known | bit
+            return known & bit == 0
+        if len(self._heap) < self._limit:
+            heapq.heappush(self._heap, -value)
+        elif value >= -self._heap[0]:
+            return False
+        else:
+            del self._arms[-heapq.heapreplace(self._heap, -value)]
+        self._arms[value] = bit
+        return True
+
+    def wire(self) -> KeySample:
+        return KeySample(
+            alias=self.alias,
+            comparison=self.comparison,
+            limit=self._limit,
+            stable=tuple(sorted(value for value, arms in self._arms.items() if arms & STABLE_BIT)),
+            candidate=tuple(sorted(value for value, arms in self._arms.items() if arms & CANDIDATE_BIT)),
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What changed since the last report."""
+
+    arms: tuple[ArmCounters, ...]
+    samples: tuple[KeySample, ...]
+    metrics: tuple[dict[str, object], ...]
+    forgotten: tuple[MetricsKey, ...]
+
+
+@dataclass
+class Book:
+    """All counters of a worker."""
+
+    _states: dict[StateKey, ArmState] = field(default_factory=dict)
+    _metrics: dict[MetricsKey, ArmMetrics] = field(default_factory=dict)
+    _samples: dict[str, Sample] = field(default_factory=dict)
+    changed_states: set[ArmState] = field(default_factory=set)
+    changed_metrics: set[ArmMetrics] = field(default_factory=set)
+    changed_samples: set[Sample] = field(default_factory=set)
+    _forgotten: list[MetricsKey] = field(default_factory=list)
+
+    def state(self, alias: str, arm: Arm, revision: str) -> ArmState:
+        key = (alias, arm, revision)
+        if key not in self._states:
+            self._states[key] = ArmState(alias, arm, revision)
+        return self._states[key]
+
+    def metrics(self, alias: str, arm: str, revision: str) -> ArmMetrics:
+        key = (alias, arm, revision)
+        if key not in self._metrics:
+            self._metrics[key] = ArmMetrics(key)
+        return self._metrics[key]
+
+    def sample(self, alias: str, comparison: str) -> Sample:
+        """The alias's sample; a new one when the comparison is another."""
+        known = self._samples.get(alias)
+        if known is None or known.comparison != comparison:
+            known = self._samples[alias] = Sample(alias, comparison)
+            self.changed_samples.add(known)
+        return known
+
+    def take_report(self) -> Report:
+        self.changed_samples &= set(self._samples.values())
+        report = Report(
+            arms=tuple(state.wire() for state in self.changed_states),
+            samples=tuple(sample.wire() for sample in self.changed_samples),
+            metrics=tuple(metrics.wire() for metrics in self.changed_metrics),
+            forgotten=tuple(self._forgotten),
+        )
+        self.changed_states.clear()
+        self.changed_metrics.clear()
+        self.changed_samples.clear()
+        self._forgotten.clear()
+        return report
+
+    def forget_gone(self, live: set[tuple[str, str]], now: float | None = None) -> None:
+        """Drop series that belong to no live (alias, revision) for an hour, so that years of revisions do not add up.
+
+        Evidence stays: a reader relies on its being cumulative for as long as the epoch lasts.
+        """
+        now = time.monotonic() if now is None else now
+        for (alias, _, revision), metrics in list(self._metrics.items()):
+            if (alias, revision) in live or not alias:
+                metrics.gone_since = None
+            elif metrics.gone_since is None:
+                metrics.gone_since = now
+            elif now - metrics.gone_since > KEEP_GONE_SECONDS:
+                self.changed_metrics.discard(self._metrics.pop(metrics.key))
+                self._forgotten.append(metrics.key)
+        aliases = {alias for alias, _ in live}
+        for alias in [name for name in self._samples if name not in aliases]:
+            del self._samples[alias]

@@ -1,0 +1,245 @@
+"""Feedback on answers: a SQLite file that all workers of a replica write and that survives restarts.
+
+A value is counted once per (response, metric); a later one replaces it. Sums are kept beside the records, in the same
+transaction, so that reading them costs the same however many records there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
+
+from finetune_operator.api.routes import Arm, ArmCounters, EpochCounters, Moments
+from finetune_router import errors
+from finetune_router.errors import ApiError
+from finetune_router.tickets import BadTicketError, Ticket, TicketOffice
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "feedback.sqlite"
+METRICS_PER_ALIAS = 50  # names that clients may make up for one alias
+_BUSY_SECONDS = 5.0  # to wait for another worker's transaction
+_METRIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS records (
+    ticket TEXT NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL, alias TEXT NOT NULL, arm TEXT NOT NULL,
+    revision TEXT NOT NULL, counted INTEGER NOT NULL, comment TEXT, idempotency_key TEXT, at INTEGER NOT NULL,
+    PRIMARY KEY (ticket, metric)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS records_by_key ON records (idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX IF NOT EXISTS records_by_time ON records (at);
+CREATE TABLE IF NOT EXISTS sums (
+    alias TEXT NOT NULL, arm TEXT NOT NULL, revision TEXT NOT NULL, metric TEXT NOT NULL,
+    n INTEGER NOT NULL, sum REAL NOT NULL, sum_squares REAL NOT NULL,
+    PRIMARY KEY (alias, arm, revision, metric)
+) WITHOUT ROWID;
+"""
+
+
+class Feedback(BaseModel):
+    """Body of POST /v1/feedback."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    response_id: Annotated[str, Field(max_length=1100)] = ""
+    request_id: Annotated[str, Field(max_length=1100)] = ""
+    metric: Annotated[str, Field(max_length=63)]
+    value: StrictBool | StrictInt | StrictFloat
+    comment: Annotated[str, Field(max_length=4096)] | None = None
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a piece of feedback."""
+
+    is_new: bool
+    body: bytes
+
+
+class FeedbackStore:
+    """The file. Methods block; each opens its own short transaction."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE_NAME
+        self._local = threading.local()
+        with self._transaction() as database:
+            for statement in _SCHEMA.split(";"):
+                database.execute(statement)
+            database.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', ?)", (uuid.uuid4().hex,))
+
+    def put(self, ticket_text: str, ticket: Ticket, feedback: Feedback) -> bool:
+        """Store a value; whether the response had none for the metric.
+
+        Raises ApiError when the alias has too many metrics already.
+        """
+        value = float(feedback.value)
+        with self._transaction() as database:
+            if (
+                feedback.idempotency_key is not None
+                and database.execute(
+                    "SELECT 1 FROM records WHERE idempotency_key = ?", (feedback.idempotency_key,)
+                ).fetchone()
+            ):
+                return False
+            former = database.execute(
+                "SELECT value FROM records WHERE ticket = ? AND metric = ?", (ticket_text, feedback.metric)
+            ).fetchone()
+            if former is None:
+                self._check_room(database, ticket.alias, feedback.metric)
+            database.execute(
+                "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    ticket_text, feedback.metric, value, ticket.alias, ticket.arm.value, ticket.revision,
+                    int(ticket.counted), feedback.comment, feedback.idempotency_key, int(time.time()),
+                ),
+            )  # fmt: skip
+            if ticket.counted:
+                old = None if former is None else float(former[0])
+                self._add(database, ticket, feedback.metric, value, old)
+        return former is None
+
+    def sums(self) -> EpochCounters:
+        """All sums, as the counters of this store's own epoch."""
+        database = self._database()
+        epoch = database.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()[0]
+        scores: dict[tuple[str, str, str], dict[str, Moments]] = {}
+        for alias, arm, revision, metric, n, total, squares in database.execute("SELECT * FROM sums"):
+            scores.setdefault((alias, arm, revision), {})[metric] = Moments(
+                n=n, sum=total, sum_squares=squares
+            )
+        return EpochCounters(
+            epoch=f"feedback-{epoch}",
+            arms=tuple(
+                ArmCounters(alias=alias, arm=Arm(arm), revision=revision, scores=found)
+                for (alias, arm, revision), found in sorted(scores.items())
+            ),
+        )
+
+    def prune(self, days: int) -> int:
+        """Delete records older than that; sums stay. Returns how many were deleted."""
+        with self._transaction() as database:
+            return database.execute(
+                "DELETE FROM records WHERE at < ?", (int(time.time()) - days * 86_400,)
+            ).rowcount
+
+    def _check_room(self, database: sqlite3.Connection, alias: str, metric: str) -> None:
+        known = {
+            row[0] for row in database.execute("SELECT DISTINCT metric FROM sums WHERE alias = ?", (alias,))
+        }
+        if metric not in known and len(known) >= METRICS_PER_ALIAS:
+            raise errors.bad_request(
+                f"`{alias}` has {len(known)} metrics already: use one of them",
+                param="metric",
+                code="too_many_metrics",
+            )
+
+    def _add(
+        self, database: sqlite3.Connection, ticket: Ticket, metric: str, value: float, old: float | None
+    ) -> None:
+        change = (1, value, value * value) if old is None else (0, value - old, value * value - old * old)
+        database.execute(
+            "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n,"
+            " sum = sum + excluded.sum, sum_squares = sum_squares + excluded.sum_squares",
+            (ticket.alias, ticket.arm.value, ticket.revision, metric, *change),
+        )
+
+    def _database(self) -> sqlite3.Connection:
+        """This thread's connection."""
+        known: sqlite3.Connection | None = getattr(self._local, "database", None)
+        if known is None:
+            known = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
+            known.execute("PRAGMA journal_mode = WAL")
+            known.execute("PRAGMA synchronous = NORMAL")
+            self._local.database = known
+        return known
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        database = self._database()
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            yield database
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+        database.execute("COMMIT")
+
+
+class FeedbackDesk:
+    """Takes feedback from clients; the file is written in a thread, so that no request waits for a disk."""
+
+    def __init__(self, store: FeedbackStore, tickets: TicketOffice) -> None:
+        self._store = store
+        self._tickets = tickets
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feedback")
+        self.counts: dict[tuple[str, str, str], int] = {}
+        """(alias, arm, metric) -> values taken."""
+        self.changed = False
+
+    async def take(self, data: bytes) -> Outcome:
+        """Store a piece of feedback. Raises ApiError: 400 for a bad body or id, 503 when the store cannot write."""
+        try:
+            feedback = Feedback.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "body"
+            raise errors.bad_request(f"{where}: {first['msg']}", param=where) from None
+        self._check(feedback)
+        text = feedback.response_id or feedback.request_id
+        try:
+            ticket = self._tickets.read(text)
+        except BadTicketError as error:
+            raise errors.bad_request(
+                f"response_id: {error}", param="response_id", code="invalid_response_id"
+            ) from None
+        key = self._tickets.normalise(text)
+        try:
+            is_new = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._store.put, key, ticket, feedback
+            )
+        except sqlite3.Error as error:
+            logger.error("feedback cannot be stored: %s", error)
+            raise ApiError(
+                503, "feedback cannot be stored now", "api_error", "store_unavailable", retry_after=5
+            ) from None
+        if is_new:
+            count = (ticket.alias, ticket.arm.value, feedback.metric)
+            self.counts[count] = self.counts.get(count, 0) + 1
+            self.changed = True
+        answer = {
+            "object": "feedback",
+            "response_id": text,
+            "metric": feedback.metric,
+            "model": ticket.alias,
+            "arm": ticket.arm.value,
+            "revision": ticket.revision,
+            "counted": ticket.counted,
+        }
+        return Outcome(is_new, json.dumps(answer).encode())
+
+    def _check(self, feedback: Feedback) -> None:
+        if bool(feedback.response_id) == bool(feedback.request_id):
+            raise errors.bad_request("send either response_id or request_id", param="response_id")
+        if _METRIC.fullmatch(feedback.metric) is None:
+            raise errors.bad_request(
+                "metric: up to 63 letters, digits, and . _ - inside; for example helpful", param="metric"
+            )
+        if not math.isfinite(float(feedback.value)) or abs(float(feedback.value)) > 1e9:
+            raise errors.bad_request("value: a boolean, or a number between -1e9 and 1e9", param="value")

@@ -1,0 +1,227 @@
+"""From an arm to an answer: picks engines, sends, and tries again as long as the user has seen nothing.
+
+A request is tried on another engine of the same revision when an engine cannot be reached, breaks off, or does not
+have the model (it was just unloaded, or is not loaded yet), and on the stable revision when the candidate fails.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from finetune_router import outputs
+from finetune_router.tables import Leg
+from finetune_router.upstreams import (
+    ConnectFailedError,
+    Connection,
+    ResetError,
+    Upstream,
+    UpstreamError,
+    UpstreamTimeoutError,
+)
+
+MOST_ENGINES = 3  # tried for one revision
+DOWN_SECONDS = 2.0  # an engine that refused a connection is left out for so long, where there are others
+BUFFERED_ANSWER = (
+    1024 * 1024
+)  # bytes; an answer up to this size is complete before the user gets its first byte
+_EVENT_STREAM = b"text/event-stream"
+
+
+class Failure(StrEnum):
+    """Why a revision gave no answer."""
+
+    UNREACHABLE = "Unreachable"
+    BROKEN = "Broken"  # the connection ended before the answer did
+    TIMEOUT = "Timeout"
+    MISSING = "Missing"  # the engine does not have the model
+    ERROR = "Error"  # the engine answered 5xx
+    BUSY = "Busy"  # 429 or 503
+
+
+_ELSEWHERE = frozenset((Failure.UNREACHABLE, Failure.BROKEN, Failure.MISSING, Failure.BUSY))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds."""
+
+    connect: float
+    first_byte: float
+    silence: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request as the engines get it, but for its line and Host."""
+
+    path: str
+    """With the query."""
+    headers: bytes
+    body: bytes
+    stream: bool
+    deadline: float
+    """On the clock of time.perf_counter."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """An engine's answer: whole (`body`), or its beginning (`first`) with the rest still to be read."""
+
+    upstream: Upstream
+    connection: Connection
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes | None = None
+    first: bytes = b""
+    is_events: bool = False
+    encoding: str = ""
+    length: int | None = None
+    open: bool = True
+
+    def close(self) -> None:
+        """End the exchange: keep the connection when the answer was read to its end, else cut it."""
+        if self.open:
+            self.open = False
+            self.upstream.outstanding -= 1
+            self.upstream.give_back(self.connection)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What came of asking one revision."""
+
+    reply: Reply | None = None
+    """The answer; also one that is a failure, for the case that there is nothing better to show."""
+    failure: Failure | None = None
+    sent_at: float = 0.0
+    tried: list[Upstream] = field(default_factory=list)
+
+    def discard(self) -> None:
+        if self.reply is not None:
+            self.reply.close()
+            self.reply = None
+
+
+class Forwarder:
+    """Sends requests to engines."""
+
+    def __init__(self, limits: Limits, *, upstream_key: str = "") -> None:
+        self.limits = limits
+        self._credentials = f"authorization: Bearer {upstream_key}\r\n".encode() if upstream_key else b""
+
+    async def ask(self, leg: Leg, outgoing: Outgoing) -> Attempt:
+        """Ask a revision, on up to three engines. Never raises for what engines do; closes all but the last reply."""
+        attempt = Attempt()
+        while len(attempt.tried) < MOST_ENGINES:
+            upstream = leg.pick(attempt.tried)
+            if upstream is None:
+                break
+            attempt.discard()
+            attempt.tried.append(upstream)
+            await self._once(upstream, leg, outgoing, attempt)
+            if attempt.failure not in _ELSEWHERE or time.perf_counter() >= outgoing.deadline:
+                break
+        return attempt
+
+    async def _once(self, upstream: Upstream, leg: Leg, outgoing: Outgoing, attempt: Attempt) -> None:
+        upstream.outstanding += 1
+        reply: Reply | None = None
+        try:
+            reply = await self._exchange(upstream, outgoing, attempt)
+            attempt.failure = _judge(reply, leg)
+        except ConnectFailedError:
+            upstream.down_until = time.perf_counter() + DOWN_SECONDS
+            attempt.failure = Failure.UNREACHABLE
+        except UpstreamTimeoutError:
+            attempt.failure = Failure.TIMEOUT
+        except UpstreamError:
+            attempt.failure = Failure.BROKEN
+        finally:
+            if reply is None:
+                upstream.outstanding -= 1
+        attempt.reply = reply
+
+    async def _exchange(self, upstream: Upstream, outgoing: Outgoing, attempt: Attempt) -> Reply:
+        """Send on a kept connection; when that one turns out closed before a byte of an answer came, on a new one."""
+        head = self._head(upstream, outgoing)
+        connection = upstream.take_idle()
+        if connection is not None:
+            try:
+                return await self._converse(upstream, connection, head, outgoing, attempt)
+            except ResetError:
+                if connection.head_complete:
+                    raise
+        left = outgoing.deadline - time.perf_counter()
+        connection = await upstream.connect(within=max(0.001, min(self.limits.connect, left)))
+        return await self._converse(upstream, connection, head, outgoing, attempt)
+
+    def _head(self, upstream: Upstream, outgoing: Outgoing) -> bytes:
+        address = upstream.address
+        start = f"POST {address.prefix}{outgoing.path} HTTP/1.1\r\nhost: {address.host_header}\r\n"
+        return b"".join(
+            (
+                start.encode(),
+                outgoing.headers,
+                self._credentials,
+                b"content-length: %d\r\n\r\n" % len(outgoing.body),
+            )
+        )
+
+    async def _converse(
+        self, upstream: Upstream, connection: Connection, head: bytes, outgoing: Outgoing, attempt: Attempt
+    ) -> Reply:
+        """The answer so far: whole when it is short, else its first bytes. The connection is cut when this fails."""
+        try:
+            attempt.sent_at = time.perf_counter()
+            left = outgoing.deadline - attempt.sent_at
+            connection.send(
+                head, outgoing.body, timeout=min(left, self.limits.first_byte) if outgoing.stream else left
+            )
+            await connection.wait_body()
+            reply = Reply(upstream, connection, connection.status, connection.headers)
+            _read_framing(reply)
+            if outgoing.stream and not connection.complete:
+                left = outgoing.deadline - time.perf_counter()
+                connection.set_timeout(left, silence=self.limits.silence)
+            if reply.is_events and reply.status < 400:
+                reply.first = connection.take()
+            else:
+                reply.body = await connection.wait_complete(BUFFERED_ANSWER)
+                if reply.body is None:
+                    reply.first = connection.take()
+        except BaseException:
+            connection.abort()
+            connection.finish()
+            raise
+        return reply
+
+
+def _read_framing(reply: Reply) -> None:
+    for name, value in reply.headers:
+        if name == b"content-type":
+            reply.is_events = value[: len(_EVENT_STREAM)].lower() == _EVENT_STREAM
+        elif name == b"content-encoding":
+            reply.encoding = value.decode("latin-1").strip().lower()
+        elif name == b"content-length" and value.isdigit():
+            reply.length = int(value)
+    if reply.encoding == "identity":
+        reply.encoding = ""
+
+
+def _judge(reply: Reply, leg: Leg) -> Failure | None:
+    """Whether the answer is one. 4xx other than 404 and 429 is the client's own business."""
+    status = reply.status
+    if status < 400:
+        if reply.is_events and not reply.encoding and outputs.first_event_is_error(reply.first):
+            return Failure.ERROR
+        return None
+    if status == 404:
+        body = reply.body or b""
+        names_model = leg.served_name.encode() in body or b"model" in body.lower()
+        return Failure.MISSING if names_model else None
+    if status in {429, 503}:
+        return Failure.BUSY
+    return Failure.ERROR if status >= 500 else None

@@ -1,0 +1,65 @@
+"""Which headers cross the router, in both directions (RFC 9110, section 7.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+# Of one connection, never passed on; `connection` may name more of them. `expect` is answered by the router itself.
+HOP_BY_HOP = frozenset(
+    (
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "trailers", "transfer-encoding", "upgrade", "expect",
+    )
+)  # fmt: skip
+# What the client proves itself with; only for the router.
+CREDENTIALS = frozenset(("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key"))
+# Set by the router: the body is a new one.
+_OWN = frozenset(("host", "content-length", "content-encoding", "x-request-id"))
+_FORWARDED = (
+    "accept", "accept-encoding", "accept-language", "content-type", "user-agent", "traceparent", "tracestate",
+    "x-client-request-id",
+)  # fmt: skip
+_ANSWER_DROPPED = frozenset(
+    name.encode() for name in HOP_BY_HOP | {"server", "date", "content-length", "x-request-id"}
+) - {b"expect"}
+
+
+class HeaderPolicy:
+    """Which of a client's headers the engines see: few by default, more by configuration."""
+
+    def __init__(self, further: str = "") -> None:
+        names = [name.strip().lower() for name in further.split(",") if name.strip()]
+        self._everything = "*" in names
+        self._names = frozenset(_FORWARDED) | {name for name in names if name != "*"} - HOP_BY_HOP - _OWN
+
+    def build(self, headers: CIMultiDictProxy[str]) -> bytes:
+        """Lines for the request to the engine."""
+        named = {name.strip().lower() for name in headers.get("connection", "").split(",")}
+        lines = []
+        for name, value in headers.items():
+            lowered = name.lower()
+            if lowered in self._names:
+                passes = lowered not in named
+            else:
+                passes = self._everything and lowered not in HOP_BY_HOP | CREDENTIALS | _OWN | named
+            if passes and "\r" not in value and "\n" not in value and "\0" not in value:
+                lines.append(f"{lowered}: {value}\r\n")
+        return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+def answer_headers(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
+    """Headers of an engine's answer that the client sees."""
+    named: set[bytes] = set()
+    passed: list[tuple[bytes, bytes]] = []
+    for name, value in headers:
+        if name == b"connection":
+            named.update(part.strip().lower() for part in value.split(b","))
+        elif name not in _ANSWER_DROPPED:
+            passed.append((name, value))
+    return CIMultiDict(
+        (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+        for name, value in passed
+        if name not in named
+    )

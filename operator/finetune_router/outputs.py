@@ -1,0 +1,216 @@
+"""What an answer says: its text, why it ended, how many tokens it has; and which output signals that fires.
+
+This runs after the user has the answer. Bytes are taken as the engines send them: OpenAI's JSON, or its server-sent
+events.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from dataclasses import dataclass, field
+
+import jsonschema_rs
+
+from finetune_operator.api.routes import SignalEvent
+
+TEXT_LIMIT = 1024 * 1024  # characters kept of one choice; a longer text is not checked against a schema
+_PIECES = 512  # joined then: many short strings take ten times their length in memory
+_DATA = b"data:"
+_DONE = b"[DONE]"
+_REFUSAL = re.compile(
+    r"\W*(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately,? i)?"
+    r"[,.;:!\s—-]*(?:but |that )?(?:as an ai\b[^.]{0,60}?[,\s])?"
+    r"\s*i(?:['’]m| am)?\s*(?:can(?:no|['’]?)t|can not|unable to|not able to|won['’]?t|will not"
+    r"|must decline|must refuse|do not feel comfortable|don['’]?t feel comfortable)\b",
+    re.IGNORECASE,
+)
+_REPEATS = 5  # equal pieces in a row at the end of the text ...
+_REPEATED_CHARACTERS = 60  # ... that together are at least this long
+_PROBE = 16
+
+
+@dataclass(slots=True)
+class Choice:
+    """One of the `n` answers."""
+
+    has_tool_call: bool = False
+    refused: bool = False
+    finish_reason: str | None = None
+    cut: bool = False
+    """Whether the text is longer than what was kept."""
+    _pieces: list[str] = field(default_factory=list)
+    _size: int = 0
+
+    def add(self, text: str) -> None:
+        self._size += len(text)
+        if self._size > TEXT_LIMIT:
+            self.cut = True
+        else:
+            self._pieces.append(text)
+            if len(self._pieces) > _PIECES:
+                self._pieces = ["".join(self._pieces)]
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+
+@dataclass(slots=True)
+class Output:
+    """What was read of an answer so far."""
+
+    choices: dict[int, Choice] = field(default_factory=dict)
+    completion_tokens: int | None = None
+    error: bool = False
+    """An error object where an answer was expected, as engines send in the middle of a stream."""
+    generative: bool = False
+    """Whether the answer has choices at all; embeddings have none."""
+
+    def add(self, document: object) -> None:
+        """Take in a whole answer, or one event of a stream."""
+        if not isinstance(document, dict):
+            return
+        if document.get("error"):
+            self.error = True
+        usage = document.get("usage")
+        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+            self.completion_tokens = usage["completion_tokens"]
+        choices = document.get("choices")
+        if not isinstance(choices, list):
+            return
+        self.generative = True
+        for item in choices:
+            if isinstance(item, dict):
+                index = item.get("index")
+                self._add_choice(
+                    self.choices.setdefault(index if isinstance(index, int) else 0, Choice()), item
+                )
+
+    def _add_choice(self, choice: Choice, item: dict[str, object]) -> None:
+        message = item.get("message") or item.get("delta")
+        text: object = item.get("text")
+        if isinstance(message, dict):
+            text = message.get("content")
+            choice.has_tool_call |= bool(message.get("tool_calls") or message.get("function_call"))
+            choice.refused |= bool(message.get("refusal"))
+        if isinstance(text, str):
+            choice.add(text)
+        reason = item.get("finish_reason")
+        if isinstance(reason, str):
+            choice.finish_reason = reason
+
+
+class EventReader:
+    """Server-sent events (WHATWG HTML, "Server-sent events"), fed in pieces cut anywhere."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self.events = 0
+
+    def feed(self, data: bytes, output: Output) -> None:
+        lines = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            if not line.startswith(_DATA):
+                continue
+            value = line[len(_DATA) :].strip()
+            if value == _DONE:
+                continue
+            try:
+                document = json.loads(value)
+            except ValueError:
+                continue
+            self.events += 1
+            output.add(document)
+
+
+def read_answer(body: bytes) -> Output:
+    """A whole answer that is no stream."""
+    output = Output()
+    try:
+        output.add(json.loads(body))
+    except (ValueError, RecursionError):
+        output.error = True
+    return output
+
+
+def first_event_is_error(data: bytes) -> bool:
+    """Whether a stream begins with an error: the engine failed after it had sent its headers."""
+    start = data.lstrip()[:64]
+    return start.startswith(_DATA) and start[len(_DATA) :].lstrip().startswith(
+        (b'{"error"', b'{"object":"error"')
+    )
+
+
+def decoded(data: bytes, encoding: str, limit: int) -> bytes | None:
+    """The content of a compressed answer up to `limit` bytes; None when it cannot be read."""
+    if encoding not in {"gzip", "deflate", "x-gzip"}:
+        return None
+    try:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(data, limit)
+    except zlib.error:
+        return None
+
+
+def fired_events(
+    output: Output, wanted: frozenset[SignalEvent], validator: jsonschema_rs.Validator | None
+) -> frozenset[SignalEvent]:
+    """Those of the wanted events that any choice of the answer shows."""
+    if not output.generative:
+        return frozenset()
+    choices = list(output.choices.values()) or [Choice()]
+    return frozenset(event for event in wanted if any(_shows(event, choice, validator) for choice in choices))
+
+
+def _shows(event: SignalEvent, choice: Choice, validator: jsonschema_rs.Validator | None) -> bool:
+    match event:
+        case SignalEvent.SCHEMA_INVALID:
+            return not choice.cut and not choice.has_tool_call and not is_valid(choice.text, validator)
+        case SignalEvent.EMPTY:
+            return not choice.has_tool_call and not choice.refused and not choice.text.strip()
+        case SignalEvent.TRUNCATED:
+            return choice.finish_reason == "length"
+        case SignalEvent.FLAGGED:
+            return choice.finish_reason == "content_filter"
+        case SignalEvent.REFUSAL:
+            return choice.refused or is_refusal(choice.text)
+        case SignalEvent.REPETITION:
+            return is_repetitive(choice.text)
+    return False
+
+
+def is_valid(text: str, validator: jsonschema_rs.Validator | None) -> bool:
+    """Whether the text is JSON, and valid where there is a schema."""
+    try:
+        value = json.loads(text)
+        return validator is None or validator.is_valid(value)
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the text begins like a refusal (English)."""
+    return _REFUSAL.match(text[:200]) is not None
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether the text ends in one piece five or more times in a row, 60 characters or more in all.
+
+    The end of a looping generation is where the loop is; the last 16 characters are looked up before themselves, and
+    the distance is the length of the piece.
+    """
+    text = text.rstrip()
+    if len(text) < _REPEATED_CHARACTERS:
+        return False
+    probe = text[-_PROBE:]
+    found = text.rfind(probe, max(0, len(text) - len(text) // _REPEATS - 2 * _PROBE), len(text) - 1)
+    if found < 0:
+        return False
+    period = len(text) - _PROBE - found
+    length = max(period * _REPEATS, _REPEATED_CHARACTERS)
+    if length > len(text):
+        return False
+    tail = text[-length:]
+    return tail[period:] == tail[:-period]

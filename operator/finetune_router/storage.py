@@ -1,0 +1,60 @@
+"""Files in the state folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from finetune_operator.api.routes import Snapshot
+
+logger = logging.getLogger(__name__)
+
+_INSTANCE = "instance"
+_MIRROR = "routes.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file: whoever reads sees the old content or the new, also after a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_instance(folder: Path) -> str:
+    """Identity of this replica, made at its first start."""
+    file = folder / _INSTANCE
+    if not file.exists():
+        write_atomically(file, uuid.uuid4().hex.encode())
+    return file.read_text(encoding="ascii").strip()
+
+
+def write_mirror(folder: Path, snapshot: Snapshot) -> None:
+    """Keep the snapshot for the next start."""
+    write_atomically(folder / _MIRROR, snapshot.model_dump_json(by_alias=True).encode())
+
+
+def read_mirror(folder: Path) -> Snapshot | None:
+    return read_snapshot(folder / _MIRROR)
+
+
+def read_snapshot(file: Path) -> Snapshot | None:
+    """None when there is no file, or none that can be read; then the log says why."""
+    try:
+        return Snapshot.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        logger.error("%s is passed over: %s", file, error)
+        return None

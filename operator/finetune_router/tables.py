@@ -1,0 +1,247 @@
+"""The route snapshot, made ready for the data path: everything that does not depend on the request is done here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import Self
+
+import jsonschema_rs
+
+from finetune_operator.api import routes as wire
+from finetune_operator.api.routes import Arm, SignalEvent
+from finetune_router.assignment import KeyKind, KeySource
+from finetune_router.counters import ArmMetrics, ArmState, Book, Sample
+from finetune_router.upstreams import Upstream, Upstreams
+
+logger = logging.getLogger(__name__)
+
+BASE_REVISION = "base"
+BASE_ARM = "Base"  # label of requests that ask for a base model by its name
+_BACKTRACK_LIMIT = 10_000
+_CREATED = 0  # the list of models has no creation times to tell; OpenAI's field is a Unix time
+
+TEXT_EVENTS = frozenset(
+    (
+        SignalEvent.SCHEMA_INVALID,
+        SignalEvent.EMPTY,
+        SignalEvent.REFUSAL,
+        SignalEvent.REPETITION,
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A revision on its engines, and where its requests are counted."""
+
+    revision: str
+    revision_bytes: bytes
+    served_name: str
+    quoted_name: bytes
+    """The served name as a JSON string, ready to be put into a body."""
+    upstreams: tuple[Upstream, ...]
+    metrics: ArmMetrics
+    state: ArmState | None
+    """None for base models, which are compared with nothing."""
+    shadow: ArmState | None = None
+    shadow_metrics: ArmMetrics | None = None
+
+    def pick(self, tried: list[Upstream]) -> Upstream | None:
+        """The engine with the fewest requests under way from this worker; one that refused a connection just now
+        only when there is no other. None when all were tried."""
+        left = [upstream for upstream in self.upstreams if upstream not in tried]
+        if len(left) <= 1:
+            return left[0] if left else None
+        now = time.perf_counter()
+        up = [upstream for upstream in left if upstream.down_until <= now] or left
+        fewest = min(upstream.outstanding for upstream in up)
+        return random.choice([upstream for upstream in up if upstream.outstanding == fewest])  # noqa: S311
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Signals of a route, by what makes them fire."""
+
+    errors: tuple[str, ...] = ()
+    ttft: tuple[tuple[str, float], ...] = ()
+    latency: tuple[tuple[str, float], ...] = ()
+    outputs: tuple[tuple[str, SignalEvent], ...] = ()
+
+    @property
+    def needs_text(self) -> bool:
+        return any(event in TEXT_EVENTS for _, event in self.outputs)
+
+    @classmethod
+    def build(cls, signals: tuple[wire.Signal, ...]) -> Self:
+        def limits(event: SignalEvent) -> tuple[tuple[str, float], ...]:
+            return tuple(
+                (s.name, s.threshold) for s in signals if s.event == event and s.threshold is not None
+            )
+
+        timed = {SignalEvent.TTFT_OVER, SignalEvent.LATENCY_OVER}
+        return cls(
+            errors=tuple(s.name for s in signals if s.event == SignalEvent.ERROR),
+            ttft=limits(SignalEvent.TTFT_OVER),
+            latency=limits(SignalEvent.LATENCY_OVER),
+            outputs=tuple((s.name, s.event) for s in signals if s.event not in timed | {SignalEvent.ERROR}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A rule that overrides the draw."""
+
+    headers: tuple[tuple[str, str], ...]
+    arm: Arm
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One alias, or one base model (then only `stable` is set)."""
+
+    alias: str
+    alias_bytes: bytes
+    stable: Leg | None
+    candidate: Leg | None = None
+    weight: float = 0.0
+    mirror: float = 0.0
+    sticky: bool = True
+    keys: tuple[KeySource, ...] = ()
+    salt: bytes = b"\0"
+    pins: tuple[Pin, ...] = ()
+    retry_stable: bool = True
+    watch: Watch = Watch()
+    validator: jsonschema_rs.Validator | None = None
+    sample: Sample | None = None
+    is_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """All routes of one snapshot. A request works with the table that it started with."""
+
+    version: int = -1
+    """-1: no snapshot has come yet."""
+    by_model: dict[str, Route] | None = None
+    body_keys: frozenset[str] = frozenset()
+    models: bytes = b'{"object":"list","data":[]}'
+    """Answer of GET /v1/models."""
+    model_entries: dict[str, bytes] | None = None
+
+    def find(self, model: str) -> Route | None:
+        return None if self.by_model is None else self.by_model.get(model)
+
+
+class SchemaCache:
+    """Compiled output schemas by their text: snapshots come often, schemas change rarely."""
+
+    def __init__(self) -> None:
+        self._validators: dict[str, jsonschema_rs.Validator | None] = {}
+
+    def get(self, schema: object) -> jsonschema_rs.Validator | None:
+        """None for a schema that is not valid: then only whether the text is JSON is checked."""
+        text = json.dumps(schema, sort_keys=True)
+        if text not in self._validators:
+            if len(self._validators) >= 256:
+                self._validators.pop(next(iter(self._validators)))
+            self._validators[text] = compile_schema(text)
+        return self._validators[text]
+
+
+def compile_schema(text: str) -> jsonschema_rs.Validator | None:
+    """A validator that opens no other document. Patterns run in linear time, or, where one looks around, with a limit
+    on backtracking."""
+    limited = jsonschema_rs.FancyRegexOptions(backtrack_limit=_BACKTRACK_LIMIT)
+    for patterns in (jsonschema_rs.RegexOptions(), limited):
+        try:
+            return jsonschema_rs.validator_for(text, pattern_options=patterns, offline=True)
+        except (ValueError, jsonschema_rs.ReferencingError) as error:
+            reason = type(error).__name__
+    logger.warning("an output schema is not usable, only JSON as such is checked: %s", reason)
+    return None
+
+
+def build_table(snapshot: wire.Snapshot, *, upstreams: Upstreams, book: Book, schemas: SchemaCache) -> Table:
+    """Make a snapshot ready. Raises ValueError for an upstream that is no URL."""
+    by_model: dict[str, Route] = {}
+    for base in snapshot.base_models:
+        by_model[base.name] = _base_route(base, upstreams=upstreams, book=book)
+    for route in snapshot.routes:
+        by_model[route.alias] = _route(route, upstreams=upstreams, book=book, schemas=schemas)
+    entries = {name: _model_entry(route) for name, route in by_model.items() if route.stable is not None}
+    return Table(
+        version=snapshot.version,
+        by_model=by_model,
+        body_keys=frozenset(
+            source.name for r in by_model.values() for source in r.keys if source.kind is KeyKind.BODY
+        ),
+        models=b'{"object":"list","data":[' + b",".join(entries.values()) + b"]}",
+        model_entries=entries,
+    )
+
+
+def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: SchemaCache) -> Route:
+    def leg(arm: Arm, target: wire.Target | None) -> Leg | None:
+        if target is None or not target.upstreams:
+            return None
+        shadow = arm is Arm.CANDIDATE
+        return Leg(
+            revision=target.revision,
+            revision_bytes=target.revision.encode(),
+            served_name=target.served_name,
+            quoted_name=json.dumps(target.served_name).encode(),
+            upstreams=tuple(upstreams.get(url) for url in target.upstreams),
+            metrics=book.metrics(route.alias, arm, target.revision),
+            state=book.state(route.alias, arm, target.revision),
+            shadow=book.state(route.alias, Arm.SHADOW, target.revision) if shadow else None,
+            shadow_metrics=book.metrics(route.alias, Arm.SHADOW, target.revision) if shadow else None,
+        )
+
+    return Route(
+        alias=route.alias,
+        alias_bytes=route.alias.encode(),
+        stable=leg(Arm.STABLE, route.stable),
+        candidate=leg(Arm.CANDIDATE, route.candidate),
+        weight=route.weight,
+        mirror=route.mirror,
+        sticky=route.sticky,
+        keys=tuple(source for text in route.keys if (source := KeySource.parse(text)) is not None),
+        salt=route.salt.encode() + b"\0",
+        pins=tuple(
+            Pin(tuple((match.name.lower(), match.exact) for match in pin.headers), Arm(pin.arm))
+            for pin in route.pins
+            if pin.headers
+        ),
+        retry_stable=route.retry_stable,
+        watch=Watch.build(route.signals),
+        validator=None if route.output_schema is None else schemas.get(route.output_schema),
+        sample=book.sample(route.alias, route.comparison),
+    )
+
+
+def _base_route(base: wire.BaseModelRoute, *, upstreams: Upstreams, book: Book) -> Route:
+    leg = Leg(
+        revision=BASE_REVISION,
+        revision_bytes=BASE_REVISION.encode(),
+        served_name=base.name,
+        quoted_name=json.dumps(base.name).encode(),
+        upstreams=tuple(upstreams.get(url) for url in base.upstreams),
+        metrics=book.metrics(base.name, BASE_ARM, BASE_REVISION),
+        state=None,
+    )
+    return Route(
+        alias=base.name,
+        alias_bytes=base.name.encode(),
+        stable=leg if base.upstreams else None,
+        is_base=True,
+    )
+
+
+def _model_entry(route: Route) -> bytes:
+    return json.dumps(
+        {"id": route.alias, "object": "model", "created": _CREATED, "owned_by": "finetune-router"}
+    ).encode()

@@ -1,0 +1,116 @@
+"""Signed request ids: whoever brings one back as feedback names the arm that answered, and nobody can make one up.
+
+The id goes to the engine as X-Request-Id, so that the answer's `id` is `chatcmpl-<ticket>`. It is url-safe base64 of a
+fixed head, the alias, and a truncated HMAC-SHA256 (RFC 2104, section 5, allows half of the output).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import os
+import secrets
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_operator.api.routes import Arm
+
+_VERSION = 1
+_HEAD = struct.Struct(">BBI6s8s")  # version, arm and flags, time in seconds, nonce, revision
+_SIGNATURE_BYTES = 16
+_KEY_BYTES = 32
+_ARMS = (Arm.STABLE, Arm.CANDIDATE, Arm.SHADOW)
+_UNCOUNTED = 0x80
+_PREFIXES = ("chatcmpl-", "cmpl-", "embd-", "resp_", "req_")
+_LONGEST = 1024
+
+
+class BadTicketError(ValueError):
+    """The id was not minted by a router with this key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a request id says."""
+
+    alias: str
+    arm: Arm
+    revision: str
+    minted_at: int
+    """Unix time in seconds."""
+    counted: bool
+    """False for pinned requests and for answers of a fallback: they are no part of the comparison."""
+
+
+class TicketOffice:
+    """Mints and reads ids with one key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        # One read of the kernel's generator per process, then a counter: ids must differ, not be secret.
+        self._nonce = int.from_bytes(os.urandom(6), "big")
+
+    def mint(self, alias: bytes, arm: Arm, revision: bytes, *, counted: bool) -> str:
+        self._nonce = (self._nonce + 1) & 0xFFFFFFFFFFFF
+        flags = _ARMS.index(arm) | (0 if counted else _UNCOUNTED)
+        head = _HEAD.pack(
+            _VERSION, flags, int(time.time()) & 0xFFFFFFFF, self._nonce.to_bytes(6, "big"), revision
+        )
+        payload = head + alias
+        signature = hmac.digest(self._key, payload, "sha256")[:_SIGNATURE_BYTES]
+        return base64.urlsafe_b64encode(payload + signature).rstrip(b"=").decode()
+
+    def normalise(self, text: str) -> str:
+        """The id without the prefix that engines put before it."""
+        for prefix in _PREFIXES:
+            if text.startswith(prefix):
+                return text[len(prefix) :]
+        return text
+
+    def read(self, text: str) -> Ticket:
+        """The ticket in an id, with or without the prefix that engines put before it. Raises BadTicketError."""
+        text = self.normalise(text)
+        try:
+            if len(text) > _LONGEST:
+                raise ValueError("too long")
+            raw = base64.b64decode(
+                text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True
+            )
+        except (ValueError, binascii.Error):
+            raise BadTicketError("not an id of this router") from None
+        payload, signature = raw[:-_SIGNATURE_BYTES], raw[-_SIGNATURE_BYTES:]
+        expected = hmac.digest(self._key, payload, "sha256")[:_SIGNATURE_BYTES]
+        if len(payload) <= _HEAD.size or not hmac.compare_digest(signature, expected):
+            raise BadTicketError("not an id of this router, or signed with another key")
+        version, flags, minted_at, _, revision = _HEAD.unpack(payload[: _HEAD.size])
+        arm = flags & ~_UNCOUNTED
+        if version != _VERSION or arm >= len(_ARMS):
+            raise BadTicketError("an id of another version of the router")
+        return Ticket(
+            alias=payload[_HEAD.size :].decode(),
+            arm=_ARMS[arm],
+            revision=revision.rstrip(b"\0").decode(),
+            minted_at=minted_at,
+            counted=not flags & _UNCOUNTED,
+        )
+
+
+def load_key(file: Path | None, state_folder: Path) -> bytes:
+    """The signing key: the content of the file, else one of this replica's own, made at the first start.
+
+    Raises ValueError for a file that is too short to be a secret.
+    """
+    if file is not None:
+        key = file.read_bytes().strip()
+        if len(key) < 16:
+            raise ValueError(f"{file}: a signing key needs at least 16 bytes, this one has {len(key)}")
+        return key
+    own = state_folder / "signing.key"
+    if not own.exists():
+        descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(secrets.token_hex(_KEY_BYTES).encode())
+    return own.read_bytes()

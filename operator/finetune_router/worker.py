@@ -1,0 +1,240 @@
+"""A worker process: the data port, and the line to the parent. Started by `fleet.py`, not by people."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from aiohttp import web
+from pydantic import ValidationError
+
+from finetune_operator.api.routes import Snapshot
+from finetune_router import tickets
+from finetune_router.config import RouterConfig, read_secret
+from finetune_router.control import Channel, Message
+from finetune_router.counters import Book
+from finetune_router.credentials import ApiKeys
+from finetune_router.feedback import FeedbackDesk, FeedbackStore
+from finetune_router.forwarding import Forwarder, Limits
+from finetune_router.headers import HeaderPolicy
+from finetune_router.proxy import Proxy
+from finetune_router.recording import Recorder
+from finetune_router.service import Service
+from finetune_router.tables import SchemaCache, build_table
+from finetune_router.tickets import TicketOffice
+from finetune_router.upstreams import Upstreams
+
+logger = logging.getLogger(__name__)
+
+REPORT_SECONDS = 0.25  # how old the parent's counters may be; also the heartbeat
+_TEND_SECONDS = 2.0
+_KEEP_ALIVE = 75.0  # seconds that an idle client connection is kept, as in nginx
+_HEAD_LIMIT = 16 * 1024  # bytes of one header line
+
+
+@dataclass
+class Worker:
+    """Everything that one worker process holds."""
+
+    channel: Channel
+    service: Service
+    recorder: Recorder
+    book: Book
+    upstreams: Upstreams
+    schemas: SchemaCache
+    urls: frozenset[str] = frozenset()
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until the parent says drain, or is gone."""
+        config = self.service.config
+        background = [
+            asyncio.create_task(self.recorder.run()),
+            asyncio.create_task(self._report_forever()),
+            asyncio.create_task(self._tend_forever()),
+        ]
+        runner = web.ServerRunner(self._server(), shutdown_timeout=config.grace)
+        try:
+            if await self._obey_until_serving():
+                await runner.setup()
+                await web.SockSite(runner, listener, backlog=4096).start()
+                self.channel.send("serving")
+                await self._obey_until_drain()
+                self.service.draining = True
+        finally:
+            await runner.cleanup()
+            for task in background:
+                task.cancel()
+            self.recorder.flush()
+            self._report()
+            with contextlib.suppress(ConnectionError):
+                await self.channel.drain()
+            self.channel.close()
+
+    def _server(self) -> web.Server:
+        return web.Server(
+            self.service.handle,
+            handler_cancellation=True,
+            keepalive_timeout=_KEEP_ALIVE,
+            access_log=None,
+            max_line_size=_HEAD_LIMIT,
+            max_field_size=_HEAD_LIMIT,
+            lingering_time=2.0,
+        )
+
+    async def _obey_until_serving(self) -> bool:
+        """Apply what comes until the parent says serve; False when it is gone."""
+        while (message := await self.channel.receive()) is not None:
+            if message["kind"] == "serve":
+                return True
+            self._obey(message)
+        return False
+
+    async def _obey_until_drain(self) -> None:
+        while (message := await self.channel.receive()) is not None:
+            if message["kind"] == "drain":
+                return
+            self._obey(message)
+
+    def _obey(self, message: Message) -> None:
+        match message["kind"]:
+            case "routes":
+                self._apply(message["snapshot"])
+            case "draining":  # still taking connections, but none is kept
+                self.service.draining = True
+            case "report":
+                self._report(number=message["number"])
+
+    def _apply(self, document: dict[str, Any]) -> None:
+        """Make the snapshot the current one. Requests under way keep the table that they started with."""
+        try:
+            snapshot = Snapshot.model_validate(document)
+            table = build_table(snapshot, upstreams=self.upstreams, book=self.book, schemas=self.schemas)
+        except (ValidationError, ValueError) as error:
+            logger.error("a snapshot cannot be applied: %s", error)
+            self.channel.send("refused", version=document.get("version", -1), reason=str(error)[:500])
+            return
+        self.service.table = table
+        targets = [
+            target for route in snapshot.routes for target in (route.stable, route.candidate) if target
+        ]
+        self.urls = frozenset(
+            [url for target in targets for url in target.upstreams]
+            + [url for base in snapshot.base_models for url in base.upstreams]
+        )
+        self.book.forget_gone(
+            {(r.alias, t.revision) for r in snapshot.routes for t in (r.stable, r.candidate) if t}
+            | {(base.name, "base") for base in snapshot.base_models}
+        )
+        self.channel.send("applied", version=snapshot.version)
+
+    async def _report_forever(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            self._report()
+
+    def _report(self, *, number: int | None = None) -> None:
+        report = self.book.take_report()
+        desk = self.service.desk
+        feedback = None
+        if desk.changed:
+            feedback = [[*key, count] for key, count in desk.counts.items()]
+            desk.changed = False
+        self.channel.send(
+            "counters",
+            number=number,
+            arms=[arm.model_dump(by_alias=True) for arm in report.arms],
+            samples=[sample.model_dump(by_alias=True) for sample in report.samples],
+            metrics=report.metrics,
+            forgotten=report.forgotten,
+            feedback=feedback,
+            in_flight=self.service.in_flight,
+            mirrors=len(self.service.proxy.mirrors),
+            dropped=self.recorder.dropped,
+        )
+
+    async def _tend_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_TEND_SECONDS)
+            self.upstreams.tend(self.urls)
+            if self.service.api_keys is not None:
+                try:
+                    self.service.api_keys.reload()
+                except (OSError, ValueError) as error:
+                    logger.error("the former API keys stay in force: %s", error)
+
+
+def build_worker(channel: Channel, config: RouterConfig) -> Worker:
+    """Put a worker together. Raises ValueError or OSError for files that cannot be used."""
+    book, schemas = Book(), SchemaCache()
+    office = TicketOffice(
+        tickets.load_key(
+            Path(config.signing_key_file) if config.signing_key_file else None, config.state_folder
+        )
+    )
+    recorder = Recorder(book, schemas)
+    api_keys = None
+    if config.api_keys_file:
+        api_keys = ApiKeys(Path(config.api_keys_file))
+        api_keys.reload()
+    limits = Limits(
+        connect=config.connect_timeout,
+        first_byte=config.first_byte_timeout,
+        silence=config.silence_timeout,
+        total=config.total_timeout,
+    )
+    proxy = Proxy(
+        forwarder=Forwarder(limits, upstream_key=read_secret(config.upstream_api_key_file)),
+        recorder=recorder,
+        book=book,
+        tickets=office,
+        policy=HeaderPolicy(config.forward_headers),
+        max_mirrors=config.max_mirrors,
+    )
+    service = Service(
+        config=config,
+        proxy=proxy,
+        book=book,
+        desk=FeedbackDesk(FeedbackStore(config.state_folder), office),
+        api_keys=api_keys,
+    )
+    return Worker(channel, service, recorder, book, Upstreams(), schemas)
+
+
+async def work(control: socket.socket, listener: socket.socket) -> None:
+    """The life of a worker process."""
+    channel = Channel(*await asyncio.open_connection(sock=control))
+    setup = await channel.receive()
+    if setup is None:
+        return
+    config = RouterConfig.from_json(setup["config"])
+    configure_logging(config)
+    await build_worker(channel, config).run(listener)
+
+
+def configure_logging(config: RouterConfig) -> None:
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(process)d %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    # aiohttp reports malformed requests of clients with a traceback; they got their 400.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    listener = socket.socket(fileno=int(sys.argv[2]))
+    control.setblocking(False)
+    listener.setblocking(False)
+    uvloop.run(work(control, listener))
+
+
+if __name__ == "__main__":
+    main()
