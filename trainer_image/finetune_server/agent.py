@@ -1,0 +1,370 @@
+"""Brings adapters to an engine and says what is really loaded.
+
+The wanted adapters are kept in a file; the engine's own list is the truth. Every second the two are compared: what is
+missing is downloaded, verified, loaded and asked for one token, also after the engine restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from finetune_server import bases, downloads
+from finetune_server.engine_client import EngineClient, EngineError, Facts
+
+LOG = logging.getLogger("finetune_server.agent")
+POLL_SECONDS = 1.0
+PATIENCE = 2  # observations in a row that may fail before the engine counts as gone
+LISTED_SECONDS = 3.0  # an adapter that was loaded must be in the engine's list by then
+
+
+class State(StrEnum):
+    LOADING = "Loading"
+    LOADED = "Loaded"
+    FAILED = "Failed"
+
+
+class Reason(StrEnum):
+    """Why an adapter could not be loaded."""
+
+    DOWNLOAD_FAILED = "DownloadFailed"
+    DIGEST_MISMATCH = "DigestMismatch"
+    INCOMPATIBLE_BASE = "IncompatibleBase"
+    RANK_TOO_LARGE = "RankTooLarge"
+    CAPACITY_FULL = "CapacityFull"
+    LOAD_FAILED = "LoadFailed"
+    PROBE_FAILED = "ProbeFailed"  # the engine said that it is loaded, but it does not answer
+
+
+class Refused(Exception):  # noqa: N818  a decision, not a defect
+    """A load that ended; reason and message go to the status."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Conflict(Exception):  # noqa: N818  as the API reports it
+    """The name belongs to another artifact."""
+
+
+@dataclass
+class Entry:
+    """A wanted adapter."""
+
+    name: str
+    uri: str
+    digest: str
+    state: State = State.LOADING
+    reason: Reason | None = None
+    message: str = ""
+
+    def document(self) -> dict[str, Any]:
+        found = {"name": self.name, "digest": self.digest, "uri": self.uri, "state": self.state}
+        return {**found, "reason": self.reason or "", "message": self.message}
+
+
+@dataclass(frozen=True)
+class Settings:
+    cache: Path
+    state_file: Path | None  # None: nothing is remembered
+    max_loras: int = 0  # 0: what the engine says
+    max_lora_rank: int = 0  # 0: the engine decides
+    base_uri: str | None = None  # the engine's base model; None: the root that the engine tells
+    load_timeout: float = 120.0  # seconds for the engine's call
+    download_timeout: float = 900.0  # seconds
+
+
+class Agent:
+    """The agent of one engine. All methods run on one event loop."""
+
+    def __init__(self, client: EngineClient, settings: Settings) -> None:
+        self.client = client
+        self.settings = settings
+        self._entries: dict[str, Entry] = dict(self._remembered())
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[str] = set()  # names to be unloaded
+        self._facts: Facts | None = None  # None: the engine is not ready
+        self._message = "the engine has not answered yet"
+        self._misses = 0
+        self._engine_lock = asyncio.Lock()  # one load at a time: places are counted before
+        self._wake = asyncio.Event()
+
+    # What callers ask.
+
+    def put(self, name: str, uri: str, digest: str) -> bool:
+        """Wants an adapter. Returns True when it is loaded already. Raises Conflict for another digest."""
+        entry = self._entries.get(name)
+        if entry is not None and entry.digest != digest and entry.state is not State.FAILED:
+            raise Conflict(
+                f"{name} is {entry.state.lower()} with digest {entry.digest}; names are never reused"
+            )
+        if entry is not None and entry.digest == digest and entry.state is not State.FAILED:
+            entry.uri = uri
+            return entry.state is State.LOADED
+        self._entries[name] = Entry(name, uri, digest, message="waiting")
+        self._leaving.discard(name)
+        self._remember()
+        self._wake.set()
+        return False
+
+    def delete(self, name: str) -> bool:
+        """No longer wants an adapter. Returns False when neither agent nor engine knows it."""
+        entry = self._entries.pop(name, None)
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+        if entry is None and (self._facts is None or name not in self._facts.adapters):
+            return False
+        self._leaving.add(name)
+        self._remember()
+        self._wake.set()
+        return True
+
+    async def status(self) -> dict[str, Any]:
+        """Returns the document of GET /agent/v1/status, after a fresh look at the engine."""
+        await self._observe()
+        facts = self._facts
+        names = list(facts.base_models) if facts else []
+        return {
+            "apiVersion": "agent/v1",
+            "engine": {
+                "ready": facts is not None,
+                "instance": facts.instance if facts else "",
+                "baseModel": names[0] if names else "",
+                "baseModels": names,
+                "message": self._message,
+            },
+            "capacity": {
+                "maxLoras": self._max_loras(),
+                "loadedLoras": len(facts.adapters) if facts else 0,
+                "maxLoraRank": self.settings.max_lora_rank,
+            },
+            "adapters": [entry.document() for entry in self._entries.values()],
+        }
+
+    def knows_model(self, name: str) -> bool:
+        facts = self._facts
+        return facts is not None and (name in facts.adapters or name in facts.base_models)
+
+    # The loop.
+
+    async def run(self) -> None:
+        """Reconciles until it is cancelled."""
+        try:
+            while True:
+                self._wake.clear()
+                await self._observe()
+                if self._facts is not None:
+                    await self._unload_leaving()
+                    self._start_loads()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
+        finally:
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _observe(self) -> None:
+        try:
+            facts = await self.client.observe()
+        except (EngineError, KeyError, TypeError) as error:
+            self._misses += 1
+            if self._misses >= PATIENCE or self._facts is None:
+                self._lost(f"{error}")
+            return
+        self._misses = 0
+        if self._facts is not None and facts.instance != self._facts.instance:
+            LOG.info("the engine restarted")
+        self._facts, self._message = facts, ""
+        for entry in self._entries.values():
+            if entry.state is State.LOADED and entry.name not in facts.adapters:
+                LOG.info("adapter %s is gone from the engine; loading it again", entry.name)
+                entry.state, entry.message = State.LOADING, "the engine lost it; loading it again"
+                self._wake.set()
+
+    def _lost(self, message: str) -> None:
+        self._facts, self._message = None, message
+        for entry in self._entries.values():
+            if entry.state is State.LOADED:
+                entry.state, entry.message = State.LOADING, "the engine is not ready"
+
+    async def _unload_leaving(self) -> None:
+        for name in list(self._leaving):
+            try:
+                async with self._engine_lock:
+                    await self.client.unload(name)
+            except EngineError as error:
+                LOG.warning("adapter %s could not be unloaded (%s); trying again", name, error)
+                continue
+            LOG.info("adapter %s unloaded", name)
+            self._leaving.discard(name)
+            wanted = {entry.digest for entry in self._entries.values()}
+            await asyncio.to_thread(downloads.clean, self.settings.cache, wanted=wanted)
+
+    def _start_loads(self) -> None:
+        for name, entry in self._entries.items():
+            if entry.state is State.LOADING and name not in self._tasks:
+                task = asyncio.create_task(self._load(entry), name=f"load {name}")
+                self._tasks[name] = task
+                task.add_done_callback(lambda done, name=name: self._ended(name, done))  # type: ignore[misc]
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(name) is task:
+            del self._tasks[name]
+        if not task.cancelled() and task.exception() is not None:
+            LOG.error("loading %s ended unexpectedly", name, exc_info=task.exception())
+        self._wake.set()
+
+    async def _load(self, entry: Entry) -> None:
+        try:
+            await self._bring(entry)
+        except Refused as refused:
+            entry.state, entry.reason, entry.message = State.FAILED, refused.reason, str(refused)
+            LOG.warning("adapter %s failed: %s: %s", entry.name, refused.reason, refused)
+        else:
+            LOG.info("adapter %s loaded and probed", entry.name)
+
+    async def _bring(self, entry: Entry) -> None:
+        """Downloads, verifies, loads and probes. Raises Refused, which says what was wrong."""
+        self._check_capacity(entry)
+        entry.message = "downloading"
+        artifact = await self._fetch(entry)
+        warning = await self._check_fit(artifact)
+        async with self._engine_lock:
+            self._check_capacity(entry)  # another one may have come first
+            entry.message = "loading"
+            try:
+                await self._load_into_engine(entry, artifact.folder)
+                await self._probe(entry.name)
+            except Refused:
+                with contextlib.suppress(EngineError):  # it must not stay half loaded
+                    await self.client.unload(entry.name)
+                raise
+        entry.state, entry.reason, entry.message = State.LOADED, None, warning
+
+    async def _fetch(self, entry: Entry) -> downloads.Artifact:
+        try:
+            async with asyncio.timeout(self.settings.download_timeout):
+                return await asyncio.to_thread(downloads.fetch, entry.uri, entry.digest, self.settings.cache)
+        except TimeoutError:
+            seconds = self.settings.download_timeout
+            raise Refused(Reason.DOWNLOAD_FAILED, f"{entry.uri} was not read within {seconds:g} s") from None
+        except downloads.DownloadFailed as error:
+            raise Refused(Reason.DOWNLOAD_FAILED, str(error)) from error
+        except downloads.DigestMismatch as error:
+            raise Refused(Reason.DIGEST_MISMATCH, str(error)) from error
+        except downloads.NotServable as error:
+            raise Refused(Reason.LOAD_FAILED, str(error)) from error
+
+    async def _check_fit(self, artifact: downloads.Artifact) -> str:
+        """Returns what could not be checked; empty when all could. Raises Refused."""
+        rank, limit = artifact.manifest.get("rank"), self.settings.max_lora_rank
+        if limit and isinstance(rank, int) and rank > limit:
+            raise Refused(
+                Reason.RANK_TOO_LARGE,
+                f"the adapter has rank {rank}, the engine takes {limit}; raise --max-lora-rank or train smaller",
+            )
+        root = self.settings.base_uri or (self._facts.root if self._facts else None)
+        verdict = await asyncio.to_thread(bases.compare, artifact.manifest, root)
+        if verdict.match is bases.Match.DIFFERENT:
+            raise Refused(Reason.INCOMPATIBLE_BASE, verdict.message)
+        return verdict.message if verdict.match is bases.Match.UNKNOWN else ""
+
+    def _max_loras(self) -> int:
+        return self.settings.max_loras or (self._facts.max_loras if self._facts else None) or 0
+
+    def _check_capacity(self, entry: Entry) -> None:
+        limit = self._max_loras()
+        loaded = [
+            one.name for one in self._entries.values() if one.state is State.LOADED and one is not entry
+        ]
+        if limit and len(loaded) >= limit:
+            raise Refused(
+                Reason.CAPACITY_FULL,
+                f"all {limit} places for adapters are taken ({', '.join(loaded)}); "
+                "delete one, or raise --max-loras",
+            )
+
+    async def _load_into_engine(self, entry: Entry, folder: Path) -> None:
+        facts = self._facts
+        path = str(folder)
+        if facts is not None and facts.adapters.get(entry.name) == path:
+            return  # loaded from these very files before this process began
+        seconds = self.settings.load_timeout
+        await self._call(lambda: self._replace(entry.name, path, seconds=seconds), Reason.LOAD_FAILED)
+
+    async def _replace(self, name: str, path: str, *, seconds: float) -> None:
+        try:
+            await self.client.load(name, path, seconds=seconds)
+        except EngineError as error:
+            if "already been loaded" not in str(error):
+                raise
+            await self.client.unload(name)  # by somebody else, from who knows where
+            await self.client.load(name, path, seconds=seconds)
+
+    async def _probe(self, name: str) -> None:
+        """Believes the engine's list and one token, not the answer to the load call."""
+        deadline = asyncio.get_running_loop().time() + LISTED_SECONDS
+        while True:
+            facts: Facts = await self._call(self.client.observe, Reason.PROBE_FAILED)
+            if name in facts.adapters:
+                break
+            if asyncio.get_running_loop().time() > deadline:
+                raise Refused(
+                    Reason.PROBE_FAILED, "the engine said that it is loaded, but /v1/models does not list it"
+                )
+            await asyncio.sleep(0.1)
+        await self._call(lambda: self.client.probe(name), Reason.PROBE_FAILED)
+        self._facts = facts
+
+    async def _call(self, call: Callable[[], Awaitable[Any]], otherwise: Reason) -> Any:
+        try:
+            return await call()
+        except EngineError as error:
+            raise Refused(_reason_of(error, otherwise), str(error)) from error
+
+    # The file of wanted adapters.
+
+    def _remembered(self) -> list[tuple[str, Entry]]:
+        file = self.settings.state_file
+        if file is None or not file.is_file():
+            return []
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))["adapters"]
+            return [(row["name"], Entry(row["name"], row["uri"], row["digest"])) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            LOG.warning("%s cannot be read (%s); beginning without it", file, error)
+            return []
+
+    def _remember(self) -> None:
+        file = self.settings.state_file
+        if file is None:
+            return
+        rows = [
+            {"name": entry.name, "uri": entry.uri, "digest": entry.digest} for entry in self._entries.values()
+        ]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps({"adapters": rows}), encoding="utf-8")
+        part.replace(file)
+
+
+def _reason_of(error: EngineError, otherwise: Reason) -> Reason:
+    """Reads our engine's error types, and vLLM's messages, which have no types of their own."""
+    text = str(error).lower()
+    if error.kind == "LoRACapacityError":
+        return Reason.CAPACITY_FULL
+    if error.kind == "RankTooLarge" or "max_lora_rank" in text:
+        return Reason.RANK_TOO_LARGE
+    if error.kind == "WrongBase" or "size mismatch" in text or "expected target modules" in text:
+        return Reason.INCOMPATIBLE_BASE
+    return otherwise

@@ -1,0 +1,134 @@
+"""Adapters into the cache folder: only what the manifest lists, and only when it is what the manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from finetune_trainer import storage
+from finetune_trainer.artifacts import MANIFEST
+from finetune_trainer.failures import TrainerError
+
+SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".md", ".txt", ".model", ".tiktoken")
+MAX_BYTES = 16 << 30  # of one adapter; a wrong URI must not fill the disk
+KEPT = 8  # folders of adapters that nobody wants any more: a rollback finds them here
+
+
+class DownloadFailed(Exception):  # noqa: N818  as the status names it
+    """The artifact could not be read."""
+
+
+class DigestMismatch(Exception):  # noqa: N818  as the status names it
+    """The artifact is not the one that was asked for, or a file is not what the manifest says."""
+
+
+class NotServable(Exception):  # noqa: N818  as the status names it
+    """The artifact is whole, but no adapter of safetensors."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified copy of an artifact."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def fetch(uri: str, digest: str, cache: Path) -> Artifact:
+    """Returns a verified local copy of the artifact with this digest; an old copy is verified again.
+
+    Raises DownloadFailed, DigestMismatch or NotServable.
+    """
+    target = cache / digest.removeprefix("sha256:")
+    if target.is_dir():
+        try:
+            manifest = _check_copy(target, digest)
+        except (DigestMismatch, OSError, ValueError):
+            shutil.rmtree(target)  # damaged: take it anew
+        else:
+            target.touch()
+            return Artifact(target, manifest)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as name:
+        part = Path(name) / "artifact"
+        part.mkdir()
+        try:
+            manifest = _download(storage.open_folder(uri), digest, part)
+        except FileNotFoundError as error:
+            raise DownloadFailed(f"{uri}: {error.filename or error} does not exist") from error
+        except (OSError, TrainerError) as error:
+            raise DownloadFailed(f"{uri} cannot be read: {storage.describe_error(error)}") from error
+        except DigestMismatch as error:
+            raise DigestMismatch(f"{uri}: {error}") from None
+        part.replace(target)
+    return Artifact(target, manifest)
+
+
+def _download(folder: storage.Folder, digest: str, part: Path) -> dict[str, Any]:
+    content = folder.read(MANIFEST)
+    if content is None:
+        raise DownloadFailed(f"{folder.uri} holds no {MANIFEST}: nothing was committed there")
+    files, manifest = _read_manifest(content, digest)
+    for name, sha256 in files.items():
+        target = part / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        found = hashlib.sha256()
+        with target.open("wb") as writer:
+            for chunk in folder.chunks(name):
+                found.update(chunk)
+                writer.write(chunk)
+        if found.hexdigest() != sha256:
+            raise DigestMismatch(f"{name} differs from {MANIFEST} (SHA-256); publish the artifact again")
+    (part / MANIFEST).write_bytes(content)
+    return manifest
+
+
+def _check_copy(folder: Path, digest: str) -> dict[str, Any]:
+    files, manifest = _read_manifest((folder / MANIFEST).read_bytes(), digest)
+    for name, sha256 in files.items():
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise DigestMismatch(f"{name} differs from {MANIFEST}")
+    return manifest
+
+
+def _read_manifest(content: bytes, digest: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the files (name -> SHA-256) and the manifest. Raises DigestMismatch or NotServable."""
+    found = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    if found != digest:
+        raise DigestMismatch(f"{MANIFEST} has digest {found}, but {digest} was asked for")
+    try:
+        manifest = json.loads(content)
+        files = {str(file["path"]): str(file["sha256"]) for file in manifest["files"]}
+        size = sum(int(file["size"]) for file in manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotServable(f"{MANIFEST} is not one of ours ({type(error).__name__})") from error
+    if size > MAX_BYTES:
+        raise NotServable(f"the artifact has {size} bytes; adapters may have {MAX_BYTES}")
+    for name in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise NotServable(f"{MANIFEST} lists {name!r}, which is outside the artifact")
+        if path.suffix not in SAFE_SUFFIXES:
+            raise NotServable(f"{name} may carry code; adapters are safetensors and plain text")
+    if "adapter_config.json" not in files:
+        raise NotServable(
+            f"the artifact (method {manifest.get('method')}) is no adapter: it has no adapter_config.json"
+        )
+    return files, manifest
+
+
+def clean(cache: Path, *, wanted: set[str]) -> None:
+    """Removes copies that nobody wants, but the last few. `wanted` are digests."""
+    names = {digest.removeprefix("sha256:") for digest in wanted}
+    if not cache.is_dir():
+        return
+    spare = [path for path in cache.iterdir() if path.name not in names and not path.name.startswith(".")]
+    spare.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in spare[KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)

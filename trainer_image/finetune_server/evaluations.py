@@ -1,0 +1,201 @@
+"""Golden rows through an engine, as users would ask, and the share of right answers."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from finetune_server.engine_client import EngineClient, EngineError
+from finetune_trainer import storage
+from finetune_trainer.failures import TrainerError
+
+LOG = logging.getLogger("finetune_server.evaluations")
+CONCURRENCY = 4  # questions at once: an evaluation runs beside users' requests
+ANSWER_SECONDS = 300.0
+KEPT = 64  # evaluations that are remembered
+
+
+class Scorer(StrEnum):
+    EXACT_MATCH = "ExactMatch"  # the answer is the reference, apart from blanks around it
+    JSON_VALID = "JsonValid"  # the answer is JSON; with fields: an object that has them
+    JSON_FIELDS = "JsonFields"  # the named fields of both JSON objects are equal
+    CONTAINS = "Contains"  # the reference is part of the answer
+
+
+class State(StrEnum):
+    RUNNING = "Running"
+    DONE = "Done"
+    FAILED = "Failed"
+
+
+class BadRows(Exception):  # noqa: N818  a user's mistake
+    """The data cannot be used; the message names the line."""
+
+
+@dataclass(frozen=True)
+class Task:
+    identity: str
+    models: tuple[str, ...]
+    dataset: str  # URI of a JSONL file
+    scorer: Scorer
+    fields: tuple[str, ...]
+    max_rows: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Row:
+    question: list[dict[str, Any]] | str  # messages before the reference, or a prompt
+    reference: str
+
+
+@dataclass
+class Evaluation:
+    task: Task
+    state: State = State.RUNNING
+    message: str = ""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "id": self.task.identity,
+            "state": self.state,
+            "message": self.message,
+            "scores": self.scores,
+        }
+
+
+class Evaluations:
+    """Running and finished evaluations of one agent."""
+
+    def __init__(self, client: EngineClient, *, knows_model: Callable[[str], bool]) -> None:
+        self._client = client
+        self._knows_model = knows_model
+        self._all: dict[str, Evaluation] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._gate = asyncio.Semaphore(CONCURRENCY)
+
+    def start(self, task: Task) -> Evaluation:
+        """Starts an evaluation; one with the same id that runs or is done is returned as it is."""
+        known = self._all.get(task.identity)
+        if known is not None and known.state is not State.FAILED:
+            return known
+        evaluation = self._all[task.identity] = Evaluation(task)
+        for old in list(self._all)[:-KEPT]:
+            if self._all[old].state is not State.RUNNING:
+                del self._all[old]
+        running = asyncio.create_task(self._run(evaluation), name=f"evaluation {task.identity}")
+        self._tasks.add(running)
+        running.add_done_callback(self._tasks.discard)
+        return evaluation
+
+    def find(self, identity: str) -> Evaluation | None:
+        return self._all.get(identity)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, evaluation: Evaluation) -> None:
+        task = evaluation.task
+        try:
+            rows = await asyncio.to_thread(read_rows, task.dataset, limit=task.max_rows)
+            missing = [name for name in task.models if not self._knows_model(name)]
+            if missing:
+                raise EngineError(f"the engine does not serve {', '.join(missing)}")
+            for model in task.models:
+                hits = await asyncio.gather(*(self._ask(model, row, task) for row in rows))
+                evaluation.scores[model] = {"score": sum(hits) / len(rows), "rows": len(rows)}
+        except (BadRows, EngineError, KeyError) as error:
+            evaluation.state, evaluation.message = State.FAILED, str(error)
+            LOG.warning("evaluation %s failed: %s", task.identity, error)
+        else:
+            evaluation.state = State.DONE
+
+    async def _ask(self, model: str, row: Row, task: Task) -> bool:
+        async with self._gate:
+            answer = await self._client.ask(
+                model, row.question, max_tokens=task.max_tokens, seconds=ANSWER_SECONDS
+            )
+        return is_right(answer, row.reference, task.scorer, task.fields)
+
+
+def read_rows(uri: str, *, limit: int) -> list[Row]:
+    """Returns the first rows of a JSONL file. Raises BadRows, which names the line."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="finetune-rows-") as work:
+            path = storage.local_path(uri) or storage.fetch_file(uri, Path(work))
+            content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        lines = content.decode("utf-8").splitlines()
+    except (OSError, ValueError, TrainerError) as error:
+        raise BadRows(f"{uri} cannot be read: {storage.describe_error(error)}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise BadRows(f"{uri} holds no rows")
+    return [_parse_row(line, where=f"{uri} line {number}") for number, line in numbered[:limit]]
+
+
+def _parse_row(line: str, *, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise BadRows(f"{where} is not JSON") from None
+    if not isinstance(row, dict):
+        raise BadRows(f"{where} is not a JSON object")
+    if isinstance(row.get("messages"), list):
+        turns = row["messages"]
+        last = turns[-1] if turns else None
+        if not isinstance(last, dict) or last.get("role") != "assistant" or len(turns) < 2:
+            raise BadRows(f"{where}: the last of the messages must be the assistant's, after a question")
+        return Row(turns[:-1], str(last.get("content") or ""))
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        # A question to a chat model, as training reads such rows when the model has a chat template.
+        return Row([{"role": "user", "content": prompt}], completion)
+    raise BadRows(f"{where} has neither messages nor prompt and completion")
+
+
+def is_right(answer: str, reference: str, scorer: Scorer, fields: tuple[str, ...]) -> bool:
+    """Says whether an answer is right."""
+    match scorer:
+        case Scorer.EXACT_MATCH:
+            return answer.strip() == reference.strip()
+        case Scorer.CONTAINS:
+            return reference.strip() in answer
+        case Scorer.JSON_VALID:
+            found = _parse(answer)
+            return found is not _INVALID and (
+                not fields or (isinstance(found, dict) and all(name in found for name in fields))
+            )
+        case Scorer.JSON_FIELDS:
+            found, right = _parse(answer), _parse(reference)
+            return (
+                isinstance(found, dict)
+                and isinstance(right, dict)
+                and all(name in found and name in right and found[name] == right[name] for name in fields)
+            )
+
+
+_INVALID = object()
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return _INVALID
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,29 @@
+"""Serving aiohttp applications, and the secrets that guard them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from aiohttp import web
+
+DRAIN_SECONDS = 30.0  # for running answers after SIGTERM; Kubernetes' own default
+
+
+@contextlib.asynccontextmanager
+async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[tuple[str, int]]:
+    """Serves an application; gives its address. Handlers of clients that went away are cancelled."""
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_SECONDS)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, backlog=1024).start()
+        address = runner.addresses[0]
+        yield str(address[0]), int(address[1])
+    finally:
+        await runner.cleanup()
+
+
+def read_secret(path: Path | None) -> str | None:
+    """Returns the content of a secret's file without the white space around it; None without a file."""
+    return None if path is None else path.read_text(encoding="utf-8").strip()

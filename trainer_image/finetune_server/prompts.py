@@ -1,0 +1,62 @@
+"""Messages and texts to tokens, as the model was taught to read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+
+from finetune_server.errors import BadRequest
+from finetune_server.wire import ChatRequest, CompletionRequest
+
+
+def encode_chat(request: ChatRequest, tokenizer: Any, *, template: str | None) -> list[int]:
+    """Returns the prompt's tokens. `template` is the adapter's own. Raises BadRequest, which names the field."""
+    if template is None and tokenizer.chat_template is None:
+        raise BadRequest(
+            "messages: the model has no chat template; use /v1/completions, or train with model.chatTemplate",
+            "messages",
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [message.render() for message in request.messages],
+            tokenize=False,
+            chat_template=template,
+            add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+            continue_final_message=request.continue_final_message,
+            **(request.chat_template_kwargs or {}),
+        )
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        raise BadRequest(
+            f"messages: the chat template refuses them ({type(error).__name__}: {error})", "messages"
+        ) from None
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary: int) -> list[list[int]]:
+    """Returns the tokens of every prompt. Raises BadRequest, which names the field."""
+    found = []
+    for prompt in request.prompts():
+        if isinstance(prompt, str):
+            tokens = tokenizer(prompt, add_special_tokens=request.add_special_tokens)["input_ids"]
+        else:
+            tokens = prompt
+            if not all(0 <= token < vocabulary for token in tokens):
+                raise BadRequest(f"prompt: tokens must be from 0 to {vocabulary - 1}", "prompt")
+        if not tokens:
+            raise BadRequest("prompt: it is empty; send at least one token", "prompt")
+        found.append([int(token) for token in tokens])
+    return found
+
+
+def check_length(tokens: int, *, asked: int | None, longest: int, default: int | None) -> int:
+    """Returns how many tokens may be generated. Raises BadRequest when prompt and answer do not fit the model."""
+    if tokens >= longest or (asked is not None and tokens + asked > longest):
+        wanted = f"{asked} output tokens and " if asked is not None else ""
+        raise BadRequest(
+            f"This model's maximum context length is {longest} tokens. However, you requested {wanted}"
+            f"your prompt contains {tokens} input tokens. Please reduce the length of the prompt"
+            f"{' or the number of requested output tokens' if asked is not None else ''}."
+        )
+    room = longest - tokens
+    return asked if asked is not None else min(room, default or room)

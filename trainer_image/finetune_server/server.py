@@ -1,0 +1,104 @@
+"""The engine's process: model in, two ports out, and an orderly end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from finetune_server import agent_app, models
+from finetune_server.api import Api
+from finetune_server.engine import Engine, Limits
+from finetune_server.ports import listen, read_secret
+from finetune_server.telemetry import Telemetry
+from finetune_trainer.failures import EXIT_CODES, TrainerError
+
+ANY = ("0.0.0.0", "::", "")  # noqa: S104  compared, not bound
+LOG = logging.getLogger("finetune_server")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until SIGTERM or SIGINT. Returns the exit code: 0, or that of the error's class."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        asyncio.run(_serve(options))
+    except TrainerError as error:
+        print(f"{error.error_class}: {error}", file=sys.stderr)
+        return EXIT_CODES[error.error_class]
+    return 0
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    torch.set_num_threads(options.threads or count_cores())
+    api_key = read_secret(options.api_key_file)
+    engine, names = await asyncio.to_thread(build_engine, options)
+    api = Api(engine, names=names, api_key=api_key)
+    async with contextlib.AsyncExitStack() as stack:
+        engine.start()
+        stack.push_async_callback(asyncio.to_thread, engine.stop)
+        address = await stack.enter_async_context(listen(api.application(), options.host, options.port))
+        LOG.info("serving %s on %s:%d", ", ".join(names), *address)
+        if options.agent_port:
+            await stack.enter_async_context(_agent_beside(engine, address[1], options))
+        await stop.wait()
+        api.draining = True
+        LOG.info("draining")
+
+
+def _agent_beside(
+    engine: Engine, port: int, options: argparse.Namespace
+) -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
+    host = "127.0.0.1" if options.host in ANY else options.host
+    return agent_app.serve(
+        engine_url=f"http://{host}:{port}",
+        api_key=read_secret(options.api_key_file),
+        settings=agent_app.build_settings(
+            options,
+            max_loras=options.max_loras,
+            max_lora_rank=options.max_lora_rank,
+            base_uri=engine.base.uri,
+        ),
+        token_file=options.agent_token_file,
+        host=options.host,
+        port=options.agent_port,
+    )
+
+
+def build_engine(options: argparse.Namespace) -> tuple[Engine, list[str]]:
+    """Loads the model; returns the engine, not yet started, and the served names of the base model."""
+    uri = models.to_uri(options.model)
+    path = models.find_model(uri)
+    base = models.load_base(
+        path, uri=uri, device=options.device, dtype=options.dtype, max_length=options.max_model_len
+    )
+    names = options.served_model_name or [Path(uri.rstrip("/")).name]
+    limits = Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_loras=options.max_loras,
+        max_lora_rank=options.max_lora_rank,
+        max_queue=options.max_queue,
+        cache_tokens=max(base.max_length, options.kv_cache_tokens or max(16384, 4 * base.max_length)),
+    )
+    engine = Engine(base, limits, Telemetry(names[0]))
+    engine.registry.set_base_names(frozenset(names))
+    return engine, names
+
+
+def count_cores() -> int:
+    """Returns the cores that this process may use, a container's CPU limit included."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no limit
+    return cores

@@ -1,0 +1,190 @@
+"""What clients may send: OpenAI's fields, vLLM's additions, and a clear no to what would be ignored otherwise.
+
+https://platform.openai.com/docs/api-reference/chat, https://docs.vllm.ai/en/stable/serving/openai_compatible_server/
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finetune_server.errors import BadRequest
+from finetune_server.sampling import MAX_LOGPROBS, Sampling
+
+MAX_STOPS = 16
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+# Fields that change the answer and that this engine does not have: their neutral values are accepted.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "logit_bias": (None, {}),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "repetition_penalty": (None, 1),
+    "use_beam_search": (None, False),
+    "prompt_logprobs": (None,),
+    "prompt_embeds": (None,),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "min_tokens": (None, 0),
+    "logits_processors": (None, []),
+    "audio": (None,),
+}
+
+
+class Request(BaseModel):
+    """Fields of both APIs. Unknown ones are ignored, as vLLM does."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, *, max_tokens: int, defaults: dict[str, Any], logprobs: int | None) -> Sampling:
+        """Returns the settings of generation; `defaults` are the model's own."""
+
+        def pick(name: str, otherwise: float) -> float:
+            value = getattr(self, name)
+            return float(defaults.get(name, otherwise) if value is None else value)
+
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=pick("temperature", 1.0),
+            top_p=pick("top_p", 1.0),
+            top_k=max(0, int(pick("top_k", 0))),
+            min_p=pick("min_p", 0.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=tuple(stops),
+            stop_token_ids=frozenset(self.stop_token_ids or []),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: str
+    text: str = ""
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")  # templates may read more than role and content
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def render(self) -> dict[str, Any]:
+        """Returns the message with its content as one text. Raises BadRequest for images and the like."""
+        content = self.content
+        if isinstance(content, list):
+            other = next((part.type for part in content if part.type != "text"), None)
+            if other is not None:
+                raise BadRequest(
+                    f"messages: content of type {other!r} is not supported; send text", "messages"
+                )
+            content = "\n".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+
+
+class ChatRequest(Request):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def logprob_count(self) -> int | None:
+        """Returns how many alternatives to tell per token; None: no log-probabilities. Raises BadRequest."""
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Request):
+    prompt: (
+        str
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True
+
+    def prompts(self) -> list[Any]:
+        """Returns the prompts, each a text or a list of tokens; each gets one answer."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+T = TypeVar("T", bound=Request)
+
+
+def parse(content: bytes, kind: type[T]) -> T:
+    """Returns the request. Raises BadRequest, which names the field and never repeats what the client sent."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not valid JSON") from None
+    if not isinstance(document, dict):
+        raise BadRequest("the body is not a JSON object")
+    for name, neutral in _REFUSED.items():
+        if document.get(name) not in neutral:
+            raise BadRequest(_describe_refused(name), name)
+    response_format = document.get("response_format")
+    if response_format is not None and response_format != {"type": "text"}:
+        raise BadRequest(_describe_refused("response_format"), "response_format")
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BadRequest(f"{place}: {first['msg']}", str(first["loc"][0]) if first["loc"] else None) from None
+
+
+def _describe_refused(name: str) -> str:
+    if name in ("n", "best_of"):
+        return f"{name}: this engine gives one choice per request; leave it out, or send several requests"
+    return f"{name}: this engine does not have it; leave it out, or use vLLM"
