@@ -43,9 +43,15 @@ def up(
         Path | None,
         typer.Option(help="Folder with the CRDs of finetune.dev; default: those of this version."),
     ] = None,
+    engine_model: Annotated[
+        str | None,
+        typer.Option(help="Base model of the engine: a folder, a URI, or a name in the cache of models."),
+    ] = None,
     only: Annotated[
         str,
-        typer.Option(help="Comma list of parts to start; `control-plane` stands for the Kubernetes ones."),
+        typer.Option(
+            help="Comma list of parts to start; `control-plane`, `training` and `serving` stand for several."
+        ),
     ] = "",
     without: Annotated[str, typer.Option(help="Comma list of parts to leave out.")] = "",
 ) -> None:
@@ -57,14 +63,17 @@ def up(
     for option, folder in (("--files", files), ("--crds", crds)):
         if folder is not None and not folder.is_dir():
             raise typer.BadParameter(f"{folder} is not a folder", param_hint=option)
-    cluster = _cluster(state, files=files, crds=crds)
+    cluster = _cluster(state, files=files, crds=crds, engine_model=engine_model)
+    chosen = _choose(only, without)
     with _told(), console.status("starting") as spinner:
         cluster.up(
-            _choose(only, without),
+            chosen,
             report=lambda line: console.print(f"  {line}", markup=False),
             detail=lambda line: spinner.update(line),
         )
     console.print(f"The cluster is ready ({time.monotonic() - began:.0f} s).")
+    if "router" in chosen:
+        console.print(f"OpenAI base URL: http://127.0.0.1:{cluster.ports['router']}/v1", soft_wrap=True)
     console.print(f"export KUBECONFIG={cluster.kubeconfig}", soft_wrap=True)
     folder = _own_kubectl_folder(lambda line: console.print(f"  {line}", markup=False))
     if folder is not None:
@@ -177,7 +186,13 @@ def _print_new(path: Path, position: int, prefix: str) -> int:
     return position + end
 
 
-def _cluster(state: Path | None, *, files: Path | None = None, crds: Path | None = None) -> Cluster:
+def _cluster(
+    state: Path | None,
+    *,
+    files: Path | None = None,
+    crds: Path | None = None,
+    engine_model: str | None = None,
+) -> Cluster:
     try:
         from finetune_local import cluster, layouts
     except ImportError as error:
@@ -187,13 +202,19 @@ def _cluster(state: Path | None, *, files: Path | None = None, crds: Path | None
             err=True,
         )
         raise typer.Exit(1) from error
-    return cluster.Cluster(state or layouts.default_state_folder(), files=files, crds=crds)
+    return cluster.Cluster(
+        state or layouts.default_state_folder(), files=files, crds=crds, engine_model=engine_model
+    )
 
 
 def _choose(only: str, without: str) -> list[str]:
     from finetune_local import parts
 
-    groups = {"control-plane": parts.CONTROL_PLANE}
+    groups = {
+        "control-plane": parts.CONTROL_PLANE,
+        "training": parts.TRAINING,
+        "serving": parts.SERVING,
+    }
 
     def expand(text: str, option: str) -> set[str]:
         names: set[str] = set()

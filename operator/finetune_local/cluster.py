@@ -31,14 +31,15 @@ from finetune_local import (
     parts,
     ports,
     processes,
+    serving,
     starters,
 )
 
 Report = Callable[[str], None]
 # Stopped from the outside in: nobody is left who would log that its server is gone.
 STOP_ORDER = (
-    ("operator", "kuberay", "ray-gateway"),
-    ("ray", "kwok"),
+    ("operator", "kuberay", "ray-gateway", "router"),
+    ("ray", "kwok", "engine"),
     ("kube-controller-manager", "kube-scheduler"),
     ("kube-apiserver",),
     ("etcd",),
@@ -68,7 +69,8 @@ class Cluster:
     """A laptop cluster in a state folder. Several may run side by side in folders of their own.
 
     `crds` is a folder with our own CRDs (default: they are made from the models). `files` is the folder behind
-    the claim `files` in namespace default (default: as at the last `up`, first the current folder).
+    the claim `files` in namespace default (default: as at the last `up`, first the current folder). `engine_model` is
+    the engine's base model: a folder, a URI, or a name in the cache (default: as at the last `up`, first SmolLM2).
     `operator_environment` is added to the operator's environment.
     """
 
@@ -78,12 +80,14 @@ class Cluster:
         *,
         crds: Path | None = None,
         files: Path | None = None,
+        engine_model: str | None = None,
         sources: binaries.Sources | None = None,
         operator_environment: Mapping[str, str] | None = None,
     ) -> None:
         self.layout = layouts.Layout(state.expanduser().absolute())
         self._crds = crds
         self._files = files
+        self._engine_model = engine_model
         self._sources = sources or binaries.Sources.from_environment()
         self._operator_environment = dict(operator_environment or {})
 
@@ -127,8 +131,10 @@ class Cluster:
                 programs=found.programs,
                 ray_parameters=commands.ray_parameters(),
                 operator_environment=self._operator_environment,
+                engine_model=instance.engine_model or serving.DEFAULT_MODEL,
             )
             certificates.ensure(self.layout.pki)
+            serving.ensure_tokens(self.layout)
             self._write_kubeconfigs(setting)
             graphs.run_all(self._tasks(setting, wanted, found, Path(instance.files or "."), report))
 
@@ -165,6 +171,7 @@ class Cluster:
             programs={},
             ray_parameters={},
             operator_environment={},
+            engine_model="",
         )
         with concurrent.futures.ThreadPoolExecutor(max_workers=len(parts.ALL)) as pool:
             return list(pool.map(lambda name: self._status_of(name, setting), parts.ALL))
@@ -214,6 +221,8 @@ class Cluster:
         instance.wanted = [name for name in parts.ALL if name in {*instance.wanted, *wanted}]
         files = self._files or (Path(instance.files) if instance.files else Path.cwd())
         instance.files = str(files.expanduser().absolute())
+        if self._engine_model is not None:
+            instance.engine_model = serving.find_model(self._engine_model)
         instance.save(self.layout.instance)
 
     def _is_alive(self, name: str) -> bool:
@@ -238,13 +247,17 @@ class Cluster:
             return lambda stop: starters.Starter(setting, report).ensure(parts.PARTS[name], stop)
 
         tasks = [graphs.Task(name, parts.PARTS[name].needs, start(name)) for name in wanted]
-        if "kube-apiserver" not in wanted:
-            return tasks
         volumes = {
             "files": files,
             "models": layouts.cache_folder().absolute() / "models",
             "artifacts": self.layout.artifacts,
         }
+        serving.link_volumes(self.layout, volumes)
+        if "engine" in wanted:
+            model = setting.engine_model
+            tasks.append(graphs.Task("engine-model", (), lambda stop: serving.prepare_model(model, report)))
+        if "kube-apiserver" not in wanted:
+            return tasks
         ray_crds = found.crds if "kuberay" in wanted else None
         steps = contents.tasks(
             setting.client(), self.layout, volumes=volumes, crds=self._crds, ray_crds=ray_crds

@@ -31,6 +31,7 @@ class Setting:
     programs: Mapping[str, Path]
     ray_parameters: Mapping[str, int]
     operator_environment: Mapping[str, str]
+    engine_model: str
 
     @property
     def server(self) -> str:
@@ -190,7 +191,6 @@ def operator_environment(setting: Setting) -> dict[str, str]:
         "FINETUNE_METRICS_PORT": str(numbers["operator-metrics"]),
         "FINETUNE_TERMINATION_GRACE_SECONDS": "5",
         "FINETUNE_LOG_FORMAT": "plain",
-        **setting.operator_environment,
     }
 
 

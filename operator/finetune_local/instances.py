@@ -13,13 +13,14 @@ from finetune_local import errors, layouts
 @dataclasses.dataclass
 class Instance:
     """`identity` marks its processes; `wanted` are the parts that `up` was asked for; `files` is the folder behind
-    the claim of that name.
+    the claim of that name; `engine_model` is the URI of the engine's base model.
     """
 
     identity: str
     ports: dict[str, int]
     wanted: list[str]
     files: str | None = None
+    engine_model: str | None = None
 
     @classmethod
     def load(cls, path: Path) -> Instance:

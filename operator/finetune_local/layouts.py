@@ -43,6 +43,18 @@ class Layout:
         return self.root / "artifacts"
 
     @property
+    def router(self) -> Path:
+        return self.root / "router"
+
+    @property
+    def engine(self) -> Path:
+        return self.root / "engine"
+
+    @property
+    def volumes(self) -> Path:
+        return self.engine / "volumes"
+
+    @property
     def instance(self) -> Path:
         return self.root / "instance.json"
 
@@ -53,12 +65,18 @@ class Layout:
     def log(self, part: str) -> Path:
         return self.logs / f"{part}.log"
 
+    def token(self, name: str) -> Path:
+        return self.pki / f"{name}.token"
+
     def user_kubeconfig(self, user: str) -> Path:
         return self.pki / f"{user}.kubeconfig"
 
     def create(self) -> None:
         """Make all folders, private to the user: keys and Secrets of jobs lie in them."""
-        for folder in (self.root, self.pki, self.logs, self.run, self.etcd, self.pods, self.artifacts):
+        for folder in (
+            self.root, self.pki, self.logs, self.run, self.etcd, self.pods, self.artifacts,
+            self.router, self.engine, self.volumes,
+        ):  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.root.chmod(0o700)
 

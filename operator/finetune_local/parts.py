@@ -10,17 +10,20 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_local import commands, kubeapi, objects, ports
+from finetune_local import commands, kubeapi, objects, ports, serving
 from finetune_local.commands import Setting
 
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
-ALL = (*CONTROL_PLANE, "ray", "ray-gateway", "kuberay", "operator")
+TRAINING = (*CONTROL_PLANE, "ray", "ray-gateway", "kuberay", "operator")
+SERVING = ("router", "engine")
+ALL = (*TRAINING, *SERVING)
 # Names of the ports; a part's own ports carry its name as prefix.
 PORTS = (
     "etcd", "etcd-peer", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok",
     "ray", "ray-dashboard", "ray-agent", "ray-agent-grpc", "ray-runtime-env", "ray-node-manager",
     "ray-object-manager", "ray-client", "ray-metrics",
     "ray-gateway", "kuberay-metrics", "kuberay-health", "operator-status", "operator-metrics",
+    "router", "router-admin", "engine", "engine-agent",
 )  # fmt: skip
 # The port to show where a part has several.
 MAIN_PORTS = {"kuberay": "kuberay-metrics", "operator": "operator-status", "ray": "ray-dashboard"}
@@ -38,6 +41,7 @@ class Part:
     package: str | None = None  # of ours, whose changed code is a reason to restart
     seconds: float = 60.0  # within which it must be ready
     grace: float = 10.0  # seconds from SIGTERM to SIGKILL
+    nice: int = 0  # how far it stands back when the cores do not suffice, 0 to 19
 
 
 def _answers(url: str) -> bool:
@@ -134,8 +138,24 @@ PARTS: dict[str, Part] = {
             ("crds", "identities"),
             commands.operator,
             _plain("operator-metrics", "/healthz"),
-            commands.operator_environment,
+            lambda setting: {
+                **commands.operator_environment(setting),
+                **serving.operator_environment(setting),
+                **setting.operator_environment,
+            },
             package="finetune_operator",
+        ),
+        Part("router", (), serving.router, _plain("router-admin", "/healthz"), package="finetune_router"),
+        Part(
+            "engine",
+            ("engine-model",),
+            serving.engine,
+            _plain("engine", "/health"),
+            serving.engine_environment,
+            package="finetune_server",
+            seconds=180,
+            # A training is what a user waits for; a demo's requests come one at a time.
+            nice=5,
         ),
     )
 }
@@ -143,8 +163,8 @@ PARTS: dict[str, Part] = {
 
 def programs_of(names: tuple[str, ...]) -> list[str]:
     """Names of the native programs that these parts need."""
-    needed = {"kuberay": "kuberay-operator", "ray": "", "ray-gateway": "", "operator": ""}
-    return [program for name in names if (program := needed.get(name, name))]
+    ours = {"ray", "ray-gateway", "operator", *SERVING}
+    return [{"kuberay": "kuberay-operator"}.get(name, name) for name in names if name not in ours]
 
 
 def fingerprint(part: Part, setting: Setting) -> str:

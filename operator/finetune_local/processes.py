@@ -62,6 +62,7 @@ def start(
     identity: str,
     environment: Mapping[str, str],
     fingerprint: str,
+    nice: int = 0,
 ) -> Record:
     """Start a part in a session of its own; output goes to its log. Raises OSError when it cannot be executed."""
     log = layout.log(part)
@@ -82,7 +83,10 @@ def start(
     # It outlives us on purpose; without this Popen would warn when it is collected.
     child.returncode = 0
     try:
-        created = psutil.Process(child.pid).create_time()
+        process = psutil.Process(child.pid)
+        created = process.create_time()
+        if nice:
+            process.nice(nice)  # now, because threads that are there already would keep theirs
     except psutil.NoSuchProcess:
         created = time.time()
     record = Record(part=part, pid=child.pid, created=created, fingerprint=fingerprint, log_offset=offset)

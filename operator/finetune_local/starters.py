@@ -47,6 +47,7 @@ class Starter:
             identity=identity,
             environment={**commands.base_environment(), **part.environment(self._setting)},
             fingerprint=parts.fingerprint(part, self._setting),
+            nice=part.nice,
         )
         if problem := self._await_ready(part, record, stop):
             self._fail(part, record, problem)
