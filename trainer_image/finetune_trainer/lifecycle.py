@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from finetune_trainer import artifacts, preflight, runfile, storage
-from finetune_trainer.failures import EXIT_CODES, ErrorClass, Stopped, classify
+from finetune_trainer.failures import EXIT_CODES, ErrorClass, Stopped, TrainerError, classify
 from finetune_trainer.progress import Endpoint, Phase, Reporter
 
 
@@ -146,7 +146,7 @@ def _succeeded(artifact: artifacts.Artifact) -> dict[str, Any]:
 
 def _failed(error: Exception, *, step: int) -> dict[str, Any]:
     error_class, message = classify(error)
-    if error_class is ErrorClass.INTERNAL:
-        traceback.print_exception(error)
+    if error_class is ErrorClass.INTERNAL and not isinstance(error, TrainerError):
+        traceback.print_exception(error)  # nothing that we know of: its place tells more than its message
     print(f"{error_class}: {message}", file=sys.stderr, flush=True)
     return {"class": error_class, "exitCode": EXIT_CODES[error_class], "message": message, "step": step}

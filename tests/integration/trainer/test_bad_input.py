@@ -125,6 +125,13 @@ CASES = [
         model_files={"config.json": '{"model_type": "llama"}'},
     ),
     Case(
+        "hub-out-of-reach",  # tests may not ask it
+        1,
+        "Internal",
+        ("hf://nobody/nothing", "check the network"),
+        parts={"model": {"uri": "hf://nobody/nothing"}},
+    ),
+    Case(
         "broken-tokenizer",
         66,
         "ModelNotFound",
@@ -172,6 +179,7 @@ def test_bad_input_is_refused_early(case: Case, folders: dict[bool, Path], tmp_p
     )
     print(f"{case.name}: refused after {time.monotonic() - started:.2f} s")
     assert ended.returncode == case.code, ended.stderr
+    assert "Traceback" not in ended.stderr
     result = json.loads(ended.stdout.strip().splitlines()[-1].removeprefix("TRAINER_RESULT "))
     assert (result["class"], result["exitCode"]) == (case.error_class, case.code)
     for part in case.expected:

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.runfile import Hyperparameters, MethodType, Precision
@@ -16,7 +16,6 @@ LARGEST_MICRO_BATCH = 8  # rows; a safe start for a small GPU, and more gains no
 EVALUATIONS = 10  # per run
 LOGGED_STEPS = 400  # log lines of a run at most, so that a long run's log stays readable
 
-
 T = TypeVar("T")
 
 
@@ -24,6 +23,10 @@ T = TypeVar("T")
 class Choice(Generic[T]):
     value: T
     reason: str
+
+
+def explain(name: str, choice: Choice[Any]) -> None:
+    print(f"{name}: {choice.value} ({choice.reason})", flush=True)
 
 
 def choose_learning_rate(hyper: Hyperparameters, method: MethodType) -> Choice[float]:
