@@ -1,0 +1,129 @@
+"""The stored form of evidence: one compact JSON text, for a ConfigMap (1 MiB) and well below 100 kB."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_operator.api.routes import Arm
+from finetune_operator.core.epochs import Epochs, Told
+from finetune_operator.core.eprocesses import RELATIVE_RISKS, HarmProcess
+from finetune_operator.core.evidence import Block, Evidence, Stratum
+
+VERSION = "evidence/v1"
+KEY_BYTES = 7  # hashes have 53 bits
+
+
+def to_json(evidence: Evidence) -> str:
+    """The evidence as text. `from_json` of it is equal."""
+    return _dump(
+        {
+            "version": VERSION,
+            "alias": evidence.alias,
+            "stable": evidence.stable_revision,
+            "candidate": evidence.candidate_revision,
+            "comparison": evidence.comparison,
+            "harm": {
+                name: [process.blocks, *process.log_evidence, process.log_peak]
+                for name, process in evidence.harm.items()
+            },
+            "block": [evidence.block.stable, evidence.block.exposed],
+            "strata": [
+                [stratum.weight, stratum.stable_keys, stratum.candidate_keys, stratum.arms]
+                for stratum in evidence.strata
+            ],
+            "mergedShare": evidence.merged_log_share_evidence,
+            "keys": _pack(b"".join(key.to_bytes(KEY_BYTES, "big") for key in evidence.keys)),
+            "epochs": _pack(zlib.compress(_dump(_epochs_out(evidence.epochs)).encode(), 6)),
+        }
+    )
+
+
+def from_json(text: str) -> Evidence:
+    """The evidence that was stored. ValueError where the text is none: begin anew then, nothing else is lost."""
+    try:
+        stored = json.loads(text)
+        if stored["version"] != VERSION:
+            raise ValueError(f"its version is {stored['version']!r}, this operator reads {VERSION!r}")
+        keys = base64.b64decode(stored["keys"])
+        return Evidence(
+            alias=stored["alias"],
+            stable_revision=stored["stable"],
+            candidate_revision=stored["candidate"],
+            comparison=stored["comparison"],
+            harm={name: _harm_in(numbers) for name, numbers in stored["harm"].items()},
+            block=Block(stable=stored["block"][0], exposed=stored["block"][1]),
+            strata=tuple(
+                Stratum(weight, _arms_in(arms), stable_keys=stable, candidate_keys=candidate)
+                for weight, stable, candidate, arms in stored["strata"]
+            ),
+            merged_log_share_evidence=stored["mergedShare"],
+            keys=tuple(
+                int.from_bytes(keys[i : i + KEY_BYTES], "big") for i in range(0, len(keys), KEY_BYTES)
+            ),
+            epochs=_epochs_in(json.loads(zlib.decompress(base64.b64decode(stored["epochs"])))),
+        )
+    except (KeyError, TypeError, IndexError, ValueError, zlib.error) as error:
+        raise ValueError(
+            f"the stored evidence cannot be read ({error}); remove it, and the comparison begins anew"
+        ) from error
+
+
+def _epochs_out(epochs: Epochs) -> dict[str, Any]:
+    return {
+        "told": {
+            name: [
+                told.weight,
+                told.arms,
+                *([told.behind, told.sightings] if told.behind is not None else []),
+            ]
+            for name, told in epochs.told.items()
+        },
+        "retired": "".join(epochs.retired),
+        "instances": "".join(epochs.instances),
+        "forgetful": epochs.forgetful,
+    }
+
+
+def _epochs_in(stored: Mapping[str, Any]) -> Epochs:
+    return Epochs(
+        told={name: _told_in(*parts) for name, parts in stored["told"].items()},
+        retired=_names_in(stored["retired"]),
+        instances=_names_in(stored["instances"]),
+        forgetful=stored["forgetful"],
+    )
+
+
+def _told_in(
+    weight: float,
+    arms: Mapping[str, Mapping[str, float]],
+    behind: Mapping[str, Mapping[str, float]] | None = None,
+    sightings: int = 0,
+) -> Told:
+    return Told(_arms_in(arms), weight, None if behind is None else _arms_in(behind), sightings)
+
+
+def _arms_in(arms: Mapping[str, Mapping[str, float]]) -> dict[Arm, Mapping[str, float]]:
+    return {Arm(name): tally for name, tally in arms.items()}
+
+
+def _harm_in(numbers: list[float]) -> HarmProcess:
+    blocks, *logs, peak = numbers
+    if len(logs) not in (0, len(RELATIVE_RISKS)):
+        raise ValueError(f"a guardrail has {len(logs)} numbers where {len(RELATIVE_RISKS)} belong")
+    return HarmProcess(int(blocks), tuple(logs), peak)
+
+
+def _names_in(joined: str) -> tuple[str, ...]:
+    return tuple(joined[i : i + 8] for i in range(0, len(joined), 8))
+
+
+def _pack(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

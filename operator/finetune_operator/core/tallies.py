@@ -1,0 +1,87 @@
+"""What the routers count, as flat tallies of numbers that can be added, subtracted and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from finetune_operator.api import routes
+from finetune_operator.core.sequences import Moments
+
+# Names: `requests`, `fallbacks`, `events/<signal>`, `lengths/<bin>`, and for each quantity `<quantity>/n`,
+# `<quantity>/sum`, `<quantity>/squares`. A quantity is `seconds`, `ttft_seconds`, `completion_tokens` or
+# `scores/<metric>`.
+Tally = Mapping[str, float]
+
+REQUESTS = "requests"
+LENGTH_BINS = 16
+# Sums are rounded on their way in, so that differences of what was stored add up to the very total.
+SUM_DIGITS = 10
+SIGNED = ("/sum", "/squares")  # may shrink: a later feedback value replaces the former
+
+
+def tally_of(arm: routes.ArmCounters) -> dict[str, float]:
+    """The arm's counters as a tally; zeros are left out."""
+    numbers: dict[str, float] = {REQUESTS: arm.requests, "fallbacks": arm.fallbacks}
+    numbers.update({f"events/{name}": count for name, count in arm.events.items()})
+    numbers.update({f"lengths/{index}": count for index, count in enumerate(arm.length_histogram)})
+    quantities = {
+        "seconds": arm.seconds,
+        "ttft_seconds": arm.ttft_seconds,
+        "completion_tokens": arm.completion_tokens,
+        **{f"scores/{metric}": moments for metric, moments in arm.scores.items()},
+    }
+    for name, moments in quantities.items():
+        numbers[f"{name}/n"] = moments.n
+        numbers[f"{name}/sum"] = _rounded(moments.sum)
+        numbers[f"{name}/squares"] = _rounded(moments.sum_squares)
+    return {name: number for name, number in numbers.items() if number}
+
+
+def add(first: Tally, second: Tally) -> dict[str, float]:
+    """Sum by name."""
+    return _kept({name: first.get(name, 0) + second.get(name, 0) for name in first.keys() | second.keys()})
+
+
+def subtract(new: Tally, old: Tally) -> dict[str, float]:
+    """What `new` has more than `old`, by name; negative where it has less."""
+    return _kept({name: new.get(name, 0) - old.get(name, 0) for name in new.keys() | old.keys()})
+
+
+def add_all(tallies: Iterable[Tally]) -> dict[str, float]:
+    """Sum of all, by name."""
+    total: dict[str, float] = {}
+    for tally in tallies:
+        total = add(total, tally)
+    return total
+
+
+def has_shrunk(new: Tally, old: Tally) -> bool:
+    """Whether a count is smaller than before, which no count does within one life of a process."""
+    return any(new.get(name, 0) < count for name, count in old.items() if not name.endswith(SIGNED))
+
+
+def moments(tally: Tally, quantity: str) -> Moments:
+    """Moments of `seconds`, `ttft_seconds`, `completion_tokens` or `scores/<metric>`."""
+    return Moments(
+        n=int(tally.get(f"{quantity}/n", 0)),
+        total=tally.get(f"{quantity}/sum", 0.0),
+        squares=tally.get(f"{quantity}/squares", 0.0),
+    )
+
+
+def count(tally: Tally, name: str) -> int:
+    return int(tally.get(name, 0))
+
+
+def lengths(tally: Tally) -> Sequence[int]:
+    """Responses by length, `LENGTH_BINS` bins."""
+    return [int(tally.get(f"lengths/{index}", 0)) for index in range(LENGTH_BINS)]
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.{SUM_DIGITS}g}")
+
+
+def _kept(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Without zeros, in the order of names: equal tallies look equal when stored."""
+    return {name: numbers[name] for name in sorted(numbers) if numbers[name]}
