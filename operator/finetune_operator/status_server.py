@@ -57,9 +57,8 @@ class StatusServer:
 
     def application(self) -> web.Application:
         application = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._count])
-        application.router.add_post(
-            naming.status_path("{namespace}", "{name}", 0).replace("/0/", r"/{attempt:\d+}/"), self._post
-        )
+        route = naming.status_path("{namespace}", "{name}", r"{attempt:\d+}")
+        application.router.add_post(route, self._post)
         return application
 
     @web.middleware

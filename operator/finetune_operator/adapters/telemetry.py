@@ -7,6 +7,13 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from finetune_operator.api.finetunejob import FineTuneJobStatus
 
 JOB_LABELS = ("namespace", "finetunejob")
+JOB_GAUGES = {
+    "progress": ("finetune_job_progress_ratio", "Optimizer steps done, 0 to 1."),
+    "step": ("finetune_job_step", "Optimizer steps done."),
+    "tokens": ("finetune_job_tokens_per_second", "Training tokens per second."),
+    "loss": ("finetune_job_loss", "Latest training loss, nats per token."),
+    "eval_loss": ("finetune_job_eval_loss", "Latest evaluation loss, nats per token."),
+}
 
 
 class Telemetry:
@@ -47,22 +54,7 @@ class Telemetry:
             registry=registry,
         )
         self._gauges = {
-            "progress": Gauge(
-                "finetune_job_progress_ratio", "Optimizer steps done, 0 to 1.", JOB_LABELS, registry=registry
-            ),
-            "step": Gauge("finetune_job_step", "Optimizer steps done.", JOB_LABELS, registry=registry),
-            "tokens": Gauge(
-                "finetune_job_tokens_per_second", "Training tokens per second.", JOB_LABELS, registry=registry
-            ),
-            "loss": Gauge(
-                "finetune_job_loss", "Latest training loss, nats per token.", JOB_LABELS, registry=registry
-            ),
-            "eval_loss": Gauge(
-                "finetune_job_eval_loss",
-                "Latest evaluation loss, nats per token.",
-                JOB_LABELS,
-                registry=registry,
-            ),
+            key: Gauge(name, text, JOB_LABELS, registry=registry) for key, (name, text) in JOB_GAUGES.items()
         }
         self._phases: dict[tuple[str, str], str] = {}
 

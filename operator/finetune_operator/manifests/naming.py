@@ -25,5 +25,6 @@ def audience(job_uid: str) -> str:
     return f"{GROUP}/jobs/{job_uid}"
 
 
-def status_path(namespace: str, name: str, attempt: int) -> str:
+def status_path(namespace: str, name: str, attempt: int | str) -> str:
+    """Where an attempt reports to; with patterns for arguments, the route of the endpoint."""
     return f"/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/status"

@@ -75,6 +75,13 @@ def build_rayjob(
 
     KubeRay's own retries are off: it knows no failure class and no checkpoint.
     """
+    pod_spec = _pod_spec(
+        owner,
+        claims=volume_claims(spec, output_uri),
+        container=_container(owner, attempt, spec, image, platform, inspect=inspect),
+        config_map=name,
+        grace_seconds=platform.termination_grace_seconds,
+    )
     rayjob_spec: dict[str, Any] = {
         "entrypoint": INSPECTION_ENTRYPOINT if inspect else ENTRYPOINT,
         "submissionMode": platform.submission_mode,
@@ -85,16 +92,7 @@ def build_rayjob(
             "rayVersion": RAY_VERSION,
             "headGroupSpec": {
                 "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - KubeRay connects from its own pod
-                "template": {
-                    "metadata": {"labels": naming.labels(owner.name, attempt)},
-                    "spec": _pod_spec(
-                        owner,
-                        claims=volume_claims(spec, output_uri),
-                        container=_container(owner, attempt, spec, image, platform, inspect=inspect),
-                        config_map=name,
-                        grace_seconds=platform.termination_grace_seconds,
-                    ),
-                },
+                "template": {"metadata": {"labels": naming.labels(owner.name, attempt)}, "spec": pod_spec},
             },
         },
     }
