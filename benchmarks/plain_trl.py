@@ -44,10 +44,7 @@ def main() -> None:
     started = psutil.Process().create_time()  # seconds since the epoch: before Python read this file
     args = parse_arguments()
 
-    from datasets import load_dataset
-    from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     class Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
         """Notes when each optimizer step begins and ends."""
@@ -64,48 +61,13 @@ def main() -> None:
             self.steps.append(round(time.time() - self.begun, 3))
             self.first_step_ended = self.first_step_ended or time.time()
 
-    rows = load_dataset("json", data_files=args.data, split="train").map(
-        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
-        remove_columns=["messages"],
-    )
     stopwatch = Stopwatch()
-    trainer = SFTTrainer(
-        model=args.model,
-        args=SFTConfig(
-            output_dir=args.output,
-            model_init_kwargs={"dtype": "float32"},
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.micro_batch_size,
-            gradient_accumulation_steps=args.batch_size // args.micro_batch_size,
-            learning_rate=args.learning_rate,
-            warmup_steps=args.warmup_ratio,
-            lr_scheduler_type=args.scheduler,
-            max_length=args.max_length,
-            logging_steps=1,
-            save_strategy="no",
-            seed=args.seed,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            use_cpu=True,
-            report_to="none",
-        ),
-        train_dataset=rows,
-        peft_config=LoraConfig(
-            r=args.rank,
-            lora_alpha=args.alpha,
-            lora_dropout=args.dropout,
-            target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-        callbacks=[stopwatch],
-    )
+    trainer = build_trainer(args, stopwatch)
     trainer.train()
     trainer.save_model(args.output)
 
     ended = time.time()
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    history = trainer.state.log_history
     result = {
         "firstStepAt": stopwatch.first_step_ended,  # seconds since the epoch
         "firstStepSeconds": round((stopwatch.first_step_ended or ended) - started, 2),
@@ -113,10 +75,50 @@ def main() -> None:
         "stepSeconds": stopwatch.steps,
         "cpuSeconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peakRssBytes": usage.ru_maxrss * 1024,
-        "loss": [entry["loss"] for entry in history if "loss" in entry],
+        "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     (Path(args.output) / "timings.json").write_text(json.dumps(result) + "\n")
     print(json.dumps(result))
+
+
+def build_trainer(args: argparse.Namespace, callback: Any) -> Any:
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = load_dataset("json", data_files=args.data, split="train").map(
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
+        remove_columns=["messages"],
+    )
+    config = SFTConfig(
+        output_dir=args.output,
+        model_init_kwargs={"dtype": "float32"},
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size // args.micro_batch_size,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_ratio,
+        lr_scheduler_type=args.scheduler,
+        max_length=args.max_length,
+        logging_steps=1,
+        save_strategy="no",
+        seed=args.seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    adapter = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.dropout,
+        target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return SFTTrainer(
+        model=args.model, args=config, train_dataset=rows, peft_config=adapter, callbacks=[callback]
+    )
 
 
 if __name__ == "__main__":
