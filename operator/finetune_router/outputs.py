@@ -20,7 +20,7 @@ _PIECES = 512  # joined then: many short strings take ten times their length in 
 _DATA = b"data:"
 _DONE = b"[DONE]"
 _REFUSAL = re.compile(
-    r"\W*(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately,? i)?"
+    r"\W*(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately)?"
     r"[,.;:!\s—-]*(?:but |that )?(?:as an ai\b[^.]{0,60}?[,\s])?"
     r"\s*i(?:['’]m| am)?\s*(?:can(?:no|['’]?)t|can not|unable to|not able to|won['’]?t|will not"
     r"|must decline|must refuse|do not feel comfortable|don['’]?t feel comfortable)\b",

@@ -23,6 +23,7 @@ from finetune_router.tickets import TicketOffice
 from finetune_router.upstreams import UpstreamError, UpstreamTimeoutError
 
 REQUEST_ID_HEADER = "x-request-id"
+SERVER = "finetune-router"
 CLIENT_GONE = 499  # as nginx calls a client that went away
 _SLACK_SECONDS = 5.0  # after the deadline, for a client that is still reading
 
@@ -219,6 +220,7 @@ class Flight:
         self._proxy._note_beginning(seen, reply)
         headers = answer_headers(reply.headers)
         headers.update(own)
+        headers["Server"] = SERVER
         response = web.StreamResponse(status=reply.status, headers=headers)
         response.content_length = reply.length
         end, code = judge_end(attempt)

@@ -19,7 +19,7 @@ from finetune_router.counters import Book
 from finetune_router.credentials import ApiKeys
 from finetune_router.errors import ApiError
 from finetune_router.feedback import FeedbackDesk
-from finetune_router.proxy import Arrival, Proxy
+from finetune_router.proxy import SERVER, Arrival, Proxy
 from finetune_router.scanner import BrokenBodyError
 from finetune_router.tables import Table
 
@@ -70,8 +70,10 @@ class Service:
         except Exception:
             logger.exception("a request failed in the router itself")
             response = self._refusal(ApiError(500, "the router failed", "api_error", "internal_error"))
-        if self.draining and not response.prepared:
-            response.force_close()
+        if not response.prepared:
+            response.headers["Server"] = SERVER
+            if self.draining:
+                response.force_close()
         return response
 
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:

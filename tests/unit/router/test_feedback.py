@@ -1,0 +1,140 @@
+"""The feedback store: each value once, sums that survive."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from finetune_operator.api.routes import Arm
+from finetune_router.errors import ApiError
+from finetune_router.feedback import METRICS_PER_ALIAS, Feedback, FeedbackDesk, FeedbackStore
+from finetune_router.tickets import TicketOffice
+
+OFFICE = TicketOffice(b"0123456789abcdef")
+
+
+def mint(arm: Arm = Arm.CANDIDATE, *, counted: bool = True) -> str:
+    return "chatcmpl-" + OFFICE.mint(b"bot", arm, b"ab12cd34", counted=counted)
+
+
+def body(response_id: str, value: object, **more: object) -> bytes:
+    return json.dumps({"response_id": response_id, "metric": "helpful", "value": value, **more}).encode()
+
+
+def scores(store: FeedbackStore) -> dict[tuple[str, str], tuple[int, float, float]]:
+    return {
+        (arm.arm, metric): (moments.n, moments.sum, moments.sum_squares)
+        for arm in store.sums().arms
+        for metric, moments in arm.scores.items()
+    }
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> FeedbackDesk:
+    return FeedbackDesk(FeedbackStore(tmp_path), OFFICE)
+
+
+async def test_a_later_value_replaces_the_former(tmp_path: Path, desk: FeedbackDesk) -> None:
+    response = mint()
+    assert (await desk.take(body(response, True))).is_new
+    assert not (await desk.take(body(response, True))).is_new
+    assert scores(FeedbackStore(tmp_path)) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
+    assert not (await desk.take(body(response.removeprefix("chatcmpl-"), 0.5))).is_new
+    assert (await desk.take(body(mint(), False))).is_new
+    assert (await desk.take(body(mint(Arm.STABLE), 4))).is_new
+    assert scores(FeedbackStore(tmp_path)) == {
+        ("Candidate", "helpful"): (2, 0.5, 0.25),
+        ("Stable", "helpful"): (1, 4.0, 16.0),
+    }
+
+
+async def test_the_epoch_of_a_store_is_its_own_for_ever(tmp_path: Path, desk: FeedbackDesk) -> None:
+    await desk.take(body(mint(), True))
+    first, again = FeedbackStore(tmp_path).sums(), FeedbackStore(tmp_path).sums()
+    assert first == again
+    assert first.epoch.startswith("feedback-")
+
+
+async def test_pinned_requests_are_stored_and_not_counted(tmp_path: Path, desk: FeedbackDesk) -> None:
+    outcome = await desk.take(body(mint(counted=False), True))
+    assert outcome.is_new
+    assert json.loads(outcome.body)["counted"] is False
+    assert scores(FeedbackStore(tmp_path)) == {}
+
+
+async def test_an_idempotency_key_counts_once(tmp_path: Path, desk: FeedbackDesk) -> None:
+    response = mint()
+    assert (await desk.take(body(response, 1, idempotency_key="k"))).is_new
+    assert not (await desk.take(body(response, 0, idempotency_key="k"))).is_new
+    assert scores(FeedbackStore(tmp_path)) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
+
+
+async def test_request_id_does_as_well(desk: FeedbackDesk) -> None:
+    data = json.dumps({"request_id": mint().removeprefix("chatcmpl-"), "metric": "helpful", "value": True})
+    assert (await desk.take(data.encode())).is_new
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"response_id": "chatcmpl-123"}, "not an id of this router"),
+        ({"response_id": ""}, "either response_id or request_id"),
+        ({"request_id": "x"}, "either response_id or request_id"),
+        ({"metric": "no spaces"}, "letters, digits"),
+        ({"metric": "x" * 64}, "at most 63"),
+        ({"value": "yes"}, "value"),
+        ({"value": 1e12}, "between -1e9 and 1e9"),
+        ({"value": None}, "value"),
+        ({"other": 1}, "other"),
+    ],
+)
+async def test_bad_feedback_is_told_what_is_wrong(
+    desk: FeedbackDesk, change: dict[str, object], said: str
+) -> None:
+    document = {"response_id": mint(), "metric": "helpful", "value": 1.0, **change}
+    with pytest.raises(ApiError) as caught:
+        await desk.take(json.dumps(document).encode())
+    assert caught.value.status == 400
+    assert said in caught.value.message
+
+
+async def test_infinity_is_no_value(desk: FeedbackDesk) -> None:
+    data = body(mint(), 1).replace(b'"value": 1', b'"value": Infinity')
+    with pytest.raises(ApiError, match="value"):
+        await desk.take(data)
+
+
+async def test_clients_cannot_make_up_metrics_without_end(desk: FeedbackDesk) -> None:
+    for number in range(METRICS_PER_ALIAS):
+        await desk.take(body(mint(), 1, metric=f"m{number}"))
+    with pytest.raises(ApiError, match="50 metrics already"):
+        await desk.take(body(mint(), 1, metric="one-more"))
+    await desk.take(body(mint(), 1, metric="m3"))
+
+
+async def test_old_records_go_and_sums_stay(tmp_path: Path, desk: FeedbackDesk) -> None:
+    await desk.take(body(mint(), True))
+    store = FeedbackStore(tmp_path)
+    assert store.prune(1) == 0
+    assert store.prune(-1) == 1
+    assert scores(store) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
+
+
+def test_several_writers_lose_nothing(tmp_path: Path) -> None:
+    """Workers are processes; here threads with a connection each, which SQLite treats alike."""
+
+    def write() -> None:
+        store = FeedbackStore(tmp_path)
+        for _ in range(50):
+            text = OFFICE.mint(b"bot", Arm.STABLE, b"base", counted=True)
+            store.put(text, OFFICE.read(text), Feedback(response_id=text, metric="helpful", value=True))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert scores(FeedbackStore(tmp_path)) == {("Stable", "helpful"): (200, 200.0, 200.0)}

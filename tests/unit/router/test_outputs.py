@@ -1,0 +1,169 @@
+"""What the router reads off an answer after the user has it."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_operator.api.routes import SignalEvent
+from finetune_router import outputs, tables
+from finetune_router.outputs import EventReader, Output
+
+EVERY = frozenset(SignalEvent)
+
+
+def answer(text: str | None, *, finish: str = "stop", **message: object) -> bytes:
+    return json.dumps(
+        {
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": finish,
+                    "message": {"role": "assistant", "content": text, **message},
+                }
+            ],
+            "usage": {"completion_tokens": 7},
+        }
+    ).encode()
+
+
+def fired(body: bytes, schema: dict[str, Any] | None = None) -> set[str]:
+    validator = None if schema is None else tables.SchemaCache().get(schema)
+    return {str(event) for event in outputs.fired_events(outputs.read_answer(body), EVERY, validator)}
+
+
+def test_a_good_answer_fires_only_what_asks_for_json() -> None:
+    assert fired(answer("Reset it in the settings.")) == {"schema_invalid"}
+    assert fired(answer('{"intent": "reset"}')) == set()
+
+
+@pytest.mark.parametrize(
+    ("body", "event"),
+    [
+        (answer(""), "empty_output"),
+        (answer("  \n"), "empty_output"),
+        (answer("and then", finish="length"), "truncated"),
+        (answer("no", finish="content_filter"), "flagged"),
+        (answer(None, refusal="I will not"), "refusal"),
+        (answer("I'm sorry, but I can't help with that."), "refusal"),
+        (answer("I’m sorry, I cannot assist with this request."), "refusal"),
+        (answer("Sorry, but I am unable to do that."), "refusal"),
+        (answer("As an AI language model, I cannot do this."), "refusal"),
+        (answer("Unfortunately, I can't share that."), "refusal"),
+        (answer("The cat sat. " * 12), "repetition"),
+        (answer("Well, " + "ha" * 60), "repetition"),
+    ],
+)
+def test_each_signal(body: bytes, event: str) -> None:
+    assert event in fired(body)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "You can't reset it there; use the settings.",
+        "I can help with that.",
+        "I am sorry to hear that. Let us look at your order.",
+        "Sorry for the delay! Your order is on its way.",
+        "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24",
+        "It is a long sentence, it has commas, it has more commas, but it does not say one thing over and over.",
+    ],
+)
+def test_ordinary_answers_are_no_refusals_and_no_loops(text: str) -> None:
+    assert not fired(answer(text)) & {"refusal", "repetition", "empty_output"}
+
+
+def test_a_tool_call_is_neither_empty_nor_invalid() -> None:
+    assert fired(answer(None, tool_calls=[{"id": "1"}])) == set()
+
+
+def test_an_answer_without_choices_shows_nothing() -> None:
+    assert fired(b'{"object":"list","data":[{"embedding":[0.1]}]}') == set()
+
+
+def test_any_of_several_choices_counts() -> None:
+    body = json.dumps(
+        {"choices": [{"index": 0, "text": "{}"}, {"index": 1, "text": "", "finish_reason": "length"}]}
+    ).encode()
+    assert fired(body) == {"schema_invalid", "empty_output", "truncated"}
+
+
+def test_the_schema_is_applied() -> None:
+    schema = {"type": "object", "required": ["intent"], "properties": {"intent": {"enum": ["reset", "buy"]}}}
+    assert "schema_invalid" not in fired(answer('{"intent": "reset"}'), schema)
+    assert "schema_invalid" in fired(answer('{"intent": "sing"}'), schema)
+    assert "schema_invalid" in fired(answer("```json\n{}\n```"), schema)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "nonsense"}, {"$ref": "http://127.0.0.1:1/x.json"}, {"$ref": "#/nowhere"}]
+)
+def test_a_schema_of_no_use_leaves_the_check_for_json(schema: dict[str, Any]) -> None:
+    assert "schema_invalid" not in fired(answer("{}"), schema)
+    assert "schema_invalid" in fired(answer("no"), schema)
+
+
+def test_a_pattern_that_backtracks_for_ever_does_not() -> None:
+    schema = {"type": "string", "pattern": "^(?=(a+)+$)(a+)+$"}
+    assert "schema_invalid" in fired(answer(json.dumps("a" * 5000 + "b")), schema)
+
+
+def event(document: object) -> bytes:
+    return b"data: " + json.dumps(document).encode() + b"\n\n"
+
+
+STREAM = (
+    event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+    + b": a comment\r\n\r\n"
+    + event({"choices": [{"index": 0, "delta": {"content": '{"größe": '}}]})
+    + event({"choices": [{"index": 0, "delta": {"content": "1}"}, "finish_reason": "stop"}]})
+    + event({"choices": [], "usage": {"completion_tokens": 9}})
+    + b"data: [DONE]\n\n"
+)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(0, len(STREAM)), max_size=6))
+def test_a_stream_reads_the_same_however_it_is_cut(cuts: list[int]) -> None:
+    output, reader = Output(), EventReader()
+    edges = [0, *sorted(cuts), len(STREAM)]
+    for start, end in itertools.pairwise(edges):
+        reader.feed(STREAM[start:end], output)
+    assert output.choices[0].text == '{"größe": 1}'
+    assert output.choices[0].finish_reason == "stop"
+    assert output.completion_tokens == 9
+    assert reader.events == 4
+
+
+def test_an_error_in_a_stream_is_an_error() -> None:
+    output = Output()
+    EventReader().feed(STREAM + event({"error": {"message": "out of memory"}}), output)
+    assert output.error
+    assert outputs.first_event_is_error(event({"error": {"message": "x"}}))
+    assert outputs.first_event_is_error(b'data:{"error":{}}\n\n')
+    assert not outputs.first_event_is_error(STREAM)
+
+
+def test_a_very_long_text_is_kept_in_part_and_not_judged() -> None:
+    output, reader = Output(), EventReader()
+    piece = event({"choices": [{"index": 0, "delta": {"content": "word " * 2000}}]})
+    for _ in range(150):
+        reader.feed(piece, output)
+    choice = output.choices[0]
+    assert choice.cut
+    assert len(choice.text) <= outputs.TEXT_LIMIT
+    assert SignalEvent.SCHEMA_INVALID not in outputs.fired_events(output, EVERY, None)
+
+
+def test_compressed_answers_are_read_and_bombs_are_not() -> None:
+    body = answer("hello")
+    assert outputs.decoded(gzip.compress(body), "gzip", 10_000) == body
+    assert len(outputs.decoded(gzip.compress(b"0" * 10_000_000), "gzip", 1000) or b"") == 1000
+    assert outputs.decoded(b"no gzip", "gzip", 1000) is None
+    assert outputs.decoded(body, "br", 1000) is None
