@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests import tiny
 from tests.clients import Kubectl
@@ -21,14 +22,14 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """The laptop cluster with all its parts; tests that break a part start it again with `up`."""
+    """The laptop cluster with all that trains; tests that break a part start it again with `up`."""
     running = Cluster(
         tmp_path_factory.mktemp("cluster"),
         files=Path(__file__).parents[1],
         operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"},
     )
     try:
-        running.up(report=lambda line: print(f"cluster: {line}"))
+        running.up(parts.TRAINING, report=lambda line: print(f"cluster: {line}"))
         yield running
     finally:
         running.down(purge=request.session.testsfailed == 0)  # after a failure the logs are worth something
@@ -52,6 +53,14 @@ def kubectl(cluster: Cluster, namespace: str) -> Kubectl:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def serving(cluster: Cluster, tiny_model: Path) -> Cluster:
+    """The same cluster with a router and an engine beside it; the engine serves the tiny model."""
+    cluster.engine_model = str(tiny_model)
+    cluster.up(parts.SERVING, report=lambda line: print(f"cluster: {line}"))
+    return cluster
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ class Cluster:
     `crds` is a folder with our own CRDs (default: they are made from the models). `files` is the folder behind
     the claim `files` in namespace default (default: as at the last `up`, first the current folder). `engine_model` is
     the engine's base model: a folder, a URI, or a name in the cache (default: as at the last `up`, first SmolLM2).
-    `operator_environment` is added to the operator's environment.
+    It may be set until the engine is started. `operator_environment` is added to the operator's environment.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Cluster:
         self.layout = layouts.Layout(state.expanduser().absolute())
         self._crds = crds
         self._files = files
-        self._engine_model = engine_model
+        self.engine_model = engine_model
         self._sources = sources or binaries.Sources.from_environment()
         self._operator_environment = dict(operator_environment or {})
 
@@ -221,8 +221,8 @@ class Cluster:
         instance.wanted = [name for name in parts.ALL if name in {*instance.wanted, *wanted}]
         files = self._files or (Path(instance.files) if instance.files else Path.cwd())
         instance.files = str(files.expanduser().absolute())
-        if self._engine_model is not None:
-            instance.engine_model = serving.find_model(self._engine_model)
+        if self.engine_model is not None:
+            instance.engine_model = serving.find_model(self.engine_model)
         instance.save(self.layout.instance)
 
     def _is_alive(self, name: str) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 from finetune_local import errors, layouts, models
 from finetune_local.commands import Setting
 
-MAX_LENGTH = 2048  # tokens of prompt and answer: enough for a laptop, and the engine's memory stays small
 DEFAULT_MODEL = f"pvc://models/{models.NAME}"
+DEFAULT_LENGTH = 2048  # tokens of prompt and answer: a quarter of what the model can, in memory as well
 
 
 def router(setting: Setting) -> list[str]:
@@ -25,11 +25,11 @@ def router(setting: Setting) -> list[str]:
 
 
 def engine(setting: Setting) -> list[str]:
-    layout, numbers = setting.layout, setting.ports
+    layout, numbers, model = setting.layout, setting.ports, setting.engine_model
     return [
-        sys.executable, "-m", "finetune_server", f"--model={setting.engine_model}",
-        f"--served-model-name={served_name(setting.engine_model)}",
-        "--host=127.0.0.1", f"--port={numbers['engine']}", f"--max-model-len={MAX_LENGTH}",
+        sys.executable, "-m", "finetune_server", f"--model={model}", f"--served-model-name={served_name(model)}",
+        *([f"--max-model-len={DEFAULT_LENGTH}"] if model == DEFAULT_MODEL else []),
+        "--host=127.0.0.1", f"--port={numbers['engine']}",
         f"--agent-port={numbers['engine-agent']}", f"--agent-token-file={layout.token('agent')}",
         f"--state-dir={layout.engine / 'state'}", f"--cache-dir={layout.engine / 'adapters'}",
     ]  # fmt: skip

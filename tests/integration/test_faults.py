@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests.clients import Json, Kubectl, finetunejob
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.integration
 def whole(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, started again after a test that broke it."""
     yield cluster
-    cluster.up()
+    cluster.up(parts.TRAINING)
 
 
 def pid_of(cluster: Cluster, part: str) -> int:
