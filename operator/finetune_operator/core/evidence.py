@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from finetune_operator.api.routes import Arm, EpochCounters, KeySample, RouterCounters
 from finetune_operator.core import tallies
 from finetune_operator.core.analysis_plans import AnalysisPlan
-from finetune_operator.core.epochs import Epochs, Told
+from finetune_operator.core.epochs import Epochs
 from finetune_operator.core.eprocesses import BLOCK_REQUESTS, HarmProcess, log_share_evidence
 from finetune_operator.core.tallies import REQUESTS, Tally
 
@@ -66,8 +66,12 @@ class Evidence:
     alias: str
     stable_revision: str
     candidate_revision: str
+    rollout: str = ""
+    """Identity of the rollout."""
     comparison: str = ""
-    """`Route.comparison`; another one starts the evidence anew."""
+    """`Route.comparison` of the latest poll."""
+    weight: float = 0.0
+    """Weight of the latest poll."""
     epochs: Epochs = field(default_factory=Epochs)
     """What was told last."""
     strata: tuple[Stratum, ...] = ()
@@ -95,66 +99,52 @@ def fold(
     plan: AnalysisPlan,
     weight: float,
     comparison: str = "",
+    rollout: str = "",
 ) -> Evidence:
     """The evidence after one poll; routers that did not answer are left out of `counters`.
 
-    `weight` is the percentage in force since the poll before. With None, or the evidence of another comparison, a new
-    comparison begins: what each router has counted by then is its starting line and is not evidence, so fold once
-    before the candidate gets its first request. Folding the same answers again changes nothing.
+    `weight` (percent) and `comparison` are those of the route that was in force since the poll before; `comparison`
+    should change whenever the weight does, so that the routers start their key samples anew. With None, or with the
+    evidence of other revisions or of another `rollout`, the evidence begins anew: what each router has counted by
+    then is its starting line and no evidence, so fold once before the candidate gets its first request. Folding the
+    same answers again changes nothing.
     """
-    new = Evidence(alias, stable_revision, candidate_revision, comparison)
+    new = Evidence(alias, stable_revision, candidate_revision, rollout, comparison, weight)
     if evidence is None or _identity(evidence) != _identity(new):
         evidence = new
-    epochs, keys = evidence.epochs, evidence.keys
+    epochs = evidence.epochs
     gains: list[Mapping[Arm, Tally]] = []
-    fresh = (0, 0)
+    samples: list[KeySample] = []
     for router in counters:
         known_router = epochs.knows_instance(router.instance)
         for epoch in router.epochs:
-            same_weight = (
-                epochs.weight_of(
-                    epoch.epoch, default=evidence.strata[-1].weight if evidence.strata else weight
-                )
-                == weight
-            )
-            epochs, gain = epochs.after(
-                epoch.epoch, Told(_arms_of(epoch, evidence), weight), counts_from_zero=known_router
-            )
+            arms = _arms_of(epoch, evidence)
+            epochs, gain = epochs.after(epoch.epoch, arms, counts_from_zero=known_router)
             gains.append(gain)
-            keys, new_keys = _with_keys(keys, _samples_of(epoch, evidence))
-            if same_weight and known_router:
-                fresh = (fresh[0] + new_keys[0], fresh[1] + new_keys[1])
+            samples += [s for s in epoch.samples if s.alias == alias and s.comparison == comparison]
         epochs = epochs.with_instance(router.instance)
+    keys, fresh = _with_keys(evidence.keys, samples)
+    if evidence.comparison == comparison and evidence.weight != weight:
+        fresh = (0, 0)  # one sample over two weights: nobody knows which of the keys came at which
     gained = {arm: tallies.add_all(gain.get(arm, {}) for gain in gains) for arm in Arm}
-    evidence = replace(evidence, epochs=epochs.pruned(), keys=keys)
-    evidence = _with_strata(evidence, gained, weight=weight, fresh=fresh)
+    evidence = replace(evidence, epochs=epochs.pruned(), keys=keys, comparison=comparison, weight=weight)
+    evidence = _with_strata(evidence, gained, fresh=fresh)
     return _with_block(evidence, gained, plan)
 
 
 def _identity(evidence: Evidence) -> tuple[str, ...]:
-    return (evidence.alias, evidence.stable_revision, evidence.candidate_revision, evidence.comparison)
+    return (evidence.alias, evidence.stable_revision, evidence.candidate_revision, evidence.rollout)
 
 
 def _arms_of(epoch: EpochCounters, evidence: Evidence) -> dict[Arm, Tally]:
-    """The epoch's tallies of the comparison's arms; other aliases and revisions are no part of it."""
+    """The epoch's tallies of the rollout's arms; other aliases and revisions are no part of it."""
     revisions = {
         Arm.STABLE: evidence.stable_revision,
         Arm.CANDIDATE: evidence.candidate_revision,
         Arm.SHADOW: evidence.candidate_revision,
     }
-    return {
-        arm.arm: tallies.tally_of(arm)
-        for arm in epoch.arms
-        if arm.alias == evidence.alias and arm.revision == revisions[arm.arm]
-    }
-
-
-def _samples_of(epoch: EpochCounters, evidence: Evidence) -> list[KeySample]:
-    return [
-        sample
-        for sample in epoch.samples
-        if sample.alias == evidence.alias and sample.comparison == evidence.comparison
-    ]
+    found = (arm for arm in epoch.arms if arm.alias == evidence.alias and arm.revision == revisions[arm.arm])
+    return {arm.arm: tally for arm in found if (tally := tallies.tally_of(arm))}
 
 
 def _with_keys(
@@ -178,15 +168,14 @@ def _with_keys(
     return tuple(merged), (len(new & stable - candidate), len(new & candidate - stable))
 
 
-def _with_strata(
-    evidence: Evidence, gained: Mapping[Arm, Tally], *, weight: float, fresh: tuple[int, int]
-) -> Evidence:
+def _with_strata(evidence: Evidence, gained: Mapping[Arm, Tally], *, fresh: tuple[int, int]) -> Evidence:
+    """What was gained goes to the stratum of the present weight, a new one where the weight is new."""
     strata = evidence.strata
     merged = evidence.merged_log_share_evidence
     if not any(gained.values()) and fresh == (0, 0):
         return evidence
-    if not strata or strata[-1].weight != weight:
-        strata = (*strata, Stratum(weight=weight))
+    if not strata or strata[-1].weight != evidence.weight:
+        strata = (*strata, Stratum(weight=evidence.weight))
     last = strata[-1]
     last = replace(
         last,

@@ -25,7 +25,8 @@ def to_json(evidence: Evidence) -> str:
             "alias": evidence.alias,
             "stable": evidence.stable_revision,
             "candidate": evidence.candidate_revision,
-            "comparison": evidence.comparison,
+            "rollout": evidence.rollout,
+            "latest": [evidence.comparison, evidence.weight],
             "harm": {
                 name: [process.blocks, *process.log_evidence, process.log_peak]
                 for name, process in evidence.harm.items()
@@ -53,7 +54,9 @@ def from_json(text: str) -> Evidence:
             alias=stored["alias"],
             stable_revision=stored["stable"],
             candidate_revision=stored["candidate"],
-            comparison=stored["comparison"],
+            rollout=stored["rollout"],
+            comparison=stored["latest"][0],
+            weight=stored["latest"][1],
             harm={name: _harm_in(numbers) for name, numbers in stored["harm"].items()},
             block=Block(stable=stored["block"][0], exposed=stored["block"][1]),
             strata=tuple(
@@ -75,35 +78,31 @@ def from_json(text: str) -> Evidence:
 def _epochs_out(epochs: Epochs) -> dict[str, Any]:
     return {
         "told": {
-            name: [
-                told.weight,
-                told.arms,
-                *([told.behind, told.sightings] if told.behind is not None else []),
-            ]
+            name: [told.arms, *([told.behind, told.sightings] if told.behind is not None else [])]
             for name, told in epochs.told.items()
         },
-        "retired": "".join(epochs.retired),
+        "retired": "".join(name + mark for name, mark in epochs.retired.items()),
         "instances": "".join(epochs.instances),
         "forgetful": epochs.forgetful,
     }
 
 
 def _epochs_in(stored: Mapping[str, Any]) -> Epochs:
+    retired = _names_in(stored["retired"])
     return Epochs(
         told={name: _told_in(*parts) for name, parts in stored["told"].items()},
-        retired=_names_in(stored["retired"]),
+        retired=dict(zip(retired[::2], retired[1::2], strict=True)),
         instances=_names_in(stored["instances"]),
         forgetful=stored["forgetful"],
     )
 
 
 def _told_in(
-    weight: float,
     arms: Mapping[str, Mapping[str, float]],
     behind: Mapping[str, Mapping[str, float]] | None = None,
     sightings: int = 0,
 ) -> Told:
-    return Told(_arms_in(arms), weight, None if behind is None else _arms_in(behind), sightings)
+    return Told(_arms_in(arms), None if behind is None else _arms_in(behind), sightings)
 
 
 def _arms_in(arms: Mapping[str, Mapping[str, float]]) -> dict[Arm, Mapping[str, float]]:
