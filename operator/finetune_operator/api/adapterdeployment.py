@@ -57,15 +57,17 @@ class AdapterDeploymentSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "has(self.alias) == has(oldSelf.alias) && (!has(self.alias) || self.alias == oldSelf.alias)",
-                "clients use the alias, so it cannot be changed; make a second AdapterDeployment with the new alias",
-                fieldPath=".alias",
-                reason=FORBIDDEN,
-            ),
-            rule(
                 "self.strategy.canary.steps.all(s, !has(s.evalGate) || "
                 "(has(self.evaluations) && self.evaluations.exists(e, e.name == s.evalGate.evalRef)))",
                 "a step's evalGate.evalRef names none of spec.evaluations",
+                fieldPath=".strategy.canary.steps",
+            ),
+            rule(
+                "self.strategy.canary.steps.all(s, !has(s.analysis) || has(s.analysis.duration)) || "
+                "(has(self.analysis.objectives) && size(self.analysis.objectives) > 0) || "
+                "(has(self.analysis.metrics) && size(self.analysis.metrics) > 0)",
+                "an analysis step waits for objectives and metrics, and there are none in spec.analysis; add one, or "
+                "give the step a duration (guardrails are armed all the time)",
                 fieldPath=".strategy.canary.steps",
             ),
         )
@@ -101,24 +103,27 @@ class AdapterDeploymentSpec(ApiModel):
     evaluations: Annotated[
         list[EvaluationSpec], Field(max_length=16, json_schema_extra=keyed_list("name"))
     ] = Field(default_factory=list)
-    """Golden rows for evalGate steps."""
+    """Golden rows for evalGate steps. Absent: none."""
     analysis: AnalysisSpec = AnalysisSpec()
     """What counts as evidence. Default: roll back when the candidate fails more often."""
     paused: bool = False
-    """Holds the rollout where it is. The guardrails stay armed."""
+    """Holds the rollout where it is; the guardrails stay armed. Default: false."""
     progress_deadline_seconds: Annotated[int, Field(ge=10, le=2592000)] = 1800
     """Longest time without progress while loading, validating or confirming, in seconds; then the candidate is rolled
-    back. Pauses do not count."""
+    back. Pauses do not count. Default: 1800."""
     rollback_window: RollbackWindowSpec = RollbackWindowSpec()
     """Which former revisions come back without steps."""
     revision_history_limit: Annotated[int, Field(ge=0, le=100)] = 10
-    """Rollouts that status.history keeps."""
+    """Rollouts that status.history keeps. Default: 10."""
     webhooks: Annotated[list[WebhookSpec], Field(max_length=16, json_schema_extra=keyed_list("name"))] = (
         Field(default_factory=list)
     )
-    """Who is asked or told."""
+    """Who is asked or told. Absent: nobody."""
     alerts: Annotated[list[AlertSpec], Field(max_length=16)] = Field(default_factory=list)
-    """Who gets a message."""
+    """Who gets a message. Absent: nobody."""
+
+
+ALIAS = "(has(self.spec.alias) ? self.spec.alias : self.metadata.name)"
 
 
 class AdapterDeployment(ApiModel):
@@ -135,6 +140,18 @@ class AdapterDeployment(ApiModel):
                 "has(self.spec.alias) || !self.metadata.name.contains('--')",
                 "the name is the alias, and an alias has no '--'; rename it or set spec.alias",
                 fieldPath=".metadata.name",
+            ),
+            rule(
+                f"{ALIAS} == {ALIAS.replace('self', 'oldSelf')}",
+                "clients use the alias, so it cannot be changed; make a second AdapterDeployment with the new alias",
+                fieldPath=".spec.alias",
+                reason=FORBIDDEN,
+            ),
+            rule(
+                f"{ALIAS} != self.spec.baseModelRef.name",
+                "the alias (by default metadata.name) is the name of the base model too, and a request could mean "
+                "both; set another alias",
+                fieldPath=".spec.alias",
             ),
         )
     )

@@ -9,22 +9,16 @@ from pydantic import ConfigDict, Field
 
 from finetune_operator.api.adapterdeployment_traffic import Url
 from finetune_operator.api.base import ApiModel
-from finetune_operator.api.rules import REQUIRED, DnsName, rule, rules
-from finetune_operator.api.uris import DataUri
+from finetune_operator.api.rules import FORBIDDEN, REQUIRED, PartName, rule, rules
+from finetune_operator.api.uris import BY_AGENT, DATA_SHAPES, ONE_FILE, uri_rules
 
-Duration = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=32,
-        json_schema_extra=rules(
-            rule(
-                "self.matches('^([0-9]+h)?([0-9]+m)?([0-9]+s)?$') && self != ''",
-                "must be a duration such as 30s, 10m or 1h30m",
-            )
-        ),
-    ),
-]
+# Few digits, so that CEL's duration() can hold every one of them.
+DURATION = "^([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,7}s)?$"
+IS_DURATION = rule(
+    f"self.matches('{DURATION}') && self != '' && duration(self) >= duration('1s')",
+    "must be a duration of at least a second, such as 30s, 10m or 1h30m",
+)
+Duration = Annotated[str, Field(min_length=1, max_length=32, json_schema_extra=rules(IS_DURATION))]
 Percent = Annotated[int, Field(ge=0, le=100)]
 Score = Annotated[float, Field(ge=0, le=1)]
 
@@ -42,12 +36,13 @@ class EvalGateStep(ApiModel):
         )
     )
 
-    eval_ref: DnsName
+    eval_ref: PartName
     """Name of one of spec.evaluations."""
     min_score: Score | None = None
-    """Least score of the candidate, from 0 to 1."""
+    """Least score of the candidate, from 0 to 1. Absent: any."""
     max_regression: Score | None = None
-    """By how much the candidate's score may be below the stable revision's (the base model's at first)."""
+    """By how much the candidate's score may be below the stable revision's (the base model's at first). Absent: by any
+    amount."""
 
 
 class Judge(StrEnum):
@@ -62,7 +57,7 @@ class SetMirrorStep(ApiModel):
     duration: Duration
     """How long; then the next step follows."""
     judge: Judge = Judge.HEURISTIC
-    """heuristic: the guardrails are applied to the copied answers."""
+    """heuristic (default): the guardrails are applied to the copied answers."""
 
 
 class PauseStep(ApiModel):
@@ -76,7 +71,7 @@ class AnalysisStep(ApiModel):
     """Go on only when every objective and metric of spec.analysis is Successful."""
 
     duration: Duration | None = None
-    """Least time to look, even when the evidence is enough earlier."""
+    """Least time to look, even when the evidence is enough earlier. Absent: as soon as the evidence is enough."""
 
 
 class OnTimeout(StrEnum):
@@ -86,6 +81,17 @@ class OnTimeout(StrEnum):
 
 class ApprovalStep(ApiModel):
     """Wait for a person: `finetune rollout promote`, or the annotation finetune.dev/action: promote."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "has(self.timeout) || !has(self.onTimeout)",
+                "says what happens after timeout, and there is no timeout; set timeout or remove onTimeout",
+                fieldPath=".onTimeout",
+                reason=FORBIDDEN,
+            )
+        )
+    )
 
     timeout: Duration | None = None
     """Longest wait. Absent: for ever."""
@@ -137,11 +143,12 @@ class CanarySpec(ApiModel):
     """Steps in their order; after the last one the candidate becomes the stable revision. Default: 5, 25 and 50
     percent, five minutes each. An empty list promotes as soon as the adapter is loaded."""
     max_step_duration: Duration = "24h"
-    """An analysis step that has no verdict after this time pauses the rollout."""
+    """An analysis step that has no verdict after this time pauses the rollout. Default: 24h."""
     scale_down_delay_seconds: Annotated[int, Field(ge=0, le=604800)] = 600
-    """How long the previous revision stays loaded after a promotion, in seconds."""
+    """How long the previous revision stays loaded after a promotion, in seconds; until then going back is
+    immediate. Default: 600."""
     abort_scale_down_delay_seconds: Annotated[int, Field(ge=0, le=604800)] = 30
-    """How long an aborted candidate stays loaded, in seconds."""
+    """How long an aborted candidate stays loaded, in seconds. Default: 30."""
 
 
 class StrategySpec(ApiModel):
@@ -151,11 +158,29 @@ class StrategySpec(ApiModel):
     """Step by step."""
 
 
+# Rows are read by the agent, which reads JSON lines and nothing else.
+GoldenUri = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=rules(
+            *uri_rules(DATA_SHAPES, what="a file with golden rows", credentials=BY_AGENT),
+            rule("self.endsWith('.jsonl')", "must name one file with JSON lines that ends in .jsonl"),
+            ONE_FILE,
+        ),
+    ),
+]
+
+
 class Scorer(StrEnum):
     EXACT_MATCH = "ExactMatch"
     JSON_VALID = "JsonValid"
     JSON_FIELDS = "JsonFields"
     CONTAINS = "Contains"
+
+
+JSON_FIELDS = "has(self.scorer) && self.scorer == 'JsonFields'"
 
 
 class EvaluationSpec(ApiModel):
@@ -164,17 +189,23 @@ class EvaluationSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.scorer != 'JsonFields' || has(self.fields)",
+                f"!({JSON_FIELDS}) || has(self.fields)",
                 "JsonFields compares fields; name them, for example fields: [category]",
                 fieldPath=".fields",
                 reason=REQUIRED,
-            )
+            ),
+            rule(
+                f"{JSON_FIELDS} || !has(self.fields)",
+                "only the scorer JsonFields compares fields; set scorer: JsonFields or remove fields",
+                fieldPath=".fields",
+                reason=FORBIDDEN,
+            ),
         )
     )
 
-    name: DnsName
+    name: PartName
     """Name for evalGate.evalRef."""
-    uri: DataUri
+    uri: GoldenUri
     """JSONL file; each row has messages (the last one is the reference answer) or prompt and completion."""
     scorer: Scorer = Scorer.EXACT_MATCH
     """ExactMatch (default): the answer is the reference, apart from blanks around it. Contains: the reference is
@@ -185,11 +216,11 @@ class EvaluationSpec(ApiModel):
         ]
         | None
     ) = None
-    """Fields that JsonFields compares."""
+    """Fields that JsonFields compares; only and always with that scorer. Absent: none."""
     max_rows: Annotated[int, Field(ge=1, le=10000)] = 200
-    """Rows that are used, from the first on."""
+    """Rows that are used, from the first on. Default: 200."""
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens. Default: 256."""
 
 
 class WebhookType(StrEnum):
@@ -203,7 +234,7 @@ class WebhookType(StrEnum):
 class WebhookSpec(ApiModel):
     """A URL that is asked (confirm-*, rollback) or told (event). The types are Flagger's."""
 
-    name: DnsName
+    name: PartName
     """Name for messages."""
     type: WebhookType
     """confirm-rollout, confirm-traffic-increase and confirm-promotion: the rollout waits until the answer is 2xx.
@@ -211,7 +242,7 @@ class WebhookSpec(ApiModel):
     url: Url
     """Where the JSON document is posted to: {name, namespace, alias, phase, stage, candidateRevision, ...}."""
     timeout_seconds: Annotated[int, Field(ge=1, le=60)] = 10
-    """Longest time for an answer, in seconds."""
+    """Longest time for an answer, in seconds. Default: 10."""
 
 
 class Severity(StrEnum):
@@ -223,7 +254,7 @@ class Severity(StrEnum):
 class AlertProvider(ApiModel):
     """An alert provider by name."""
 
-    name: DnsName
+    name: PartName
     """Name of a provider in the operator's configuration. Its URL is a secret and stands there."""
 
 
@@ -231,7 +262,7 @@ class AlertSpec(ApiModel):
     """Who is told when something happens, as a Slack-compatible message."""
 
     severity: Severity = Severity.WARN
-    """Least severity: info (every stage), warn (pauses) or error (rollbacks)."""
+    """Least severity: info (every stage), warn (default; pauses) or error (rollbacks)."""
     provider_ref: AlertProvider
     """Whom to tell."""
 
@@ -240,4 +271,4 @@ class RollbackWindowSpec(ApiModel):
     """Revisions that served before need no steps."""
 
     revisions: Annotated[int, Field(ge=0, le=100)] = 3
-    """A return to one of this many last stable revisions is done at once. 0: always with steps."""
+    """A return to one of this many last stable revisions is done at once; 0 means always with steps. Default: 3."""

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 
 from finetune_operator.api.base import ApiModel
 from finetune_operator.api.rules import FORBIDDEN, REQUIRED, DnsName, rule, rules
-from finetune_operator.api.uris import SHAPES, uri_rules
+from finetune_operator.api.uris import BY_AGENT, SHAPES, uri_rules
 
 ADAPTER_SHAPES = {
     **SHAPES,
@@ -19,7 +19,9 @@ ADAPTER_SHAPES = {
 AdapterUri = Annotated[
     str,
     Field(
-        min_length=1, max_length=1024, json_schema_extra=rules(*uri_rules(ADAPTER_SHAPES, what="an adapter"))
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=rules(*uri_rules(ADAPTER_SHAPES, what="an adapter", credentials=BY_AGENT)),
     ),
 ]
 Url = Annotated[
@@ -35,6 +37,8 @@ Url = Annotated[
         ),
     ),
 ]
+ENGINE_PORT = 8000
+AGENT_PORT = 8001
 Port = Annotated[int, Field(ge=1, le=65535)]
 HeaderName = Annotated[
     str,
@@ -135,19 +139,29 @@ class ServingSpec(ApiModel):
                 "name the engines by endpoint or by podSelector, not by both",
                 fieldPath=".podSelector",
                 reason=FORBIDDEN,
-            )
+            ),
+            rule(
+                f"has(self.podSelector) || self.port == {ENGINE_PORT}",
+                "is the port of selected pods; without podSelector remove it (the URL in endpoint has its own)",
+                fieldPath=".port",
+            ),
+            rule(
+                f"has(self.podSelector) || has(self.endpoint) || self.agentPort == {AGENT_PORT}",
+                "is the agent's port on the engines of endpoint or podSelector; set one of them, or remove it",
+                fieldPath=".agentPort",
+            ),
         )
     )
 
     endpoint: Url | None = None
     """URL of the engines, for example http://engine:8000. A name with several addresses (a headless Service) means
-    all of them."""
+    all of them. Absent, like podSelector: the operator's default engine."""
     pod_selector: PodSelector | None = None
-    """Pods of this namespace that are engines; those that are Ready count."""
-    port: Port = 8000
-    """Port of the engine in a selected pod."""
-    agent_port: Port = 8001
-    """Port of the agent, in a selected pod or on the host of endpoint."""
+    """Pods of this namespace that are engines; those that are Ready count. Absent: see endpoint."""
+    port: Port = ENGINE_PORT
+    """Port of the engine in a pod of podSelector. Default: 8000."""
+    agent_port: Port = AGENT_PORT
+    """Port of the agent, in a pod of podSelector or on the host of endpoint. Default: 8001."""
 
 
 class StickinessType(StrEnum):
@@ -157,6 +171,17 @@ class StickinessType(StrEnum):
 
 class StickinessSpec(ApiModel):
     """How a user stays on one side of the comparison."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.type == 'Hash' || !has(self.salt)",
+                "is part of the hash, and type None uses no hash; remove salt",
+                fieldPath=".salt",
+                reason=FORBIDDEN,
+            )
+        )
+    )
 
     type: StickinessType = StickinessType.HASH
     """Hash (default): the same key always gets the same side, on every replica. None: each request at random."""
@@ -177,8 +202,9 @@ class StickinessSpec(ApiModel):
         ],
         Field(min_length=1, max_length=8),
     ] = Field(default=["header:x-adapter-key", "body:user", "apiKey"])
-    """Where the key of a request is looked for; the first one found counts. A request without any key is assigned at
-    random."""
+    """Where the key of a request is looked for: header:<name>, body:user (the field `user` of the request) and apiKey.
+    The first one found counts; a request without any key is assigned at random. Default: the header x-adapter-key,
+    body:user, apiKey."""
     salt: Annotated[str, Field(max_length=128)] | None = None
     """Part of the hash. Absent: every rollout draws its users anew. A fixed one keeps the same users in front."""
 
@@ -225,7 +251,8 @@ class TrafficSpec(ApiModel):
     stickiness: StickinessSpec = StickinessSpec()
     """How a user stays on one side."""
     match: Annotated[list[MatchSpec], Field(max_length=64)] = Field(default_factory=list)
-    """Requests that always go to one side; the first match counts. They are not part of the comparison."""
+    """Requests that always go to one side; the first match counts. They are not part of the comparison.
+    Absent: none."""
     fallback: FallbackSpec = FallbackSpec()
     """What the user gets when the candidate fails."""
     output_schema: (

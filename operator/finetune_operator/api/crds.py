@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ Document = dict[str, Any]
 HEADER = "# Generated from operator/finetune_operator/api by `make crds`; do not edit.\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes y and n as well: Kubernetes reads them as truth values (YAML 1.1), PyYAML does not."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^[yYnN]$"), list("yYnN"))
+
+
 def build_crds() -> list[Document]:
     """Every CustomResourceDefinition, ready to be applied. Raises NotStructuralError if a model cannot be one."""
     return [_build_finetunejob(), _build_adapterdeployment()]
@@ -30,7 +38,7 @@ def render_crds() -> dict[str, str]:
     """File name -> YAML text of each definition."""
     return {
         f"{crd['spec']['group']}_{crd['spec']['names']['plural']}.yaml": HEADER
-        + yaml.safe_dump(crd, sort_keys=False, width=120, allow_unicode=True)
+        + yaml.dump(crd, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
         for crd in build_crds()
     }
 

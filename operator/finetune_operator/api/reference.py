@@ -33,7 +33,7 @@ def _render(crd: Schema) -> str:
         f"`{crd['spec']['group']}/{version['name']}`, {crd['spec']['scope'].lower()}. "
         f"Names for kubectl: `{names['plural']}`, `{names['singular']}`, `{', '.join(names['shortNames'])}`; "
         f"category `{', '.join(names['categories'])}`. "
-        f"The same text for one field: `kubectl explain {names['shortNames'][0]}.spec.model`.",
+        f"The same text for one field: `kubectl explain {names['shortNames'][0]}.spec.{_first_object(root)}`.",
         "",
         *_describe_root(root["description"]),
         "",
@@ -48,6 +48,11 @@ def _render(crd: Schema) -> str:
         wide = " (with `-o wide`)" if column.get("priority") else ""
         lines.append(f"* {column['name']}: `{column['jsonPath']}`{wide}")
     return "\n".join(lines) + "\n"
+
+
+def _first_object(root: Schema) -> str:
+    fields: dict[str, Schema] = root["properties"]["spec"]["properties"]
+    return next(name for name, field in fields.items() if "properties" in field)
 
 
 def _describe_root(text: str) -> list[str]:

@@ -100,3 +100,9 @@ DnsName = Annotated[
         ),
     ),
 ]
+
+PART_NAME = rule(
+    "self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+    "must have lower-case letters, digits and '-' only, for example invalid-output",
+)
+PartName = Annotated[str, Field(min_length=1, max_length=63, json_schema_extra=rules(PART_NAME))]

@@ -14,7 +14,7 @@ SHAPES = {
     "gs": ("gs://[A-Za-z0-9][A-Za-z0-9._-]*/.+", "gs://bucket/path"),
     "pvc": (
         "pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[^/].*",
-        "pvc://claim/path, where claim is a PersistentVolumeClaim in the job's namespace",
+        "pvc://claim/path, where claim is a PersistentVolumeClaim in the same namespace",
     ),
     "file": ("file:///[^/].*", "file:///absolute/path with three slashes"),
 }
@@ -33,29 +33,34 @@ SIGNED_QUERY = (
     "(?i)[?&](x-(amz|goog)-[a-z-]+|sig|signature|(access_)?token|api_?key|awsaccesskeyid|password|secret)="
 )
 
-SAFE = (
-    rule(
-        "!self.matches('^[a-z0-9]+://[^/]*@')",
-        "a URI must not carry credentials; put them into a Secret and name it in secretRef",
-    ),
-    rule(
-        f"!self.matches({quote(SIGNED_QUERY)})",
-        "a pre-signed URL or an access token in a URI is a credential that everybody who reads the job can use; "
-        "use the plain URI, put the credentials into a Secret and name it in secretRef",
-    ),
-    rule(
-        "!self.matches('(^|/)[.][.]?(/|$)')",
-        "must not have '.' or '..' as a part of its path; write the path as it is",
-    ),
-    rule(
-        "!self.matches('^ | $|[[:cntrl:]]')",
-        "must not begin or end with a blank and must not hold tabs or line breaks",
-    ),
-)
+BY_REFERENCE = "put the credentials into a Secret and name it in secretRef"
+BY_AGENT = "give the credentials to the agent beside the engine, in its environment"
 
 
-def uri_rules(shapes: dict[str, tuple[str, str]], *, what: str) -> tuple[dict[str, str], ...]:
-    """Rules for a URI with one of the schemes in `shapes`; `what` names the thing in messages."""
+def _safe(credentials: str) -> tuple[dict[str, str], ...]:
+    return (
+        rule("!self.matches('^[a-z0-9]+://[^/]*@')", f"a URI must not carry credentials; {credentials}"),
+        rule(
+            f"!self.matches({quote(SIGNED_QUERY)})",
+            "a pre-signed URL or an access token in a URI is a credential that everybody who reads the object can "
+            f"use; use the plain URI, and {credentials}",
+        ),
+        rule(
+            "!self.matches('(^|/)[.][.]?(/|$)')",
+            "must not have '.' or '..' as a part of its path; write the path as it is",
+        ),
+        rule(
+            "!self.matches('^ | $|[[:cntrl:]]')",
+            "must not begin or end with a blank and must not hold tabs or line breaks",
+        ),
+    )
+
+
+def uri_rules(
+    shapes: dict[str, tuple[str, str]], *, what: str, credentials: str = BY_REFERENCE
+) -> tuple[dict[str, str], ...]:
+    """Rules for a URI with one of the schemes in `shapes`; `what` names the thing in messages, `credentials` says where
+    they belong."""
     schemes = "^(" + "|".join(shapes) + ")://"
     forms = "^(" + "|".join(shape for shape, _ in shapes.values()) + ")$"
     choices = ", ".join(f"{scheme}://" for scheme in shapes)
@@ -78,7 +83,7 @@ def uri_rules(shapes: dict[str, tuple[str, str]], *, what: str) -> tuple[dict[st
             "must be one of: " + "; ".join(dict.fromkeys(explanation for _, explanation in shapes.values())),
             messageExpression=form,
         ),
-        *SAFE,
+        *_safe(credentials),
     )
 
 
@@ -102,16 +107,13 @@ ModelUri = Annotated[
         json_schema_extra=rules(*uri_rules({"hf": HF_MODEL, **SHAPES}, what="a model")),
     ),
 ]
+DATA_SHAPES = {"hf": HF_DATA, **SHAPES, "https": HTTP, "http": HTTP}
 DataUri = Annotated[
     str,
     Field(
         min_length=1,
         max_length=1024,
-        json_schema_extra=rules(
-            *uri_rules({"hf": HF_DATA, **SHAPES, "https": HTTP, "http": HTTP}, what="a data file"),
-            DATA_FILE,
-            ONE_FILE,
-        ),
+        json_schema_extra=rules(*uri_rules(DATA_SHAPES, what="a data file"), DATA_FILE, ONE_FILE),
     ),
 ]
 OutputUri = Annotated[
