@@ -13,6 +13,10 @@ from dataclasses import dataclass
 # Effective sample size (harmonic, see `Difference`) at which the sequence is tightest: two arms of 1,000.
 TUNING = 500.0
 
+# Values by which the variance of both arms counts in the variance of each. With it the sequences hold from 200 values
+# on for rare events (0.5 %) and for long tails (log-normal with sigma 1.5), where they fail without: see the tests.
+BORROWED = 400.0
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -50,8 +54,7 @@ class Difference:
 def compare(strata: Sequence[tuple[Moments, Moments]], *, scale: float = 1.0) -> Difference | None:
     """The difference over (stable, candidate) pairs, or None while there are not two values per arm beside one another.
 
-    Strata weigh by their effective sample size, which is best when the variance is the same in all; the variances
-    are pooled within arms over strata.
+    Strata weigh by their effective sample size, which is best when the variance is the same in all.
     """
     both = [(stable, candidate) for stable, candidate in strata if stable.n and candidate.n]
     stable_n, candidate_n = sum(s.n for s, _ in both), sum(c.n for _, c in both)
@@ -61,8 +64,9 @@ def compare(strata: Sequence[tuple[Moments, Moments]], *, scale: float = 1.0) ->
     effective = math.fsum(weights)
     stable_mean = math.fsum(w * s.mean for w, (s, _) in zip(weights, both, strict=True)) / effective
     candidate_mean = math.fsum(w * c.mean for w, (_, c) in zip(weights, both, strict=True)) / effective
-    stable_variance = math.fsum(s.scatter for s, _ in both) / (stable_n - len(both))
-    candidate_variance = math.fsum(c.scatter for _, c in both) / (candidate_n - len(both))
+    stable_variance, candidate_variance = _variances(
+        both, distance=max(abs(stable_mean), abs(candidate_mean))
+    )
     variance = math.fsum(
         w * w * (scale * scale * stable_variance / s.n + candidate_variance / c.n)
         for w, (s, c) in zip(weights, both, strict=True)
@@ -76,6 +80,22 @@ def compare(strata: Sequence[tuple[Moments, Moments]], *, scale: float = 1.0) ->
         stable_mean=stable_mean,
         candidate_mean=candidate_mean,
     )
+
+
+def _variances(both: Sequence[tuple[Moments, Moments]], *, distance: float) -> tuple[float, float]:
+    """Variance of a value per arm, within strata, each arm borrowing from both.
+
+    An arm of 200 yes-or-no values may hold not one "no", and would look as if it could not vary. Where nothing
+    varies at all, one value more at `distance` (1 where all are 0) is assumed to have gone unseen.
+    """
+    scatters = math.fsum(s.scatter for s, _ in both), math.fsum(c.scatter for _, c in both)
+    freedoms = sum(s.n for s, _ in both) - len(both), sum(c.n for _, c in both) - len(both)
+    pooled = (sum(scatters) or (distance or 1.0) ** 2) / sum(freedoms)
+    stable, candidate = (
+        (scatter + BORROWED * pooled) / (freedom + BORROWED)
+        for scatter, freedom in zip(scatters, freedoms, strict=True)
+    )
+    return stable, candidate
 
 
 def radius(standard_error: float, *, n: float, alpha: float, tuning: float = TUNING) -> float:

@@ -177,8 +177,6 @@ def _objective_verdict(
         f"{f'{plan.margin:.3g} of the stable mean' if plan.relative else f'{plan.margin:.4g}'}"
     )
     means = f"{plan.metric} is {plain.candidate_mean:.4g} of the candidate, {plain.stable_mean:.4g} of stable"
-    if half == 0.0 and gain == 0.0:
-        return CheckPhase.INCONCLUSIVE, f"{means}: all values are equal, and just at the margin"
     if gain - half > 0.0:
         return CheckPhase.SUCCESSFUL, f"{means}: proved {wanted}"
     if gain + half < 0.0:
