@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, help="default: the cores that the process may use")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="clients must send this key")
     parser.add_argument("--agent-port", type=int, default=8001, help="port of the agent; 0: none")
+    parser.add_argument("--agent-host", help="default: as --host")
     _add_agent_options(parser)
     return parser
 

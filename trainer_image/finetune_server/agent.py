@@ -91,6 +91,7 @@ class Agent:
         self._entries: dict[str, Entry] = dict(self._remembered())
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[str] = set()  # names to be unloaded
+        self._touched: set[str] = set()  # names that this agent asked the engine for
         self._facts: Facts | None = None  # None: the engine is not ready
         self._message = "the engine has not answered yet"
         self._misses = 0
@@ -163,6 +164,7 @@ class Agent:
                 self._wake.clear()
                 await self._observe()
                 if self._facts is not None:
+                    self._find_strays(self._facts)
                     await self._unload_leaving()
                     self._start_loads()
                 with contextlib.suppress(TimeoutError):
@@ -210,6 +212,13 @@ class Agent:
             wanted = {entry.digest for entry in self._entries.values()}
             await asyncio.to_thread(downloads.clean, self.settings.cache, wanted=wanted)
 
+    def _find_strays(self, facts: Facts) -> None:
+        """Marks what the engine still loaded after we gave up on it, for example after a timeout."""
+        for name in self._touched & facts.adapters.keys():
+            entry = self._entries.get(name)
+            if (entry is None or entry.state is State.FAILED) and name not in self._tasks:
+                self._leaving.add(name)
+
     def _start_loads(self) -> None:
         for name, entry in self._entries.items():
             if entry.state is State.LOADING and name not in self._tasks:
@@ -222,6 +231,10 @@ class Agent:
             del self._tasks[name]
         if not task.cancelled() and task.exception() is not None:
             LOG.error("loading %s ended unexpectedly", name, exc_info=task.exception())
+            entry = self._entries.get(name)
+            if entry is not None:
+                entry.state, entry.reason = State.FAILED, Reason.LOAD_FAILED
+                entry.message = f"the agent failed: {type(task.exception()).__name__}; its log says more"
         self._wake.set()
 
     async def _load(self, entry: Entry) -> None:
@@ -303,6 +316,7 @@ class Agent:
         await self._call(lambda: self._replace(entry.name, path, seconds=seconds), Reason.LOAD_FAILED)
 
     async def _replace(self, name: str, path: str, *, seconds: float) -> None:
+        self._touched.add(name)
         try:
             await self.client.load(name, path, seconds=seconds)
         except EngineError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from importlib import metadata
@@ -33,6 +34,7 @@ class Api:
         self.names = names  # served names of the base model; the first one is its main name
         self.api_key = api_key
         self.draining = False
+        self._started = int(time.time())
         self._defaults = _generation_defaults(engine.base.model)
 
     def application(self) -> web.Application:
@@ -78,7 +80,9 @@ class Api:
     async def models(self, request: web.Request) -> web.Response:
         base = self.engine.base
         cards = [
-            _card(name, root=str(base.path), parent=None, max_model_len=base.max_length)
+            _card(
+                name, root=str(base.path), parent=None, max_model_len=base.max_length, created=self._started
+            )
             for name in self.names
         ]
         cards += [
@@ -191,7 +195,9 @@ class Api:
             model=asked.model,
             is_chat=is_chat,
             wants_logprobs=logprobs is not None,
-            decode=lambda token: str(base.tokenizer.decode([token])),
+            decode=lambda token: str(
+                base.tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
+            ),
         )
         self._submit(sequences, asked.model)
         try:
@@ -299,7 +305,7 @@ async def _read_object(request: web.Request) -> dict[str, Any]:
 
 
 def _card(
-    name: str, *, root: str, parent: str | None, max_model_len: int | None, created: int = 0
+    name: str, *, root: str, parent: str | None, max_model_len: int | None, created: int
 ) -> dict[str, Any]:
     return {
         "id": name,

@@ -65,7 +65,11 @@ def fetch(uri: str, digest: str, cache: Path) -> Artifact:
             raise DownloadFailed(f"{uri} cannot be read: {storage.describe_error(error)}") from error
         except DigestMismatch as error:
             raise DigestMismatch(f"{uri}: {error}") from None
-        part.replace(target)
+        try:
+            part.replace(target)
+        except OSError:
+            if not target.is_dir():  # else: somebody else has just brought the same files
+                raise
     return Artifact(target, manifest)
 
 

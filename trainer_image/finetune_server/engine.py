@@ -272,6 +272,7 @@ class Engine:
             first=first,
             starts=[sequence.computed for sequence in group],
             adapters=[sequence.adapter for sequence in group],
+            rows=len(self._batch),
         )
 
     def _choose(self, rows: list[tuple[Sequence, torch.Tensor]]) -> None:

@@ -44,7 +44,8 @@ class EngineClient:
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     async def observe(self) -> Facts:
-        """Returns the engine's models and identity as they are now."""
+        """Returns the engine's models and identity as they are now. Raises EngineError for one that is not well."""
+        await self._bytes("GET", "/health", limit=_QUICK)
         cards = (await self._json("GET", "/v1/models", limit=_QUICK))["data"]
         metrics = await self._bytes("GET", "/metrics", limit=_QUICK)
         started, limit = _START.search(metrics), _MAX_LORA.search(metrics)

@@ -7,7 +7,7 @@ import gzip
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -53,8 +53,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    question: list[dict[str, Any]] | str  # messages before the reference, or a prompt
+    question: list[dict[str, Any]]  # messages before the reference
     reference: str
+    prompt: str | None = None  # the question as plain text, for models without chat template
 
 
 @dataclass
@@ -123,10 +124,19 @@ class Evaluations:
 
     async def _ask(self, model: str, row: Row, task: Task) -> bool:
         async with self._gate:
-            answer = await self._client.ask(
-                model, row.question, max_tokens=task.max_tokens, seconds=ANSWER_SECONDS
-            )
+            answer = await self._answer(model, row, task)
         return is_right(answer, row.reference, task.scorer, task.fields)
+
+    async def _answer(self, model: str, row: Row, task: Task) -> str:
+        def ask(question: list[dict[str, Any]] | str) -> Awaitable[str]:
+            return self._client.ask(model, question, max_tokens=task.max_tokens, seconds=ANSWER_SECONDS)
+
+        try:
+            return await ask(row.question)
+        except EngineError as error:
+            if row.prompt is None or error.status != 400 or "chat template" not in str(error):
+                raise
+        return await ask(row.prompt)
 
 
 def read_rows(uri: str, *, limit: int) -> list[Row]:
@@ -154,16 +164,21 @@ def _parse_row(line: str, *, where: str) -> Row:
     if not isinstance(row, dict):
         raise BadRows(f"{where} is not a JSON object")
     if isinstance(row.get("messages"), list):
-        turns = row["messages"]
-        last = turns[-1] if turns else None
-        if not isinstance(last, dict) or last.get("role") != "assistant" or len(turns) < 2:
-            raise BadRows(f"{where}: the last of the messages must be the assistant's, after a question")
-        return Row(turns[:-1], str(last.get("content") or ""))
+        return _parse_turns(row["messages"], where=where)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         # A question to a chat model, as training reads such rows when the model has a chat template.
-        return Row([{"role": "user", "content": prompt}], completion)
+        return Row([{"role": "user", "content": prompt}], completion, prompt)
+    if isinstance(prompt, list) and isinstance(completion, list) and prompt and completion:
+        return _parse_turns([*prompt, completion[-1]], where=where)
     raise BadRows(f"{where} has neither messages nor prompt and completion")
+
+
+def _parse_turns(turns: list[Any], *, where: str) -> Row:
+    last = turns[-1] if turns else None
+    if not isinstance(last, dict) or last.get("role") != "assistant" or len(turns) < 2:
+        raise BadRows(f"{where}: the last of the messages must be the assistant's, after a question")
+    return Row(turns[:-1], str(last.get("content") or ""))
 
 
 def is_right(answer: str, reference: str, scorer: Scorer, fields: tuple[str, ...]) -> bool:

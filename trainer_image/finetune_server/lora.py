@@ -19,11 +19,12 @@ from finetune_server.adapters import Adapter
 
 @dataclass(frozen=True)
 class Span:
-    """Columns low .. high of the concatenated ranks; `mask` is [rows, high - low], None: all rows use all of it."""
+    """Columns low .. high of the concatenated ranks; `hidden` is [rows, 1, high - low], true where a column is another
+    row's adapter, None: all rows use all of it."""
 
     low: int
     high: int
-    mask: torch.Tensor | None
+    hidden: torch.Tensor | None
 
 
 class _Step:
@@ -56,11 +57,14 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not typed here
         span = self.step.span
         if span is None or self.down is None or self.up is None:
             return result
-        hidden = x @ self.down[span.low : span.high].T
-        if span.mask is not None:
+        inner = nn.functional.linear(x, self.down[span.low : span.high])
+        if span.hidden is not None:
             # Filled, not multiplied: another adapter's overflow must not become this row's NaN.
-            hidden = hidden.masked_fill(~span.mask.view(x.shape[0], *[1] * (x.dim() - 2), -1), 0.0)
-        return result + hidden @ self.up[span.low : span.high]
+            inner.masked_fill_(span.hidden, 0.0)
+        # In place on what the base layer has just made: a sum of its own would be written and read once more.
+        up = self.up[span.low : span.high]
+        result.view(-1, result.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), up)
+        return result
 
 
 class AdapterBank:
@@ -92,7 +96,7 @@ class AdapterBank:
     def add(self, name: str, adapter: Adapter) -> None:
         """Appends an adapter that was checked against `shapes`. Layers that it does not target get zeros."""
         low = max((high for _, high in self._places.values()), default=0)
-        self._places[name] = (low, low + adapter.rank)
+        ready = []
         for layer_name, layer in self._layers.items():
             part = adapter.parts.get(layer_name)
             if part is None and layer.down is None:
@@ -105,8 +109,14 @@ class AdapterBank:
             if part is not None:
                 down[: part.rank] = part.down.to(down)
                 up[: part.rank] = (part.up.T * part.scale).to(up)
-            layer.down = torch.cat([_padded(layer.down, low, down), down])
-            layer.up = torch.cat([_padded(layer.up, low, up), up])
+            joined = (
+                torch.cat([_padded(layer.down, low, down), down]),
+                torch.cat([_padded(layer.up, low, up), up]),
+            )
+            ready.append((layer, *joined))
+        for layer, down, up in ready:  # all or nothing: memory may have run out above
+            layer.down, layer.up = down, up
+        self._places[name] = (low, low + adapter.rank)
 
     def remove(self, name: str) -> None:
         """Gives the adapter's memory back and moves those behind it together."""
@@ -135,12 +145,12 @@ class AdapterBank:
         if len(used) == 1 and None not in names:
             self._step.span = Span(low, high, None)
             return
-        mask = torch.zeros(len(names), high - low, dtype=torch.bool)
+        hidden = torch.ones(len(names), 1, high - low, dtype=torch.bool)
         for row, name in enumerate(names):
             if name is not None:
                 start, end = used[name]
-                mask[row, start - low : end - low] = True
-        self._step.span = Span(low, high, mask.to(device))
+                hidden[row, 0, start - low : end - low] = False
+        self._step.span = Span(low, high, hidden.to(device))
 
 
 def _padded(stored: torch.Tensor | None, ranks: int, like: torch.Tensor) -> torch.Tensor:

@@ -54,11 +54,6 @@ def find_model(uri: str) -> Path:
     return path
 
 
-def to_uri(text: str) -> str:
-    """Takes a plain path as file://."""
-    return text if "://" in text else f"file://{Path(text).absolute()}"
-
-
 def load_base(path: Path, *, uri: str, device: str, dtype: str, max_length: int | None) -> Base:
     """Returns model and tokenizer, ready to answer. Raises BadConfig or ModelNotFound, which name the option."""
     place = _choose_device(device)
@@ -72,6 +67,9 @@ def load_base(path: Path, *, uri: str, device: str, dtype: str, max_length: int 
         raise ModelNotFound(
             f"--model: the tokenizer of {uri} has no fast version; convert it to tokenizer.json"
         )
+    # Settings of the tokenizer's own would cut long prompts in silence.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
@@ -142,18 +140,25 @@ class Runner:
         self._check(reference)
 
     def forward(
-        self, tokens: list[list[int]], *, first: int, starts: list[int], adapters: list[str | None]
+        self,
+        tokens: list[list[int]],
+        *,
+        first: int,
+        starts: list[int],
+        adapters: list[str | None],
+        rows: int | None = None,
     ) -> torch.Tensor:
         """Returns the logits after each row's last token, [rows, vocabulary], float32 on the CPU.
 
-        Row i holds tokens[i], begins at column starts[i], and is stored in row first + i of the cache.
+        Row i holds tokens[i], begins at column starts[i], and is stored in row first + i of the cache,
+        which keeps its first `rows` rows.
         """
         width = max(len(row) for row in tokens)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=self.device)
         offsets = torch.tensor(starts, device=self.device)
         positions = offsets[:, None] + torch.arange(width, device=self.device)[None, :]
         length = max(starts) + width
-        self.cache.reserve(first + len(tokens), length)
+        self.cache.reserve(rows or first + len(tokens), length)
         mask = self.cache.prepare(first, positions, length)
         self.bank.select(adapters, device=self.device)
         lasts = sorted({len(row) - 1 for row in tokens})
@@ -170,7 +175,10 @@ class Runner:
 
     def _probes(self) -> list[list[int]]:
         size = int(self.model.config.get_text_config().vocab_size)
-        return [[(7 * row + 13 * place) % size for place in range(5 + 3 * row)] for row in range(2)]
+        return [
+            [(7 * row + 13 * place) % size for place in range(5 + 3 * row)]
+            for row in range(min(2, self.cache.max_rows))
+        ]
 
     def _reference(self) -> list[torch.Tensor]:
         """Logits of the untouched model, one sequence at a time and without cache."""

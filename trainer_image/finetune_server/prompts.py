@@ -30,7 +30,8 @@ def encode_chat(request: ChatRequest, tokenizer: Any, *, template: str | None) -
         raise BadRequest(
             f"messages: the chat template refuses them ({type(error).__name__}: {error})", "messages"
         ) from None
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    # The backend itself: the wrapper around it sets its options at each call, and threads would meet there.
+    return [int(token) for token in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids]
 
 
 def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary: int) -> list[list[int]]:
@@ -38,7 +39,9 @@ def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary:
     found = []
     for prompt in request.prompts():
         if isinstance(prompt, str):
-            tokens = tokenizer(prompt, add_special_tokens=request.add_special_tokens)["input_ids"]
+            tokens = tokenizer.backend_tokenizer.encode(
+                prompt, add_special_tokens=request.add_special_tokens
+            ).ids
         else:
             tokens = prompt
             if not all(0 <= token < vocabulary for token in tokens):

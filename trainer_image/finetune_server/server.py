@@ -10,15 +10,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from finetune_server import agent_app, models
-from finetune_server.api import Api
-from finetune_server.engine import Engine, Limits
+from finetune_server import agent_app
 from finetune_server.ports import listen, read_secret
-from finetune_server.telemetry import Telemetry
 from finetune_trainer.failures import EXIT_CODES, TrainerError
+
+if TYPE_CHECKING:
+    from finetune_server.engine import Engine
 
 ANY = ("0.0.0.0", "::", "")  # noqa: S104  compared, not bound
 LOG = logging.getLogger("finetune_server")
@@ -40,44 +39,61 @@ async def _serve(options: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    torch.set_num_threads(options.threads or count_cores())
-    api_key = read_secret(options.api_key_file)
-    engine, names = await asyncio.to_thread(build_engine, options)
-    api = Api(engine, names=names, api_key=api_key)
     async with contextlib.AsyncExitStack() as stack:
+        if options.agent_port:  # before the model: whoever asks meanwhile hears that it is not ready
+            await stack.enter_async_context(_agent_beside(options))
+        loading = asyncio.create_task(asyncio.to_thread(build_engine, options))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            return  # the process ends when that thread has
+        engine, names = loading.result()
+        from finetune_server.api import Api  # with torch behind it: see build_engine
+
+        api = Api(engine, names=names, api_key=read_secret(options.api_key_file))
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.stop)
         address = await stack.enter_async_context(listen(api.application(), options.host, options.port))
         LOG.info("serving %s on %s:%d", ", ".join(names), *address)
-        if options.agent_port:
-            await stack.enter_async_context(_agent_beside(engine, address[1], options))
-        await stop.wait()
+        while not stopping.done():
+            if not engine.alive:
+                raise TrainerError(
+                    "the engine has stopped; its log says why"
+                )  # whoever started it starts it again
+            await asyncio.wait({stopping}, timeout=1)
         api.draining = True
         LOG.info("draining")
 
 
 def _agent_beside(
-    engine: Engine, port: int, options: argparse.Namespace
+    options: argparse.Namespace,
 ) -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
     host = "127.0.0.1" if options.host in ANY else options.host
     return agent_app.serve(
-        engine_url=f"http://{host}:{port}",
+        engine_url=f"http://{host}:{options.port}",
         api_key=read_secret(options.api_key_file),
         settings=agent_app.build_settings(
             options,
             max_loras=options.max_loras,
             max_lora_rank=options.max_lora_rank,
-            base_uri=engine.base.uri,
+            base_uri=to_uri(options.model),
         ),
         token_file=options.agent_token_file,
-        host=options.host,
+        host=options.agent_host or options.host,
         port=options.agent_port,
     )
 
 
 def build_engine(options: argparse.Namespace) -> tuple[Engine, list[str]]:
     """Loads the model; returns the engine, not yet started, and the served names of the base model."""
-    uri = models.to_uri(options.model)
+    import torch  # seconds of imports, during which the agent answers already
+
+    from finetune_server import models
+    from finetune_server.engine import Engine, Limits
+    from finetune_server.telemetry import Telemetry
+
+    torch.set_num_threads(options.threads or count_cores())
+    uri = to_uri(options.model)
     path = models.find_model(uri)
     base = models.load_base(
         path, uri=uri, device=options.device, dtype=options.dtype, max_length=options.max_model_len
@@ -93,6 +109,11 @@ def build_engine(options: argparse.Namespace) -> tuple[Engine, list[str]]:
     engine = Engine(base, limits, Telemetry(names[0]))
     engine.registry.set_base_names(frozenset(names))
     return engine, names
+
+
+def to_uri(text: str) -> str:
+    """Takes a plain path as file://."""
+    return text if "://" in text else f"file://{Path(text).absolute()}"
 
 
 def count_cores() -> int:

@@ -1,0 +1,1 @@
+"""Tests of the engine and the agent as processes, and of the API that ours shares with vLLM."""
