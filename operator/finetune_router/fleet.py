@@ -25,6 +25,7 @@ from finetune_router.ledger import Epoch, Ledger
 logger = logging.getLogger(__name__)
 
 HANG_SECONDS = 10.0  # without a report, which comes four times a second: the worker is stuck and is replaced
+START_SECONDS = 60.0  # until it serves, on a machine that is busy otherwise
 RESTART_SECONDS = 0.2  # doubled with each early death
 _LONGEST_RESTART = 10.0
 _APPLY_SECONDS = 5.0
@@ -177,13 +178,14 @@ class Fleet:
     async def _listen_to(self, life: Life) -> None:
         """Take in a worker's messages until it is gone; a silent one is killed."""
         while True:
+            patience = HANG_SECONDS if life.serving else START_SECONDS
+            if self._stopping:
+                patience += self._config.grace
             try:
-                async with asyncio.timeout(
-                    self._config.grace + HANG_SECONDS if self._stopping else HANG_SECONDS
-                ):
+                async with asyncio.timeout(patience):
                     message = await life.channel.receive()
             except TimeoutError:
-                logger.error("a worker has not reported for %.0f s and is replaced", HANG_SECONDS)
+                logger.error("a worker has not reported for %.0f s and is replaced", patience)
                 life.process.kill()
                 message = None
             if message is None:

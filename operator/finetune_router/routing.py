@@ -76,13 +76,19 @@ class RouteKeeper:
                 logger.error("%s is passed over: %s", self._file, error)
 
     async def _take(self, snapshot: Snapshot, *, write: bool) -> None:
+        """Apply and store at once: neither has to wait for the other, and a full disk must not stop a rollback."""
         self._current = snapshot
-        applied = await self._workers.apply(snapshot)
+        storing = asyncio.to_thread(self._store, snapshot) if write else asyncio.sleep(0)
+        applied, _ = await asyncio.gather(self._workers.apply(snapshot), storing)
         logger.info(
             "snapshot %d, %d routes; workers apply %d", snapshot.version, len(snapshot.routes), applied
         )
-        if write:
-            await asyncio.to_thread(storage.write_mirror, self._folder, snapshot)
+
+    def _store(self, snapshot: Snapshot) -> None:
+        try:
+            storage.write_mirror(self._folder, snapshot)
+        except OSError as error:
+            logger.error("snapshot %d is in force but not on disk: %s", snapshot.version, error)
 
 
 def check_addresses(snapshot: Snapshot) -> None:

@@ -66,6 +66,7 @@ class Router:
 
     def start(self, *, wait_ready: bool = True) -> None:
         with self.log.open("ab") as log:
+            beginning = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "finetune_router", *self._flags],
                 stdout=log,
@@ -73,7 +74,7 @@ class Router:
                 env=dict(os.environ),
             )
         end = time.monotonic() + START_SECONDS
-        while (found := _PORTS.search(self.log.read_text())) is None:
+        while (found := _PORTS.search(self.log.read_text()[beginning:])) is None:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.02)

@@ -1,0 +1,335 @@
+"""Which arm answers, and what happens when one cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from finetune_operator.api.routes import Arm, HeaderMatch, Pin
+from finetune_router import assignment
+from tests.integration.router import engines
+from tests.integration.router.engines import Behaviour, Engine
+from tests.integration.router.routers import Router, route, target
+
+CANDIDATE = "ab12cd34"
+CHAT = "/v1/chat/completions"
+
+
+def ask(model: str, user: str | None = None, **more: object) -> dict[str, Any]:
+    document: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "hi"}], **more}
+    return document if user is None else {**document, "user": user}
+
+
+async def arms_of(
+    session: aiohttp.ClientSession, router: Router, alias: str, users: list[str]
+) -> dict[str, str]:
+    async def one(user: str) -> tuple[str, str]:
+        async with session.post(router.url + CHAT, json=ask(alias, user)) as response:
+            assert response.status == 200
+            return user, response.headers["x-adapter-arm"]
+
+    return dict(await asyncio.gather(*(one(user) for user in users)))
+
+
+async def test_the_arm_is_the_formulas_on_every_worker_and_moves_one_way(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    users = [f"user-{n}" for n in range(150)]
+    before: set[str] = set()
+    for weight in (0.0, 10.0, 40.0, 100.0):
+        await router.push(
+            route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=weight)
+        )
+        arms = await arms_of(session, router, alias, users)
+        candidates = {user for user, arm in arms.items() if arm == "Candidate"}
+        assert candidates == {
+            user for user in users if assignment.is_candidate(assignment.draw(b"salt\0", user).place, weight)
+        }
+        assert before <= candidates
+        before = candidates
+    assert before == set(users)
+
+
+async def test_pins_and_requests_without_key_and_their_counts(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    pin = Pin(headers=(HeaderMatch(name="X-Tenant", exact="acme"),), arm="Candidate")
+    await router.push(
+        route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=50, pins=(pin,))
+    )
+    for _ in range(10):
+        async with session.post(router.url + CHAT, json=ask(alias), headers={"x-tenant": "acme"}) as response:
+            assert response.headers["x-adapter-arm"] == "Candidate"
+    assert (await router.arm(alias, Arm.CANDIDATE)).requests == 0
+    arms = [await arms_of(session, router, alias, [""]) for _ in range(60)]
+    assert {arm for one in arms for arm in one.values()} == {"Stable", "Candidate"}
+    counted = [(await router.arm(alias, arm)).requests for arm in (Arm.STABLE, Arm.CANDIDATE)]
+    assert sum(counted) == 60
+
+
+async def test_a_revision_that_is_not_served_any_more_is_no_error(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    await router.push(route(alias, target("base", engine.url)))
+    headers = {"x-adapter-revision": CANDIDATE}
+    async with session.post(router.url + CHAT, json=ask(alias, "u"), headers=headers) as response:
+        assert response.status == 200
+        assert response.headers["x-adapter-revision"] == "base"
+        assert response.headers["x-adapter-fallback"] == "true"
+
+
+async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=50))
+
+    async def arm(headers: dict[str, str], user: str | None) -> str:
+        found = set()
+        for _ in range(8):
+            async with session.post(router.url + CHAT, json=ask(alias, user), headers=headers) as response:
+                found.add(response.headers["x-adapter-arm"])
+        assert len(found) == 1, "the same key went to both arms"
+        return found.pop()
+
+    def expected(key: str) -> str:
+        place = assignment.draw(b"salt\0", key).place
+        return "Candidate" if assignment.is_candidate(place, 50) else "Stable"
+
+    for key in ("a", "b", "c", "d"):
+        assert await arm({"x-adapter-key": key}, "other") == expected(key)
+        assert await arm({}, key) == expected(key)
+        await arm({"authorization": f"Bearer sk-{key}"}, None)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "failed"),
+    [
+        (Behaviour(status=500), True),
+        (Behaviour(status=503), True),
+        (Behaviour(status=429), False),
+        (Behaviour(break_after=0), True),
+        (Behaviour(delay=30), True),
+        (Behaviour(error_event=True), True),
+    ],
+    ids=["500", "503", "429", "reset", "silent", "error event"],
+)
+async def test_stable_answers_when_the_candidate_fails_before_the_first_byte(
+    router: Router, session: aiohttp.ClientSession, alias: str, behaviour: Behaviour, failed: bool
+) -> None:
+    async with engines.running() as stable, engines.running() as broken:
+        broken.behaviours[f"bot--{CANDIDATE}"] = behaviour
+        await router.push(route(alias, target("base", stable.url), target(CANDIDATE, broken.url), weight=100))
+        async with session.post(router.url + CHAT, json=ask(alias, "u", stream=True)) as response:
+            assert response.status == 200
+            assert "base-model" in await response.text()
+            assert response.headers["x-adapter-fallback"] == "true"
+            assert response.headers["x-adapter-arm"] == "Stable"
+        candidate = await router.arm(alias, Arm.CANDIDATE)
+        assert candidate.fallbacks == 1
+        assert candidate.requests == int(failed)
+        assert candidate.events.get("errors", 0) == int(failed)
+        assert (await router.arm(alias, Arm.STABLE)).requests == 0
+
+
+async def test_a_candidate_that_nobody_listens_for_falls_back_too(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        await router.push(route(alias, target("base", engine.url), target(CANDIDATE, url), weight=100))
+        async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+            assert (response.status, response.headers["x-adapter-fallback"]) == (200, "true")
+    assert (await router.arm(alias, Arm.CANDIDATE)).events == {"errors": 1}
+
+
+async def test_without_retry_the_candidates_failure_is_shown(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=500)
+    await router.push(
+        route(
+            alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100, retry_stable=False
+        )
+    )
+    async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        assert response.status == 500
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert (candidate.requests, candidate.events["errors"], candidate.fallbacks) == (1, 1, 0)
+
+
+async def test_a_candidate_that_was_just_unloaded_is_no_error_of_its(
+    router: Router, session: aiohttp.ClientSession, alias: str
+) -> None:
+    async with engines.running("base-model") as engine:
+        await router.push(
+            route(
+                alias,
+                target("base", engine.url),
+                target(CANDIDATE, engine.url),
+                weight=100,
+                retry_stable=False,
+            )
+        )
+        async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+            assert (response.status, response.headers["x-adapter-fallback"]) == (200, "true")
+        candidate = await router.arm(alias, Arm.CANDIDATE)
+        assert (candidate.requests, candidate.fallbacks) == (0, 1)
+
+
+async def test_never_in_the_middle_of_a_stream(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(text="one two three four five", break_after=3)
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
+    async with session.post(router.url + CHAT, json=ask(alias, "u", stream=True)) as response:
+        assert response.status == 200
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+    assert engine.served("base-model") == 0
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert (candidate.requests, candidate.events["errors"]) == (1, 1)
+
+
+async def test_one_engine_of_several_may_die_lack_the_model_or_be_busy(
+    router: Router, session: aiohttp.ClientSession, alias: str
+) -> None:
+    async with (
+        engines.running("base-model") as good,
+        engines.running("something-else") as lacking,
+        engines.running() as busy,
+        engines.running() as dying,
+    ):
+        busy.behaviours["base-model"] = Behaviour(status=503)
+        dying.behaviours["base-model"] = Behaviour(break_after=0)
+        for other in (lacking, busy, dying):
+            await router.push(route(alias, target("base", good.url, other.url)))
+            users = [f"u{n}" for n in range(20)]
+            assert set((await arms_of(session, router, alias, users)).values()) == {"Stable"}
+            assert other.seen
+    assert (await router.arm(alias, Arm.STABLE)).events == {"invalid": 60}
+
+
+async def test_an_engine_that_refuses_is_left_out_for_a_while(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        await router.push(route(alias, target("base", url, engine.url)))
+        await arms_of(session, router, alias, [f"u{n}" for n in range(30)])
+    assert len(engine.seen) == 30
+
+
+async def test_the_engine_with_the_fewest_requests_is_taken(
+    own_router: Callable[..., Router], session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = own_router()
+    await asyncio.to_thread(router.start)
+    async with engines.running() as slow, engines.running() as quick:
+        slow.behaviours["base-model"] = Behaviour(delay=1.0)
+        await router.push(route(alias, target("base", slow.url, quick.url)))
+        waiting = asyncio.create_task(arms_of(session, router, alias, ["a", "b", "c", "d"]))
+        await asyncio.sleep(0.2)
+        assert len(slow.seen) == len(quick.seen) == 2
+        for number in range(6):
+            await arms_of(session, router, alias, [f"u{number}"])
+        assert (len(slow.seen), len(quick.seen)) == (2, 8)
+        await waiting
+
+
+async def test_a_route_without_stable_and_one_whose_engines_lack_the_model(
+    router: Router, session: aiohttp.ClientSession, alias: str
+) -> None:
+    async with engines.running("something-else") as engine:
+        for stable in (None, target("base", engine.url), target("base")):
+            await router.push(route(alias, stable))
+            async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+                assert response.status == 503
+                assert int(response.headers["retry-after"]) > 0
+                assert (await response.json())["error"]["code"] == "model_not_ready"
+
+
+async def test_nothing_fails_while_the_routes_move(
+    router: Router, session: aiohttp.ClientSession, alias: str
+) -> None:
+    """Weights go up and down, the candidate is loaded, promoted and unloaded under load; streams run on."""
+    async with engines.running("base-model") as engine:
+        assert engine.models is not None
+        stop = asyncio.Event()
+        statuses: list[int] = []
+
+        async def client(number: int) -> None:
+            while not stop.is_set():
+                body = ask(alias, f"user-{number}-{len(statuses)}", stream=number % 2 == 0)
+                async with session.post(router.url + CHAT, json=body) as response:
+                    statuses.append(response.status)
+                    assert (await response.read()).rstrip().endswith((b"}", b"[DONE]"))
+
+        engine.behaviours["base-model"] = Behaviour(chunk_delay=0.005)
+        base, revision = target("base", engine.url), target(CANDIDATE, engine.url)
+        await router.push(route(alias, base))
+        clients = [asyncio.create_task(client(number)) for number in range(12)]
+        for _ in range(4):
+            engine.models.add(revision.served_name)
+            for weight in (5.0, 50.0, 100.0):
+                await router.push(route(alias, base, revision, weight=weight))
+                await asyncio.sleep(0.03)
+            engine.models.discard(revision.served_name)  # before the routes know: the worst order
+            await asyncio.sleep(0.05)
+            await router.push(route(alias, base))
+            await asyncio.sleep(0.03)
+        stop.set()
+        await asyncio.gather(*clients)
+        assert len(statuses) > 100
+        assert set(statuses) == {200}
+
+
+async def test_mirrored_requests_are_counted_and_slow_nobody(
+    router: Router, session: aiohttp.ClientSession, alias: str
+) -> None:
+    async with engines.running() as stable, engines.running() as shadow:
+        name = f"bot--{CANDIDATE}"
+        shadow.behaviours[name] = Behaviour(text="I'm sorry, but I can't help with that.", delay=0.6)
+        await router.push(
+            route(alias, target("base", stable.url), target(CANDIDATE, shadow.url), weight=0, mirror=100)
+        )
+        started = asyncio.get_running_loop().time()
+        arms = await arms_of(session, router, alias, [f"u{n}" for n in range(10)])
+        assert asyncio.get_running_loop().time() - started < 0.5
+        assert set(arms.values()) == {"Stable"}
+        await asyncio.sleep(1.0)
+        assert shadow.served(name) == 10
+        counted = await router.arm(alias, Arm.SHADOW)
+        assert (counted.requests, counted.events["refused"], counted.events["slow"]) == (10, 10, 10)
+        assert (await router.arm(alias, Arm.STABLE)).requests == 10
+        assert (await router.arm(alias, Arm.CANDIDATE)).requests == 0
+        shadow.behaviours[name] = Behaviour(break_after=0)
+        await arms_of(session, router, alias, ["one-more"])
+        await asyncio.sleep(0.2)
+        assert (await router.arm(alias, Arm.SHADOW)).events["errors"] == 1
+        assert (
+            f'adapter_router_mirror_total{{alias="{alias}",outcome="failed"}} 1.0' in await router.metrics()
+        )
+
+
+async def test_the_model_is_all_that_changes_in_the_body(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    await router.push(route(alias, target("base", engine.url)))
+    text = '{ "messages" : [{"content":"the \\"model\\": \\u00fc \\\\"}],\n"temperature":1.50,"model" :"NAME" , "n":1 }'
+    for padding in ("", " " * 40_000):  # parsed whole, and scanned
+        body = text.replace("NAME", alias) + padding
+        async with session.post(router.url + CHAT, data=body.encode()) as response:
+            assert response.status == 200
+        assert engine.seen[-1].body.decode() == text.replace("NAME", "base-model") + padding
+    twice = json.dumps({"model": "nobody"})[:-1] + f', "mo\\u0064el": "{alias}"}}'
+    async with session.post(router.url + CHAT, data=twice) as response:
+        assert response.status == 200
+    assert engine.seen[-1].body.decode() == '{"model": "base-model", "mo\\u0064el": "base-model"}'

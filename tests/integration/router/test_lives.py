@@ -1,0 +1,385 @@
+"""Routers and workers that start, stop, die, and come back; what the operator sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from finetune_operator.api.routes import (
+    COUNTERS_PATH,
+    ROUTES_PATH,
+    Arm,
+    BaseModelRoute,
+    RoutesApplied,
+    Signal,
+    SignalEvent,
+    Snapshot,
+)
+from tests.integration.router.engines import Behaviour, Engine
+from tests.integration.router.routers import Router, route, target
+
+CANDIDATE = "ab12cd34"
+CHAT = "/v1/chat/completions"
+
+
+def chat(alias: str, user: str = "u", **more: object) -> dict[str, Any]:
+    return {
+        "model": alias,
+        "user": user,
+        "messages": [{"role": "user", "content": "a secret prompt"}],
+        **more,
+    }
+
+
+async def start(router: Router) -> Router:
+    await asyncio.to_thread(router.start)
+    return router
+
+
+async def status(session: aiohttp.ClientSession, router: Router, alias: str) -> int:
+    async with session.post(router.url + CHAT, json=chat(alias)) as response:
+        await response.read()
+        return response.status
+
+
+async def worker_pids(router: Router) -> list[int]:
+    return [worker["pid"] for worker in json.loads((await router.readiness())[1])["workers"]]
+
+
+async def test_running_streams_end_in_peace_when_the_router_is_stopped(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = await start(own_router("--drain-delay", "0.5", "--grace", "20", workers=2))
+    await router.push(route(alias, target("base", engine.url)))
+    engine.behaviours["base-model"] = Behaviour(text="word " * 30, chunk_delay=0.05)
+
+    async def stream() -> bytes:
+        async with session.post(router.url + CHAT, json=chat(alias, stream=True)) as response:
+            return await response.read()
+
+    streams = [asyncio.create_task(stream()) for _ in range(10)]
+    await asyncio.sleep(0.3)
+    stopping = asyncio.create_task(asyncio.to_thread(router.stop))
+    await asyncio.sleep(0.2)
+    code, text = await router.readiness()
+    assert (code, json.loads(text)["reasons"]) == (503, ["the router is being stopped"])
+    async with session.post(router.url + CHAT, json=chat(alias)) as response:  # until nobody sends any more
+        assert response.status == 200
+        assert response.headers["connection"] == "close"
+    await asyncio.sleep(0.6)
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await status(session, router, alias)
+    assert (await router.arm(alias, Arm.STABLE)).requests >= 1  # the operator may still ask
+    assert all(body.endswith(b"data: [DONE]\n\n") for body in await asyncio.gather(*streams))
+    assert await stopping == 0
+
+
+async def test_a_stream_without_end_is_cut_after_the_grace_time(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = await start(own_router("--grace", "0.5"))
+    await router.push(route(alias, target("base", engine.url)))
+    engine.behaviours["base-model"] = Behaviour(text="word " * 1000, chunk_delay=0.05)
+    async with session.post(router.url + CHAT, json=chat(alias, stream=True)) as response:
+        started = asyncio.get_running_loop().time()
+        assert await asyncio.to_thread(router.stop) == 0
+        assert asyncio.get_running_loop().time() - started < 5
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+
+
+async def test_a_router_that_starts_again_has_routes_feedback_counts_and_identity(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = await start(own_router())
+    version = await router.push(
+        route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=50)
+    )
+    async with session.post(router.url + CHAT, json=chat(alias)) as response:
+        reply = await response.json()
+        arm = response.headers["x-adapter-arm"]
+    feedback = {"response_id": reply["id"], "metric": "helpful", "value": True}
+    async with session.post(router.url + "/v1/feedback", json=feedback) as response:
+        assert (response.status, (await response.json())["arm"]) == (201, arm)
+    before = await router.counters()
+    for stop in (router.stop, router.kill):
+        await asyncio.to_thread(stop)
+        await start(router)
+        assert await status(session, router, alias) == 200
+        async with session.post(router.url + "/v1/feedback", json=feedback) as response:
+            assert response.status == 200
+        after = await router.counters()
+        assert (after.instance, after.version) == (before.instance, version)
+        scores = {one.arm: one.scores for epoch in after.epochs for one in epoch.arms if one.scores}
+        assert {name: moments["helpful"].n for name, moments in scores.items()} == {arm: 1}
+    ended = {epoch.epoch for epoch in before.epochs}
+    assert ended <= {epoch.epoch for epoch in after.epochs}, (
+        "the first life's counts were written when it ended"
+    )
+
+
+async def test_a_worker_that_is_killed_is_replaced_and_its_counts_stay(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = await start(own_router(workers=2))
+    version = await router.push(route(alias, target("base", engine.url)))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as fresh:
+        statuses = await asyncio.gather(*(status(fresh, router, alias) for _ in range(40)))
+        assert set(statuses) == {200}
+        await router.counters()
+        first, second = await worker_pids(router)
+        os.kill(first, signal.SIGKILL)
+        # Connections that hit the dead worker's socket wait for its successor.
+        statuses = await asyncio.gather(*(status(fresh, router, alias) for _ in range(20)))
+        assert set(statuses) == {200}
+    pids = await worker_pids(router)
+    assert first not in pids
+    assert second in pids
+    counters = await router.counters()
+    assert counters.version == version
+    assert (await router.arm(alias, Arm.STABLE)).requests == 60
+    assert "adapter_router_worker_restarts_total 1.0" in await router.metrics()
+    assert (
+        f'adapter_router_requests_total{{alias="{alias}",arm="Stable",code="200",revision="base"}} 60.0'
+        in (await router.metrics())
+    )
+
+
+async def test_a_worker_that_hangs_is_replaced(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = await start(own_router())
+    await router.push(route(alias, target("base", engine.url)))
+    (pid,) = await worker_pids(router)
+    os.kill(pid, signal.SIGSTOP)
+    assert await status(session, router, alias) == 200  # by the successor, after about ten seconds
+    assert await worker_pids(router) != [pid]
+
+
+async def test_workers_do_not_outlive_a_parent_that_is_killed(own_router: Callable[..., Router]) -> None:
+    router = await start(own_router("--grace", "1", workers=2))
+    pids = await worker_pids(router)
+    router.kill()
+    for _ in range(100):
+        if not any(_is_alive(pid) for pid in pids):
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail("a worker still runs")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_the_admin_port(router: Router, engine: Engine, alias: str) -> None:
+    version = await router.push(route(alias, target("base", engine.url)))
+    for token in ("", "wrong"):
+        for method, path in (("GET", ROUTES_PATH), ("PUT", ROUTES_PATH), ("GET", COUNTERS_PATH)):
+            assert (await router.admin(method, path, token=token))[0] == 401
+        assert (await router.admin("GET", "/healthz", token=token))[0] == 200
+    code, text = await router.admin("GET", ROUTES_PATH)
+    assert RoutesApplied.model_validate_json(text).version == version
+
+    async def put(snapshot: Snapshot) -> tuple[int, str]:
+        return await router.admin("PUT", ROUTES_PATH, data=snapshot.model_dump_json(by_alias=True))
+
+    assert (await put(Snapshot(version=version)))[0] == 200  # the same version once more: nothing changes
+    code, text = await put(Snapshot(version=version - 1))
+    assert code == 409
+    assert json.loads(text)["version"] == version
+    assert f"is older than {version}" in text
+    code, text = await router.admin("PUT", ROUTES_PATH, data='{"version": "x"}')
+    assert (code, "version: " in text) == (400, True)
+    broken = Snapshot(version=version + 100_000, routes=(route(alias, target("base", "ftp://engine")),))
+    code, text = await put(broken)
+    assert (code, f"route {alias}" in text) == (400, True)
+    newer = json.loads(Snapshot(version=version).model_dump_json(by_alias=True)) | {"fromTheFuture": 1}
+    assert (await router.admin("PUT", ROUTES_PATH, data=json.dumps(newer)))[0] == 200
+
+
+async def test_the_newest_of_mirror_and_routes_file_counts(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    file = tmp_path / "routes.json"
+
+    def write(version: int, alias: str) -> None:
+        snapshot = Snapshot(version=version, routes=(route(alias, target("base", engine.url)),))
+        file.write_text(snapshot.model_dump_json(by_alias=True))
+
+    router = own_router("--routes-file", str(file))
+    await asyncio.to_thread(router.start, wait_ready=False)
+    await asyncio.sleep(1)
+    code, text = await router.readiness()
+    assert code == 503
+    assert "no routes yet" in text
+    assert await status(session, router, "first") == 503
+    write(1_000_000, "first")
+    for _ in range(100):
+        if (await router.readiness())[0] == 200:
+            break
+        await asyncio.sleep(0.05)
+    assert await status(session, router, "first") == 200
+    await asyncio.sleep(0.5)  # until it is on disk; a push is answered after that, a file is read at leisure
+    router.kill()
+    write(999_999, "older")
+    await start(router)
+    assert [await status(session, router, name) for name in ("first", "older")] == [200, 404]
+    router.kill()
+    write(1_000_001, "newer")
+    await start(router)
+    assert [await status(session, router, name) for name in ("first", "newer")] == [404, 200]
+    router.kill()
+    file.write_text("{ broken")
+    await start(router)
+    assert await status(session, router, "newer") == 200
+    assert "passed over" in router.log.read_text()
+
+
+async def test_a_port_that_is_taken_and_files_of_no_use_are_said(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("")
+    for flags, said in (
+        (["--admin-host", "0.0.0.0"], "admin-token-file is needed"),
+        (["--admin-token-file", str(empty)], "is empty"),
+        (["--api-keys-file", str(tmp_path / "nowhere")], "nowhere"),
+        (["--workers", "0"], "--workers: 0 is less than 1"),
+    ):
+        process = await asyncio.create_subprocess_exec(
+            "finetune-router", "--state-dir", str(tmp_path / "s"), "--port", "0", "--admin-port", "0", *flags,
+            stderr=asyncio.subprocess.PIPE, env=dict(os.environ) | {"PATH": _path_of_scripts()},
+        )  # fmt: skip
+        _, errors = await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode != 0
+        assert said in errors.decode()
+        assert "Traceback" not in errors.decode()
+
+
+def _path_of_scripts() -> str:
+    return f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+
+
+async def test_signals_are_counted_per_arm(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    schema = {"type": "object", "required": ["intent"]}
+    name = f"bot--{CANDIDATE}"
+    await router.push(
+        route(
+            alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100, output_schema=schema
+        )
+    )
+    stories = [
+        (Behaviour(text='{"intent": "reset"}'), set()),
+        (Behaviour(text='{"other": 1}'), {"invalid"}),
+        (Behaviour(text="I'm sorry, but I can't help."), {"invalid", "refused"}),
+        (Behaviour(text="", finish_reason="length"), {"invalid", "empty", "cut"}),
+        (Behaviour(text='{"intent": 1}', delay=0.3), {"slow"}),
+        (Behaviour(text='{"intent": "' + "ab " * 60 + '"}', delay=0.45), {"slow", "long"}),
+    ]
+    expected: dict[str, int] = {}
+    for number, (how, events) in enumerate(stories):
+        engine.behaviours[name] = how
+        for stream in (False, True):
+            async with session.post(
+                router.url + CHAT, json=chat(alias, f"u{number}", stream=stream)
+            ) as response:
+                assert response.status == 200
+                await response.read()
+            for event in events:
+                expected[event] = expected.get(event, 0) + 1
+    counted = await router.arm(alias, Arm.CANDIDATE)
+    assert counted.events == expected
+    assert counted.requests == 2 * len(stories)
+
+
+async def test_tokens_latency_lengths_and_keys_are_counted(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    await router.push(route(alias, target("base", engine.url), comparison="mine"))
+    engine.behaviours["base-model"] = Behaviour(text="five words are in here", delay=0.05, chunk_delay=0.02)
+    for user in ("a", "b", "a"):
+        for stream in (False, True):
+            async with session.post(router.url + CHAT, json=chat(alias, user, stream=stream)) as response:
+                await response.read()
+    engine.behaviours["base-model"].usage = False
+    async with session.post(router.url + CHAT, json=chat(alias, "c", stream=True)) as response:
+        await response.read()
+    counters = await router.counters()
+    arms = [arm for epoch in counters.epochs for arm in epoch.arms if arm.alias == alias]
+    assert sum(arm.completion_tokens.n for arm in arms) == 7
+    assert sum(arm.completion_tokens.sum for arm in arms) == 6 * 5 + 7  # without usage: events
+    assert sum(arm.length_histogram[3] for arm in arms) == 7
+    assert all(arm.ttft_seconds.sum >= 0.05 * arm.ttft_seconds.n for arm in arms)
+    assert all(arm.seconds.sum > arm.ttft_seconds.sum for arm in arms)
+    samples = [sample for epoch in counters.epochs for sample in epoch.samples if sample.alias == alias]
+    assert {sample.comparison for sample in samples} == {"mine"}
+    assert len({value for sample in samples for value in sample.stable}) == 3
+
+
+async def test_no_text_of_users_or_models_in_logs_metrics_or_state(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = await start(own_router("--log-level", "DEBUG"))
+    signals = (Signal(name="invalid", event=SignalEvent.SCHEMA_INVALID),)
+    await router.push(route(alias, target("base", engine.url), signals=signals))
+    engine.behaviours["base-model"] = Behaviour(text="a secret answer")
+    headers = {"Authorization": "Bearer a-secret-key", "x-adapter-key": "a-secret-user"}
+    for how in (Behaviour(text="a secret answer"), Behaviour(status=500), Behaviour(break_after=0)):
+        engine.behaviours["base-model"] = how
+        async with session.post(router.url + CHAT, json=chat(alias), headers=headers) as response:
+            await response.read()
+    async with session.post(router.url + CHAT, data=b'{"a secret": broken', headers=headers) as response:
+        assert "secret" not in await response.text()
+    seen = await router.metrics() + (await router.counters()).model_dump_json()
+    assert await asyncio.to_thread(router.stop) == 0
+    seen += router.log.read_text()
+    seen += "".join(
+        file.read_bytes().decode("latin-1") for file in (router.folder / "state").iterdir() if file.is_file()
+    )
+    assert "secret" not in seen
+
+
+async def test_metrics_have_their_names(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    await router.push(
+        route(alias, target("base", engine.url), target(CANDIDATE, engine.url), mirror=100),
+        base_models=(BaseModelRoute(name="base-model", upstreams=(engine.url,)),),
+    )
+    for model in (alias, "base-model", "nobody"):
+        async with session.post(router.url + CHAT, json=chat(model, stream=True)) as response:
+            reply = await response.read()
+    async with session.post(router.url + CHAT, json=chat(alias)) as response:
+        reply_id = (await response.json())["id"]
+    feedback = {"response_id": reply_id, "metric": "helpful", "value": 0.5}
+    async with session.post(router.url + "/v1/feedback", json=feedback) as response:
+        assert response.status == 201
+    assert reply
+    await asyncio.sleep(0.6)
+    await router.counters()
+    text = await router.metrics()
+    for line in (
+        f'adapter_router_requests_total{{alias="{alias}",arm="Stable",code="200",revision="base"}} 2.0',
+        'adapter_router_requests_total{alias="base-model",arm="Base",code="200",revision="base"} ',
+        'adapter_router_requests_total{alias="",arm="",code="404",revision=""} ',
+        f'adapter_router_request_duration_seconds_count{{alias="{alias}",arm="Stable"}} 2.0',
+        f'adapter_router_ttft_seconds_count{{alias="{alias}",arm="Stable"}} 2.0',
+        f'adapter_router_tpot_seconds_count{{alias="{alias}",arm="Stable"}} 1.0',
+        f'adapter_router_overhead_seconds_count{{alias="{alias}",arm="Stable"}} 2.0',
+        f'adapter_router_output_invalid_total{{alias="{alias}",arm="Stable",kind="schema_invalid"}} 2.0',
+        f'adapter_router_feedback_total{{alias="{alias}",arm="Stable",metric="helpful"}} 1.0',
+        f'adapter_router_mirror_total{{alias="{alias}",outcome="answered"}} 2.0',
+    ):
+        assert line in text
