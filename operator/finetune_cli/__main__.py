@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import jobs, local
+from finetune_cli import jobs, local, rollouts
 
 app = typer.Typer(
     name="finetune",
-    help="Fine-tune language models on Kubernetes, and run the whole stack on a laptop.",
+    help="Fine-tune language models on Kubernetes, bring the adapters to users, and run the whole stack on a laptop.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(rollouts.app, name="rollout")
 app.add_typer(local.app, name="local")
 
 

@@ -6,18 +6,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from finetune_cli.job_views import (
-    Job,
-    elapsed,
-    exit_code,
-    measures,
-    number,
-    result_lines,
-    seconds_between,
-    status_of,
-    steps,
-)
+from finetune_cli.job_views import Job, elapsed, exit_code, measures, result_lines, steps
 from finetune_cli.pages import condition_lines, event_lines, section
+from finetune_cli.texts import number, seconds_between, status_of
 from finetune_operator.core.durations import format_duration
 
 AGAIN = "then delete the job and apply it again: kubectl delete ftj {name} -n {namespace}"

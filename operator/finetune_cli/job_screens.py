@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli import job_views, screens
+from finetune_cli import job_views, screens, texts
 from finetune_operator.core.durations import format_duration
 
 COLOURS = {
@@ -23,7 +23,7 @@ COLOURS = {
 
 def render_live(job: job_views.Job, now: datetime, trouble: str | None = None) -> RenderableType:
     """The view of one moment: title, phase with message, bar with steps, measures, trouble."""
-    status, spec = job_views.status_of(job), job["spec"]
+    status, spec = texts.status_of(job), job["spec"]
     phase = status.get("phase", "Pending")
     took = job_views.elapsed(job, now)
     title = Text.assemble(
@@ -41,9 +41,7 @@ def render_live(job: job_views.Job, now: datetime, trouble: str | None = None) -
         row.add_row(
             ProgressBar(total=progress["totalSteps"], completed=progress.get("step", 0), width=40),
             job_views.steps(job),
-            f"epoch {job_views.number(progress['epoch'], digits=3)}"
-            if progress.get("epoch") is not None
-            else "",
+            f"epoch {texts.number(progress['epoch'], digits=3)}" if progress.get("epoch") is not None else "",
         )
         lines.append(row)
     if parts := job_views.measures(job, now):

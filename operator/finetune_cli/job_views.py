@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_cli.texts import number, seconds_between, status_of
 from finetune_operator.core.durations import format_duration
 
 Job = Mapping[str, Any]
@@ -19,10 +20,6 @@ def exit_code(job: Job) -> int | None:
     return FINAL.get(status_of(job).get("phase", ""))
 
 
-def status_of(job: Job) -> Mapping[str, Any]:
-    return job.get("status") or {}
-
-
 def format_size(size: float) -> str:
     """Bytes with a decimal unit, for example 9.8 MB."""
     value = float(size)
@@ -31,14 +28,6 @@ def format_size(size: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
-
-
-def seconds_between(start: str | None, end: str | datetime | None) -> float | None:
-    """Seconds from one RFC 3339 time to another, None where one is missing."""
-    if start is None or end is None:
-        return None
-    last = end if isinstance(end, datetime) else datetime.fromisoformat(end)
-    return (last - datetime.fromisoformat(start)).total_seconds()
 
 
 def elapsed(job: Job, now: datetime) -> float | None:
@@ -55,11 +44,6 @@ def remaining(job: Job, now: datetime) -> float | None:
     if estimate is None or exit_code(job) is not None:
         return None
     return max(0.0, float(estimate) - max(0.0, seconds_between(progress.get("lastReportTime"), now) or 0.0))
-
-
-def number(value: float | None, *, digits: int = 4) -> str:
-    """A measured value to read, not to compute with."""
-    return "" if value is None else f"{value:.{digits}g}"
 
 
 def list_rows(jobs: Sequence[Job], now: datetime, *, namespaces: bool) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune_cli import connections, job_pages, job_screens, job_views, screens, shared, watches
+from finetune_cli import connections, job_pages, job_screens, job_views, screens, shared, texts, watches
 from finetune_cli.kinds import JOB
 from finetune_cli.shared import (
     ContextOption,
@@ -79,7 +79,7 @@ def watch(
     if output is WatchOutput.TEXT:
         typer.echo("\n".join(job_views.final_lines(job)))
     else:
-        shared.echo_data(job_views.status_of(job), as_yaml=output is WatchOutput.YAML)
+        shared.echo_data(texts.status_of(job), as_yaml=output is WatchOutput.YAML)
     raise typer.Exit(job_views.exit_code(job) or 0)
 
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from finetune_cli.job_views import seconds_between, status_of
+from finetune_cli.texts import seconds_between, status_of
 from finetune_operator.core.durations import format_duration
 
 SHOWN = 5  # events
 
 
 def section(title: str, lines: Sequence[str]) -> list[str]:
-    """Nothing to say, no section."""
-    return ["", title, *(f"  {line}" for line in lines)] if lines else []
+    """Nothing to say, no section; without a title, more lines of the one before."""
+    head = ["", title] if title else []
+    return [*head, *(f"  {line}" for line in lines)] if lines else []
 
 
 def condition_lines(one: Mapping[str, Any], now: datetime) -> list[str]:
