@@ -32,8 +32,9 @@ class Moments:
 
     @property
     def scatter(self) -> float:
-        """Sum of squared deviations from the mean; never negative, whatever rounding does."""
-        return max(self.squares - self.total * self.mean, 0.0) if self.n else 0.0
+        """Sum of squared deviations from the mean; 0 where it is no more than sums of ten digits can tell from 0."""
+        scatter = self.squares - self.total * self.mean
+        return scatter if scatter > 1e-8 * self.squares else 0.0
 
 
 @dataclass(frozen=True)
