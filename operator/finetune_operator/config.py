@@ -6,6 +6,10 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+
+IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+DEFAULT_NAMESPACE = "finetune-system"
 
 
 class ConfigurationError(Exception):
@@ -39,6 +43,20 @@ class OperatorConfig:
     progress_seconds: float
     """Least time between two status writes for progress of one job, in seconds."""
     json_logs: bool
+    namespace: str
+    """Namespace of the operator itself, where it keeps the route snapshot."""
+    router_admin_urls: tuple[str, ...]
+    """Admin URLs of the routers; a name with several addresses is several routers."""
+    router_token_file: Path | None
+    engine_url: str | None
+    """Engine of deployments that name none."""
+    agent_url: str | None
+    """Its agent, where that is not on the engine's host at spec.serving.agentPort."""
+    agent_token_file: Path | None
+    alert_providers_file: Path | None
+    """JSON {name: URL}."""
+    drain_seconds: float
+    """Time between the withdrawal of a deleted deployment's route and the unloading of its adapters, in seconds."""
 
     def status_tls(self) -> ssl.SSLContext | None:
         """The server side of TLS, or None where no certificate is configured."""
@@ -79,6 +97,35 @@ def _file(environ: Mapping[str, str], name: str) -> Path | None:
     return Path(text)
 
 
+def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    urls = [url.strip().rstrip("/") for url in environ.get(name, "").split(",") if url.strip()]
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            known = False
+        if not known:
+            raise ConfigurationError(f"{name}={url!r}: must be a URL such as http://finetune-router:8081")
+    return tuple(urls)
+
+
+def _url(environ: Mapping[str, str], name: str) -> str | None:
+    urls = _urls(environ, name)
+    if len(urls) > 1:
+        raise ConfigurationError(f"{name}={environ[name]!r}: must be one URL")
+    return urls[0] if urls else None
+
+
+def _own_namespace(environ: Mapping[str, str]) -> str:
+    if named := environ.get("FINETUNE_NAMESPACE"):
+        return named
+    try:
+        return IN_CLUSTER_NAMESPACE.read_text().strip() or DEFAULT_NAMESPACE
+    except OSError:
+        return DEFAULT_NAMESPACE
+
+
 def load(environ: Mapping[str, str]) -> OperatorConfig:
     """Read the configuration. Raises ConfigurationError."""
     port = int(_number(environ, "FINETUNE_STATUS_PORT", 8090, low=1, high=65535))
@@ -107,4 +154,12 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         ),
         progress_seconds=_number(environ, "FINETUNE_PROGRESS_SECONDS", 10, low=0.1, high=3600),
         json_logs=_choice(environ, "FINETUNE_LOG_FORMAT", "json", ("json", "plain")) == "json",
+        namespace=_own_namespace(environ),
+        router_admin_urls=_urls(environ, "FINETUNE_ROUTER_ADMIN_URLS"),
+        router_token_file=_file(environ, "FINETUNE_ROUTER_TOKEN_FILE"),
+        engine_url=_url(environ, "FINETUNE_ENGINE_URL"),
+        agent_url=_url(environ, "FINETUNE_AGENT_URL"),
+        agent_token_file=_file(environ, "FINETUNE_AGENT_TOKEN_FILE"),
+        alert_providers_file=_file(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
+        drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
     )

@@ -6,8 +6,9 @@ everything here is the parsed JSON. Every failure is one of five exceptions; eac
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import aiohttp
 from kubernetes import aio
 
+from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import API_VERSION
-from finetune_operator.api.finetunejob import KIND, PLURAL
 
 Json = dict[str, Any]
 
@@ -28,8 +29,10 @@ PLURALS = {
     ("v1", "Event"): "events",
     ("v1", "Pod"): "pods",
     ("ray.io/v1", "RayJob"): "rayjobs",
-    (API_VERSION, KIND): PLURAL,
+    (API_VERSION, finetunejob.KIND): finetunejob.PLURAL,
+    (API_VERSION, adapterdeployment.KIND): adapterdeployment.PLURAL,
 }
+PAGE = 500  # objects per answer of a list
 
 
 class ApiError(Exception):
@@ -91,8 +94,24 @@ class Kube:
         )
         return list(answer["items"]) if answer else []
 
+    async def list_all(self, api_version: str, kind: str, namespaces: Sequence[str]) -> list[Json]:
+        """All objects of a kind in these namespaces; of the whole cluster where none is named."""
+        found: list[Json] = []
+        for namespace in namespaces or (None,):
+            more = ""
+            while True:
+                query = [("limit", str(PAGE)), *([("continue", more)] if more else [])]
+                path = _path(api_version, kind, namespace)
+                answer = await self._request("GET", path, query=query, missing_ok=True) or {}
+                found += answer.get("items", [])
+                more = answer.get("metadata", {}).get("continue", "")
+                if not more:
+                    break
+        return found
+
     async def apply(self, body: Json) -> Json:
-        """Server-side apply under our field manager; safe to repeat."""
+        """Server-side apply under our field manager; safe to repeat. A metadata.resourceVersion in the body is a
+        condition: ConflictError if the object is not at that version any more."""
         metadata = body["metadata"]
         answer = await self._request(
             "PATCH",
@@ -107,17 +126,36 @@ class Kube:
         path = _path(body["apiVersion"], body["kind"], body["metadata"]["namespace"])
         return await self._request("POST", path, body=body) or {}
 
-    async def patch_status(self, namespace: str, name: str, *, resource_version: str, patch: Json) -> Json:
-        """Merge the patch into a FineTuneJob's status. Raises ConflictError if it is not at that version any more."""
+    async def patch_status(
+        self, kind: str, namespace: str, name: str, *, resource_version: str, patch: Json
+    ) -> Json:
+        """Merge the patch into the status of one of our objects. Raises ConflictError if it is not at that version any
+        more."""
         body = {"metadata": {"resourceVersion": resource_version}, "status": patch}
         answer = await self._request(
             "PATCH",
-            _path(API_VERSION, KIND, namespace, name) + "/status",
+            _path(API_VERSION, kind, namespace, name) + "/status",
             body=body,
             content_type="application/merge-patch+json",
             query=[("fieldManager", FIELD_MANAGER)],
         )
         return answer or {}
+
+    async def remove_annotation(
+        self, kind: str, namespace: str, name: str, *, annotation: str, value: str
+    ) -> None:
+        """Remove an annotation of one of our objects if it still has this value (JSON patch, RFC 6902)."""
+        pointer = "/metadata/annotations/" + annotation.replace("~", "~0").replace("/", "~1")
+        patch = [{"op": "test", "path": pointer, "value": value}, {"op": "remove", "path": pointer}]
+        with contextlib.suppress(InvalidError):  # it has another value by now, or is gone
+            await self._request(
+                "PATCH",
+                _path(API_VERSION, kind, namespace, name),
+                body=patch,
+                content_type="application/json-patch+json",
+                query=[("fieldManager", FIELD_MANAGER)],
+                missing_ok=True,
+            )
 
     async def has_group_version(self, group_version: str) -> bool:
         """Whether the cluster serves a group and version, for example ray.io/v1."""
@@ -141,7 +179,7 @@ class Kube:
         method: str,
         path: str,
         *,
-        body: Json | None = None,
+        body: Json | list[Json] | None = None,
         content_type: str = "application/json",
         query: list[tuple[str, str]] | None = None,
         missing_ok: bool = False,
@@ -167,9 +205,10 @@ class Kube:
         return parsed
 
 
-def _path(api_version: str, kind: str, namespace: str, name: str | None = None) -> str:
+def _path(api_version: str, kind: str, namespace: str | None, name: str | None = None) -> str:
     root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
-    path = f"{root}/namespaces/{namespace}/{PLURALS[api_version, kind]}"
+    within = f"/namespaces/{namespace}" if namespace else ""
+    path = f"{root}{within}/{PLURALS[api_version, kind]}"
     return f"{path}/{name}" if name else path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_operator.adapters.kube import Json
-from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.base import API_VERSION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts
 from finetune_operator.manifests import naming
@@ -25,9 +26,7 @@ def job_facts(body: Json) -> JobFacts:
     try:
         spec = FineTuneJobSpec.model_validate(body.get("spec", {}))
     except ValidationError as error:
-        problem = "; ".join(
-            f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
-        )
+        problem = spec_problem(error)
     return JobFacts(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -37,6 +36,13 @@ def job_facts(body: Json) -> JobFacts:
         problem=problem,
         status=FineTuneJobStatus.model_validate(body.get("status", {})),
         deleting="deletionTimestamp" in metadata,
+    )
+
+
+def spec_problem(error: ValidationError) -> str:
+    """What is wrong with a spec, field by field."""
+    return "; ".join(
+        f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
     )
 
 
@@ -80,8 +86,9 @@ def pod_facts(body: Json) -> PodFacts:
     return PodFacts(name=name, running=False)
 
 
-def to_json(status: FineTuneJobStatus) -> Json:
-    """A status as the API stores it: no nulls, times in whole seconds as metav1.Time has them."""
+def to_json(status: StatusModel) -> Json:
+    """A status as the API stores it: no nulls, times in whole seconds as metav1.Time has them, and no number that JSON
+    does not have (NaN and infinities are left out)."""
     dumped = status.model_dump(mode="python", by_alias=True, exclude_none=True)
     plain: Json = _plain(dumped)
     return plain
@@ -92,7 +99,7 @@ def _plain(value: Any) -> Any:
         case datetime():
             return timestamp(value)
         case dict():
-            return {name: _plain(item) for name, item in value.items()}
+            return {name: _plain(item) for name, item in value.items() if _is_json(item)}
         case list() | tuple():
             return [_plain(item) for item in value]
         case str():
@@ -101,20 +108,24 @@ def _plain(value: Any) -> Any:
             return value
 
 
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def timestamp(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def event_body(job: Json, event: Event, *, now: datetime) -> Json:
-    """A core/v1 Event about a FineTuneJob, as `kubectl describe` shows it."""
-    metadata = job["metadata"]
+def event_body(subject: Json, event: Event, *, now: datetime, kind: str = KIND) -> Json:
+    """A core/v1 Event about one of our objects, as `kubectl describe` shows it."""
+    metadata = subject["metadata"]
     return {
         "apiVersion": "v1",
         "kind": "Event",
         "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
         "involvedObject": {
             "apiVersion": API_VERSION,
-            "kind": KIND,
+            "kind": kind,
             "namespace": metadata["namespace"],
             "name": metadata["name"],
             "uid": metadata["uid"],

@@ -139,7 +139,7 @@ class FineTuneJobReconciler:
         patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
         if patch:
             version = body["metadata"]["resourceVersion"]
-            await self.kube.patch_status(*key, resource_version=version, patch=patch)
+            await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
         if seen.report is not None:
             self.mailbox.mark_written(key, seen.report)
         self.telemetry.show_job(*key, plan.status)

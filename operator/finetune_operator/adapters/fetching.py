@@ -1,0 +1,107 @@
+"""HTTP requests to what stands around the operator: routers, agents, Prometheus, webhooks.
+
+None of these is ours to trust: every request has a time limit, every answer a size limit, and no redirect is
+followed, because it would carry the bearer token along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ANSWER_BYTES = 4 << 20
+CONNECTIONS = 200  # at once; above it, requests wait
+
+
+class UnreachableError(Exception):
+    """There was no whole answer: no connection, a timeout, or too many bytes. `str()` says which."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    data: bytes
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status <= 299
+
+    def json(self) -> Any:
+        """The parsed body. Raises ValueError, also for NaN and Infinity, which JSON does not have."""
+        return json.loads(self.data, parse_constant=_refuse_constant)
+
+    def summary(self) -> str:
+        """The answer in one line for people."""
+        text = " ".join(self.data[:300].decode(errors="replace").split())
+        return f"HTTP {self.status}" + (f": {text}" if text else "")
+
+
+class TokenFile:
+    """A bearer token in a file, which may be renewed while we run. No file: no token."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._last: str | None = None
+
+    def read(self) -> str | None:
+        """The token; the last one that could be read where the file is being replaced."""
+        if self._path is None:
+            return None
+        try:
+            self._last = self._path.read_text().strip() or self._last
+        except (OSError, UnicodeDecodeError):
+            return self._last
+        return self._last
+
+
+def open_session() -> aiohttp.ClientSession:
+    """One session for all requests; close it at the end."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS))
+
+
+async def fetch(
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    *,
+    seconds: float,
+    body: Any = None,
+    token: str | None = None,
+    limit: int = ANSWER_BYTES,
+) -> Reply:
+    """One request; `body` is JSON, or bytes that already are. Raises UnreachableError; any status is an answer."""
+    headers = {"Accept": "application/json"}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    data: bytes | None = None
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+        data = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
+    try:
+        async with (
+            asyncio.timeout(seconds),
+            session.request(method, url, data=data, headers=headers, allow_redirects=False) as answer,
+        ):
+            return Reply(answer.status, await _read(answer, limit))
+    except TimeoutError:
+        raise UnreachableError(f"no answer within {seconds:g} s") from None
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise UnreachableError(str(error) or type(error).__name__) from error
+
+
+async def _read(answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    pieces = bytearray()
+    async for piece in answer.content.iter_chunked(1 << 16):
+        pieces += piece
+        if len(pieces) > limit:
+            raise UnreachableError(f"the answer is longer than {limit >> 20} MiB")
+    return bytes(pieces)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

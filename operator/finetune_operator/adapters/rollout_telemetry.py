@@ -1,0 +1,155 @@
+"""Prometheus metrics of rollouts. Series of a deployment live and die with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from finetune_operator.api.adapterdeployment_status import (
+    AdapterDeploymentStatus,
+    Check,
+    CheckKind,
+    LoadedAdapter,
+)
+
+LABELS = ("namespace", "name")
+ROLLOUT_BUCKETS = (10, 60, 300, 900, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 3 * 86400, 7 * 86400)
+GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "info": ("1 for the phase and stage that the deployment is in.", ("phase", "stage")),
+    "weight": ("Percent of the users on each side.", ("arm",)),
+    "step_index": ("Step under way, from 0.", ()),
+    "analysis_evalue": ("Evidence against the candidate by guardrail.", ("metric",)),
+    "analysis_estimate": ("Estimate of each check, and its bounds.", ("metric", "bound")),
+    "sample_ratio_evalue": ("Evidence that the sides get wrong shares of the users.", ()),
+    "metrics_source_up": ("1 while routers and Prometheus tell what they should.", ()),
+    "adapter_loaded": ("1 where an engine says that it has the revision loaded.", ("revision", "replica")),
+}
+
+
+Series = dict[tuple[str, tuple[str, ...]], float]
+"""Gauge and its further labels -> value."""
+
+
+class RolloutTelemetry:
+    """Gauges per deployment, and counters of rollouts that ended."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._gauges = {
+            name: Gauge(f"adapterdeployment_{name}", help_text, [*LABELS, *labels], registry=registry)
+            for name, (help_text, labels) in GAUGES.items()
+        }
+        self._completions = Counter(
+            "adapterdeployment_completions",
+            "Rollouts that ended, by how and why.",
+            [*LABELS, "status", "reason"],
+            registry=registry,
+        )
+        self._durations = Histogram(
+            "adapterdeployment_rollout_duration_seconds",
+            "Time from the start of a rollout to its end.",
+            [*LABELS, "status"],
+            buckets=ROLLOUT_BUCKETS,
+            registry=registry,
+        )
+        self._shown: dict[tuple[str, str], Series] = {}
+        self._ended: dict[tuple[str, str], set[tuple[str, str]]] = {}
+        """Status and reason of the rollouts that were counted."""
+
+    def show(
+        self, namespace: str, name: str, *, before: AdapterDeploymentStatus, status: AdapterDeploymentStatus
+    ) -> None:
+        """Set the series of one deployment by its new status; rollouts that ended since `before` are counted."""
+        series = _series(status)
+        kept = {key: value for key, value in self._of(namespace, name).items() if key[0] == "adapter_loaded"}
+        self._replace(namespace, name, {**kept, **series})
+        known = {(entry.revision, entry.end_time) for entry in before.history}
+        for entry in status.history:
+            if (entry.revision, entry.end_time) not in known:
+                self._end(
+                    namespace,
+                    name,
+                    str(entry.completion_status),
+                    reason=entry.reason or "",
+                    seconds=_seconds(entry.start_time, entry.end_time),
+                )
+
+    def show_engines(
+        self,
+        namespace: str,
+        name: str,
+        *,
+        adapters: Sequence[LoadedAdapter],
+        engines: Mapping[str, set[str]],
+    ) -> None:
+        """Which engine (by URL) says that it has which of the revisions; `engines` are served names."""
+        series: Series = {
+            ("adapter_loaded", (adapter.revision, url)): float(adapter.served_name in loaded)
+            for adapter in adapters
+            for url, loaded in engines.items()
+        }
+        kept = {key: value for key, value in self._of(namespace, name).items() if key[0] != "adapter_loaded"}
+        self._replace(namespace, name, {**kept, **series})
+
+    def forget(self, namespace: str, name: str) -> None:
+        """Drop the series of a deployment that is gone."""
+        self._replace(namespace, name, {})
+        self._shown.pop((namespace, name), None)
+        ended = self._ended.pop((namespace, name), set())
+        for status, reason in ended:
+            self._completions.remove(namespace, name, status, reason)
+        for status in {status for status, _ in ended}:
+            self._durations.remove(namespace, name, status)
+
+    def _of(self, namespace: str, name: str) -> Series:
+        return self._shown.get((namespace, name), {})
+
+    def _replace(self, namespace: str, name: str, series: Series) -> None:
+        for gauge, labels in self._of(namespace, name).keys() - series.keys():
+            self._gauges[gauge].remove(namespace, name, *labels)
+        for (gauge, labels), value in series.items():
+            self._gauges[gauge].labels(namespace, name, *labels).set(value)
+        self._shown[namespace, name] = series
+
+    def _end(self, namespace: str, name: str, status: str, *, reason: str, seconds: float) -> None:
+        self._completions.labels(namespace, name, status, reason).inc()
+        self._durations.labels(namespace, name, status).observe(seconds)
+        self._ended.setdefault((namespace, name), set()).add((status, reason))
+
+
+def _series(status: AdapterDeploymentStatus) -> Series:
+    weights = status.weights
+    values: dict[tuple[str, tuple[str, ...]], float | None] = {
+        ("info", (str(status.phase or "Pending"), str(status.stage or "Initializing"))): 1.0,
+        ("weight", ("stable",)): weights.stable if weights else None,
+        ("weight", ("candidate",)): weights.candidate if weights else None,
+        ("weight", ("mirror",)): weights.mirror if weights else None,
+        ("step_index", ()): status.current_step_index,
+        ("metrics_source_up", ()): _source_up(status),
+    }
+    for check in status.analysis:
+        values.update(_check_series(check))
+    return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _check_series(check: Check) -> dict[tuple[str, tuple[str, ...]], float | None]:
+    if check.kind is CheckKind.SAMPLE_RATIO:
+        return {("sample_ratio_evalue", ()): check.e_value}
+    interval = check.interval
+    return {
+        ("analysis_evalue", (check.name,)): check.e_value,
+        ("analysis_estimate", (check.name, "estimate")): check.estimate,
+        ("analysis_estimate", (check.name, "low")): interval.low if interval else None,
+        ("analysis_estimate", (check.name, "high")): interval.high if interval else None,
+    }
+
+
+def _source_up(status: AdapterDeploymentStatus) -> float | None:
+    condition = next((c for c in status.conditions if c.type == "MetricsAvailable"), None)
+    return None if condition is None else float(condition.status == "True")
+
+
+def _seconds(start: datetime, end: datetime) -> float:
+    return max(0.0, (end - start).total_seconds())

@@ -1,0 +1,147 @@
+"""What takes its time and must not hold up a rollback: Prometheus queries, webhooks, alerts.
+
+Each runs in the background and at most once at a time per deployment and purpose; answers wait here until a pass has
+written down what it made of them, so that a pass that starts over sees them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_operator.adapters.prometheus import Prometheus, QueryError
+from finetune_operator.adapters.webhooks import AlertError, Alerts, Webhooks
+from finetune_operator.api.adapterdeployment_analysis import MetricSpec
+from finetune_operator.api.adapterdeployment_strategy import WebhookSpec, WebhookType
+from finetune_operator.core.rollout_facts import Measurement, WebhookAnswer
+from finetune_operator.reconcile.queue import Key
+
+logger = logging.getLogger(__name__)
+
+ALERT_ATTEMPTS = 4
+ALERT_RETRY_SECONDS = 2.0  # doubled each time
+
+
+@dataclass
+class Tray:
+    """Answers for one deployment that no stored status holds yet."""
+
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+    webhooks: dict[str, WebhookAnswer] = field(default_factory=dict)
+
+
+class Errands:
+    """Runs errands; `wake` asks for a pass once there is an answer."""
+
+    def __init__(
+        self, *, prometheus: Prometheus, webhooks: Webhooks, alerts: Alerts, wake: Callable[[Key], None]
+    ) -> None:
+        self._prometheus = prometheus
+        self._webhooks = webhooks
+        self._alerts = alerts
+        self._wake = wake
+        self._trays: dict[Key, Tray] = {}
+        self._running: dict[tuple[Key, str], asyncio.Task[None]] = {}
+        self._loose: set[asyncio.Task[None]] = set()
+
+    def measurements(self, key: Key) -> tuple[Measurement, ...]:
+        return tuple(self._tray(key).measurements.values())
+
+    def answers(self, key: Key) -> dict[str, WebhookAnswer]:
+        return dict(self._tray(key).webhooks)
+
+    def settle(
+        self, key: Key, measurements: Sequence[Measurement], answers: Mapping[str, WebhookAnswer]
+    ) -> None:
+        """The stored status holds what these answers led to: they are not needed any more."""
+        tray = self._tray(key)
+        for measurement in measurements:
+            if tray.measurements.get(measurement.name) is measurement:
+                del tray.measurements[measurement.name]
+        for name, answer in answers.items():
+            if tray.webhooks.get(name) is answer:
+                del tray.webhooks[name]
+
+    def forget(self, key: Key) -> None:
+        """A deployment is gone."""
+        self._trays.pop(key, None)
+        for (other, _), task in list(self._running.items()):
+            if other == key:
+                task.cancel()
+
+    def measure(self, key: Key, metrics: Sequence[MetricSpec], values: Mapping[str, str]) -> None:
+        """Make one measurement of every metric. `values` replace {{alias}}, {{stable}} and {{candidate}}."""
+
+        async def run() -> None:
+            made = await asyncio.gather(*(self._measure(metric, values) for metric in metrics))
+            self._tray(key).measurements.update({measurement.name: measurement for measurement in made})
+
+        self._run(key, "measure", run())
+
+    def ask(self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]) -> None:
+        """Ask these webhooks, all of one type."""
+        for webhook in webhooks:
+            if webhook.type is WebhookType.EVENT:
+                self._start(self._tell(key, webhook, payload))
+            else:
+                self._run(key, f"webhook {webhook.name}", self._ask(key, webhook, payload))
+
+    def alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> None:
+        self._start(self._alert(key, provider, payload))
+
+    async def _measure(self, metric: MetricSpec, values: Mapping[str, str]) -> Measurement:
+        query = metric.prometheus.query
+        for name, value in values.items():
+            query = query.replace("{{" + name + "}}", value)
+        try:
+            value_now = await self._prometheus.query(metric.prometheus.address, query)
+        except QueryError as error:
+            return Measurement(metric.name, None, error=str(error)[:500])
+        return Measurement(metric.name, value_now)
+
+    async def _ask(self, key: Key, webhook: WebhookSpec, payload: Mapping[str, Any]) -> None:
+        answer = await self._webhooks.ask(webhook.url, payload, seconds=webhook.timeout_seconds)
+        self._tray(key).webhooks[webhook.name] = WebhookAnswer(answer.accepted, answer.message)
+
+    async def _tell(self, key: Key, webhook: WebhookSpec, payload: Mapping[str, Any]) -> None:
+        answer = await self._webhooks.ask(webhook.url, payload, seconds=webhook.timeout_seconds)
+        if not answer.accepted:
+            logger.warning("%s/%s: webhook %s did not take the event: %s", *key, webhook.name, answer.message)
+
+    async def _alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> None:
+        pause = ALERT_RETRY_SECONDS
+        for attempt in range(ALERT_ATTEMPTS):
+            try:
+                await self._alerts.send(provider, payload)
+                return
+            except AlertError as error:
+                logger.warning("%s/%s: alert not delivered (attempt %d): %s", *key, attempt + 1, error)
+            await asyncio.sleep(pause)
+            pause *= 2
+
+    def _tray(self, key: Key) -> Tray:
+        return self._trays.setdefault(key, Tray())
+
+    def _run(self, key: Key, purpose: str, errand: Coroutine[Any, Any, None]) -> None:
+        """Start it, unless the same is under way; wake the deployment when it is done."""
+        if (key, purpose) in self._running:
+            errand.close()
+            return
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._running.pop((key, purpose), None)
+            if not task.cancelled():
+                self._wake(key)
+
+        task = self._start(errand)
+        self._running[key, purpose] = task
+        task.add_done_callback(done)
+
+    def _start(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(errand)
+        self._loose.add(task)  # the event loop itself keeps only a weak reference
+        task.add_done_callback(self._loose.discard)
+        return task
