@@ -12,32 +12,18 @@ import pytest
 import yaml
 from kubernetes import client, config
 
-from finetune_cli import files
-from finetune_cli.kinds import JOB
 from finetune_local.cluster import Cluster
 from finetune_operator.api import finetunejob
 from finetune_operator.api.base import GROUP, VERSION
 from tests.clients import Kubectl, KubectlError
 from tests.integration.bad_jobs import BAD_JOBS, GOOD, QLORA, BadJob
+from tests.patches import merged
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 NOW = "2026-01-01T00:00:00Z"
 JOB = (GROUP, VERSION)
-
-
-def merged(target: Any, change: Any) -> Any:
-    """JSON merge patch (RFC 7386)."""
-    if not isinstance(change, dict):
-        return change
-    result = dict(target) if isinstance(target, dict) else {}
-    for key, value in change.items():
-        if value is None:
-            result.pop(key, None)
-        else:
-            result[key] = merged(result.get(key), value)
-    return result
 
 
 def good(**spec: Any) -> dict[str, Any]:
@@ -81,23 +67,6 @@ def test_bad_job_is_refused_with_words_that_help(create: Any, bad: BadJob) -> No
     message = json.loads(caught.value.body)["message"]
     for part in bad.expected:
         assert part in message, message
-
-
-def example_jobs() -> list[Any]:
-    found = []
-    for path in sorted((ROOT / "examples").rglob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if "finetune.dev/" in text:
-            for job in files.load_objects(text, JOB):
-                name = job["metadata"]["name"]
-                found.append(pytest.param(job, id=f"{path.relative_to(ROOT / 'examples')}:{name}"))
-    return found
-
-
-@pytest.mark.parametrize("job", example_jobs())
-def test_every_example_is_taken(create: Any, job: dict[str, Any]) -> None:
-    job["metadata"].pop("namespace", None)
-    create(job)
 
 
 def test_least_job_gets_every_default(create: Any) -> None:

@@ -103,8 +103,8 @@ class GuardrailSpec(ApiModel):
     """Time over which an answer counts, for ttft_over (first byte) and latency_over (last byte), for example 2s.
     Absent for all other events."""
     alpha: Alpha = 0.01
-    """Probability of a false rollback through this guardrail over the whole rollout, however often one looks. Default:
-    0.01."""
+    """Probability of a false rollback over the whole rollout, however often one looks; it is shared among the
+    guardrails. Default: 0.01."""
 
 
 class ObjectiveSource(StrEnum):

@@ -203,9 +203,9 @@ class Check(StatusModel):
     interval: Interval | None = None
     """Objective: confidence sequence of the estimate."""
     e_value: float | None = None
-    """Guardrail and sample ratio: evidence against the candidate; from 1/alpha on it counts as proof."""
+    """Guardrail and sample ratio: evidence against the candidate; from threshold on it counts as proof."""
     threshold: float | None = None
-    """Value of e_value (or of the index) from which on the check fails."""
+    """Value of eValue (or of the index) from which on the check fails."""
     dry_run: bool | None = None
     """Whether it is only shown."""
     message: Annotated[str, Field(max_length=1024)] | None = None

@@ -1,0 +1,93 @@
+"""Every file in examples/ is applied as it lies there, to a real API server with kubectl's strictest checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_local.cluster import Cluster
+from tests.clients import Kubectl
+
+pytestmark = pytest.mark.integration
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NO_OBJECTS = {"quickstart/tickets.yaml"}  # what tickets are made of
+GITOPS = EXAMPLES / "rollouts" / "gitops-promotion"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """An API server without the operator: nothing is started."""
+    running = Cluster(tmp_path_factory.mktemp("api-server"), files=EXAMPLES.parent)
+    try:
+        running.up(("etcd", "kube-apiserver"))
+        Kubectl(running.kubeconfig, "default")("create", "namespace", "argocd")
+        yield running
+    finally:
+        running.down()
+
+
+def example_files() -> list[Any]:
+    paths = [path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.name != "kustomization.yaml"]
+    names = {str(path.relative_to(EXAMPLES)): path for path in paths}
+    return [pytest.param(path, id=name) for name, path in names.items() if name not in NO_OBJECTS]
+
+
+def apply(kubectl: Kubectl, *arguments: str) -> list[dict[str, Any]]:
+    done = json.loads(
+        kubectl("apply", "--server-side", "--validate=strict", "--dry-run=server", "-o", "json", *arguments)
+    )
+    return list(done.get("items", [done]))
+
+
+@pytest.mark.parametrize("path", example_files())
+def test_every_example_is_taken(cluster: Cluster, path: Path) -> None:
+    documents = [one for one in yaml.safe_load_all(path.read_text(encoding="utf-8")) if one is not None]
+    namespace = documents[0]["metadata"].get("namespace", "default")
+    taken = apply(Kubectl(cluster.kubeconfig, namespace), "-f", str(path))
+    assert [(one["kind"], one["metadata"]["name"]) for one in taken] == [
+        (one["kind"], one["metadata"]["name"]) for one in documents
+    ]
+
+
+def test_the_gitops_folder_is_taken_as_a_whole(cluster: Cluster) -> None:
+    taken = apply(Kubectl(cluster.kubeconfig, "default"), "-k", str(GITOPS))
+    assert sorted((one["kind"], one["metadata"]["name"]) for one in taken) == [
+        ("AdapterDeployment", "support"),
+        ("FineTuneJob", "support-2026-11-03"),
+        ("FineTuneJob", "support-2026-11-17"),
+    ]
+    assert all(one["metadata"]["labels"] == {"app.kubernetes.io/part-of": "support"} for one in taken)
+
+
+def test_a_promotion_is_one_changed_line(cluster: Cluster, tmp_path: Path) -> None:
+    kubectl = Kubectl(cluster.kubeconfig, "default")
+    kubectl("apply", "--server-side", "-k", str(GITOPS))
+    before = json.loads(kubectl("get", "adep", "support", "-o", "json"))
+    for path in GITOPS.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        target = tmp_path / path.relative_to(GITOPS)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text.replace("name: support-2026-11-03      #", "name: support-2026-11-17      #"))
+    kubectl("apply", "--server-side", "-k", str(tmp_path))
+    after = json.loads(kubectl("get", "adep", "support", "-o", "json"))
+    assert after["spec"].pop("adapter") == {"fineTuneJobRef": {"name": "support-2026-11-17"}}
+    assert before["spec"].pop("adapter") == {"fineTuneJobRef": {"name": "support-2026-11-03"}}
+    assert after["spec"] == before["spec"]
+    assert after["metadata"]["generation"] == before["metadata"]["generation"] + 1
+
+
+def test_a_patch_that_argo_cd_writes_is_one_that_the_operator_reads(cluster: Cluster) -> None:
+    """The readme's command with kubectl alone; the annotation needs no change of the spec."""
+    kubectl = Kubectl(cluster.kubeconfig, "default")
+    kubectl("apply", "--server-side", "-f", str(EXAMPLES / "rollouts" / "approval-gated.yaml"))
+    before = json.loads(kubectl("get", "adep", "triage-approved", "-o", "json"))["metadata"]
+    kubectl("annotate", "adep", "triage-approved", "finetune.dev/action=promote")
+    after = json.loads(kubectl("get", "adep", "triage-approved", "-o", "json"))["metadata"]
+    assert after["annotations"]["finetune.dev/action"] == "promote"
+    assert after["generation"] == before["generation"]
