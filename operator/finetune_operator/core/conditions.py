@@ -23,7 +23,8 @@ class ConditionType(StrEnum):
 class Claim:
     """What is to be said of one condition now."""
 
-    type: ConditionType
+    type: str
+    """A ConditionType, or a condition of another kind of object."""
     holds: bool | None
     """None is Unknown."""
     reason: str

@@ -1,0 +1,225 @@
+"""What the evidence means for a rollout: go back, wait, or nothing.
+
+Proof of harm rolls back in every stage in which the candidate answers requests, whatever else is being waited for.
+Alarms and missing evidence only ever stop: nothing is decided from what is not known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_operator.api.adapterdeployment_analysis import OnMetricsUnavailable
+from finetune_operator.api.adapterdeployment_status import (
+    AbortReason,
+    Check,
+    CheckKind,
+    CheckPhase,
+    PauseReason,
+)
+from finetune_operator.core import rollout_metrics as metrics
+from finetune_operator.core import rollout_pauses as pauses
+from finetune_operator.core.durations import format_duration, parse_duration
+from finetune_operator.core.rollout_turns import Turn
+
+LEAST_SILENCE_SECONDS = 15.0  # a router that restarts is silent for a few seconds
+ALARMS = {
+    CheckKind.SAMPLE_RATIO: PauseReason.SAMPLE_RATIO_MISMATCH,
+    CheckKind.DRIFT: PauseReason.DRIFT_DETECTED,
+}
+HARM = {
+    CheckKind.GUARDRAIL: AbortReason.GUARDRAIL_BREACHED,
+    CheckKind.OBJECTIVE: AbortReason.NON_INFERIORITY_REJECTED,
+    CheckKind.METRIC: AbortReason.METRIC_FAILED,
+}
+
+
+def interval(turn: Turn) -> float:
+    return parse_duration(turn.spec.analysis.interval)
+
+
+def refresh(turn: Turn) -> Turn:
+    """The checks of the rollout under way as of now, and since when evidence has been missing."""
+    if not turn.underway or turn.first:
+        return turn.update(evidence_missing_since=None)
+    known = {check.name: check for check in turn.status.analysis}
+    told = turn.seen.evidence.checks if turn.seen.evidence else ()
+    checks = [_acknowledged(check, known.get(check.name)) for check in told]
+    if not checks:
+        checks = [check for check in turn.status.analysis if check.kind is not CheckKind.METRIC]
+    checks += _measured(turn, known)
+    missing = None
+    if turn.exposed and not _heard(turn):
+        missing = turn.status.evidence_missing_since or turn.now
+    return turn.update(analysis=checks[:64], evidence_missing_since=missing)
+
+
+def _acknowledged(check: Check, known: Check | None) -> Check:
+    """An alarm that a person answered with `resume` is only shown for the rest of the rollout."""
+    if check.kind in ALARMS and known is not None and known.dry_run:
+        return check.model_copy(update={"dry_run": True})
+    return check
+
+
+def _measured(turn: Turn, known: dict[str, Check]) -> list[Check]:
+    made = {m.name: m for m in turn.seen.measurements} if turn.exposed else {}
+    dry = turn.spec.analysis.dry_run
+    return [
+        metrics.tally(m, known.get(m.name), made.get(m.name), dry_run=m.name in dry, now=turn.now)
+        for m in turn.spec.analysis.metrics
+    ]
+
+
+def longest_silence(turn: Turn) -> float:
+    return max(LEAST_SILENCE_SECONDS, 3 * interval(turn))
+
+
+def _heard(turn: Turn) -> bool:
+    """Whether every router told its counters a short while ago."""
+    evidence = turn.seen.evidence
+    if evidence is None or evidence.last_heard is None:
+        return False
+    return turn.elapsed(evidence.last_heard) <= longest_silence(turn)
+
+
+def measure_due(turn: Turn) -> bool:
+    if not turn.exposed or turn.first:
+        return False
+    known = {check.name: check for check in turn.status.analysis}
+    seconds = interval(turn)
+    return any(
+        metrics.due(known.get(m.name), interval=seconds, now=turn.now) for m in turn.spec.analysis.metrics
+    )
+
+
+# ---------------------------------------------------------------- back
+
+
+@dataclass(frozen=True)
+class Harm:
+    reason: AbortReason
+    message: str
+
+
+def harm(turn: Turn) -> Harm | None:
+    """Proof that the candidate does harm, or a policy that asks to go back without evidence."""
+    if not turn.exposed or turn.first:
+        return None
+    for kind, reason in HARM.items():
+        for check in turn.status.analysis:
+            if check.kind is kind and check.phase is CheckPhase.FAILED and not check.dry_run:
+                return Harm(reason, f"{str(kind).lower()} {check.name}: {check.message or 'failed'}")
+    if turn.spec.analysis.on_metrics_unavailable is OnMetricsUnavailable.ABORT:
+        missing = missing_evidence(turn)
+        if missing is not None:
+            return Harm(AbortReason.METRICS_UNAVAILABLE, missing)
+    return None
+
+
+# ---------------------------------------------------------------- wait
+
+
+def refresh_pauses(turn: Turn) -> Turn:
+    """Pauses that the evidence asks for; those of missing evidence go when it is back, alarms stay until `resume`."""
+    if not turn.underway:
+        return turn
+    for check in turn.status.analysis:
+        alarm = ALARMS.get(check.kind)
+        if alarm is not None and turn.exposed and check.phase is CheckPhase.FAILED and not check.dry_run:
+            turn = pauses.add(turn, alarm, f"{check.message or check.name}; {ALARM_ADVICE[check.kind]}")
+    missing = missing_evidence(turn)
+    if missing is None or turn.spec.analysis.on_metrics_unavailable is OnMetricsUnavailable.ABORT:
+        turn = pauses.remove(turn, PauseReason.METRICS_UNAVAILABLE)
+    else:
+        turn = pauses.add(
+            turn, PauseReason.METRICS_UNAVAILABLE, f"{missing}; it goes on by itself when it is back"
+        )
+    return turn
+
+
+ALARM_ADVICE = {
+    CheckKind.SAMPLE_RATIO: "find out why before you trust the comparison (see docs/rollouts.md), then say `resume` or "
+    "`abort`",
+    CheckKind.DRIFT: "read some of the candidate's answers, then say `resume` or `abort`",
+}
+
+
+def missing_evidence(turn: Turn) -> str | None:
+    """What has been missing for so long that the rollout may not just wait; None while all is well or young."""
+    since = turn.status.evidence_missing_since
+    hold = turn.spec.analysis.on_metrics_unavailable is OnMetricsUnavailable.HOLD
+    patience = float(turn.spec.progress_deadline_seconds) if hold else longest_silence(turn)
+    if since is not None and turn.elapsed(since) >= patience:
+        return f"the routers have told nothing for {format_duration(turn.elapsed(since))}"
+    for check in turn.status.analysis:
+        if check.kind is CheckKind.METRIC and check.phase is CheckPhase.ERROR and not check.dry_run:
+            return f"metric {check.name}: {check.message}"
+    return None
+
+
+def inconclusive_metric(turn: Turn) -> str | None:
+    """A metric that gave more measurements without a verdict than are borne."""
+    specs = {metric.name: metric for metric in turn.spec.analysis.metrics}
+    for check in turn.status.analysis:
+        if check.name in specs and not check.dry_run and metrics.too_inconclusive(specs[check.name], check):
+            return f"metric {check.name}: {check.message}"
+    return None
+
+
+def evidence_gap(turn: Turn) -> str | None:
+    """Why the weight may not rise for want of evidence; None where there is nothing to be had or it is fresh."""
+    if turn.first or not turn.exposed:
+        return None
+    if turn.status.evidence_missing_since is not None:
+        since = format_duration(turn.elapsed(turn.status.evidence_missing_since))
+        return f"no counters from all routers for {since}"
+    return None
+
+
+def unanswered_metric(turn: Turn) -> str | None:
+    """A metric whose last query had no answer."""
+    for check in turn.status.analysis:
+        if check.measurements and check.measurements.consecutive_errors and not check.dry_run:
+            return f"metric {check.name}: {check.message}"
+    return None
+
+
+# ---------------------------------------------------------------- analysis steps
+
+
+def undecided(turn: Turn) -> list[Check]:
+    """Objectives and metrics that are not Successful yet; those that were never looked at count as Inconclusive."""
+    known = {check.name: check for check in turn.status.analysis}
+    found = []
+    for names, kind in (
+        ([o.name for o in turn.spec.analysis.objectives], CheckKind.OBJECTIVE),
+        ([m.name for m in turn.spec.analysis.metrics], CheckKind.METRIC),
+    ):
+        for name in names:
+            if name in turn.spec.analysis.dry_run:
+                continue
+            check = known.get(name) or Check(name=name, kind=kind, phase=CheckPhase.INCONCLUSIVE)
+            if check.phase is not CheckPhase.SUCCESSFUL:
+                found.append(check)
+    return found
+
+
+def short_of_samples(turn: Turn, checks: list[Check]) -> list[Check]:
+    least = {objective.name: objective.min_samples_per_arm for objective in turn.spec.analysis.objectives}
+    return [
+        check
+        for check in checks
+        if check.name in least
+        and (check.n is None or min(check.n.stable, check.n.candidate) < least[check.name])
+    ]
+
+
+def reset(turn: Turn) -> Turn:
+    """After `resume`: the alarms are only shown from here on, and what metrics bore is forgotten."""
+    checks = []
+    for check in turn.status.analysis:
+        if check.kind in ALARMS and check.phase is CheckPhase.FAILED:
+            checks.append(check.model_copy(update={"dry_run": True}))
+        else:
+            checks.append(metrics.borne_again(check))
+    since = turn.status.evidence_missing_since
+    return turn.update(analysis=checks, evidence_missing_since=None if since is None else turn.now)

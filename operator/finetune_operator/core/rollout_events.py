@@ -1,0 +1,130 @@
+"""Events and alerts: what a change of the status is worth telling, and to whom.
+
+Everything follows from the stored status and the new one, so each transition is told once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_operator.api.adapterdeployment_status import (
+    AdapterDeploymentStatus,
+    CompletionStatus,
+    PauseReason,
+    Stage,
+)
+from finetune_operator.api.adapterdeployment_strategy import Severity
+from finetune_operator.core.facts import Event
+from finetune_operator.core.rollout_facts import Alert
+
+CONDITIONS = {
+    # Conditions whose fall is told, with how bad that is for whom; the others only explain.
+    "Available": Severity.ERROR,
+    "CapacityOK": Severity.WARN,
+    "BaseModelCompatible": Severity.WARN,
+    "MetricsAvailable": Severity.INFO,
+}
+
+
+@dataclass(frozen=True)
+class Happening:
+    """A transition that is worth telling."""
+
+    severity: Severity
+    reason: str
+    message: str
+
+
+def events(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Event]:
+    """For `kubectl describe`; Warning from the severity warn on."""
+    return [
+        Event(warning=h.severity is not Severity.INFO, reason=h.reason, message=h.message[:1000])
+        for h in happenings(old, new)
+    ]
+
+
+def alerts(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Alert]:
+    """For people who are not looking."""
+    return [Alert(h.severity, f"{h.reason}: {h.message}") for h in happenings(old, new)]
+
+
+def happenings(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
+    return [
+        *_beginning(old, new),
+        *_endings(old, new),
+        *_position(old, new),
+        *_pauses(old, new),
+        *_conditions(old, new),
+        *_action(old, new),
+    ]
+
+
+def _beginning(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
+    began = new.rollout_start_time
+    if began is None or began == old.rollout_start_time or new.candidate_revision is None:
+        return []
+    beside = f" beside {new.stable_revision}" if new.stable_revision else ", the first revision"
+    return [Happening(Severity.INFO, "RolloutStarted", f"rollout of {new.candidate_revision}{beside}")]
+
+
+def _endings(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
+    if new.abort is not None and (old.abort is None or old.abort.at != new.abort.at):
+        return [
+            Happening(Severity.ERROR, str(new.abort.reason), f"{new.abort.revision}: {new.abort.message}")
+        ]
+    if new.history and new.history[:1] != old.history[:1]:
+        entry = new.history[0]
+        if entry.completion_status is not CompletionStatus.ABORTED:
+            return [Happening(Severity.INFO, str(entry.completion_status), entry.message or entry.revision)]
+    return []
+
+
+def _position(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
+    where = (new.stage, new.current_step_index, new.candidate_revision)
+    if new.stage is None or where == (old.stage, old.current_step_index, old.candidate_revision):
+        return []
+    if new.stage in (Stage.ABORTING, Stage.FINALISING, Stage.LOADING):
+        return []  # told by their own names already
+    reason = {Stage.SUCCEEDED: "Succeeded", Stage.FAILED: "RolledBack"}.get(new.stage, str(new.stage))
+    text = f"step {new.step}" if new.step else f"stage {new.stage}"
+    if new.stage is Stage.INITIALIZING:
+        reason, text = new.reason or reason, new.message or text
+    return [Happening(Severity.INFO, reason, text)]
+
+
+def _pauses(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
+    before = {(pause.reason, pause.start_time) for pause in old.pause_conditions}
+    fresh = [pause for pause in new.pause_conditions if (pause.reason, pause.start_time) not in before]
+    told = []
+    for pause in fresh:
+        timed = pause.reason is PauseReason.CANARY_PAUSE_STEP and "until" not in pause.message
+        by_hand = pause.reason is PauseReason.USER_PAUSE
+        severity = Severity.INFO if timed or by_hand else Severity.WARN
+        told.append(Happening(severity, str(pause.reason), pause.message))
+    return told
+
+
+def _conditions(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
+    before = {condition.type: condition for condition in old.conditions}
+    told = []
+    for condition in new.conditions:
+        known = before.get(condition.type)
+        fell = condition.status == "False" and known is not None and known.status != "False"
+        severity = CONDITIONS.get(condition.type)
+        if severity is not None and fell:
+            told.append(Happening(severity, condition.reason, condition.message))
+        said = known is not None and (known.status, known.message) == ("True", condition.message)
+        if condition.type == "InvalidSpec" and condition.status == "True" and not said:
+            told.append(Happening(Severity.WARN, condition.reason, condition.message))
+    return told
+
+
+def _action(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
+    taken, known = new.last_action, old.last_action
+    if taken is None or not taken.message:
+        return []
+    again = known is None or (taken.pending and not known.pending)
+    if not again and known is not None and (known.value, known.message) == (taken.value, taken.message):
+        return []
+    reason, severity = ("ActionRefused", Severity.WARN) if taken.refused else ("ActionTaken", Severity.INFO)
+    return [Happening(severity, reason, f"{taken.value}: {taken.message}")]

@@ -1,0 +1,96 @@
+"""Why a rollout waits, and the clocks that stand still meanwhile."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from finetune_operator.api.adapterdeployment_status import (
+    AdapterDeploymentStatus,
+    PauseCondition,
+    PauseReason,
+)
+from finetune_operator.core.rollout_turns import Turn
+
+OWN = frozenset(
+    {
+        PauseReason.CANARY_PAUSE_STEP,
+        PauseReason.AWAITING_APPROVAL,
+        PauseReason.INCONCLUSIVE_ANALYSIS,
+        PauseReason.INSUFFICIENT_SAMPLES,
+    }
+)
+"""What a step itself waits for; everything else holds the step."""
+BY_SPEC = "spec.paused is true: set it to false to go on (the guardrails stay armed)"
+BY_VERB = "paused by hand: say `resume` to go on (the guardrails stay armed)"
+
+
+def add(turn: Turn, reason: PauseReason, message: str) -> Turn:
+    """A pause that is known already keeps its time."""
+    known = turn.status.pause_conditions
+    old = next((pause for pause in known if pause.reason is reason), None)
+    new = PauseCondition(
+        reason=reason, message=message[:4000], start_time=old.start_time if old else turn.now
+    )
+    others = [pause for pause in known if pause.reason is not reason]
+    index = known.index(old) if old else len(known)
+    return turn.update(pause_conditions=[*others[:index], new, *others[index:]])
+
+
+def remove(turn: Turn, *reasons: PauseReason) -> Turn:
+    left = [pause for pause in turn.status.pause_conditions if pause.reason not in reasons]
+    if len(left) == len(turn.status.pause_conditions):
+        return turn
+    return turn.update(pause_conditions=left)
+
+
+def has(turn: Turn, reason: PauseReason) -> bool:
+    return any(pause.reason is reason for pause in turn.status.pause_conditions)
+
+
+def holding(turn: Turn) -> list[PauseCondition]:
+    """Pauses that keep the step from going on."""
+    return [pause for pause in turn.status.pause_conditions if pause.reason not in OWN]
+
+
+def follow_spec(turn: Turn) -> Turn:
+    """UserPause while spec.paused is true; one that was asked for by `pause` stays until `resume`."""
+    if turn.spec.paused and turn.underway:
+        return add(turn, PauseReason.USER_PAUSE, BY_SPEC)
+    by_spec = any(
+        pause.reason is PauseReason.USER_PAUSE and pause.message == BY_SPEC
+        for pause in turn.status.pause_conditions
+    )
+    return remove(turn, PauseReason.USER_PAUSE) if by_spec else turn
+
+
+# ---------------------------------------------------------------- clocks
+
+
+def stopped_since(status: AdapterDeploymentStatus) -> datetime | None:
+    """Since when the step's time has not counted: something else holds the rollout, or the routers do not do what was
+    recorded."""
+    times = [pause.start_time for pause in status.pause_conditions if pause.reason not in OWN]
+    times += [
+        condition.last_transition_time
+        for condition in status.conditions
+        if condition.type == "TrafficRouted" and condition.status == "False"
+    ]
+    return min(times, default=None)
+
+
+def shift_clocks(turn: Turn) -> Turn:
+    """Move the step's begin (and the deadline's) by the time that did not count, when it is over."""
+    before, after = stopped_since(turn.before), stopped_since(turn.status)
+    if before is None or before == after:
+        return turn
+    until = after or turn.now
+    return turn.update(
+        step_start_time=_moved(turn.status.step_start_time, since=before, until=until),
+        last_progress_time=_moved(turn.status.last_progress_time, since=before, until=until),
+    )
+
+
+def _moved(moment: datetime | None, *, since: datetime, until: datetime) -> datetime | None:
+    if moment is None:
+        return None
+    return moment + max(timedelta(0), until - max(since, moment))

@@ -1,0 +1,151 @@
+"""The status for people: phase, reason, and one sentence with the numbers that matter now."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_operator.api.adapterdeployment_status import (
+    AdapterDeploymentStatus,
+    CheckKind,
+    RolloutPhase,
+    Stage,
+)
+from finetune_operator.core import conditions
+from finetune_operator.core import rollout_conditions as rollout
+from finetune_operator.core import rollout_steps as steps
+from finetune_operator.core.conditions import Claim
+from finetune_operator.core.durations import format_duration
+from finetune_operator.core.rollout_conditions import RolloutCondition
+from finetune_operator.core.rollout_facts import Observed
+from finetune_operator.core.rollout_turns import OVER, Turn
+
+
+def traffic(turn: Turn) -> Turn:
+    """TrafficRouted as of the facts, before anything is decided: the clocks of steps read it."""
+    return _claimed(turn, [rollout.traffic_routed(turn)])
+
+
+def sum_up(turn: Turn) -> Turn:
+    """Everything that follows from the decided parts of the status."""
+    turn = turn.update(
+        observed_generation=turn.seen.deployment.generation,
+        step=steps.text_of(turn),
+    )
+    turn = _claimed(turn, list(rollout.claims(turn)))
+    reason, message = _story(turn)
+    return turn.update(phase=_phase(turn), reason=reason, message=message[:4000])
+
+
+def _claimed(turn: Turn, claims: list[Claim]) -> Turn:
+    generation = turn.seen.deployment.generation
+    merged = conditions.merge(turn.status.conditions, claims, now=turn.now, generation=generation)
+    return turn.update(conditions=merged)
+
+
+def _phase(turn: Turn) -> RolloutPhase:
+    status = turn.status
+    if status.stage in OVER:
+        return RolloutPhase.DEGRADED
+    if not turn.first and rollout.available(turn).holds is False:
+        return RolloutPhase.DEGRADED
+    if turn.underway:
+        return RolloutPhase.PAUSED if status.pause_conditions else RolloutPhase.PROGRESSING
+    if turn.first:
+        return RolloutPhase.PENDING
+    if status.stage is Stage.INITIALIZING:
+        return RolloutPhase.PROGRESSING
+    loaded = next(c for c in status.conditions if c.type == RolloutCondition.ADAPTERS_LOADED)
+    healthy = loaded.status == "True" and status.abort is None
+    return RolloutPhase.HEALTHY if healthy else RolloutPhase.DEGRADED
+
+
+def _story(turn: Turn) -> tuple[str, str]:
+    """One word and one sentence: the most urgent first."""
+    status = turn.status
+    if not turn.first:
+        available = rollout.available(turn)
+        if available.holds is False:
+            return available.reason, available.message
+    if status.abort is not None and not turn.underway:
+        return str(status.abort.reason), status.abort.message
+    if turn.underway:
+        return _underway(turn)
+    if turn.note is not None:
+        return turn.note
+    if status.stage in (Stage.FINALISING, Stage.SUCCEEDED):
+        missing = next(c for c in status.conditions if c.type == RolloutCondition.ADAPTERS_LOADED)
+        if missing.status == "False":
+            return "AdapterMissing", missing.message
+        return _serving(turn)
+    return str(status.stage), f"stage {status.stage}"
+
+
+def _serving(turn: Turn) -> tuple[str, str]:
+    status, stable = turn.status, turn.stable
+    leaving = [a for a in status.adapters if a.unload_at is not None]
+    text = f"{status.stable_revision} serves everybody on {stable.loaded_replicas if stable else 0} engines"
+    if leaving and leaving[0].unload_at is not None:
+        left = (leaving[0].unload_at - turn.now).total_seconds()
+        text += f"; {leaving[0].revision} stays loaded for another {format_duration(left)}"
+    return str(status.completion_status or status.stage), text
+
+
+def _underway(turn: Turn) -> tuple[str, str]:
+    status = turn.status
+    where = f"step {status.step}" if status.step else f"{status.stage} {status.candidate_revision}"
+    if status.pause_conditions:
+        pause = status.pause_conditions[0]
+        return str(pause.reason), f"{where}: {pause.message}{_numbers(turn)}"
+    if turn.note is not None:
+        return turn.note[0], f"{where}: {turn.note[1]}{_numbers(turn)}"
+    return str(status.stage), f"{where}{_numbers(turn)}"
+
+
+def _numbers(turn: Turn) -> str:
+    """Answers per side and the strongest evidence against the candidate, for example `: 212 stable and 70 candidate
+    answers, errors e-value 0.4 of 100`."""
+    guardrails = [c for c in turn.status.analysis if c.kind is CheckKind.GUARDRAIL and c.n is not None]
+    if not turn.exposed or not guardrails:
+        return ""
+    worst = max(guardrails, key=lambda check: (check.e_value or 0.0) / (check.threshold or 1.0))
+    n = worst.n
+    text = f": {n.stable} stable and {n.candidate} candidate answers" if n else ""
+    if worst.e_value is not None and worst.threshold is not None:
+        text += f", {worst.name} e-value {worst.e_value:.2g} of {worst.threshold:g}"
+    return text
+
+
+# ---------------------------------------------------------------- specs that cannot be acted on
+
+
+def unreadable(seen: Observed, *, now: datetime) -> AdapterDeploymentStatus:
+    """What serves goes on as it is; nothing moves until the spec can be read."""
+    problem = seen.deployment.problem or "the spec cannot be read"
+    return _invalid(
+        seen, "InvalidSpec", f"{problem}; correct it, and until then everything stays as it is", now=now
+    )
+
+
+def alias_taken(seen: Observed, owner: str, *, now: datetime) -> AdapterDeploymentStatus:
+    message = f"AdapterDeployment {owner} has this alias already, so nothing is routed; delete one of the two"
+    return _invalid(seen, "AliasConflict", message, now=now)
+
+
+def _invalid(seen: Observed, reason: str, message: str, *, now: datetime) -> AdapterDeploymentStatus:
+    known = seen.deployment.status
+    generation = seen.deployment.generation
+    claims = [Claim(RolloutCondition.INVALID_SPEC, True, reason, message)]
+    if reason == "AliasConflict":
+        claims.append(Claim(RolloutCondition.AVAILABLE, False, reason, message))
+        claims.append(Claim(RolloutCondition.TRAFFIC_ROUTED, False, reason, message))
+        claims.append(Claim(RolloutCondition.PROMOTED, False, reason, message))
+    phase = RolloutPhase.PENDING if known.stable_revision is None else RolloutPhase.DEGRADED
+    return known.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": phase,
+            "reason": reason,
+            "message": message[:4000],
+            "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
+        }
+    )

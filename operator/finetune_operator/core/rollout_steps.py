@@ -1,0 +1,228 @@
+"""The steps of a rollout: what each waits for, and when the next one follows.
+
+A step's time begins when every router applies its weight, and stands still while anything else holds the rollout.
+"""
+
+from __future__ import annotations
+
+from finetune_operator.api.adapterdeployment_status import AbortReason, PauseReason, Stage
+from finetune_operator.api.adapterdeployment_strategy import OnTimeout, Step, WebhookType
+from finetune_operator.core import rollout_adapters as adapters
+from finetune_operator.core import rollout_checks as checks
+from finetune_operator.core import rollout_endings as endings
+from finetune_operator.core import rollout_gates as gates
+from finetune_operator.core import rollout_pauses as pauses
+from finetune_operator.core import rollout_stages as stages
+from finetune_operator.core.durations import format_duration, parse_duration
+from finetune_operator.core.rollout_turns import Turn, hash_of, kind_of
+
+
+def steps_of(turn: Turn) -> list[Step]:
+    return turn.spec.strategy.canary.steps
+
+
+def current(turn: Turn) -> Step | None:
+    index = turn.status.current_step_index
+    steps = steps_of(turn)
+    return steps[index] if index is not None and index < len(steps) else None
+
+
+def begin(turn: Turn) -> Turn:
+    """The first step, or none for a revision that needs no steps."""
+    return stages.await_promotion(turn) if turn.status.current_step_hash is None else enter(turn, 0)
+
+
+def restart(turn: Turn) -> Turn:
+    """The steps were edited: step 0 at weight 0, same users in front (the salt stays)."""
+    turn = turn.update(current_step_hash=hash_of(steps_of(turn)))
+    return turn if turn.status.stage is Stage.LOADING else enter(turn.weigh(candidate=0), 0)
+
+
+def edited(turn: Turn) -> bool:
+    known = turn.status.current_step_hash
+    return known is not None and known != hash_of(steps_of(turn))
+
+
+def enter(turn: Turn, index: int) -> Turn:
+    """Go to a step (or past the last one); a first deployment has only evalGates."""
+    steps = steps_of(turn)
+    while turn.first and index < len(steps) and steps[index].eval_gate is None:
+        index += 1
+    turn = pauses.remove(turn, *pauses.OWN).weigh(candidate=turn.weights.candidate)
+    turn = turn.update(current_step_index=index, step_start_time=None)
+    if index >= len(steps):
+        return stages.await_promotion(turn)
+    stage = Stage.CANARY
+    if steps[index].eval_gate is not None:
+        stage = Stage.VALIDATING
+    elif steps[index].set_mirror is not None:
+        stage = Stage.SHADOWING
+    return turn.stage(stage).again_in(0)
+
+
+def leave(turn: Turn) -> Turn:
+    return enter(turn, (turn.status.current_step_index or 0) + 1)
+
+
+def text_of(turn: Turn) -> str | None:
+    """The step for printing, for example `3/6 pause`."""
+    step, index = current(turn), turn.status.current_step_index
+    if step is None or index is None or not turn.underway:
+        return None
+    number = f"{index + 1}/{len(steps_of(turn))} {kind_of(step)}"
+    return f"{number} {step.set_weight}" if step.set_weight is not None else number
+
+
+# ---------------------------------------------------------------- what holds
+
+
+def hold(turn: Turn) -> tuple[str, str] | None:
+    """Why the rollout may not go on now, apart from what its step waits for."""
+    paused = pauses.holding(turn)
+    if paused:
+        return str(paused[0].reason), paused[0].message
+    for adapter in adapters.needed(turn):
+        found = adapters.coverage(turn.seen, adapter)
+        if not found.complete:
+            where = f"{len(found.upstreams)} of {found.desired} engines have {adapter.served_name}"
+            return "AdapterMissing", f"{where}; the weight is held until all have it: {found.why()}"
+    if not turn.first and not turn.weights.verified:
+        routing = turn.seen.routing
+        told = (
+            f"{routing.applied} of {routing.replicas} routers apply it"
+            if routing.replicas
+            else "no router is known"
+        )
+        return "RoutersBehind", f"the weights are being published: {told}"
+    gap = checks.evidence_gap(turn)
+    if gap is not None:
+        return "EvidenceMissing", f"{gap}; the weight is held, and the rollout goes on when they are back"
+    return None
+
+
+def lost(turn: Turn) -> bool:
+    """Whether a wait is about adapters that engines had and lack now, which the deadline bounds."""
+    reachable = {engine.url for engine in turn.seen.engines if engine.reachable}
+    return any(
+        engine.url in reachable
+        for adapter in adapters.needed(turn)
+        for engine in adapters.coverage(turn.seen, adapter).lacking
+    )
+
+
+def wait_for(turn: Turn, held: tuple[str, str]) -> Turn:
+    """Hold; a candidate that an engine has lost is waited for no longer than the deadline."""
+    turn = turn.say(*held).again_in(stages.SOON_SECONDS)
+    if held[0] == "AdapterMissing" and lost(turn):
+        return stages.within_deadline(turn, AbortReason.ADAPTER_LOAD_FAILED)
+    return turn
+
+
+def promoting(turn: Turn) -> Turn:
+    """Weight 100, confirmed by every router, then the pointer flip."""
+    held = hold(turn)
+    if held is not None:
+        return wait_for(turn, held)
+    if turn.first or turn.weights.candidate == 100:
+        return endings.promote(turn)
+    return turn.weigh(candidate=100).update(last_progress_time=turn.now).again_in(0)
+
+
+def run(turn: Turn) -> Turn:
+    """The step under way: leave it, wait in it, or go back."""
+    step = current(turn)
+    if step is None:
+        return stages.await_promotion(turn)
+    held = hold(turn)
+    if held is not None:
+        return wait_for(turn, held)
+    if step.set_weight is not None:
+        return _set_weight(turn, step.set_weight)
+    if step.set_mirror is not None and turn.weights.mirror != step.set_mirror.percent:
+        return turn.weigh(candidate=turn.weights.candidate, mirror=step.set_mirror.percent).again_in(0)
+    if turn.status.step_start_time is None:
+        turn = turn.update(step_start_time=turn.now)
+    if step.eval_gate is not None:
+        turn, passed = gates.evaluate(turn, step.eval_gate)
+        return leave(turn) if passed else turn
+    if step.set_mirror is not None:
+        return (
+            leave(turn) if _over(turn, step.set_mirror.duration) else _until(turn, step.set_mirror.duration)
+        )
+    if step.analysis is not None:
+        return _analysis(turn, step.analysis.duration)
+    if step.approval is not None:
+        return _approval(turn, step.approval.timeout, step.approval.on_timeout)
+    return _pause(turn, step.pause.duration if step.pause else None)
+
+
+def _over(turn: Turn, duration: str | None) -> bool:
+    return duration is not None and turn.elapsed(turn.status.step_start_time) >= parse_duration(duration)
+
+
+def _until(turn: Turn, duration: str | None) -> Turn:
+    if duration is None:
+        return turn
+    return turn.again_in(parse_duration(duration) - turn.elapsed(turn.status.step_start_time))
+
+
+def _left(turn: Turn, duration: str) -> str:
+    return format_duration(parse_duration(duration) - turn.elapsed(turn.status.step_start_time))
+
+
+def _set_weight(turn: Turn, weight: int) -> Turn:
+    """Recorded here, published after, and left when every router has confirmed it."""
+    if turn.weights.candidate == weight:
+        return leave(turn)
+    if weight > turn.weights.candidate:
+        turn, confirmed = stages.confirm(turn, WebhookType.CONFIRM_TRAFFIC_INCREASE)
+        if not confirmed:
+            return turn
+    return turn.weigh(candidate=weight).update(last_progress_time=turn.now).again_in(0)
+
+
+def _pause(turn: Turn, duration: str | None) -> Turn:
+    if _over(turn, duration):
+        return leave(turn)
+    what = f"for {duration}" if duration else "until somebody says `promote` or `resume`"
+    return _until(pauses.add(turn, PauseReason.CANARY_PAUSE_STEP, f"the step waits {what}"), duration)
+
+
+def _approval(turn: Turn, timeout: str | None, on_timeout: OnTimeout) -> Turn:
+    if _over(turn, timeout):
+        if on_timeout is OnTimeout.PROMOTE:
+            return leave(turn)
+        return endings.abort(turn, AbortReason.APPROVAL_TIMED_OUT, f"nobody approved within {timeout}")
+    message = "say `promote` to approve, or `abort`"
+    if timeout is not None:
+        message += f"; after {timeout} without an answer: {on_timeout}"
+    return _until(pauses.add(turn, PauseReason.AWAITING_APPROVAL, message), timeout)
+
+
+def _analysis(turn: Turn, duration: str | None) -> Turn:
+    """On when every objective and metric is Successful; a pause when there is no verdict for too long."""
+    unanswered = checks.unanswered_metric(turn)
+    undecided = checks.undecided(turn)
+    at_least = parse_duration(duration) if duration else 0.0
+    elapsed = turn.elapsed(turn.status.step_start_time)
+    if not undecided and unanswered is None and elapsed >= at_least:
+        return leave(turn)
+    turn = turn.again_in(checks.interval(turn))
+    patience = max(at_least, parse_duration(turn.spec.strategy.canary.max_step_duration))
+    if not undecided or elapsed < patience:
+        return turn
+    few = checks.short_of_samples(turn, undecided)
+    if few:
+        names = ", ".join(f"{check.name}: {check.message or 'no samples'}" for check in few)
+        message = (
+            f"too few samples after {format_duration(elapsed)} ({names}); send more traffic, or say `promote`"
+        )
+        turn = pauses.remove(turn, PauseReason.INCONCLUSIVE_ANALYSIS)
+        return pauses.add(turn, PauseReason.INSUFFICIENT_SAMPLES, message)
+    names = ", ".join(f"{check.name}: {check.message or check.phase}" for check in undecided)
+    message = (
+        f"no verdict after {format_duration(elapsed)} ({names}); say `promote` to go on without one, `resume` to look "
+        f"for another {turn.spec.strategy.canary.max_step_duration}, or `abort`"
+    )
+    turn = pauses.remove(turn, PauseReason.INSUFFICIENT_SAMPLES)
+    return pauses.add(turn, PauseReason.INCONCLUSIVE_ANALYSIS, message)

@@ -1,0 +1,272 @@
+"""What an AdapterDeployment is in, and what to do next: `decide` turns facts and a time into a plan.
+
+The order of the rules is the order of urgency: harm goes back before anything else is looked at, then people are
+obeyed, then the spec is followed, then the stage goes on by one transition. Each transition is stored before anything
+follows from it, all times are in the status, and a pass that is repeated gives the same plan; so the operator may be
+killed between any two instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+
+from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
+from finetune_operator.api.adapterdeployment_status import (
+    AbortReason,
+    AdapterDeploymentStatus,
+    LoadedAdapter,
+    Stage,
+)
+from finetune_operator.api.adapterdeployment_strategy import WebhookType
+from finetune_operator.core import rollout_adapters as adapters
+from finetune_operator.core import rollout_checks as checks
+from finetune_operator.core import rollout_endings as endings
+from finetune_operator.core import rollout_events as events
+from finetune_operator.core import rollout_pauses as pauses
+from finetune_operator.core import rollout_routes as routes
+from finetune_operator.core import rollout_stages as stages
+from finetune_operator.core import rollout_statuses as statuses
+from finetune_operator.core import rollout_steps as steps
+from finetune_operator.core import rollout_verbs as verbs
+from finetune_operator.core.rollout_facts import AskWebhooks, Observed, Plan, Unload
+from finetune_operator.core.rollout_turns import Turn
+
+WATCH_SECONDS = (
+    15.0  # engines tell of nothing by themselves: an adapter that one lost is noticed within this time
+)
+
+
+def decide(seen: Observed, *, now: datetime) -> Plan:
+    """The next step of a deployment. Pure: the same facts give the same plan."""
+    deployment = seen.deployment
+    if deployment.deleting:
+        return _withdraw(seen)
+    if deployment.spec is None:
+        status = statuses.unreadable(seen, now=now)
+        return _told(seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS))
+    if seen.routing.alias_taken_by is not None:
+        status = statuses.alias_taken(seen, seen.routing.alias_taken_by, now=now)
+        return _told(seen, Plan(status=status, requeue_after=WATCH_SECONDS))
+    turn = _look(Turn(seen, deployment.spec, now, deployment.status))
+    turn = _go_on(turn)
+    turn = adapters.settle(turn)
+    turn = statuses.sum_up(turn)
+    return _told(seen, _plan(turn, deployment.spec))
+
+
+def _withdraw(seen: Observed) -> Plan:
+    """Deleted: no route, and once no router uses them the adapters go. What is left when the object is gone belongs to
+    `rollout_adapters.orphans`."""
+    routing, actions = seen.routing, []
+    if routing.published is None and routing.verified:
+        names = {adapter.served_name for adapter in seen.deployment.status.adapters}
+        actions = [
+            Unload(engine.agent_url, name)
+            for engine in seen.engines
+            if engine.reachable
+            for name in sorted(names & set(engine.adapters))
+        ]
+    return Plan(status=seen.deployment.status, actions=actions, requeue_after=stages.SOON_SECONDS)
+
+
+# ---------------------------------------------------------------- facts into the status
+
+
+def _look(turn: Turn) -> Turn:
+    """What engines, routers and evidence tell, before anything is decided."""
+    turn = adapters.refresh(turn)
+    turn = _confirm_weights(turn)
+    turn = _notice_loss(turn)
+    turn = checks.refresh(turn)
+    return statuses.traffic(turn)
+
+
+def _confirm_weights(turn: Turn) -> Turn:
+    """Weights count once every router applied them; they stop counting when no engine has the candidate."""
+    weights = turn.status.weights
+    if weights is None:
+        return turn
+    if weights.verified:
+        lost = turn.exposed and turn.candidate is not None and not turn.candidate.loaded_replicas
+        return (
+            turn.update(weights=weights.model_copy(update={"verified": False, "version": None}))
+            if lost
+            else turn
+        )
+    if not routes.carries(turn):
+        return turn
+    routing = turn.seen.routing
+    return turn.update(
+        weights=weights.model_copy(update={"version": routing.version, "verified": routing.verified})
+    )
+
+
+def _notice_loss(turn: Turn) -> Turn:
+    """The deadline for an adapter that an engine lost counts from when that was noticed."""
+    before = {adapter.revision: adapter for adapter in turn.before.adapters}
+    for adapter in adapters.needed(turn):
+        known = before.get(adapter.revision)
+        was_complete = known is not None and known.loaded_replicas >= known.desired_replicas > 0
+        if was_complete and not adapters.coverage(turn.seen, adapter).complete:
+            return turn.update(last_progress_time=turn.now)
+    return turn
+
+
+# ---------------------------------------------------------------- decisions
+
+
+def _go_on(turn: Turn) -> Turn:
+    """At most one transition."""
+    harm = checks.harm(turn)
+    if harm is not None:
+        turn = endings.abort(turn, harm.reason, harm.message)
+    if _rollback_asked(turn):
+        turn = endings.abort(turn, AbortReason.ROLLBACK_WEBHOOK, _rollback_answers(turn))
+    obeyed = verbs.obey(turn)
+    changed = obeyed.status.stage is not turn.status.stage or _position(obeyed) != _position(turn)
+    turn = pauses.shift_clocks(checks.refresh_pauses(pauses.follow_spec(obeyed)))
+    if changed or harm is not None:
+        return turn
+    return _follow(turn)
+
+
+def _position(turn: Turn) -> tuple[object, ...]:
+    status = turn.status
+    return (status.candidate_revision, status.current_step_index, status.rollout_start_time, status.weights)
+
+
+def _rollback_asked(turn: Turn) -> bool:
+    return turn.exposed and bool(_rollback_answers(turn))
+
+
+def _rollback_answers(turn: Turn) -> str:
+    """What the rollback webhooks that want the candidate back say."""
+    hooks = [hook.name for hook in turn.spec.webhooks if hook.type is WebhookType.ROLLBACK]
+    answers = {name: turn.seen.webhooks[name] for name in hooks if name in turn.seen.webhooks}
+    texts = [f"webhook {name} asks for it: {a.message}" for name, a in answers.items() if a.accepted]
+    return "; ".join(texts)
+
+
+def _follow(turn: Turn) -> Turn:
+    """Follow the spec: begin, supersede, return, or let the rollout under way go on."""
+    status, artifact = turn.status, turn.seen.wanted.artifact
+    target = artifact.revision if artifact is not None else _still_named(turn)
+    if target is None:
+        return _without_artifact(turn)
+    if artifact is not None:
+        turn = _moved(turn, artifact.revision, artifact.uri)
+    barred = status.abort is not None and status.abort.revision == target
+    if turn.underway and (target == status.candidate_revision or barred):
+        return _stage(turn)
+    if barred:
+        return _stage(turn)
+    if target == status.stable_revision:
+        return endings.roll_back(turn) if turn.underway else _stage(endings.settled(turn))
+    found = artifact or endings.artifact_of(turn, target)
+    return endings.begin(turn, found) if found is not None else _without_artifact(turn)
+
+
+def _still_named(turn: Turn) -> str | None:
+    """The known revision that spec.adapter means, when its artifact cannot be seen: what is loaded goes on serving."""
+    reference = turn.spec.adapter
+
+    def named(adapter: LoadedAdapter | None) -> bool:
+        if adapter is None:
+            return False
+        if reference.fine_tune_job_ref is not None:
+            return adapter.fine_tune_job == reference.fine_tune_job_ref.name
+        return reference.source is not None and adapter.digest == reference.source.digest
+
+    for adapter in (turn.candidate, turn.stable):
+        if adapter is not None and named(adapter):
+            return adapter.revision
+    aborted = turn.status.abort
+    if aborted is None:
+        return None
+    entry = next((e for e in turn.status.history if e.revision == aborted.revision), None)
+    job = reference.fine_tune_job_ref
+    same = entry is not None and job is not None and entry.fine_tune_job == job.name
+    return aborted.revision if same else None
+
+
+def _moved(turn: Turn, revision: str, uri: str) -> Turn:
+    """The same artifact in another place: later loads take it from there."""
+    adapter = turn.adapter(revision)
+    if adapter is None or adapter.uri == uri:
+        return turn
+    return turn.with_adapter(adapter.model_copy(update={"uri": uri}))
+
+
+def _without_artifact(turn: Turn) -> Turn:
+    """spec names something that is not there (yet): nobody is moved to it, and nobody to what spec no longer names."""
+    if turn.underway:
+        turn = endings.displace(turn, "spec.adapter names another one")
+    turn = endings.forget_aborted(turn)
+    wanted = turn.seen.wanted
+    if turn.status.stage is not Stage.INITIALIZING:
+        turn = turn.stage(Stage.INITIALIZING)
+    return turn.say(wanted.reason or "ArtifactNotFound", wanted.message or "spec.adapter names nothing yet")
+
+
+def _stage(turn: Turn) -> Turn:
+    if turn.underway and steps.edited(turn):
+        return steps.restart(turn)
+    match turn.status.stage:
+        case Stage.LOADING:
+            turn, ready = stages.loading(turn)
+            return steps.begin(turn) if ready else turn
+        case Stage.VALIDATING | Stage.SHADOWING | Stage.CANARY:
+            return steps.run(turn)
+        case Stage.WAITING_PROMOTION:
+            return stages.waiting_promotion(turn)
+        case Stage.PROMOTING:
+            return steps.promoting(turn)
+        case Stage.ABORTING:
+            return stages.aborting(turn)
+        case Stage.FINALISING:
+            return stages.finalising(turn)
+        case Stage.FAILED | Stage.SUCCEEDED:
+            return turn
+        case _:
+            return turn.stage(Stage.FINALISING)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def _plan(turn: Turn, spec: AdapterDeploymentSpec) -> Plan:
+    if turn.exposed and _has_rollback_hooks(spec) and not _rollback_heard(turn):
+        turn = turn.act(AskWebhooks(WebhookType.ROLLBACK))
+    turn = turn.again_in(checks.interval(turn) if turn.exposed else WATCH_SECONDS)
+    return Plan(
+        status=turn.status,
+        route=routes.build(turn),
+        actions=turn.actions,
+        measure=checks.measure_due(turn),
+        collect=turn.underway and not turn.first,
+        requeue_after=turn.look_again,
+    )
+
+
+def _has_rollback_hooks(spec: AdapterDeploymentSpec) -> bool:
+    return any(hook.type is WebhookType.ROLLBACK for hook in spec.webhooks)
+
+
+def _rollback_heard(turn: Turn) -> bool:
+    """They were asked for this pass, so the next question is due an interval later."""
+    return any(h.name in turn.seen.webhooks for h in turn.spec.webhooks if h.type is WebhookType.ROLLBACK)
+
+
+def _told(seen: Observed, plan: Plan) -> Plan:
+    """Events and alerts follow from what the pass changed, so that a repeated pass repeats none."""
+    old: AdapterDeploymentStatus = seen.deployment.status
+    happened = events.events(old, plan.status)
+    hooks = seen.deployment.spec.webhooks if seen.deployment.spec else []
+    asked = [AskWebhooks(WebhookType.EVENT)] if any(h.type is WebhookType.EVENT for h in hooks) else []
+    return replace(
+        plan,
+        events=happened,
+        alerts=events.alerts(old, plan.status),
+        actions=[*plan.actions, *(asked if happened else [])],
+    )

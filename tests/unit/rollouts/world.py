@@ -1,0 +1,386 @@
+"""A world in which the decisions of `core.rollouts` are carried out: engines, routers, evidence, time, and kills.
+
+Nothing but the stored status is kept between two passes, and it is kept as JSON, as the API server does. Invariants are
+checked at every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
+from finetune_operator.api.adapterdeployment_status import (
+    AdapterDeploymentStatus,
+    Check,
+    CheckKind,
+    CheckPhase,
+    PerArm,
+    Stage,
+)
+from finetune_operator.api.adapterdeployment_strategy import WebhookType
+from finetune_operator.core import rollouts
+from finetune_operator.core.facts import Event
+from finetune_operator.core.rollout_facts import (
+    Action,
+    Alert,
+    ArtifactFacts,
+    AskWebhooks,
+    ClearAction,
+    DeploymentFacts,
+    Evaluate,
+    EvaluationFacts,
+    EvidenceFacts,
+    Load,
+    Measurement,
+    Observed,
+    Plan,
+    RoutingFacts,
+    Unload,
+    Wanted,
+    WebhookAnswer,
+)
+from tests.unit.rollouts import invariants
+from tests.unit.rollouts.engines import SimulatedEngine
+from tests.unit.rollouts.routers import SimulatedRouting
+
+START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
+UID = "0123abcd-1111"
+STEPS: list[dict[str, Any]] = [
+    {"setWeight": 5},
+    {"pause": {"duration": "1m"}},
+    {"setWeight": 50},
+    {"pause": {"duration": "1m"}},
+]
+
+
+def digest(letter: str) -> str:
+    return "sha256:" + letter * 64
+
+
+def revision(letter: str) -> str:
+    return letter * 8
+
+
+def artifact(letter: str, *, rank: int = 16) -> ArtifactFacts:
+    return ArtifactFacts(
+        digest=digest(letter), uri=f"file:///artifacts/{letter}", rank=rank, fine_tune_job=f"job-{letter}"
+    )
+
+
+def spec_of(letter: str, *, steps: list[dict[str, Any]] | None = None, **more: Any) -> AdapterDeploymentSpec:
+    document: dict[str, Any] = {
+        "baseModelRef": {"name": "tiny"},
+        "adapter": {"fineTuneJobRef": {"name": f"job-{letter}"}},
+        "strategy": {"canary": {"steps": STEPS if steps is None else steps, **more.pop("canary", {})}},
+    }
+    return AdapterDeploymentSpec.model_validate(document | more)
+
+
+@dataclass
+class Evidence:
+    """What the routers' counters say, as a function of who really gets requests."""
+
+    mode: str = "fine"
+    """fine; missing: no router tells; late: they tell a minute after; nan: objectives and metrics without a verdict."""
+    bad: set[str] = field(default_factory=set)
+    """Revisions that fail more often than others."""
+    worse: set[str] = field(default_factory=set)
+    """Revisions whose objectives are worse."""
+    seconds_to_proof: float = 10.0
+    skewed: bool = False
+    drifting: bool = False
+    heard: datetime | None = None
+    exposed_seconds: float = 0.0
+    comparison: str = ""
+
+
+@dataclass
+class World:
+    spec: AdapterDeploymentSpec | None
+    wanted: Wanted = field(default_factory=Wanted)
+    now: datetime = START
+    engines: list[SimulatedEngine] = field(
+        default_factory=lambda: [SimulatedEngine("http://e1:8000"), SimulatedEngine("http://e2:8000")]
+    )
+    engines_problem: str | None = None
+    routing: SimulatedRouting = field(default_factory=SimulatedRouting)
+    evidence: Evidence = field(default_factory=Evidence)
+    stored: str = "{}"
+    generation: int = 1
+    annotation: str | None = None
+    problem: str | None = None
+    deleting: bool = False
+    alias_taken_by: str | None = None
+    answers: Callable[[str, WebhookType], bool] = lambda name, kind: True
+    metric: Callable[[], tuple[float | None, str | None]] = lambda: (1.0, None)
+    scores: dict[str, float] = field(default_factory=dict)
+    evaluation_fails: int = 0
+    """How many evaluations are going to fail."""
+    killed: Callable[[str], bool] = lambda point: False
+    """Whether the operator dies at this point of a pass."""
+    # What happened.
+    events: list[Event] = field(default_factory=list)
+    alerts: list[Alert] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    asked: list[WebhookType] = field(default_factory=list)
+    kills: int = 0
+    _told: dict[str, WebhookAnswer] = field(default_factory=dict)
+    _measured: list[Measurement] = field(default_factory=list)
+    _evaluations: dict[str, EvaluationFacts] = field(default_factory=dict)
+
+    @property
+    def status(self) -> AdapterDeploymentStatus:
+        return AdapterDeploymentStatus.model_validate_json(self.stored)
+
+    # ---------------------------------------------------------------- a pass
+
+    def step(self) -> Plan | None:
+        """One pass of the operator; None when it was killed in it."""
+        seen = self.observe()
+        plan = rollouts.decide(seen, now=self.now)
+        assert rollouts.decide(seen, now=self.now) == plan
+        invariants.check(self, seen, plan)
+        self._told, self._measured = {}, []
+        done = self._carry_out(plan)
+        return plan if done else None
+
+    def _carry_out(self, plan: Plan) -> bool:
+        self.stored = plan.status.model_dump_json(by_alias=True, exclude_none=True)
+        assert AdapterDeploymentStatus.model_validate_json(self.stored) == plan.status
+        if self._dies("status"):
+            return False
+        self.routing.publish(plan.route, now=self.now)
+        if self._dies("route"):
+            return False
+        for action in plan.actions:
+            self._act(action)
+            if self._dies(f"action {type(action).__name__}"):
+                return False
+        if plan.measure and self.spec is not None:
+            value, error = self.metric()
+            self._measured = [Measurement(m.name, value, error) for m in self.spec.analysis.metrics]
+        self.events += plan.events
+        self.alerts += plan.alerts
+        self.plans.append(plan)
+        return True
+
+    def _dies(self, point: str) -> bool:
+        died = self.killed(point)
+        self.kills += died
+        return died
+
+    def _act(self, action: Action) -> None:
+        engines = {engine.agent_url: engine for engine in self.engines}
+        match action:
+            case Load(agent_url, name, _, its_digest):
+                engines[agent_url].load(name, its_digest, now=self.now)
+            case Unload(agent_url, name):
+                assert not self.routing.sends_to(name, engines[agent_url].url), (
+                    f"{name} is unloaded under users"
+                )
+                engines[agent_url].unload(name)
+            case ClearAction(value):
+                self.annotation = None if self.annotation == value else self.annotation
+            case AskWebhooks(kind):
+                self.asked.append(kind)
+                for hook in self.spec.webhooks if self.spec else []:
+                    if hook.type is kind:
+                        self._told[hook.name] = WebhookAnswer(self.answers(hook.name, kind), "because")
+            case Evaluate(_, identity, names, evaluation):
+                state = "Failed" if self.evaluation_fails else "Done"
+                self.evaluation_fails = max(0, self.evaluation_fails - 1)
+                scores = {name: self.scores.get(name, 0.9) for name in names}
+                self._evaluations[identity] = EvaluationFacts(
+                    identity, state, "by design", scores if state == "Done" else {}, evaluation.max_rows
+                )
+
+    # ---------------------------------------------------------------- time
+
+    def run(self, seconds: float, *, until: Callable[[AdapterDeploymentStatus], bool] | None = None) -> World:
+        """Let passes follow one another as the plans ask for; stop early when `until` holds."""
+        end = self.now + timedelta(seconds=seconds)
+        idle = 0
+        while self.now < end:
+            before = self.stored
+            plan = self.step()
+            if until is not None and until(self.status):
+                return self
+            wait = 0.0 if plan is None or plan.requeue_after is None else plan.requeue_after
+            # A status that was just written brings the object back at once, as the watch does.
+            changed = self.stored != before
+            idle = 0 if not changed else idle + 1
+            assert idle < 200, f"the status never rests: {self.status.message}"
+            self.advance(0.1 if changed or plan is None else min(max(wait, 0.1), 5.0))
+        return self
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+        for engine in self.engines:
+            engine.tick(self.now)
+        self.routing.tick(self.now)
+        weight, mirror = self.routing.weight(), self.routing.mirror()
+        comparison = self.routing.route.comparison if self.routing.route else ""
+        if comparison != self.evidence.comparison:
+            self.evidence.comparison, self.evidence.exposed_seconds = comparison, 0.0
+        if weight or mirror:
+            self.evidence.exposed_seconds += seconds
+        if self.evidence.mode in ("fine", "nan"):
+            self.evidence.heard = self.now
+        elif self.evidence.mode == "late":
+            self.evidence.heard = self.now - timedelta(seconds=60) if self.now.minute % 2 else self.now
+
+    # ---------------------------------------------------------------- observations
+
+    def observe(self) -> Observed:
+        status = self.status
+        return Observed(
+            deployment=DeploymentFacts(
+                namespace="team",
+                name="bot",
+                uid=UID,
+                generation=self.generation,
+                spec=self.spec,
+                problem=self.problem,
+                status=status,
+                action=self.annotation,
+                deleting=self.deleting,
+            ),
+            wanted=self.wanted,
+            engines=[engine.facts() for engine in self.engines],
+            engines_problem=self.engines_problem,
+            routing=RoutingFacts(
+                published=self.routing.route,
+                version=self.routing.version,
+                replicas=len(self.routing.routers),
+                applied=self.routing.applied,
+                alias_taken_by=self.alias_taken_by,
+            ),
+            evidence=self._evidence(status),
+            measurements=tuple(self._measured),
+            webhooks=dict(self._told),
+            evaluation=self._evaluations.get(status.evaluation.id) if status.evaluation else None,
+        )
+
+    def _evidence(self, status: AdapterDeploymentStatus) -> EvidenceFacts | None:
+        evidence, spec = self.evidence, self.spec
+        if spec is None or status.candidate_revision is None or status.stable_revision is None:
+            return None
+        if status.stage in (Stage.ABORTING, Stage.FAILED):
+            return None
+        candidate = status.candidate_revision
+        # Nothing is known of a comparison that no router counts yet, and a silent router adds nothing.
+        known = evidence.exposed_seconds if evidence.comparison.startswith(candidate) else 0.0
+        if evidence.mode == "missing":
+            known = 0.0
+        answers = PerArm(stable=int(known * 9), candidate=int(known))
+        proof = known >= evidence.seconds_to_proof
+        checks = [
+            Check(
+                name=guardrail.name,
+                kind=CheckKind.GUARDRAIL,
+                phase=CheckPhase.FAILED if proof and candidate in evidence.bad else CheckPhase.SUCCESSFUL,
+                n=answers,
+                e_value=400.0 if proof and candidate in evidence.bad else 0.4,
+                threshold=100.0,
+                message="errors 3 times as often",
+            )
+            for guardrail in spec.analysis.guardrails
+        ]
+        for objective in spec.analysis.objectives:
+            phase = CheckPhase.INCONCLUSIVE
+            if proof and evidence.mode != "nan":
+                phase = CheckPhase.FAILED if candidate in evidence.worse else CheckPhase.SUCCESSFUL
+            checks.append(
+                Check(
+                    name=objective.name,
+                    kind=CheckKind.OBJECTIVE,
+                    phase=phase,
+                    n=answers,
+                    message="difference -0.1",
+                )
+            )
+        for name, kind, alarm in (
+            ("sample-ratio", CheckKind.SAMPLE_RATIO, evidence.skewed),
+            ("drift", CheckKind.DRIFT, evidence.drifting),
+        ):
+            phase = CheckPhase.FAILED if alarm and proof else CheckPhase.SUCCESSFUL
+            checks.append(Check(name=name, kind=kind, phase=phase, message=f"{name} is off"))
+        return EvidenceFacts(checks=checks, last_heard=evidence.heard)
+
+    # ---------------------------------------------------------------- what people do
+
+    def deploy(self, letter: str, *, rank: int = 16, **changes: Any) -> World:
+        """spec names another job, whose artifact is there."""
+        self.spec = spec_of(letter, **changes) if changes or self.spec is None else self._renamed(letter)
+        self.wanted = Wanted(artifact=artifact(letter, rank=rank))
+        self.generation += 1
+        return self
+
+    def _renamed(self, letter: str) -> AdapterDeploymentSpec:
+        assert self.spec is not None
+        document = self.spec.model_dump(by_alias=True, exclude_none=True, mode="json")
+        document["adapter"] = {"fineTuneJobRef": {"name": f"job-{letter}"}}
+        return AdapterDeploymentSpec.model_validate(document)
+
+    def edit(self, change: Callable[[dict[str, Any]], None]) -> World:
+        assert self.spec is not None
+        document = self.spec.model_dump(by_alias=True, exclude_none=True, mode="json")
+        change(document)
+        self.spec = AdapterDeploymentSpec.model_validate(document)
+        self.generation += 1
+        return self
+
+    def say(self, action: str) -> World:
+        self.annotation = action
+        return self
+
+    # ---------------------------------------------------------------- for assertions
+
+    def condition(self, kind: str) -> tuple[str, str]:
+        found = next(c for c in self.status.conditions if c.type == kind)
+        return found.status, found.reason
+
+    def history(self) -> list[tuple[str, str]]:
+        return [(entry.revision[0], str(entry.completion_status)) for entry in self.status.history]
+
+    def everybody_gets(self) -> str | None:
+        """The revision that every router gives every user, or None where they differ or nothing serves."""
+        given: set[str] = set()
+        for router in self.routing.routers:
+            route = router.route
+            if route is None or route.stable is None or not route.stable.upstreams:
+                return None
+            candidate = route.candidate.revision if route.candidate and route.weight > 0 else None
+            given |= (
+                {candidate}
+                if candidate and route.weight == 100
+                else {route.stable.revision, candidate} - {None}
+            )
+        return given.pop() if len(given) == 1 else None
+
+
+def serving(letter: str = "a", **changes: Any) -> World:
+    """A world in which a revision serves everybody already."""
+    world = World(spec=None)
+    world.deploy(letter, **changes)
+    world.run(60, until=lambda status: status.stage is Stage.SUCCEEDED)
+    assert world.status.stable_revision == revision(letter), world.status.message
+    return world
+
+
+def reached(stage: Stage, index: int | None = None) -> Callable[[AdapterDeploymentStatus], bool]:
+    """Condition for `run`: the stage (and the step) is under way, and the routers have confirmed its weights."""
+
+    def holds(status: AdapterDeploymentStatus) -> bool:
+        right = status.stage is stage and (index is None or status.current_step_index == index)
+        return right and (status.weights is None or status.weights.verified or index is None)
+
+    return holds
+
+
+def plain(observed: Observed) -> Observed:
+    """Without what came since the last pass: what a restarted operator sees."""
+    return replace(observed, webhooks={}, measurements=())
