@@ -1,4 +1,4 @@
-"""Start the operator: configuration, logging, the metrics and status endpoints, the queue, and Kopf's watches."""
+"""Start the operator: configuration, logging, the metrics and status endpoints, the queues, and Kopf's watches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import kopf
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from finetune_operator import config, handlers
+from finetune_operator import config, handlers, parts
 from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.api import finetunejob
 from finetune_operator.core.facts import Defaults
 from finetune_operator.manifests.rayjobs import Platform
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
-from finetune_operator.reconcile.queue import KeyedQueue
+from finetune_operator.reconcile.queue import Key, KeyedQueue
 from finetune_operator.status_server import StatusServer
 
 STUCK_SECONDS = 300.0  # a pass takes milliseconds; one of this length hangs
@@ -54,7 +55,7 @@ async def run(settings: config.OperatorConfig) -> None:
             termination_grace_seconds=settings.termination_grace_seconds,
         ),
     )
-    queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.set)
+    queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
     status_server = StatusServer(
         kube=kube,
         mailbox=mailbox,
@@ -69,32 +70,46 @@ async def run(settings: config.OperatorConfig) -> None:
                 status_server.application(), settings.status_host, settings.status_port, settings.status_tls()
             )
         )
+        rollouts = await stack.enter_async_context(
+            parts.build_rollouts(settings, kube=kube, telemetry=telemetry)
+        )
         await stack.enter_async_context(
-            _serving(metrics_application(queue), settings.metrics_host, settings.metrics_port, None)
+            _serving(
+                metrics_application(queue, rollouts.queue), settings.metrics_host, settings.metrics_port, None
+            )
         )
         serving = asyncio.create_task(queue.run(), name="queue")
         stack.callback(serving.cancel)
+        rolling = asyncio.create_task(rollouts.run(), name="rollouts")
+        stack.callback(rolling.cancel)
+
+        def job_changed(key: Key) -> None:
+            queue.add(key)
+            rollouts.watchlist.job_changed(key)
+
         watching = asyncio.create_task(
             kopf.operator(
-                registry=handlers.build_registry(queue.add),
+                registry=handlers.build_registry(
+                    job_changed=job_changed, deployment_changed=rollouts.queue.add
+                ),
                 clusterwide=not settings.namespaces,
                 namespaces=settings.namespaces,
             ),
             name="watches",
         )
-        done, _ = await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({serving, rolling, watching}, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()  # re-raises: an operator without its queue or its watches must end, and be restarted
 
 
-def metrics_application(queue: KeyedQueue) -> web.Application:
+def metrics_application(*queues: KeyedQueue) -> web.Application:
     """/metrics for Prometheus and /healthz for the kubelet."""
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(_: web.Request) -> web.Response:
-        stuck = queue.longest_running()
+        stuck = max(queue.longest_running() for queue in queues)
         if stuck > STUCK_SECONDS:
             return web.Response(status=500, text=f"a reconcile pass has been running for {stuck:.0f} s\n")
         return web.Response(text="ok\n")

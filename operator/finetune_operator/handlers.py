@@ -12,13 +12,15 @@ from typing import Any
 
 import kopf
 
+from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import GROUP, VERSION
-from finetune_operator.api.finetunejob import PLURAL
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile.queue import Key
 
 
-def build_registry(enqueue: Callable[[Key], None]) -> kopf.OperatorRegistry:
+def build_registry(
+    *, job_changed: Callable[[Key], None], deployment_changed: Callable[[Key], None]
+) -> kopf.OperatorRegistry:
     """The handlers of this operator, in a registry of their own."""
     registry = kopf.OperatorRegistry()
     ours: dict[str, Any] = {naming.LABEL_MANAGED_BY: naming.MANAGER, naming.LABEL_JOB: kopf.PRESENT}
@@ -31,17 +33,21 @@ def build_registry(enqueue: Callable[[Key], None]) -> kopf.OperatorRegistry:
     def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
-    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    @kopf.on.event(GROUP, VERSION, finetunejob.PLURAL, registry=registry)
     async def finetunejob_changed(namespace: str | None, name: str | None, **_: Any) -> None:
-        enqueue((namespace or "", name or ""))
+        job_changed((namespace or "", name or ""))
+
+    @kopf.on.event(GROUP, VERSION, adapterdeployment.PLURAL, registry=registry)
+    async def adapterdeployment_changed(namespace: str | None, name: str | None, **_: Any) -> None:
+        deployment_changed((namespace or "", name or ""))
 
     @kopf.on.event("ray.io", "v1", "rayjobs", labels=ours, registry=registry)
     async def rayjob_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        enqueue((namespace or "", labels[naming.LABEL_JOB]))
+        job_changed((namespace or "", labels[naming.LABEL_JOB]))
 
     @kopf.on.event("v1", "pods", labels=ours, registry=registry)
     async def pod_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        enqueue((namespace or "", labels[naming.LABEL_JOB]))
+        job_changed((namespace or "", labels[naming.LABEL_JOB]))
 
     return registry
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
 from finetune_operator.api.finetunejob import FineTuneJobStatus
 
 JOB_LABELS = ("namespace", "finetunejob")
@@ -33,7 +34,7 @@ class Telemetry:
             registry=registry,
         )
         self.queue_depth = Gauge(
-            "finetune_queue_depth", "Keys that wait for a reconcile pass.", registry=registry
+            "finetune_queue_depth", "Keys that wait for a reconcile pass.", ["kind"], registry=registry
         )
         self.reports = Counter(
             "finetune_reports_total",
@@ -57,6 +58,7 @@ class Telemetry:
             key: Gauge(name, text, JOB_LABELS, registry=registry) for key, (name, text) in JOB_GAUGES.items()
         }
         self._phases: dict[tuple[str, str], str] = {}
+        self.rollouts = RolloutTelemetry(registry)
 
     def show_job(self, namespace: str, name: str, status: FineTuneJobStatus) -> None:
         """Set the series of one job by its status."""

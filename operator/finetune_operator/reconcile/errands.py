@@ -15,7 +15,7 @@ from typing import Any
 from finetune_operator.adapters.prometheus import Prometheus, QueryError
 from finetune_operator.adapters.webhooks import AlertError, Alerts, Webhooks
 from finetune_operator.api.adapterdeployment_analysis import MetricSpec
-from finetune_operator.api.adapterdeployment_strategy import WebhookSpec, WebhookType
+from finetune_operator.api.adapterdeployment_strategy import WebhookSpec
 from finetune_operator.core.rollout_facts import Measurement, WebhookAnswer
 from finetune_operator.reconcile.queue import Key
 
@@ -82,12 +82,14 @@ class Errands:
         self._run(key, "measure", run())
 
     def ask(self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]) -> None:
-        """Ask these webhooks, all of one type."""
+        """Ask these webhooks, all of one type; their answers come together."""
+        if webhooks:
+            self._run(key, f"ask {webhooks[0].type}", self._ask(key, webhooks, payload))
+
+    def tell(self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]) -> None:
+        """Tell these webhooks of an event; nothing waits for their answers."""
         for webhook in webhooks:
-            if webhook.type is WebhookType.EVENT:
-                self._start(self._tell(key, webhook, payload))
-            else:
-                self._run(key, f"webhook {webhook.name}", self._ask(key, webhook, payload))
+            self._start(self._tell(key, webhook, payload))
 
     def alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> None:
         self._start(self._alert(key, provider, payload))
@@ -102,9 +104,12 @@ class Errands:
             return Measurement(metric.name, None, error=str(error)[:500])
         return Measurement(metric.name, value_now)
 
-    async def _ask(self, key: Key, webhook: WebhookSpec, payload: Mapping[str, Any]) -> None:
-        answer = await self._webhooks.ask(webhook.url, payload, seconds=webhook.timeout_seconds)
-        self._tray(key).webhooks[webhook.name] = WebhookAnswer(answer.accepted, answer.message)
+    async def _ask(self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]) -> None:
+        answers = await asyncio.gather(
+            *(self._webhooks.ask(hook.url, payload, seconds=hook.timeout_seconds) for hook in webhooks)
+        )
+        for hook, answer in zip(webhooks, answers, strict=True):
+            self._tray(key).webhooks[hook.name] = WebhookAnswer(answer.accepted, answer.message)
 
     async def _tell(self, key: Key, webhook: WebhookSpec, payload: Mapping[str, Any]) -> None:
         answer = await self._webhooks.ask(webhook.url, payload, seconds=webhook.timeout_seconds)

@@ -1,0 +1,103 @@
+"""The operator's parts for AdapterDeployments, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from finetune_operator.adapters import fetching
+from finetune_operator.adapters.addresses import Resolver
+from finetune_operator.adapters.agents import Agents
+from finetune_operator.adapters.fetching import TokenFile
+from finetune_operator.adapters.kube import Kube
+from finetune_operator.adapters.prometheus import Prometheus
+from finetune_operator.adapters.routers import Routers
+from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.adapters.webhooks import Alerts, Webhooks
+from finetune_operator.api.adapterdeployment import KIND
+from finetune_operator.config import OperatorConfig
+from finetune_operator.reconcile.adapterdeployment import AdapterDeploymentReconciler
+from finetune_operator.reconcile.engines import Engines
+from finetune_operator.reconcile.errands import Errands
+from finetune_operator.reconcile.evidence import EvidenceBook
+from finetune_operator.reconcile.fleet import Fleet
+from finetune_operator.reconcile.orphans import Orphans
+from finetune_operator.reconcile.queue import Key, KeyedQueue
+from finetune_operator.reconcile.routes import Publisher
+from finetune_operator.reconcile.watchlist import Watchlist
+
+logger = logging.getLogger(__name__)
+
+CONCURRENCY = 16  # passes at once: they mostly wait for agents
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What the rest of the operator needs of them."""
+
+    queue: KeyedQueue
+    watchlist: Watchlist
+    publisher: Publisher
+    fleet: Fleet
+    orphans: Orphans
+
+    async def run(self) -> None:
+        """Serve until cancelled; a part that fails ends all."""
+        async with asyncio.TaskGroup() as group:
+            await self.publisher.start()
+            group.create_task(self.queue.run(), name="deployments")
+            group.create_task(self.fleet.run(), name="routers")
+            group.create_task(self.orphans.run(), name="orphans")
+
+
+@contextlib.asynccontextmanager
+async def build_rollouts(
+    settings: OperatorConfig, *, kube: Kube, telemetry: Telemetry
+) -> AsyncIterator[Rollouts]:
+    """The parts, with one HTTP session that is closed at the end."""
+    if not settings.router_admin_urls:
+        logger.warning("FINETUNE_ROUTER_ADMIN_URLS is not set: AdapterDeployments will wait for a router")
+    async with fetching.open_session() as session:
+        resolver = Resolver()
+        agents = Agents(session, TokenFile(settings.agent_token_file))
+        routers = Routers(
+            session, resolver, settings.router_admin_urls, TokenFile(settings.router_token_file)
+        )
+        fleet = Fleet(routers)
+        queues: list[KeyedQueue] = []
+
+        def wake(key: Key) -> None:
+            queues[0].add(key)
+
+        watchlist = Watchlist(fleet=fleet, wake=wake)
+        publisher = Publisher(
+            kube=kube, fleet=fleet, namespace=settings.namespace, served=settings.namespaces, wake=wake
+        )
+        reconciler = AdapterDeploymentReconciler(
+            kube=kube,
+            telemetry=telemetry,
+            engines=Engines(
+                kube,
+                agents,
+                resolver,
+                default_url=settings.engine_url,
+                default_agent_url=settings.agent_url,
+            ),
+            agents=agents,
+            publisher=publisher,
+            book=EvidenceBook(kube, fleet),
+            errands=Errands(
+                prometheus=Prometheus(session),
+                webhooks=Webhooks(session),
+                alerts=Alerts(session, settings.alert_providers_file),
+                wake=wake,
+            ),
+            watchlist=watchlist,
+        )
+        depth = telemetry.queue_depth.labels(KIND)
+        queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, on_depth=depth.set))
+        orphans = Orphans(publisher=publisher, agents=agents, drain_seconds=settings.drain_seconds)
+        yield Rollouts(queues[0], watchlist, publisher, fleet, orphans)

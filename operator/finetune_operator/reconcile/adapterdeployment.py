@@ -1,0 +1,300 @@
+"""One pass over an AdapterDeployment: observe, decide, write the status, publish the route, act, tell."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_operator.adapters.agents import Agents, Unheard
+from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
+from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.api import adapterdeployment, finetunejob
+from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
+from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, CheckPhase
+from finetune_operator.api.adapterdeployment_strategy import WebhookType
+from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.routes import Route
+from finetune_operator.core import rollouts
+from finetune_operator.core.durations import parse_duration
+from finetune_operator.core.facts import Event
+from finetune_operator.core.rollout_facts import (
+    Action,
+    AskWebhooks,
+    ClearAction,
+    DeploymentFacts,
+    EngineFacts,
+    Evaluate,
+    EvaluationFacts,
+    Load,
+    Observed,
+    Plan,
+    Unload,
+    Wanted,
+)
+from finetune_operator.reconcile import deployment_facts, facts, messages
+from finetune_operator.reconcile.engines import Engines
+from finetune_operator.reconcile.errands import Errands
+from finetune_operator.reconcile.evidence import EvidenceBook
+from finetune_operator.reconcile.finetunejob import merge_diff
+from finetune_operator.reconcile.orphans import is_of
+from finetune_operator.reconcile.queue import Key
+from finetune_operator.reconcile.routes import Publisher, Share
+from finetune_operator.reconcile.watchlist import Watchlist
+
+logger = logging.getLogger(__name__)
+
+KIND = adapterdeployment.KIND
+CONFLICT_SECONDS = 0.05
+UNAVAILABLE_SECONDS = (1.0, 3.0)  # between, at random: not all at once when the API server is back
+LONGEST_SECONDS = 30.0  # engines tell nothing by themselves
+WRITE_SECONDS = 1.0  # between two writes that only bring numbers up to date
+NUMBERS = frozenset({"analysis", "message", "conditions", "evaluation"})
+"""Fields of the status that may be written a little later."""
+
+
+@dataclass(frozen=True)
+class AdapterDeploymentReconciler:
+    kube: Kube
+    telemetry: Telemetry
+    engines: Engines
+    agents: Agents
+    publisher: Publisher
+    book: EvidenceBook
+    errands: Errands
+    watchlist: Watchlist
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    _written: dict[Key, float] = field(default_factory=dict)
+    """When each status was last written, by the clock of the event loop."""
+
+    async def __call__(self, key: Key) -> float | None:
+        """One pass. Returns the seconds after which to look again, or None."""
+        with self.telemetry.reconcile_seconds.labels(KIND).time():
+            try:
+                return await self._pass(key)
+            except ConflictError:  # the object moved on while we looked; what we saw is stale
+                return CONFLICT_SECONDS
+            except UnavailableError as error:  # routers go on with what they have
+                logger.warning("%s/%s: %s", *key, error)
+                return random.uniform(*UNAVAILABLE_SECONDS)  # noqa: S311 - spreads load, protects nothing
+            except Exception:
+                self.telemetry.reconcile_errors.labels(KIND).inc()
+                raise
+
+    async def _pass(self, key: Key) -> float | None:
+        body = await self.kube.get(API_VERSION, KIND, *key)
+        if body is None or "deletionTimestamp" in body["metadata"]:
+            await self._forget(key)
+            return None
+        seen = await self._observe(key, body)
+        # Whole seconds, as the status stores them: what is decided on is what is stored.
+        plan = rollouts.decide(seen, now=self.clock().replace(microsecond=0))
+        later = await self._write(key, body, seen, plan)
+        if later is not None:
+            return later
+        await self.book.begin(seen.deployment, plan.status, plan.route)
+        await self._publish(body, seen, plan)
+        await self._act(key, seen, plan)
+        await self._tell(key, body, seen, plan)
+        self.watchlist.collect(key, self._interval(seen) if plan.collect else None)
+        wishes = [plan.requeue_after] if plan.requeue_after is not None else []
+        return min([*wishes, LONGEST_SECONDS * random.uniform(0.8, 1.0)])  # noqa: S311 - spreads load
+
+    async def _forget(self, key: Key) -> None:
+        """The object is gone: its route goes, then its adapters (see orphans), then all that we knew of it."""
+        await self.publisher.withdraw(key)
+        self.errands.forget(key)
+        self.book.forget(key)
+        self.watchlist.forget(key)
+        self.telemetry.rollouts.forget(*key)
+        self._written.pop(key, None)
+
+    # -- observe
+
+    async def _observe(self, key: Key, body: Json) -> Observed:
+        """Everything that the decision needs. Engines and job at once: a rollback waits for the slowest of them."""
+        deployment = deployment_facts.deployment_facts(body)
+        claim = deployment_facts.claim(body)
+        self.publisher.claim(claim)
+        if deployment.spec is None:
+            return Observed(
+                deployment=deployment,
+                engines_problem="spec cannot be read, so the engines are not known",
+                routing=self.publisher.facts(claim),
+            )
+        wanted, (engines, problem) = await asyncio.gather(
+            self._wanted(key, deployment), self.engines.observe(deployment.namespace, deployment.spec.serving)
+        )
+        routing = self.publisher.facts(claim)
+        return Observed(
+            deployment=deployment,
+            wanted=wanted,
+            engines=engines,
+            engines_problem=problem,
+            routing=routing,
+            evidence=await self.book.look(deployment, routing.published),
+            measurements=self.errands.measurements(key),
+            webhooks=self.errands.answers(key),
+            evaluation=await self._evaluation(deployment.status, engines),
+        )
+
+    async def _wanted(self, key: Key, deployment: DeploymentFacts) -> Wanted:
+        adapter = deployment.spec.adapter if deployment.spec else None
+        if adapter is None:
+            return Wanted()
+        reference = adapter.fine_tune_job_ref
+        self.watchlist.refer(key, (deployment.namespace, reference.name) if reference else None)
+        if reference is not None:
+            job = await self.kube.get(API_VERSION, finetunejob.KIND, deployment.namespace, reference.name)
+            return deployment_facts.wanted_by_job(reference.name, job)
+        return deployment_facts.wanted_by_source(adapter.source) if adapter.source else Wanted()
+
+    async def _evaluation(self, status: AdapterDeploymentStatus, engines: Any) -> EvaluationFacts | None:
+        evaluation = status.evaluation
+        if evaluation is None or evaluation.phase is not CheckPhase.INCONCLUSIVE:
+            return None
+        return await self.engines.evaluation(evaluation.id, engines)
+
+    # -- write
+
+    async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> float | None:
+        """The only place that writes an AdapterDeployment's status. Returns the seconds to wait where a write that only
+        brings numbers up to date comes too soon; nothing of the plan may then be carried out."""
+        patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
+        now = asyncio.get_running_loop().time()
+        if patch:
+            wait = self._written.get(key, float("-inf")) + WRITE_SECONDS - now
+            only_numbers = patch.keys() <= NUMBERS and not (plan.actions or plan.events or plan.alerts)
+            if wait > 0 and only_numbers and plan.route == seen.routing.published:
+                return wait
+            version = body["metadata"]["resourceVersion"]
+            await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+            self._written[key] = now
+        self.errands.settle(key, seen.measurements, seen.webhooks)
+        self.telemetry.rollouts.show(*key, before=seen.deployment.status, status=plan.status)
+        self.telemetry.rollouts.show_engines(*key, adapters=plan.status.adapters, engines=_loaded(seen))
+        return None
+
+    # -- publish
+
+    async def _publish(self, body: Json, seen: Observed, plan: Plan) -> None:
+        share = Share(plan.route, self._base_models(seen))
+        loads = [action.agent_url for action in plan.actions if isinstance(action, Load)]
+        await self.publisher.publish(deployment_facts.claim(body), share, agents=loads)
+
+    def _base_models(self, seen: Observed) -> Mapping[str, tuple[str, ...]]:
+        """Base models that the engines serve under their own names. An agent that does not answer is no proof that its
+        engine is gone, so what is published for it stays."""
+        published = {base.name: base.upstreams for base in self.publisher.snapshot.base_models}
+        names: dict[str, list[str]] = {}
+        for engine in seen.engines:
+            if engine.reachable and engine.ready:
+                for name in engine.base_models:
+                    names.setdefault(name, []).append(engine.url)
+            elif not engine.reachable:
+                for name in (name for name, urls in published.items() if engine.url in urls):
+                    names.setdefault(name, []).append(engine.url)
+        return {name: tuple(sorted(urls)) for name, urls in sorted(names.items())}
+
+    # -- act
+
+    async def _act(self, key: Key, seen: Observed, plan: Plan) -> None:
+        """All orders at once; one that fails is given again by the next pass, which sees that nothing happened."""
+        strays = self._strays(seen, plan)
+        await asyncio.gather(
+            *(self._carry_out(key, seen, plan, action) for action in (*plan.actions, *strays))
+        )
+        spec = seen.deployment.spec
+        if plan.measure and spec is not None:
+            values = {
+                "alias": messages.alias_of(seen.deployment),
+                "stable": plan.status.stable_revision or "",
+                "candidate": plan.status.candidate_revision or "",
+            }
+            self.errands.measure(key, spec.analysis.metrics, values)
+
+    async def _carry_out(self, key: Key, seen: Observed, plan: Plan, action: Action) -> None:
+        problem: Unheard | None = None
+        match action:
+            case Load(agent_url=url, served_name=name, uri=uri, digest=digest):
+                problem = await self.agents.load(url, name=name, uri=uri, digest=digest)
+            case Unload(agent_url=url, served_name=name):
+                problem = await self.agents.unload(url, name=name)
+            case Evaluate(agent_url=url, id=identity, served_names=names, evaluation=evaluation):
+                problem = await self.agents.evaluate(
+                    url, identity=identity, models=names, evaluation=evaluation
+                )
+            case ClearAction(value=value):
+                await self.kube.remove_annotation(KIND, *key, annotation=ACTION_ANNOTATION, value=value)
+            case AskWebhooks(type=kind) if kind is not WebhookType.EVENT and seen.deployment.spec is not None:
+                asked = [webhook for webhook in seen.deployment.spec.webhooks if webhook.type is kind]
+                payload = messages.webhook_payload(seen.deployment, plan.status, kind)
+                self.errands.ask(key, asked, payload)
+        if problem is not None:
+            logger.warning("%s/%s: %s: %s", *key, action, problem.reason)
+
+    def _strays(self, seen: Observed, plan: Plan) -> list[Unload]:
+        """Adapters under our alias that nobody knows of any more (a status that was lost, an order that overtook its
+        own withdrawal), once no router sends requests to them."""
+        if not seen.routing.verified or seen.routing.published is None or seen.deployment.spec is None:
+            return []
+        alias = messages.alias_of(seen.deployment)
+        known = {adapter.served_name for adapter in plan.status.adapters}
+        for route in (seen.routing.published, plan.route):
+            known |= _served_names(route)
+        return [
+            Unload(engine.agent_url, name)
+            for engine in seen.engines
+            if engine.reachable
+            for name in engine.adapters
+            if is_of(name, alias) and name not in known
+        ]
+
+    # -- tell
+
+    async def _tell(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
+        """Events, event webhooks and alerts, after the status that they tell about is stored."""
+        spec = seen.deployment.spec
+        for event in plan.events:
+            logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
+            if spec is not None:
+                told = [webhook for webhook in spec.webhooks if webhook.type is WebhookType.EVENT]
+                payload = messages.webhook_payload(
+                    seen.deployment, plan.status, WebhookType.EVENT, event=event
+                )
+                self.errands.tell(key, told, payload)
+            await self._post(body, event)
+        for alert in plan.alerts:
+            payload = messages.alert_payload(seen.deployment, plan.status, alert)
+            for recipient in spec.alerts if spec is not None else ():
+                if messages.is_for(alert, recipient):
+                    self.errands.alert(key, recipient.provider_ref.name, payload)
+
+    async def _post(self, body: Json, event: Event) -> None:
+        """Post an event; one that cannot be posted is lost, as the status already says the same."""
+        try:
+            await self.kube.create(facts.event_body(body, event, now=self.clock(), kind=KIND))
+        except ApiError as error:
+            logger.warning("event %s could not be posted: %s", event.reason, error)
+
+    def _interval(self, seen: Observed) -> float:
+        spec = seen.deployment.spec
+        return parse_duration(spec.analysis.interval) if spec is not None else LONGEST_SECONDS
+
+
+def _served_names(route: Route | None) -> set[str]:
+    targets = (route.stable, route.candidate) if route is not None else ()
+    return {target.served_name for target in targets if target is not None}
+
+
+def _loaded(seen: Observed) -> dict[str, set[str]]:
+    """Served names that each engine says it has loaded."""
+    return {engine.url: _names_loaded(engine) for engine in seen.engines}
+
+
+def _names_loaded(engine: EngineFacts) -> set[str]:
+    return {name for name, adapter in engine.adapters.items() if adapter.state == "Loaded"}

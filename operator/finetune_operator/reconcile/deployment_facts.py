@@ -1,0 +1,137 @@
+"""From the JSON of the API and the words of the agents to the facts of a rollout."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from finetune_operator.adapters import agents
+from finetune_operator.adapters.kube import Json
+from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION, AdapterDeploymentSpec
+from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
+from finetune_operator.api.adapterdeployment_traffic import SourceReference
+from finetune_operator.api.finetunejob_methods import MethodType
+from finetune_operator.api.finetunejob_status import Phase
+from finetune_operator.core.rollout_facts import (
+    AdapterFacts,
+    ArtifactFacts,
+    DeploymentFacts,
+    EngineFacts,
+    EvaluationFacts,
+    Wanted,
+)
+from finetune_operator.reconcile import facts
+from finetune_operator.reconcile.aliases import Claim
+
+
+def deployment_facts(body: Json) -> DeploymentFacts:
+    """The facts of an AdapterDeployment. A spec that an older or newer CRD let through becomes a problem, not an
+    error."""
+    metadata = body["metadata"]
+    spec: AdapterDeploymentSpec | None = None
+    problem: str | None = None
+    try:
+        spec = AdapterDeploymentSpec.model_validate(body.get("spec", {}))
+    except ValidationError as error:
+        problem = facts.spec_problem(error)
+    return DeploymentFacts(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        spec=spec,
+        problem=problem,
+        status=AdapterDeploymentStatus.model_validate(body.get("status", {})),
+        action=metadata.get("annotations", {}).get(ACTION_ANNOTATION),
+        deleting="deletionTimestamp" in metadata,
+    )
+
+
+def claim(body: Json) -> Claim:
+    metadata = body["metadata"]
+    return Claim(
+        key=(metadata["namespace"], metadata["name"]),
+        uid=metadata["uid"],
+        created=metadata.get("creationTimestamp", ""),
+        alias=body.get("spec", {}).get("alias") or metadata["name"],
+    )
+
+
+def wanted_by_source(source: SourceReference) -> Wanted:
+    return Wanted(artifact=ArtifactFacts(digest=source.digest, uri=source.uri.rstrip("/")))
+
+
+def wanted_by_job(name: str, body: Json | None) -> Wanted:
+    """The artifact of a FineTuneJob, or why there is none (yet)."""
+    if body is None:
+        return Wanted(
+            reason="FineTuneJobNotFound",
+            message=f"FineTuneJob {name} does not exist in this namespace; create it, or change spec.adapter",
+        )
+    job = facts.job_facts(body)
+    artifact = job.status.artifact
+    match job.status.phase:
+        case Phase.SUCCEEDED if artifact is not None:
+            if job.spec is not None and job.spec.method.type is MethodType.FULL:
+                return Wanted(
+                    reason="NotAnAdapter",
+                    message=f"FineTuneJob {name} trained a whole model (method Full), which no engine can load as an "
+                    "adapter; use a job with method LoRA, QLoRA or another adapter method",
+                )
+            return Wanted(
+                artifact=ArtifactFacts(
+                    digest=artifact.digest,
+                    uri=artifact.uri.rstrip("/"),
+                    base_model=artifact.base_model,
+                    rank=artifact.rank,
+                    fine_tune_job=name,
+                )
+            )
+        case Phase.FAILED | Phase.CANCELLED as phase:
+            return Wanted(
+                reason="FineTuneJobFailed",
+                message=f"FineTuneJob {name} is {phase} and has no artifact: {job.status.message or ''}".rstrip(
+                    ": "
+                ),
+            )
+        case phase:
+            return Wanted(
+                reason="WaitingForFineTuneJob",
+                message=f"waiting for FineTuneJob {name}, which is {phase or 'Pending'}",
+            )
+
+
+def engine_facts(url: str, agent_url: str, told: agents.AgentStatus | agents.Unheard) -> EngineFacts:
+    if isinstance(told, agents.Unheard):
+        return EngineFacts(url=url, agent_url=agent_url, reachable=False, message=told.reason)
+    engine, capacity = told.engine, told.capacity
+    named = [engine.base_model] if engine.base_model else []
+    return EngineFacts(
+        url=url,
+        agent_url=agent_url,
+        reachable=True,
+        ready=engine.ready,
+        message=engine.message,
+        instance=engine.instance,
+        base_models=tuple(dict.fromkeys([*engine.base_models, *named])),
+        max_loras=capacity.max_loras,
+        loaded_loras=capacity.loaded_loras,
+        max_rank=capacity.max_lora_rank,
+        adapters={
+            adapter.name: AdapterFacts(
+                digest=adapter.digest, state=adapter.state, reason=adapter.reason, message=adapter.message
+            )
+            for adapter in told.adapters
+        },
+    )
+
+
+def evaluation_facts(identity: str, told: agents.Evaluation | agents.Missing) -> EvaluationFacts:
+    if isinstance(told, agents.Missing):
+        return EvaluationFacts(id=identity, state="Missing")
+    return EvaluationFacts(
+        id=identity,
+        state=told.state,
+        message=told.message,
+        scores={name: score.score for name, score in told.scores.items()},
+        rows=max((score.rows for score in told.scores.values()), default=0),
+    )

@@ -1,0 +1,131 @@
+"""Which engines serve a deployment, and what each of them says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit, urlunsplit
+
+from finetune_operator.adapters.addresses import Resolver, UnknownHostError
+from finetune_operator.adapters.agents import Agents, AgentStatus, Evaluation, Missing, Unheard
+from finetune_operator.adapters.kube import Json, Kube
+from finetune_operator.api.adapterdeployment_traffic import ServingSpec
+from finetune_operator.core.rollout_facts import EngineFacts, EvaluationFacts
+from finetune_operator.reconcile import deployment_facts
+
+SHARED_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Place:
+    """An engine and the agent beside it."""
+
+    url: str
+    agent_url: str
+
+
+class NoEnginesError(Exception):
+    """There is no engine; `str()` says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    kube: Kube
+    agents: Agents
+    resolver: Resolver
+    default_url: str | None = None
+    """Engine of deployments that name none."""
+    default_agent_url: str | None = None
+    """Its agent, where that is not on the engine's host at serving.agentPort."""
+    _evaluators: dict[str, str] = field(default_factory=dict)
+    """Evaluation -> agent that knows it."""
+    _asked: dict[str, tuple[float, asyncio.Task[AgentStatus | Unheard]]] = field(default_factory=dict)
+    """Agent -> when it was last asked, and its answer."""
+
+    async def observe(self, namespace: str, serving: ServingSpec) -> tuple[Sequence[EngineFacts], str | None]:
+        """All engines of a deployment at once; and why there is none, where there is none."""
+        try:
+            places = await self._places(namespace, serving)
+        except NoEnginesError as error:
+            return (), str(error)
+        told = await asyncio.gather(*(self._status(place.agent_url) for place in places))
+        return tuple(
+            deployment_facts.engine_facts(place.url, place.agent_url, answer)
+            for place, answer in zip(places, told, strict=True)
+        ), None
+
+    async def evaluation(self, identity: str, engines: Sequence[EngineFacts]) -> EvaluationFacts | None:
+        """What is known of an evaluation; None where the agents that could tell do not answer."""
+        known = self._evaluators.get(identity)
+        urls = [engine.agent_url for engine in engines if known in (None, engine.agent_url)]
+        answers = await asyncio.gather(*(self.agents.evaluation(url, identity=identity) for url in urls))
+        for url, answer in zip(urls, answers, strict=True):
+            if isinstance(answer, Evaluation):
+                self._evaluators[identity] = url
+                return deployment_facts.evaluation_facts(identity, answer)
+        self._evaluators.pop(identity, None)
+        if any(isinstance(answer, Unheard) for answer in answers):
+            return None
+        return deployment_facts.evaluation_facts(identity, Missing())
+
+    async def _status(self, agent_url: str) -> AgentStatus | Unheard:
+        """Many deployments share an engine: those that look at the same moment share one request."""
+        now = asyncio.get_running_loop().time()
+        asked, task = self._asked.get(agent_url, (float("-inf"), None))
+        if task is None or now - asked > SHARED_SECONDS:
+            task = asyncio.create_task(self.agents.status(agent_url))
+            self._asked[agent_url] = (now, task)
+        return await asyncio.shield(task)
+
+    async def _places(self, namespace: str, serving: ServingSpec) -> list[Place]:
+        if serving.pod_selector is not None:
+            return await self._pods(namespace, serving)
+        endpoint = serving.endpoint or self.default_url
+        if endpoint is None:
+            raise NoEnginesError(
+                "spec.serving names no engines, and the operator has no default engine: set spec.serving.endpoint or "
+                "spec.serving.podSelector (or FINETUNE_ENGINE_URL of the operator)"
+            )
+        if serving.endpoint is None and self.default_agent_url is not None:
+            return [Place(endpoint.rstrip("/"), self.default_agent_url.rstrip("/"))]
+        try:
+            urls = await self.resolver.spread(endpoint)
+            return [Place(url.rstrip("/"), _with_port(url, serving.agent_port)) for url in urls]
+        except UnknownHostError as error:
+            raise NoEnginesError(f"the engines of spec.serving.endpoint cannot be found: {error}") from error
+        except ValueError as error:
+            raise NoEnginesError(f"spec.serving.endpoint {endpoint!r} is no URL: {error}") from error
+
+    async def _pods(self, namespace: str, serving: ServingSpec) -> list[Place]:
+        labels = serving.pod_selector.match_labels if serving.pod_selector else {}
+        pods = await self.kube.find("v1", "Pod", namespace, labels=labels)
+        hosts = sorted(_host(pod["status"]["podIP"]) for pod in pods if _is_ready(pod))
+        if not hosts:
+            text = ",".join(f"{name}={value}" for name, value in labels.items())
+            raise NoEnginesError(
+                f"none of the {len(pods)} pods with labels {text} in namespace {namespace} is Ready"
+                if pods
+                else f"no pod in namespace {namespace} has the labels {text} of spec.serving.podSelector"
+            )
+        return [
+            Place(f"http://{host}:{serving.port}", f"http://{host}:{serving.agent_port}") for host in hosts
+        ]
+
+
+def _is_ready(pod: Json) -> bool:
+    status = pod.get("status", {})
+    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", []))
+    return ready and bool(status.get("podIP")) and "deletionTimestamp" not in pod["metadata"]
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _with_port(url: str, port: int) -> str:
+    """The agent's base URL: host of the engine, port of the agent. Raises ValueError."""
+    parts = urlsplit(url)
+    if not parts.hostname or parts.port == 0:  # `port` raises ValueError above 65535
+        raise ValueError("it has no host, or no possible port")
+    return urlunsplit((parts.scheme, f"{_host(parts.hostname)}:{port}", "", "", ""))

@@ -1,0 +1,332 @@
+"""The one publisher of the route snapshot.
+
+Deployments hand in their routes; the publisher makes one snapshot of them, writes it to the ConfigMap `finetune-routes`
+(the durable copy) and pushes it to every router. The base is read before anything is published, so a restarted operator
+never publishes a snapshot that lacks an alias.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube
+from finetune_operator.api.adapterdeployment import KIND
+from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.routes import Route, Snapshot
+from finetune_operator.core.rollout_facts import RoutingFacts
+from finetune_operator.manifests import routes as manifests
+from finetune_operator.reconcile import deployment_facts
+from finetune_operator.reconcile.aliases import Aliases, Claim, key_of
+from finetune_operator.reconcile.fleet import Fleet
+from finetune_operator.reconcile.queue import Key
+
+logger = logging.getLogger(__name__)
+
+COALESCE_SECONDS = 0.02
+RETRY_SECONDS = 1.0
+HOLD_SECONDS = 10.0
+ATTEMPTS = 5  # of a write that somebody else's write gets in the way of
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one deployment adds to the snapshot."""
+
+    route: Route | None
+    base_models: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Base model name -> engines."""
+
+
+class Publisher:
+    """Keeps the snapshot. `wake` asks for a pass over a deployment whose routing changed."""
+
+    def __init__(
+        self, *, kube: Kube, fleet: Fleet, namespace: str, served: Sequence[str], wake: Callable[[Key], None]
+    ) -> None:
+        self._kube = kube
+        self._fleet = fleet
+        self._namespace = namespace
+        self._served = served
+        self._wake = wake
+        self._aliases = Aliases()
+        self._shares: dict[Key, Share] = {}
+        self._inherited: dict[str, tuple[str, ...]] = {}
+        self._engines: dict[str, set[str]] = {}
+        self._snapshot = Snapshot()
+        self._since: dict[Key, int] = {}
+        self._resource_version: str | None = None
+        self._stored = ""
+        self._silent: set[Key] = set()
+        self._hold_until = 0.0
+        self._free = asyncio.Event()
+        self._free.set()
+        self._verified = 0
+        self._started = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._flush: asyncio.Task[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        fleet.on_applied = self._applied
+        fleet.on_newer = self._overtake
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is published now."""
+        return self._snapshot
+
+    async def start(self) -> None:
+        """Read what there is: the durable copy, the deployments, the versions that routers apply. Waits for the API
+        server."""
+        while True:
+            try:
+                body = await self._kube.get("v1", "ConfigMap", self._namespace, manifests.NAME)
+                deployments = await self._kube.list_all(API_VERSION, KIND, self._served)
+                break
+            except ApiError as error:
+                logger.warning("the routes cannot be read yet: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
+        self._adopt(body)
+        self._begin([deployment_facts.claim(item) for item in deployments])
+        await self._fleet.poll()
+        if self._fleet.highest > self._snapshot.version:
+            # Routers got what could not be stored: our base is older than what they apply. Wait for all deployments.
+            self._hold_until = asyncio.get_running_loop().time() + HOLD_SECONDS
+            self._free.clear()
+        elif body is not None:
+            self._fleet.offer(self._snapshot.version, manifests.to_text(self._snapshot).encode())
+        self._started.set()
+        self._flush_soon()
+
+    def claim(self, claim: Claim) -> Key | None:
+        """Who has the alias, when that is another deployment."""
+        return self._aliases.claim(claim)
+
+    async def publish(self, claim: Claim, share: Share, *, agents: Sequence[str]) -> None:
+        """Take over a deployment's part. Returns when it is stored (or cannot be) and on its way to routers."""
+        await self._started.wait()
+        if self._aliases.holder(claim.alias) != claim.key:
+            share = Share(route=None)
+        self._heard_of(claim.key)
+        known = self._engines.get(claim.alias, set())
+        if self._shares.get(claim.key) == share and known.issuperset(agents) and self._is_stored():
+            return
+        self._shares[claim.key] = share
+        if agents:
+            self._engines[claim.alias] = known | set(agents)
+        await asyncio.shield(self._flush_soon())
+
+    async def withdraw(self, key: Key) -> None:
+        """A deployment is gone: so are its route and its claim. Where its adapters are stays known (`left_behind`)."""
+        await self._started.wait()
+        self._heard_of(key)
+        for other in self._aliases.release(key):
+            self._wake(other)
+        if self._shares.pop(key, None) is not None:
+            await asyncio.shield(self._flush_soon())
+
+    def facts(self, claim: Claim) -> RoutingFacts:
+        """What the routers do about a deployment's alias. `version` is the first snapshot that has its route as it is
+        now, so that other deployments' changes do not put it in doubt."""
+        holder = self._aliases.holder(claim.alias)
+        taken = holder is not None and holder != claim.key
+        route = next((r for r in self._snapshot.routes if r.owner == claim.owner), None)
+        version = self._since.get(claim.key)
+        return RoutingFacts(
+            published=route,
+            version=version,
+            replicas=len(self._fleet.replicas),
+            applied=self._fleet.count_applying(version) if version is not None else 0,
+            alias_taken_by="/".join(holder) if taken and holder else None,
+        )
+
+    def left_behind(self) -> dict[str, list[str]]:
+        """Aliases without an owner whose adapters may still be in engines: alias -> agents. Only once every router
+        applies a snapshot without them."""
+        if not self._started.is_set() or self._verified < self._snapshot.version:
+            return {}
+        return {
+            alias: sorted(agents)
+            for alias, agents in self._engines.items()
+            if not self._aliases.is_claimed(alias)
+        }
+
+    def cleaned(self, alias: str, agent: str) -> None:
+        """Nothing of the alias is left at the agent."""
+        if self._aliases.is_claimed(alias):
+            return
+        agents = self._engines.get(alias, set())
+        agents.discard(agent)
+        if not agents:
+            self._engines.pop(alias, None)
+        self._flush_soon()
+
+    def _adopt(self, body: Json | None) -> None:
+        """Begin with the durable copy. One that cannot be read is replaced; routers keep theirs until then."""
+        if body is None:
+            return
+        data = body.get("data", {})
+        self._resource_version = body["metadata"]["resourceVersion"]
+        try:
+            self._snapshot = Snapshot.model_validate_json(data.get(manifests.ROUTES_KEY, ""))
+            engines = json.loads(data.get(manifests.ENGINES_KEY, "{}"))
+            self._engines = {str(alias): set(map(str, agents)) for alias, agents in engines.items()}
+        except (ValidationError, ValueError, AttributeError, TypeError) as error:
+            logger.error("ConfigMap %s/%s cannot be read: %s", self._namespace, manifests.NAME, error)
+        for route in self._snapshot.routes:
+            self._shares[key_of(route.owner)] = Share(route)
+            self._since[key_of(route.owner)] = self._snapshot.version
+        self._inherited = {base.name: base.upstreams for base in self._snapshot.base_models}
+
+    def _begin(self, claims: list[Claim]) -> None:
+        """Sort out who is still there. Entries of namespaces that we do not serve are not ours to judge."""
+        alive = {claim.owner: claim for claim in claims}
+        for key, share in list(self._shares.items()):
+            route = share.route
+            if (
+                route is not None
+                and route.owner not in alive
+                and (not self._served or key[0] in self._served)
+            ):
+                del self._shares[key]
+        holders = {share.route.alias: key for key, share in self._shares.items() if share.route}
+        for key, share in self._shares.items():
+            if share.route is not None and share.route.owner not in alive:
+                self._aliases.claim(Claim(key, share.route.owner.split("/")[2], "", share.route.alias))
+        self._aliases.claim_all(claims, holders=holders)
+        self._silent = {claim.key for claim in claims}
+
+    def _heard_of(self, key: Key) -> None:
+        """A deployment had its first pass since the start. After all of them nothing is inherited any more."""
+        self._silent.discard(key)
+        if not self._silent:
+            self._inherited = {}
+            self._free.set()
+
+    def _flush_soon(self) -> asyncio.Task[None]:
+        """One write for all changes of the next moment."""
+        if self._flush is None:
+            self._flush = asyncio.create_task(self._flush_after_pause(), name="publish")
+        return self._flush
+
+    async def _flush_after_pause(self) -> None:
+        await asyncio.sleep(COALESCE_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._hold_until):
+                await self._free.wait()
+        self._flush = None  # what changes from here on is the next flush's
+        async with self._writing:
+            await self._publish_now()
+
+    async def _publish_now(self) -> None:
+        """Store first, push second: whoever starts from the durable copy must not be behind what routers apply. When
+        it cannot be stored, routers still get it: a rollback does not wait for the API server."""
+        snapshot = self._build()
+        for _ in range(ATTEMPTS):
+            snapshot = self._numbered(snapshot)
+            try:
+                await self._store(snapshot)
+                break
+            except ConflictError:
+                if not await self._reread():
+                    continue
+            except ApiError as error:
+                logger.error("the routes could not be stored, and are pushed all the same: %s", error)
+                self._retry_later()
+                break
+        before = {key_of(route.owner): route for route in self._snapshot.routes}
+        after = {key_of(route.owner): route for route in snapshot.routes}
+        for key in before.keys() - after.keys():
+            self._since.pop(key, None)
+        for key, route in after.items():
+            if before.get(key) != route or key not in self._since:
+                self._since[key] = snapshot.version
+        is_new = snapshot.version != self._snapshot.version
+        self._snapshot = snapshot
+        if is_new:
+            logger.info("routes: version %d, %d aliases", snapshot.version, len(snapshot.routes))
+            self._fleet.offer(snapshot.version, manifests.to_text(snapshot).encode())
+
+    def _build(self) -> Snapshot:
+        base_models: dict[str, set[str]] = {name: set(urls) for name, urls in self._inherited.items()}
+        for share in self._shares.values():
+            for name, urls in share.base_models.items():
+                base_models.setdefault(name, set()).update(urls)
+        routes = [share.route for share in self._shares.values() if share.route is not None]
+        return manifests.build_snapshot(version=0, routes=routes, base_models=base_models)
+
+    def _numbered(self, snapshot: Snapshot) -> Snapshot:
+        """With the version of what is published, where it says the same; else with a higher one than any router's."""
+        same = snapshot.model_copy(update={"version": self._snapshot.version})
+        if same == self._snapshot and self._fleet.highest <= same.version and same.version > 0:
+            return same
+        return snapshot.model_copy(
+            update={"version": max(self._snapshot.version, self._fleet.highest, snapshot.version) + 1}
+        )
+
+    async def _store(self, snapshot: Snapshot) -> None:
+        """Raises ConflictError when somebody else has written."""
+        text = self._text(snapshot)
+        if text == self._stored and self._resource_version is not None:
+            return
+        body = manifests.build_config_map(
+            namespace=self._namespace,
+            routes=manifests.to_text(snapshot),
+            engines={alias: sorted(agents) for alias, agents in self._engines.items()},
+            resource_version=self._resource_version,
+        )
+        write = self._kube.create if self._resource_version is None else self._kube.apply
+        answer = await write(body)
+        self._resource_version = answer["metadata"]["resourceVersion"]
+        self._stored = text
+
+    async def _reread(self) -> bool:
+        """After a conflict: the version to write on, and no version number twice. False: not even that was possible."""
+        try:
+            body = await self._kube.get("v1", "ConfigMap", self._namespace, manifests.NAME)
+        except ApiError:
+            return False
+        if body is None:
+            self._resource_version = None
+            return True
+        self._resource_version = body["metadata"]["resourceVersion"]
+        self._stored = ""
+        try:
+            theirs = Snapshot.model_validate_json(body.get("data", {}).get(manifests.ROUTES_KEY, ""))
+        except ValidationError:
+            return True
+        if theirs.version > self._snapshot.version:
+            self._snapshot = self._snapshot.model_copy(update={"version": theirs.version})
+        return True
+
+    def _is_stored(self) -> bool:
+        return self._flush is None and self._stored == self._text(self._snapshot)
+
+    def _text(self, snapshot: Snapshot) -> str:
+        engines = {alias: sorted(agents) for alias, agents in self._engines.items()}
+        return manifests.to_text(snapshot) + json.dumps(engines, sort_keys=True)
+
+    def _retry_later(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self._flush_soon)
+
+    def _overtake(self, version: int) -> None:
+        """A router applies something newer than ours: publish again, with a higher number."""
+        logger.warning("a router applies snapshot %d, newer than ours (%d)", version, self._snapshot.version)
+        if self._started.is_set():
+            self._flush_soon()
+
+    def _applied(self) -> None:
+        """Wake the deployments whose route is now in force everywhere."""
+        before = self._verified
+        versions = [replica.applied for replica in self._fleet.replicas]
+        self._verified = min((version or 0 for version in versions), default=0)
+        for key, version in self._since.items():
+            if before < version <= self._verified:
+                self._wake(key)

@@ -1,0 +1,164 @@
+"""The operator as a process of its own, with simulated engines and routers, on a real API server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune_local.cluster import Cluster
+from finetune_local.ports import choose
+from tests.clients import Json, Kubectl, KubectlError
+from tests.integration.rollout_lab import AGENT_TOKEN, ROUTER_TOKEN, Engine, Loop, Router
+
+ROOT = Path(__file__).parents[2]
+GOOD, BETTER, BAD = "a" * 8, "b" * 8, "c" * 8
+
+
+class Lab:
+    """One operator, some engines, some routers; `kubectl` speaks to the API server that they share."""
+
+    def __init__(self, cluster: Cluster, kubectl: Kubectl, folder: Path, *, routers: int = 2) -> None:
+        self.cluster, self.kubectl, self.folder = cluster, kubectl, folder
+        self.loop = Loop()
+        self.engine = Engine(self.loop)
+        self.engine.start()
+        self.routers = [Router(self.loop) for _ in range(routers)]
+        for router in self.routers:
+            router.start()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop = threading.Event()
+        self._traffic: list[threading.Thread] = []
+        self.failed_requests = 0
+        self.environment: dict[str, str] = {}
+        (folder / "router-token").write_text(ROUTER_TOKEN)
+        (folder / "agent-token").write_text(AGENT_TOKEN)
+        self.metrics_port = choose(("metrics", "status"), known={}, in_use_by_us=[])
+
+    def start(self) -> None:
+        """Start the operator; it is not waited for."""
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT / "operator"),
+            "KUBECONFIG": str(self.cluster.layout.user_kubeconfig("operator")),
+            "FINETUNE_NAMESPACES": self.kubectl.namespace,
+            "FINETUNE_NAMESPACE": "finetune-system",
+            "FINETUNE_LOG_FORMAT": "plain",
+            "FINETUNE_STATUS_PORT": str(self.metrics_port["status"]),
+            "FINETUNE_METRICS_PORT": str(self.metrics_port["metrics"]),
+            "FINETUNE_ROUTER_ADMIN_URLS": ",".join(router.url for router in self.routers),
+            "FINETUNE_ROUTER_TOKEN_FILE": str(self.folder / "router-token"),
+            "FINETUNE_ENGINE_URL": "http://127.0.0.1:9",
+            "FINETUNE_AGENT_URL": self.engine.url,
+            "FINETUNE_AGENT_TOKEN_FILE": str(self.folder / "agent-token"),
+            "FINETUNE_DRAIN_SECONDS": "1",
+            **self.environment,
+        }
+        with (self.folder / "operator.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "finetune_operator"], env=environment, stdout=log, stderr=log, cwd=ROOT
+            )
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait(timeout=10)
+            self._process = None
+
+    def close(self) -> None:
+        self._stop.set()
+        for thread in self._traffic:
+            thread.join(timeout=10)
+        self.kill()
+        for server in (self.engine, *self.routers):
+            server.stop()
+        self.loop.close()
+
+    def log(self) -> str:
+        return (self.folder / "operator.log").read_text()
+
+    # -- objects
+
+    def deploy(self, revision: str, *, name: str = "bot", **spec: Any) -> None:
+        self.kubectl.apply(deployment(name, revision, **spec))
+
+    def status(self, name: str = "bot") -> Json:
+        found = self.kubectl.get("adep", name) or {}
+        status: Json = found.get("status", {})
+        return status
+
+    def wait(self, until: Callable[[Json], bool], *, name: str = "bot", seconds: float = 30) -> Json:
+        """The status as soon as it satisfies `until`; fails with the last status when that takes too long."""
+        deadline = time.monotonic() + seconds
+        status: Json = {}
+        while True:
+            try:
+                status = self.status(name)
+            except (KubectlError, subprocess.TimeoutExpired):  # the API server is away
+                status = {}
+            if until(status):
+                return status
+            assert time.monotonic() < deadline, f"{json.dumps(status, indent=1)}\n{self.log()[-6000:]}"
+            time.sleep(0.1)
+
+    def eventually(self, holds: Callable[[], bool], *, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, f"{self.status()}\n{self.log()[-6000:]}"
+            time.sleep(0.05)
+
+    def annotate(self, action: str, *, name: str = "bot") -> None:
+        self.kubectl("annotate", "adep", name, f"finetune.dev/action={action}", "--overwrite")
+
+    # -- traffic
+
+    def send(
+        self, fails: Callable[[str], bool] = lambda revision: False, *, alias: str = "bot", rate: float = 200
+    ) -> None:
+        """Traffic in the background until the lab closes: many users, spread over the routers."""
+
+        def run() -> None:
+            number = 0
+            while not self._stop.wait(1 / rate):
+                number += 1
+                router = self.routers[number % len(self.routers)]
+                if router.serve(alias, f"user {number % 997}", fails) is None:
+                    self.failed_requests += 1
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self._traffic.append(thread)
+
+
+def deployment(name: str, revision: str, /, **spec: Any) -> Json:
+    """An AdapterDeployment of the artifact whose digest begins with `revision`; `spec` replaces or adds fields."""
+    return {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "AdapterDeployment",
+        "metadata": {"name": name},
+        "spec": {
+            "baseModelRef": {"name": "base-model"},
+            "adapter": {
+                "source": {
+                    "uri": f"file:///artifacts/{revision}",
+                    "digest": "sha256:" + revision.ljust(64, "0"),
+                }
+            },
+            "strategy": {"canary": {"steps": [{"setWeight": 50}, {"pause": {"duration": "2s"}}]}},
+            "analysis": {"interval": "1s"},
+            **spec,
+        },
+    }
+
+
+def serves(revision: str) -> Callable[[Json], bool]:
+    """The revision is stable, and nothing is under way."""
+    return lambda s: s.get("stableRevision") == revision and s.get("phase") == "Healthy"
