@@ -14,6 +14,7 @@ from finetune_cli import (
     connections,
     pages,
     rollout_pages,
+    rollout_planning,
     rollout_screens,
     rollout_verbs,
     rollout_views,
@@ -192,4 +193,5 @@ def validate(
     raise typer.Exit(0 if valid else shared.INVALID)
 
 
+app.command()(rollout_planning.plan)
 rollout_verbs.register(app)

@@ -1,0 +1,156 @@
+"""`finetune rollout plan`: what a file's rollout can find at the expected traffic, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from finetune_cli import checks, connections, rollout_plans, screens, shared
+from finetune_cli.kinds import DEPLOYMENT
+from finetune_cli.rollout_plans import Assumptions
+from finetune_cli.shared import ContextOption, KubeconfigOption, NamespaceOption, Output, OutputOption
+from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
+from finetune_operator.core.durations import format_duration
+
+RatesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]SHARE",
+        help="Share of the stable revision's answers that have the event of a guardrail, for example 0.02 or "
+        "errors=0.001; several times for several. Default: 0.02.",
+    ),
+]
+DeviationsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]NUMBER",
+        help="Standard deviation of an objective's values. Default: 0.5, the largest of yes-or-no feedback.",
+    ),
+]
+
+
+def plan(
+    filename: Annotated[
+        str, typer.Option("--filename", "-f", help="YAML or JSON file; - reads from standard input.")
+    ],
+    requests_per_second: Annotated[
+        float, typer.Option(help="Requests that clients send for the alias.")
+    ] = 10.0,
+    base_rate: RatesOption = None,
+    relative_risk: Annotated[
+        float,
+        typer.Option(help="How many times as often the candidate has the event, in a harm to be found."),
+    ] = 2.0,
+    feedback_share: Annotated[float, typer.Option(help="Share of the requests that get feedback.")] = 0.05,
+    deviation: DeviationsOption = None,
+    output: OutputOption = Output.TABLE,
+    namespace: NamespaceOption = None,
+    kubeconfig: KubeconfigOption = None,
+    context: ContextOption = None,
+) -> None:
+    """Show the steps of a file with the requests and the time that their evidence needs. Needs no cluster.
+
+    Exit code 0: planned, perhaps with warnings. 1: the file is not valid. 2: it cannot be read.
+    """
+    assumptions = Assumptions(
+        requests_per_second=requests_per_second,
+        base_rates=_numbers(base_rate, "--base-rate"),
+        relative_risk=relative_risk,
+        answered=feedback_share,
+        deviations=_numbers(deviation, "--deviation"),
+    )
+    results = []
+    for one in shared.read_objects(filename, DEPLOYMENT):
+        name = (one.get("metadata") or {}).get("name") or ""
+        spec = _read_spec(filename, name, one)
+        note = _ask_cluster(filename, name, one, namespace=namespace, kubeconfig=kubeconfig, context=context)
+        try:
+            planned = rollout_plans.plan_rollout(spec, assumptions)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        results.append({"name": name, **rollout_plans.to_data(planned, assumptions)})
+        if output is Output.TABLE:
+            _print(name, planned, assumptions, note)
+    if output is not Output.TABLE:
+        shared.echo_data(results, as_yaml=output is Output.YAML)
+
+
+def _print(name: str, planned: rollout_plans.RolloutPlan, assumptions: Assumptions, note: str) -> None:
+    total = format_duration(sum(one.seconds for one in planned.spans))
+    typer.echo(f"{name}: {total} with a candidate" if planned.spans else f"{name}: promoted without steps")
+    tables = [rollout_plans.span_rows(planned), rollout_plans.objective_rows(planned)]
+    for rows in tables:
+        if len(rows) > 1:
+            typer.echo("")
+            screens.print_table(rows, colours={})
+    typer.echo("\nThis assumes")
+    for line in rollout_plans.assumption_lines(assumptions):
+        typer.echo(f"  {line}")
+    if planned.warnings:
+        typer.echo("")
+    for warning in planned.warnings:
+        typer.secho(f"warning: {warning}", fg="yellow")
+    if note:
+        typer.echo(f"\n{note}")
+
+
+def _read_spec(file: str, name: str, one: dict[str, Any]) -> AdapterDeploymentSpec:
+    """The spec with its defaults; ends the command when types, names or bounds are wrong."""
+    try:
+        # By the names of the wire only: the API server knows no others.
+        return AdapterDeploymentSpec.model_validate(one.get("spec"), by_alias=True, by_name=False)
+    except ValidationError as error:
+        _refuse(file, name, [f"{_path(e['loc'])}: {e['msg']}" for e in error.errors(include_url=False)])
+
+
+def _path(location: Sequence[str | int]) -> str:
+    return "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+
+
+def _ask_cluster(
+    file: str,
+    name: str,
+    one: dict[str, Any],
+    *,
+    namespace: str | None,
+    kubeconfig: Path | None,
+    context: str | None,
+) -> str:
+    """Have the API server check the rules of the CRD; without one, a note that they were not checked."""
+    from kubernetes import client
+    from urllib3.exceptions import HTTPError
+
+    try:
+        connection = connections.connect(kubeconfig, context)
+        where = namespace or (one.get("metadata") or {}).get("namespace") or connection.namespace
+        problems = checks.find_problems(connection.api, DEPLOYMENT, where, one)
+    except (connections.NoClusterError, client.ApiException, HTTPError, OSError):
+        return "No cluster was asked: the rules of the CRD are checked by `finetune rollout validate` and on apply."
+    if problems:
+        _refuse(file, name, problems)
+    return ""
+
+
+def _refuse(file: str, name: str, problems: Sequence[str]) -> NoReturn:
+    typer.echo(f"{file}: {DEPLOYMENT.name} {name}: not valid")
+    for problem in problems:
+        typer.echo(f"  {problem}")
+    raise typer.Exit(shared.INVALID)
+
+
+def _numbers(texts: Sequence[str] | None, option: str) -> dict[str, float]:
+    """NAME=NUMBER or NUMBER by name; "" where none is given. Raises typer.BadParameter."""
+    found = {}
+    for text in texts or ():
+        name, _, number = text.rpartition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r}: write a number, or name=number, for example errors=0.01", param_hint=option
+            ) from None
+    return found
