@@ -6,15 +6,17 @@ Loaded. The one exception is an agent that does not answer: that is no proof of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finetune_operator.api.adapterdeployment_status import LoadedAdapter
 from finetune_operator.api.routes import Route
-from finetune_operator.core.rollout_facts import Action, EngineFacts, Load, Observed, Unload
+from finetune_operator.core.rollout_facts import Action, AdapterFacts, EngineFacts, Load, Observed, Unload
 from finetune_operator.core.rollout_turns import OVER, Turn
 
 LOADED, LOADING, FAILED = "Loaded", "Loading", "Failed"
+_OURS = re.compile(r"[a-z0-9](?:[-a-z0-9.]*[a-z0-9])?--[0-9a-f]{8}")
 HOPELESS = frozenset({"DigestMismatch", "IncompatibleBase", "RankTooLarge"})  # another try changes nothing
 
 
@@ -185,7 +187,7 @@ def _loads(turn: Turn, engine: EngineFacts) -> Iterable[Action]:
     free = None if engine.max_loras is None else engine.max_loras - used_slots(engine)
     for adapter in needed(turn):
         told = engine.adapters.get(adapter.served_name)
-        if told is not None and (told.state != FAILED or told.reason in HOPELESS):
+        if told is not None and not (told.state == FAILED and _worth_another_try(turn, adapter, told)):
             continue
         if rank_problem(turn, engine, adapter):
             continue
@@ -196,6 +198,12 @@ def _loads(turn: Turn, engine: EngineFacts) -> Iterable[Action]:
             return
         free = None if free is None else free - 1
         yield Load(engine.agent_url, adapter.served_name, adapter.uri, adapter.digest)
+
+
+def _worth_another_try(turn: Turn, adapter: LoadedAdapter, told: AdapterFacts) -> bool:
+    """A candidate that no try will help is tried once per rollout; what serves is tried as long as it is missing."""
+    began = turn.status.rollout_start_time == turn.now
+    return told.reason not in HOPELESS or began or adapter.revision == turn.status.stable_revision
 
 
 def used_slots(engine: EngineFacts) -> int:
@@ -254,19 +262,18 @@ def base_problem(turn: Turn) -> str | None:
     return None
 
 
-def orphans(
-    engines: Sequence[EngineFacts], *, managed: frozenset[str], owned: frozenset[str], routed: frozenset[str]
-) -> list[Unload]:
+def orphans(engines: Sequence[EngineFacts], *, owned: frozenset[str], routed: frozenset[str]) -> list[Unload]:
     """Unloads of what deleted AdapterDeployments left behind.
 
     An object is gone after its deletion, so nobody decides for it: whoever sees all objects and engines asks here.
-    `managed` are aliases that the operator knows to have been its own (those of published routes that it withdrew),
-    `owned` the served names in any status, `routed` those in the newest snapshot that every router applies.
+    `owned` are the served names in the status of any AdapterDeployment, `routed` those in the newest snapshot, which
+    every router must have said to apply. Names of another shape than ours are somebody else's; two operators must not
+    share an engine.
     """
     return [
         Unload(engine.agent_url, name)
         for engine in engines
         if engine.reachable
         for name in engine.adapters
-        if name.partition("--")[0] in managed and "--" in name and name not in owned | routed
+        if _OURS.fullmatch(name) and name not in owned | routed
     ]

@@ -18,8 +18,8 @@ from finetune_operator.api.adapterdeployment_status import (
 )
 from finetune_operator.core import rollout_metrics as metrics
 from finetune_operator.core import rollout_pauses as pauses
-from finetune_operator.core.durations import format_duration, parse_duration
-from finetune_operator.core.rollout_turns import Turn
+from finetune_operator.core.durations import parse_duration
+from finetune_operator.core.rollout_turns import Turn, clock
 
 LEAST_SILENCE_SECONDS = 15.0  # a router that restarts is silent for a few seconds
 ALARMS = {
@@ -149,7 +149,7 @@ def missing_evidence(turn: Turn) -> str | None:
     hold = turn.spec.analysis.on_metrics_unavailable is OnMetricsUnavailable.HOLD
     patience = float(turn.spec.progress_deadline_seconds) if hold else longest_silence(turn)
     if since is not None and turn.elapsed(since) >= patience:
-        return f"the routers have told nothing for {format_duration(turn.elapsed(since))}"
+        return f"not every router has told its counters since {clock(since)}"
     for check in turn.status.analysis:
         if check.kind is CheckKind.METRIC and check.phase is CheckPhase.ERROR and not check.dry_run:
             return f"metric {check.name}: {check.message}"
@@ -170,8 +170,7 @@ def evidence_gap(turn: Turn) -> str | None:
     if turn.first or not turn.exposed:
         return None
     if turn.status.evidence_missing_since is not None:
-        since = format_duration(turn.elapsed(turn.status.evidence_missing_since))
-        return f"no counters from all routers for {since}"
+        return f"not every router has told its counters since {clock(turn.status.evidence_missing_since)}"
     return None
 
 

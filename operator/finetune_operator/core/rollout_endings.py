@@ -62,7 +62,10 @@ def artifact_of(turn: Turn, revision: str) -> ArtifactFacts | None:
 
 
 def begin(turn: Turn, artifact: ArtifactFacts, *, fast: bool = False, barred: Abort | None = None) -> Turn:
-    """A new candidate, at weight 0. Without steps when it served before (rollbackWindow) or `fast`."""
+    """A new candidate, at weight 0. Without steps when it served before (rollbackWindow) or `fast`.
+
+    `barred` is the revision that spec names and that is not to come back by itself when the candidate is another one.
+    """
     revision = artifact.revision
     turn = displace(turn, f"{revision} was asked for") if turn.underway else turn
     known = turn.adapter(revision)
@@ -127,12 +130,18 @@ def abort(turn: Turn, reason: AbortReason, message: str) -> Turn:
     revision, weight = turn.status.candidate_revision or "", turn.weights.candidate
     advice = ADVICE[reason]
     text = f"{message.strip().rstrip('.')}; {advice}"[:4000]
+    aborted = Abort(reason=reason, message=text, at=turn.now, revision=revision, weight=weight)
+    barred = turn.status.abort
+    if barred is not None and barred.revision != turn.status.stable_revision:
+        # A way back by hand has failed; what spec names must still not come back by itself.
+        failed = f"{barred.message}; the return to {revision} failed: {text}"[:4000]
+        aborted = barred.model_copy(update={"message": failed, "at": turn.now})
     turn = _recorded(turn, CompletionStatus.ABORTED, text, reason=reason)
     turn = _unload_later(turn, revision, turn.spec.strategy.canary.abort_scale_down_delay_seconds)
     return (
         turn.weigh(candidate=0)
         .update(
-            abort=Abort(reason=reason, message=text, at=turn.now, revision=revision, weight=weight),
+            abort=aborted,
             completion_status=CompletionStatus.ABORTED,
             pause_conditions=[],
             step_start_time=None,
@@ -155,12 +164,7 @@ def promote(turn: Turn) -> Turn:
         ending = CompletionStatus.FAST_PROMOTED
     turn = _recorded(turn, ending, f"{revision} serves everybody")
     turn = _unload_later(turn, previous, turn.spec.strategy.canary.scale_down_delay_seconds)
-    barred = turn.status.abort
-    turn = turn.update(
-        stable_revision=revision,
-        completion_status=ending,
-        abort=barred if barred is not None and barred.revision == previous else None,
-    )
+    turn = turn.update(stable_revision=revision, completion_status=ending)
     turn = _without_candidate(turn).stage(Stage.FINALISING)
     return turn.again_in(0)
 

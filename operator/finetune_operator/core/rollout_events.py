@@ -24,6 +24,7 @@ CONDITIONS = {
     "BaseModelCompatible": Severity.WARN,
     "MetricsAvailable": Severity.INFO,
 }
+LOSSES = frozenset({"CandidateLost"})
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ def _conditions(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> l
     for condition in new.conditions:
         known = before.get(condition.type)
         fell = condition.status == "False" and known is not None and known.status != "False"
+        lost = condition.reason in LOSSES and (known is None or known.reason != condition.reason)
+        if condition.type == "TrafficRouted" and lost:
+            told.append(Happening(Severity.WARN, condition.reason, condition.message))
         severity = CONDITIONS.get(condition.type)
         if severity is not None and fell:
             told.append(Happening(severity, condition.reason, condition.message))

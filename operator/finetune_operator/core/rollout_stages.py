@@ -35,6 +35,8 @@ def loading(turn: Turn) -> tuple[Turn, bool]:
         return within_deadline(turn.say(*problem).again_in(SOON_SECONDS), reason), False
     if pauses.holding(turn):
         return turn, False
+    if turn.stepless:
+        return turn, True
     turn, confirmed = confirm(turn, WebhookType.CONFIRM_ROLLOUT)
     return turn, confirmed and turn.underway
 
@@ -101,7 +103,7 @@ def confirm(turn: Turn, kind: WebhookType) -> tuple[Turn, bool]:
 
 def await_promotion(turn: Turn) -> Turn:
     """The steps are over: ask for confirmation where somebody is to be asked, else promote."""
-    asked = any(hook.type is WebhookType.CONFIRM_PROMOTION for hook in turn.spec.webhooks)
+    asked = not turn.stepless and any(h.type is WebhookType.CONFIRM_PROMOTION for h in turn.spec.webhooks)
     turn = pauses.remove(turn, *pauses.OWN).update(step_start_time=None)
     return turn.stage(Stage.WAITING_PROMOTION).again_in(0) if asked else promoting_begins(turn)
 

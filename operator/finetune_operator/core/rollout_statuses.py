@@ -14,10 +14,9 @@ from finetune_operator.core import conditions
 from finetune_operator.core import rollout_conditions as rollout
 from finetune_operator.core import rollout_steps as steps
 from finetune_operator.core.conditions import Claim
-from finetune_operator.core.durations import format_duration
 from finetune_operator.core.rollout_conditions import RolloutCondition
 from finetune_operator.core.rollout_facts import Observed
-from finetune_operator.core.rollout_turns import OVER, Turn
+from finetune_operator.core.rollout_turns import OVER, Turn, clock
 
 
 def traffic(turn: Turn) -> Turn:
@@ -85,8 +84,7 @@ def _serving(turn: Turn) -> tuple[str, str]:
     leaving = [a for a in status.adapters if a.unload_at is not None]
     text = f"{status.stable_revision} serves everybody on {stable.loaded_replicas if stable else 0} engines"
     if leaving and leaving[0].unload_at is not None:
-        left = (leaving[0].unload_at - turn.now).total_seconds()
-        text += f"; {leaving[0].revision} stays loaded for another {format_duration(left)}"
+        text += f"; {leaving[0].revision} stays loaded until {clock(leaving[0].unload_at)}"
     return str(status.completion_status or status.stage), text
 
 

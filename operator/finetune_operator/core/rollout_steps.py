@@ -5,7 +5,7 @@ A step's time begins when every router applies its weight, and stands still whil
 
 from __future__ import annotations
 
-from finetune_operator.api.adapterdeployment_status import AbortReason, PauseReason, Stage
+from finetune_operator.api.adapterdeployment_status import AbortReason, LoadedAdapter, PauseReason, Stage
 from finetune_operator.api.adapterdeployment_strategy import OnTimeout, Step, WebhookType
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core import rollout_checks as checks
@@ -82,48 +82,71 @@ def hold(turn: Turn) -> tuple[str, str] | None:
     if paused:
         return str(paused[0].reason), paused[0].message
     for adapter in adapters.needed(turn):
-        found = adapters.coverage(turn.seen, adapter)
-        if not found.complete:
-            where = f"{len(found.upstreams)} of {found.desired} engines have {adapter.served_name}"
-            return "AdapterMissing", f"{where}; the weight is held until all have it: {found.why()}"
-    if not turn.first and not turn.weights.verified:
-        routing = turn.seen.routing
-        told = (
-            f"{routing.applied} of {routing.replicas} routers apply it"
-            if routing.replicas
-            else "no router is known"
-        )
-        return "RoutersBehind", f"the weights are being published: {told}"
+        missing = _missing(turn, adapter)
+        if missing is not None:
+            return missing
+    behind = _behind(turn)
+    if behind is not None:
+        return behind
     gap = checks.evidence_gap(turn)
     if gap is not None:
         return "EvidenceMissing", f"{gap}; the weight is held, and the rollout goes on when they are back"
     return None
 
 
-def lost(turn: Turn) -> bool:
-    """Whether a wait is about adapters that engines had and lack now, which the deadline bounds."""
-    reachable = {engine.url for engine in turn.seen.engines if engine.reachable}
-    return any(
-        engine.url in reachable
-        for adapter in adapters.needed(turn)
-        for engine in adapters.coverage(turn.seen, adapter).lacking
+def _missing(turn: Turn, adapter: LoadedAdapter) -> tuple[str, str] | None:
+    found = adapters.coverage(turn.seen, adapter)
+    if found.complete:
+        return None
+    where = f"{len(found.upstreams)} of {found.desired} engines have {adapter.served_name}"
+    why = found.why() or turn.seen.engines_problem or "no engine is known"
+    return "AdapterMissing", f"{where}; the weight is held until all have it: {why}"
+
+
+def _behind(turn: Turn) -> tuple[str, str] | None:
+    if turn.first or turn.weights.verified:
+        return None
+    routing = turn.seen.routing
+    told = (
+        f"{routing.applied} of {routing.replicas} routers apply them"
+        if routing.replicas
+        else "no router is known"
     )
+    return "RoutersBehind", f"the weights are being published: {told}"
 
 
 def wait_for(turn: Turn, held: tuple[str, str]) -> Turn:
-    """Hold; a candidate that an engine has lost is waited for no longer than the deadline."""
+    """Hold. A candidate that an engine lacks though it answers is waited for no longer than the deadline; a stable
+    revision as long as it takes, because there is nothing to go back to."""
     turn = turn.say(*held).again_in(stages.SOON_SECONDS)
-    if held[0] == "AdapterMissing" and lost(turn):
-        return stages.within_deadline(turn, AbortReason.ADAPTER_LOAD_FAILED)
-    return turn
+    candidate = turn.candidate
+    if candidate is None or held[0] != "AdapterMissing":
+        return turn
+    lacking = adapters.coverage(turn.seen, candidate).lacking
+    if not any(engine.reachable for engine in lacking):
+        return turn
+    return stages.within_deadline(turn, AbortReason.ADAPTER_LOAD_FAILED)
 
 
 def promoting(turn: Turn) -> Turn:
-    """Weight 100, confirmed by every router, then the pointer flip."""
-    held = hold(turn)
+    """Weight 100, confirmed by every router, then the pointer flip.
+
+    What may hold it is less than in a step: where everybody has the candidate already, and on the way back to a
+    revision that served before, neither evidence nor the revision that is left is waited for.
+    """
+    candidate = turn.candidate
+    if candidate is None:
+        return turn
+    everybody = turn.weights.candidate == 100
+    if everybody or turn.stepless:
+        by_hand = [p for p in pauses.holding(turn) if p.reason is not PauseReason.METRICS_UNAVAILABLE]
+        paused = (str(by_hand[0].reason), by_hand[0].message) if by_hand else None
+        held = paused or _missing(turn, candidate) or _behind(turn)
+    else:
+        held = hold(turn)
     if held is not None:
         return wait_for(turn, held)
-    if turn.first or turn.weights.candidate == 100:
+    if turn.first or everybody:
         return endings.promote(turn)
     return turn.weigh(candidate=100).update(last_progress_time=turn.now).again_in(0)
 
@@ -214,14 +237,12 @@ def _analysis(turn: Turn, duration: str | None) -> Turn:
     few = checks.short_of_samples(turn, undecided)
     if few:
         names = ", ".join(f"{check.name}: {check.message or 'no samples'}" for check in few)
-        message = (
-            f"too few samples after {format_duration(elapsed)} ({names}); send more traffic, or say `promote`"
-        )
+        message = f"too few samples after {format_duration(patience)} ({names}); send more traffic, or say `promote`"
         turn = pauses.remove(turn, PauseReason.INCONCLUSIVE_ANALYSIS)
         return pauses.add(turn, PauseReason.INSUFFICIENT_SAMPLES, message)
     names = ", ".join(f"{check.name}: {check.message or check.phase}" for check in undecided)
     message = (
-        f"no verdict after {format_duration(elapsed)} ({names}); say `promote` to go on without one, `resume` to look "
+        f"no verdict after {format_duration(patience)} ({names}); say `promote` to go on without one, `resume` to look "
         f"for another {turn.spec.strategy.canary.max_step_duration}, or `abort`"
     )
     turn = pauses.remove(turn, PauseReason.INSUFFICIENT_SAMPLES)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
@@ -71,6 +71,11 @@ class Turn:
         return self.status.weights or Weights(stable=0 if self.first else 100)
 
     @property
+    def stepless(self) -> bool:
+        """Whether the rollout under way needs no steps and no confirmation: promote-full, or it served before."""
+        return self.underway and self.status.current_step_hash is None
+
+    @property
     def exposed(self) -> bool:
         """Whether the candidate answers requests by now, mirrored ones included."""
         weights = self.weights
@@ -125,6 +130,11 @@ class Turn:
     def elapsed(self, since: datetime | None) -> float:
         """Seconds since then; 0 where it has not begun."""
         return 0.0 if since is None else (self.now - since).total_seconds()
+
+
+def clock(moment: datetime) -> str:
+    """A time for messages. Never an age: a status that changes by itself would be written for ever."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def kind_of(step: Step) -> str:

@@ -22,7 +22,7 @@ from finetune_operator.core import rollout_pauses as pauses
 from finetune_operator.core import rollout_stages as stages
 from finetune_operator.core import rollout_steps as steps
 from finetune_operator.core.rollout_facts import ClearAction
-from finetune_operator.core.rollout_turns import OVER, Turn
+from finetune_operator.core.rollout_turns import Turn
 
 MAX_VALUE = 128
 
@@ -163,9 +163,7 @@ def _rollback(turn: Turn) -> Answer:
     artifact = endings.artifact_of(turn, before[0])
     if artifact is None:
         return Refusal(f"where the artifact of {before[0]} is, is not known any more; set spec.adapter")
-    if turn.status.stage in OVER:
-        turn = endings.forget_aborted(turn)
-    barred = Abort(
+    barred = turn.status.abort or Abort(
         reason=AbortReason.USER_ABORT,
         message=f"rolled back by hand to {before[0]}; set spec.adapter, or say `retry` to bring {stable} back",
         at=turn.now,

@@ -83,23 +83,18 @@ def _look(turn: Turn) -> Turn:
 
 
 def _confirm_weights(turn: Turn) -> Turn:
-    """Weights count once every router applied them; they stop counting when no engine has the candidate."""
-    weights = turn.status.weights
+    """Weights count once every router applied a snapshot with them, and no longer when the newest one, or no engine,
+    has them. A router that is behind a later snapshot has them still."""
+    weights, routing = turn.status.weights, turn.seen.routing
     if weights is None:
         return turn
-    if weights.verified:
-        lost = turn.exposed and turn.candidate is not None and not turn.candidate.loaded_replicas
-        return (
-            turn.update(weights=weights.model_copy(update={"verified": False, "version": None}))
-            if lost
-            else turn
-        )
-    if not routes.carries(turn):
+    lost = turn.exposed and turn.candidate is not None and not turn.candidate.loaded_replicas
+    version, verified = routing.version, routing.verified
+    if lost or not routes.carries(turn):
+        version, verified = None, False
+    elif weights.verified:
         return turn
-    routing = turn.seen.routing
-    return turn.update(
-        weights=weights.model_copy(update={"version": routing.version, "verified": routing.verified})
-    )
+    return turn.update(weights=weights.model_copy(update={"version": version, "verified": verified}))
 
 
 def _notice_loss(turn: Turn) -> Turn:
@@ -152,8 +147,9 @@ def _follow(turn: Turn) -> Turn:
     """Follow the spec: begin, supersede, return, or let the rollout under way go on."""
     status, artifact = turn.status, turn.seen.wanted.artifact
     target = artifact.revision if artifact is not None else _still_named(turn)
+    by_hand = turn.underway and status.abort is not None  # `rollback`: not where spec points
     if target is None:
-        return _without_artifact(turn)
+        return _stage(turn) if by_hand else _without_artifact(turn)
     if artifact is not None:
         turn = _moved(turn, artifact.revision, artifact.uri)
     barred = status.abort is not None and status.abort.revision == target
@@ -162,7 +158,10 @@ def _follow(turn: Turn) -> Turn:
     if barred:
         return _stage(turn)
     if target == status.stable_revision:
-        return endings.roll_back(turn) if turn.underway else _stage(endings.settled(turn))
+        if turn.underway:
+            return endings.roll_back(turn)
+        turn = _stage(endings.settled(turn))
+        return turn if artifact is not None else _say_vanished(turn)
     found = artifact or endings.artifact_of(turn, target)
     return endings.begin(turn, found) if found is not None else _without_artifact(turn)
 
@@ -188,6 +187,12 @@ def _still_named(turn: Turn) -> str | None:
     job = reference.fine_tune_job_ref
     same = entry is not None and job is not None and entry.fine_tune_job == job.name
     return aborted.revision if same else None
+
+
+def _say_vanished(turn: Turn) -> Turn:
+    wanted = turn.seen.wanted
+    text = f"{turn.status.stable_revision} goes on serving; {wanted.message or 'its artifact cannot be seen'}"
+    return turn.say(wanted.reason or "ArtifactNotFound", text)
 
 
 def _moved(turn: Turn, revision: str, uri: str) -> Turn:

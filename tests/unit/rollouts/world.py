@@ -357,7 +357,7 @@ class World:
             given |= (
                 {candidate}
                 if candidate and route.weight == 100
-                else {route.stable.revision, candidate} - {None}
+                else {route.stable.revision} | ({candidate} if candidate else set())
             )
         return given.pop() if len(given) == 1 else None
 
