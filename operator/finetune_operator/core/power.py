@@ -19,8 +19,9 @@ from finetune_operator.core.eprocesses import BLOCK_REQUESTS, RELATIVE_RISKS
 
 LIKELY, CERTAIN = 0.5, 0.95
 MOST_REQUESTS = 1e12  # more are as good as never
-# The mixture starts with 1/7 of its weight on a risk and 1/2 on harm from the start; risks nearby give half of it back.
-MIXTURE_COST = math.log(2 * len(RELATIVE_RISKS)) - math.log(2)
+# The mixture has 1/7 of its weight on each risk and 1/2 on harm from the start, which costs log 14 for the very risk;
+# risks and beginnings nearby give some of it back. Fitted to simulations, towards caution.
+MIXTURE_COST = math.log(10.0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _requests_until(quantile: float, share: float, harm: Harm, *, log_needed: fl
             high = middle
         else:
             low = middle
-    return math.ceil(high / block) * block
+    return math.ceil(high / block + 0.5) * block  # harm begins somewhere between two polls
 
 
 def _objective_need(

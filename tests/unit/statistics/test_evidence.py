@@ -1,0 +1,262 @@
+"""Every answer counts once, whatever routers and polls do."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from finetune_operator.api.routes import Arm, Moments, RouterCounters
+from finetune_operator.core.epochs import MAX_EPOCHS, RESET_SIGHTINGS
+from finetune_operator.core.evidence import MAX_KEYS, MAX_STRATA
+from finetune_operator.core.statistics import from_json, to_json
+from tests.unit.statistics.fleets import (
+    Router,
+    answer,
+    arm_counters,
+    both,
+    counted,
+    folded,
+    key_sample,
+)
+
+NOTHING = both((0, 0), (0, 0))
+
+
+def test_what_was_counted_before_the_rollout_is_no_evidence() -> None:
+    evidence = folded(None, both((90_000, 900), (50, 1)))
+    assert counted(evidence) == {}
+    evidence = folded(evidence, both((90_090, 902), (60, 1)))
+    assert counted(evidence) == {Arm.STABLE: (90, 2), Arm.CANDIDATE: (10, 0)}
+
+
+def test_the_same_answers_again_change_nothing() -> None:
+    evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
+    again = folded(evidence, both((500, 10), (50, 2)), both((500, 10), (50, 2)))
+    assert again == evidence
+    assert to_json(again) == to_json(evidence)
+
+
+def test_a_failed_poll_changes_nothing_and_the_next_one_brings_what_it_missed() -> None:
+    evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
+    assert folded(evidence) == evidence
+    assert counted(folded(folded(evidence), both((700, 14), (90, 3)))) == {
+        Arm.STABLE: (700, 14),
+        Arm.CANDIDATE: (90, 3),
+    }
+
+
+def test_a_worker_that_restarts_counts_on_from_zero() -> None:
+    evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
+    evidence = folded(
+        evidence, both((100, 1), (10, 0), epoch="worker-b")
+    )  # the old epoch is not told any more
+    assert counted(evidence) == {Arm.STABLE: (600, 11), Arm.CANDIDATE: (60, 2)}
+    evidence = folded(evidence, both((500, 10), (50, 2)), both((110, 1), (12, 0), epoch="worker-b"))
+    assert counted(evidence) == {Arm.STABLE: (610, 11), Arm.CANDIDATE: (62, 2)}
+
+
+def test_a_router_that_is_heard_for_the_first_time_brings_only_its_starting_line() -> None:
+    """It may have been away when the rollout began, with weeks of stable requests in its counters."""
+    evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
+    late = both((1_000_000, 9), (0, 0), epoch="worker-z", instance="router-z")
+    assert counted(folded(evidence, late)) == counted(evidence)
+    more = both((1_000_010, 9), (5, 0), epoch="worker-z", instance="router-z")
+    assert counted(folded(folded(evidence, late), more)) == {Arm.STABLE: (510, 10), Arm.CANDIDATE: (55, 2)}
+
+
+def test_a_late_answer_is_not_counted_twice() -> None:
+    evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
+    evidence = folded(evidence, both((400, 8), (40, 2)))
+    evidence = folded(evidence, both((450, 9), (45, 2)))
+    assert counted(folded(evidence, both((510, 10), (51, 2)))) == {
+        Arm.STABLE: (510, 10),
+        Arm.CANDIDATE: (51, 2),
+    }
+
+
+def test_counters_that_begin_anew_within_an_epoch_are_believed_once_they_keep_growing() -> None:
+    evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
+    for growth in range(1, RESET_SIGHTINGS):
+        evidence = folded(evidence, both((10 * growth, 0), (growth, 0)))
+        assert counted(evidence) == {Arm.STABLE: (500, 10), Arm.CANDIDATE: (50, 2)}
+    evidence = folded(evidence, both((40, 1), (5, 0)))
+    assert counted(evidence) == {Arm.STABLE: (540, 11), Arm.CANDIDATE: (55, 2)}
+    assert counted(folded(evidence, both((41, 1), (5, 0)))) == {
+        Arm.STABLE: (541, 11),
+        Arm.CANDIDATE: (55, 2),
+    }
+
+
+def test_an_epoch_that_two_routers_tell_is_counted_once() -> None:
+    evidence = folded(None, NOTHING, both((0, 0), (0, 0), instance="router-b"))
+    for requests in (100, 200, 300, 400, 500):
+        ahead = both((requests, 0), (10, 0))
+        behind = both((requests - 50, 0), (9, 0), instance="router-b")
+        evidence = folded(evidence, ahead, behind)
+    assert counted(evidence) == {Arm.STABLE: (500, 0), Arm.CANDIDATE: (10, 0)}
+
+
+def test_other_aliases_and_revisions_are_no_part_of_it() -> None:
+    evidence = folded(None, NOTHING)
+    evidence = folded(
+        evidence,
+        answer(
+            arm_counters(Arm.STABLE, requests=70, revision="cccccccc"),
+            arm_counters(Arm.STABLE, requests=80, alias="sales"),
+            arm_counters(Arm.STABLE, requests=9),
+        ),
+    )
+    assert counted(evidence) == {Arm.STABLE: (9, 0)}
+
+
+def test_a_feedback_value_that_replaces_another_changes_the_sum_and_not_the_count() -> None:
+    def told(n: int, total: float) -> RouterCounters:
+        return answer(
+            arm_counters(Arm.CANDIDATE, scores={"helpful": Moments(n=n, sum=total, sum_squares=total)})
+        )
+
+    evidence = folded(folded(folded(None, told(0, 0)), told(10, 9)), told(10, 8))
+    total = evidence.total(Arm.CANDIDATE)
+    assert (total["scores/helpful/n"], total["scores/helpful/sum"]) == (10, 8)
+
+
+def test_another_rollout_begins_anew_and_another_weight_does_not() -> None:
+    evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
+    evidence = folded(evidence, both((600, 10), (150, 2)), weight=50.0, comparison="bbbbbbbb:2")
+    assert counted(evidence) == {Arm.STABLE: (600, 10), Arm.CANDIDATE: (150, 2)}
+    assert [stratum.weight for stratum in evidence.strata] == [10.0, 50.0]
+    assert counted(folded(evidence, both((700, 10), (200, 2)), rollout="a later one")) == {}
+
+
+def test_many_weights_are_kept_as_a_bounded_number_of_strata() -> None:
+    evidence = folded(None, NOTHING)
+    for step in range(1, 40):
+        evidence = folded(evidence, both((step * 90, step), (step * 10, step)), weight=float(step))
+    assert len(evidence.strata) == MAX_STRATA
+    assert counted(evidence) == {Arm.STABLE: (39 * 90, 39), Arm.CANDIDATE: (390, 39)}
+
+
+def test_evidence_survives_storing_at_every_step() -> None:
+    evidence = folded(None, NOTHING)
+    for step in range(1, 30):
+        told = answer(
+            arm_counters(Arm.STABLE, requests=step * 9, errors=step, lengths=[step] * 16),
+            arm_counters(
+                Arm.SHADOW, requests=step, seconds=Moments(n=step, sum=step / 3, sum_squares=step / 7)
+            ),
+            samples=[key_sample(range(step * 10), range(10_000, 10_000 + step))],
+        )
+        evidence = folded(evidence, told)
+        assert from_json(to_json(evidence)) == evidence
+    assert evidence.strata[-1].candidate_keys == 29
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version":"evidence/v9"}', "null"])
+def test_stored_evidence_that_cannot_be_read_says_what_to_do(text: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be read .*; remove it, and the comparison begins anew"):
+        from_json(text)
+
+
+def test_a_thousand_epochs_leave_less_than_100_kb_and_no_double_count() -> None:
+    rng = random.Random(11)
+    router = Router(workers=[])
+    evidence = folded(None, router.answer())
+    requests = 0
+    for life in range(1_000):
+        told = answer(
+            *(
+                arm_counters(
+                    arm,
+                    requests=rng.randrange(10_000, 100_000),
+                    events={name: rng.randrange(1_000) for name in ("errors", "slow", "empty", "refusal")},
+                    seconds=Moments(
+                        n=rng.randrange(10**5), sum=rng.random() * 1e5, sum_squares=rng.random() * 1e6
+                    ),
+                    lengths=[rng.randrange(10_000) for _ in range(16)],
+                    scores={
+                        "helpful": Moments(n=rng.randrange(10**4), sum=rng.randrange(10**4), sum_squares=5.0)
+                    },
+                )
+                for arm in (Arm.STABLE, Arm.CANDIDATE)
+            ),
+            epoch=f"worker-{life}",
+            instance=router.instance,
+            samples=[key_sample([rng.getrandbits(53) for _ in range(5)], [rng.getrandbits(53)])],
+        )
+        requests += sum(arm.requests for arm in told.epochs[0].arms)
+        evidence = folded(evidence, told)
+        if life == 700:
+            old = told
+    size = len(to_json(evidence).encode())
+    print(f"1,000 epochs: {size} bytes stored")
+    assert size < 100_000
+    assert len(evidence.epochs.told) == MAX_EPOCHS
+    assert len(evidence.keys) == MAX_KEYS
+    assert sum(numbers[0] for numbers in counted(evidence).values()) == requests
+    assert folded(evidence, old) == evidence, "an epoch that ended long ago is told again, and is known"
+    assert from_json(to_json(evidence)) == evidence
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_to_routers_and_polls_each_answer_counts_once(seed: int) -> None:
+    """Restarts, kills, new replicas, lost, repeated and late answers, against a plain account of what was told."""
+    rng = random.Random(seed)
+    routers = [Router(), Router(), Router()]
+    evidence = folded(None, *(router.answer() for router in routers))
+    account = Account([router.answer() for router in routers])
+    late: list[RouterCounters] = []
+    for _ in range(80):
+        for router in routers:
+            for worker in router.workers:
+                for arm in Arm:
+                    requests = rng.randrange(1, 30)
+                    worker.serve(arm, requests, rng.randrange(requests + 1))
+        answers = [router.answer() for router in routers if rng.random() < 0.8]
+        account.hear(answers)
+        answers += rng.choices(answers, k=1) if answers else []
+        if late and rng.random() < 0.3:
+            answers.append(late.pop())
+        rng.shuffle(answers)
+        evidence = from_json(to_json(folded(evidence, *answers)))
+        late = answers[:1]
+        index = rng.randrange(3)
+        match rng.randrange(6):
+            case 0:
+                routers[index].restart_worker(rng.randrange(2))
+            case 1:
+                routers[index] = routers[index].kill(keeps_instance=rng.random() < 0.5)
+    evidence = folded(evidence, *(router.answer() for router in routers))
+    account.hear([router.answer() for router in routers])
+    assert counted(evidence) == account.totals()
+
+
+class Account:
+    """What an honest bookkeeper has heard: per epoch the last word less the starting line."""
+
+    def __init__(self, answers: list[RouterCounters]) -> None:
+        self.instances: set[str] = set()
+        self.starts: dict[str, dict[Arm, tuple[int, int]]] = {}
+        self.lasts: dict[str, dict[Arm, tuple[int, int]]] = {}
+        self.hear(answers)
+
+    def hear(self, answers: list[RouterCounters]) -> None:
+        for told in answers:
+            for epoch in told.epochs:
+                numbers = {arm.arm: (arm.requests, arm.events["errors"]) for arm in epoch.arms}
+                if epoch.epoch not in self.lasts:
+                    self.starts[epoch.epoch] = {} if told.instance in self.instances else numbers
+                self.lasts[epoch.epoch] = numbers
+            self.instances.add(told.instance)
+
+    def totals(self) -> dict[Arm, tuple[int, int]]:
+        totals = {}
+        for arm in Arm:
+            requests = errors = 0
+            for epoch, numbers in self.lasts.items():
+                start = self.starts[epoch].get(arm, (0, 0))
+                requests += numbers.get(arm, (0, 0))[0] - start[0]
+                errors += numbers.get(arm, (0, 0))[1] - start[1]
+            if requests:
+                totals[arm] = (requests, errors)
+        return totals
