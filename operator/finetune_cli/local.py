@@ -72,8 +72,8 @@ def up(
             detail=lambda line: spinner.update(line),
         )
     console.print(f"The cluster is ready ({time.monotonic() - began:.0f} s).")
-    if "router" in chosen:
-        console.print(f"OpenAI base URL: http://127.0.0.1:{cluster.ports['router']}/v1", soft_wrap=True)
+    if cluster.openai_base_url:
+        console.print(f"OpenAI base URL: {cluster.openai_base_url}", soft_wrap=True)
     console.print(f"export KUBECONFIG={cluster.kubeconfig}", soft_wrap=True)
     folder = _own_kubectl_folder(lambda line: console.print(f"  {line}", markup=False))
     if folder is not None:
@@ -117,8 +117,12 @@ def status(
 
 @app.command()
 def env(state: StateOption = None) -> None:
-    """Shell lines that point kubectl at the cluster: eval "$(finetune local env)"."""
-    typer.echo(f"export KUBECONFIG={shlex.quote(str(_cluster(state).kubeconfig))}")
+    """Shell lines that point kubectl and OpenAI clients at the cluster: eval "$(finetune local env)"."""
+    cluster = _cluster(state)
+    typer.echo(f"export KUBECONFIG={shlex.quote(str(cluster.kubeconfig))}")
+    if cluster.openai_base_url:
+        # The router wants no key here, and the official client wants one to be set.
+        typer.echo(f"export OPENAI_BASE_URL={cluster.openai_base_url}\nexport OPENAI_API_KEY=none")
     folder = _own_kubectl_folder(lambda line: typer.echo(line, err=True))
     if folder is not None:
         typer.echo(f'export PATH="$PATH":{shlex.quote(str(folder))}')

@@ -101,6 +101,11 @@ class Cluster:
         """Port on 127.0.0.1 by name (parts.PORTS); empty before the first `up`."""
         return dict(instances.Instance.load(self.layout.instance).ports)
 
+    @property
+    def openai_base_url(self) -> str | None:
+        """Where OpenAI clients find the adapters; None where no router runs."""
+        return f"http://127.0.0.1:{self.ports['router']}/v1" if self.is_alive("router") else None
+
     def client(self) -> kubeapi.ApiClient:
         """A client with all rights."""
         return kubeapi.ApiClient(f"https://127.0.0.1:{self.ports['kube-apiserver']}", pki=self.layout.pki)
@@ -207,7 +212,7 @@ class Cluster:
 
     def _settle(self, instance: instances.Instance, wanted: tuple[str, ...], report: Report) -> None:
         """Decide identity, ports and folders before anything starts, and write them down."""
-        alive = [name for name in parts.ALL if self._is_alive(name)]
+        alive = [name for name in parts.ALL if self.is_alive(name)]
         # What killed parts left behind would still hold their ports.
         processes.sweep(self.layout, instance.identity, [name for name in parts.ALL if name not in alive])
         kept = [port for port in parts.PORTS if _owner(port) in alive]
@@ -225,7 +230,8 @@ class Cluster:
             instance.engine_model = serving.find_model(self.engine_model)
         instance.save(self.layout.instance)
 
-    def _is_alive(self, name: str) -> bool:
+    def is_alive(self, name: str) -> bool:
+        """Whether the part's process lives, be it ready or not."""
         record = processes.load(self.layout, name)
         return record is not None and record.find() is not None
 
