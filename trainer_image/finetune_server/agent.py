@@ -151,10 +151,6 @@ class Agent:
             "adapters": [entry.document() for entry in self._entries.values()],
         }
 
-    def knows_model(self, name: str) -> bool:
-        facts = self._facts
-        return facts is not None and (name in facts.adapters or name in facts.base_models)
-
     # The loop.
 
     async def run(self) -> None:

@@ -89,7 +89,8 @@ class AgentApi:
             return await handler(request)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-            return _refuse(400, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+            place = ".".join(str(part) for part in first["loc"]) or "body"
+            return _refuse(400, f"{place}: {first['msg']}")
 
     def _allows(self, request: web.Request) -> bool:
         if self._token_file is None:
@@ -145,7 +146,7 @@ async def serve(
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         client = EngineClient(engine_url, session, api_key=api_key)
         agent = Agent(client, settings)
-        evaluations = Evaluations(client, knows_model=agent.knows_model)
+        evaluations = Evaluations(client)
         api = AgentApi(agent, evaluations, token_file=token_file)
         loop = asyncio.create_task(agent.run(), name="agent")
         try:

@@ -118,12 +118,15 @@ class Form:
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in found],
-            "top_logprobs": [
-                {self.decode(token): value for token, value in ((one.token, one.logprob), *one.top)}
-                for one in found
-            ],
+            "top_logprobs": [self._top(one) for one in found],
             "text_offset": offsets,
         }
+
+    def _top(self, one: TokenLogprob) -> dict[str, float]:
+        told: dict[str, float] = {}
+        for token, value in ((one.token, one.logprob), *one.top):
+            told.setdefault(self.decode(token), value)  # parts of characters look alike: the first one stays
+        return told
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.decode(token)

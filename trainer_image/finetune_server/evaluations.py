@@ -7,7 +7,7 @@ import gzip
 import json
 import logging
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -77,9 +77,8 @@ class Evaluation:
 class Evaluations:
     """Running and finished evaluations of one agent."""
 
-    def __init__(self, client: EngineClient, *, knows_model: Callable[[str], bool]) -> None:
+    def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._knows_model = knows_model
         self._all: dict[str, Evaluation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._gate = asyncio.Semaphore(CONCURRENCY)
@@ -110,7 +109,8 @@ class Evaluations:
         task = evaluation.task
         try:
             rows = await asyncio.to_thread(read_rows, task.dataset, limit=task.max_rows)
-            missing = [name for name in task.models if not self._knows_model(name)]
+            facts = await self._client.observe()
+            missing = [name for name in task.models if name not in {*facts.base_models, *facts.adapters}]
             if missing:
                 raise EngineError(f"the engine does not serve {', '.join(missing)}")
             for model in task.models:

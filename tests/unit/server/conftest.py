@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.adapters import write_adapter
 def tiny_adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters that differ in rank, scaling and targets."""
     folder = tmp_path_factory.mktemp("adapters")
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "all": {"r": 8},
         "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
         "rslora": {"r": 16, "use_rslora": True},

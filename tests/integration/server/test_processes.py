@@ -1,0 +1,132 @@
+"""Whole processes: the engine with its agent, killed and started again, and the ends that it may have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+from tests.integration.server.processes import COMMAND, Process, call, engine, free_port, wait_until
+
+QUESTION = [{"role": "user", "content": "What colour is cup 3?"}]
+
+
+HEADERS = {"Authorization": "Bearer secret"}
+
+
+def ask_agent(process: Process, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
+    return call(method, f"{process.agent}/agent/v1/{path}", body, headers=HEADERS)
+
+
+def adapter_state(process: Process, name: str) -> dict[str, Any]:
+    adapters = ask_agent(process, "GET", "status")[1]["adapters"]
+    return next((dict(one) for one in adapters if one["name"] == name), {})
+
+
+def wait_loaded(process: Process, name: str) -> None:
+    wait_until(lambda: adapter_state(process, name).get("state") == "Loaded", what=f"{name} loaded")
+
+
+def ask(process: Process, model: str) -> str:
+    body = {"model": model, "messages": QUESTION, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    status, document = call("POST", f"{process.url}/v1/chat/completions", body, headers=HEADERS)
+    assert status == 200, document
+    return str(document["choices"][0]["message"]["content"])
+
+
+def evaluate(process: Process, task: dict[str, Any]) -> dict[str, Any]:
+    assert ask_agent(process, "POST", "evaluations", task)[0] == 202
+
+    def finished() -> dict[str, Any] | None:
+        found = ask_agent(process, "GET", f"evaluations/{task['id']}")[1]
+        return None if found["state"] == "Running" else found
+
+    return dict(wait_until(finished))
+
+
+def test_a_killed_engine_comes_back_with_its_adapters(
+    tiny_model: Path, published: dict[str, tuple[Path, str]], tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    options = ["--state-dir", str(tmp_path / "state"), "--max-loras", "2"]
+    options += ["--agent-token-file", str(token), "--api-key-file", str(token)]
+    with engine(tiny_model, tmp_path, *options) as process:
+        # Before the model is loaded, the agent says so and takes orders.
+        status = wait_until(lambda: ask_agent(process, "GET", "status")[1])
+        assert status["engine"]["ready"] is False
+        assert status["capacity"]["maxLoras"] == 2
+        names = {}
+        for artifact in ("first", "second"):
+            folder, digest = published[artifact]
+            names[artifact] = f"{artifact}--{digest[7:15]}"
+            body = {"uri": f"file://{folder}", "digest": digest}
+            assert ask_agent(process, "PUT", f"adapters/{names[artifact]}", body)[0] == 202
+        for name in names.values():
+            wait_loaded(process, name)
+        models = ["tiny", *names.values()]
+        answers = [ask(process, model) for model in models]
+        assert len(set(answers)) == 3
+        before = ask_agent(process, "GET", "status")[1]["engine"]
+        assert before["baseModel"] == "tiny"
+        check_keys(process)
+        check_capacity(process, published)
+        check_golden_rows(process, answers[0], tmp_path / "golden.jsonl")
+
+        process.kill()
+        process.start()
+        process.wait_healthy()
+        for name in names.values():
+            wait_loaded(process, name)
+        assert [ask(process, model) for model in models] == answers
+        after = ask_agent(process, "GET", "status")[1]["engine"]
+        assert after["instance"] != before["instance"]
+
+        assert process.stop() == 0
+        log = process.log.read_text()
+        assert "What colour" not in log  # no prompt, ever
+        assert "Traceback" not in log
+
+
+def check_keys(process: Process) -> None:
+    """Whoever has no key hears nothing but whether the engine is well."""
+    assert call("GET", f"{process.url}/v1/models")[0] == 401
+    assert call("GET", f"{process.agent}/agent/v1/status")[0] == 401
+    assert call("GET", f"{process.url}/health")[0] == 200
+
+
+def check_capacity(process: Process, published: dict[str, tuple[Path, str]]) -> None:
+    """One adapter too many is refused, and takes nobody's place."""
+    folder, digest = published["third"]
+    ask_agent(process, "PUT", "adapters/third--3", {"uri": f"file://{folder}", "digest": digest})
+    assert wait_until(lambda: adapter_state(process, "third--3").get("reason")) == "CapacityFull"
+    body = {"lora_name": "third--3", "lora_path": str(folder)}
+    status, document = call("POST", f"{process.url}/v1/load_lora_adapter", body, headers=HEADERS)
+    assert (status, document["error"]["type"]) == (400, "LoRACapacityError")
+    ask_agent(process, "DELETE", "adapters/third--3")
+
+
+def check_golden_rows(process: Process, right: str, file: Path) -> None:
+    # The base's own answer is right, the other row's is not; 12 tokens as in `ask`.
+    rows: list[dict[str, Any]] = [{"messages": [*QUESTION, {"role": "assistant", "content": right}]}]
+    rows += [{"prompt": tiny.question("hat", 1), "completion": "surely not this"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"id": "e1", "models": ["tiny"], "dataset": f"file://{file}", "maxTokens": 12}
+    found = evaluate(process, task)
+    assert (found["state"], found["message"]) == ("Done", "")
+    assert found["scores"] == {"tiny": {"score": 0.5, "rows": 2}}
+
+
+def test_a_wrong_model_is_told_in_one_line(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [*COMMAND, "--model", str(tmp_path), "--port", str(free_port()), "--agent-port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 66
+    assert ended.stderr.strip().splitlines()[-1].startswith("ModelNotFound: --model: file://")
+    assert "Traceback" not in ended.stderr

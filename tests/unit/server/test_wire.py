@@ -1,0 +1,84 @@
+"""What clients send: read as OpenAI says, and refused by name where this engine would ignore it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune_server import wire
+from finetune_server.errors import BadRequest
+
+MESSAGES = [{"role": "user", "content": "SECRET-PROMPT"}]
+
+
+def chat(**more: Any) -> wire.ChatRequest:
+    return wire.parse(json.dumps({"model": "m", "messages": MESSAGES, **more}).encode(), wire.ChatRequest)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"seed": 2**64}, "seed"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_errors_name_the_field_and_never_repeat_the_prompt(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+    assert param in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+    assert "[type=" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nul", b"\xff", b'"x"', b"[" * 100_000])
+def test_bodies_that_are_no_object_are_refused(body: bytes) -> None:
+    with pytest.raises(BadRequest, match="the body is not"):
+        wire.parse(body, wire.ChatRequest)
+
+
+def test_neutral_values_and_unknown_fields_are_accepted() -> None:
+    asked = chat(n=1, tools=[], response_format={"type": "text"}, logit_bias={}, user="u", metadata={"a": 1})
+    settings = asked.sampling(max_tokens=5, defaults={"temperature": 0.6, "top_k": 50}, logprobs=None)
+    assert (settings.temperature, settings.top_p, settings.top_k) == (0.6, 1.0, 50)
+    assert (
+        chat(temperature=0).sampling(max_tokens=5, defaults={"temperature": 0.6}, logprobs=None).temperature
+        == 0
+    )
+
+
+def test_contents_of_several_text_parts_are_one_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = chat(messages=[{"role": "user", "name": "x", "content": parts}])
+    assert asked.messages[0].render() == {"role": "user", "name": "x", "content": "a\nb"}
+    image = chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
+    with pytest.raises(BadRequest, match="'image_url' is not supported"):
+        image.messages[0].render()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])],
+)
+def test_completions_take_texts_and_tokens(prompt: Any, expected: list[Any]) -> None:
+    body = json.dumps({"model": "m", "prompt": prompt}).encode()
+    assert wire.parse(body, wire.CompletionRequest).prompts() == expected
