@@ -50,7 +50,7 @@ def test_a_part_that_is_killed_while_a_job_trains_costs_nothing(
     uid = kubectl.wait_job("survivor", is_training)["status"]["attempts"][0]["uid"]
     os.kill(pid_of(whole, part), signal.SIGKILL)
     time.sleep(1)
-    whole.up()
+    whole.up(parts.TRAINING)
     status = kubectl.finished("survivor")
     assert status["phase"] == "Succeeded", status["message"]
     assert status["progress"]["step"] == 600
@@ -66,7 +66,7 @@ def test_a_job_applied_while_the_operator_is_away_is_not_lost(
     kubectl.apply(finetunejob("patient", tiny_model, tiny_rows))
     time.sleep(1)
     assert "status" not in kubectl.job("patient")
-    whole.up()
+    whole.up(parts.TRAINING)
     assert kubectl.finished("patient")["phase"] == "Succeeded"
 
 
@@ -102,7 +102,7 @@ def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
 ) -> None:
     """The operator is away when the result is sent, and the trainer is killed before it comes back."""
     output = tmp_path / "artifact"
-    job = slow_job("unheard", tiny_model, tiny_rows, steps=1000)
+    job = slow_job("unheard", tiny_model, tiny_rows, steps=400)
     job["spec"]["output"] = {"uri": f"file://{output}"}
     operator = pid_of(whole, "operator")  # asked before: training must not be over when the operator dies
     kubectl.apply(job)
@@ -113,12 +113,12 @@ def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
         assert time.monotonic() < deadline, "no manifest was written"
         time.sleep(0.01)
     kill_trainer("unheard")
-    whole.up()
+    whole.up(parts.TRAINING)
     status = kubectl.finished("unheard")
     assert status["phase"] == "Succeeded", status["message"]
     assert status["attempts"][0]["inspection"] == "unheard-i1"
     assert status["artifact"]["uri"] == f"file://{output}"
-    assert (status["progress"]["step"], status["progress"]["percent"]) == (1000, 100)
+    assert (status["progress"]["step"], status["progress"]["percent"]) == (400, 100)
     manifest = json.loads((output / "manifest.json").read_text())
     assert status["metrics"]["evalLoss"] == pytest.approx(manifest["metrics"]["evalLoss"], rel=1e-3)
 
@@ -126,16 +126,15 @@ def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
 def test_kuberay_may_be_installed_later(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
     """A cluster without KubeRay: the job says what is missing, nothing crashes, and it goes on when KubeRay comes."""
     bare = Cluster(tmp_path / "bare", operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"})
-    parts = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok", "operator")
     try:
-        bare.up(parts)
+        bare.up((*parts.CONTROL_PLANE, "operator"))
         kubectl = Kubectl(bare.kubeconfig, "default")
         kubectl.apply(finetunejob("early", tiny_model, tiny_rows))
         job = kubectl.wait_job("early", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=30)
         assert job["status"]["phase"] == "Pending"
         assert "install it" in job["status"]["message"]
         operator = pid_of(bare, "operator")
-        bare.up()
+        bare.up(parts.TRAINING)
         status = kubectl.finished("early")
         assert status["phase"] == "Succeeded", status["message"]
         assert pid_of(bare, "operator") == operator, "the operator was restarted"
