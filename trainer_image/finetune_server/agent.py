@@ -8,39 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from finetune_server import bases, downloads
+from finetune_server import bases, downloads, wanted
 from finetune_server.engine_client import EngineClient, EngineError, Facts
+from finetune_server.wanted import Entry, Reason, State
 
 LOG = logging.getLogger("finetune_server.agent")
 POLL_SECONDS = 1.0
 PATIENCE = 2  # observations in a row that may fail before the engine counts as gone
 LISTED_SECONDS = 3.0  # an adapter that was loaded must be in the engine's list by then
-
-
-class State(StrEnum):
-    LOADING = "Loading"
-    LOADED = "Loaded"
-    FAILED = "Failed"
-
-
-class Reason(StrEnum):
-    """Why an adapter could not be loaded."""
-
-    DOWNLOAD_FAILED = "DownloadFailed"
-    DIGEST_MISMATCH = "DigestMismatch"
-    INCOMPATIBLE_BASE = "IncompatibleBase"
-    RANK_TOO_LARGE = "RankTooLarge"
-    CAPACITY_FULL = "CapacityFull"
-    LOAD_FAILED = "LoadFailed"
-    PROBE_FAILED = "ProbeFailed"  # the engine said that it is loaded, but it does not answer
 
 
 class Refused(Exception):  # noqa: N818  a decision, not a defect
@@ -53,22 +34,6 @@ class Refused(Exception):  # noqa: N818  a decision, not a defect
 
 class Conflict(Exception):  # noqa: N818  as the API reports it
     """The name belongs to another artifact."""
-
-
-@dataclass
-class Entry:
-    """A wanted adapter."""
-
-    name: str
-    uri: str
-    digest: str
-    state: State = State.LOADING
-    reason: Reason | None = None
-    message: str = ""
-
-    def document(self) -> dict[str, Any]:
-        found = {"name": self.name, "digest": self.digest, "uri": self.uri, "state": self.state}
-        return {**found, "reason": self.reason or "", "message": self.message}
 
 
 @dataclass(frozen=True)
@@ -88,7 +53,7 @@ class Agent:
     def __init__(self, client: EngineClient, settings: Settings) -> None:
         self.client = client
         self.settings = settings
-        self._entries: dict[str, Entry] = dict(self._remembered())
+        self._entries: dict[str, Entry] = wanted.read(settings.state_file)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[str] = set()  # names to be unloaded
         self._touched: set[str] = set()  # names that this agent asked the engine for
@@ -112,7 +77,7 @@ class Agent:
             return entry.state is State.LOADED
         self._entries[name] = Entry(name, uri, digest, message="waiting")
         self._leaving.discard(name)
-        self._remember()
+        wanted.write(self.settings.state_file, self._entries)
         self._wake.set()
         return False
 
@@ -125,7 +90,7 @@ class Agent:
         if entry is None and (self._facts is None or name not in self._facts.adapters):
             return False
         self._leaving.add(name)
-        self._remember()
+        wanted.write(self.settings.state_file, self._entries)
         self._wake.set()
         return True
 
@@ -205,8 +170,8 @@ class Agent:
                 continue
             LOG.info("adapter %s unloaded", name)
             self._leaving.discard(name)
-            wanted = {entry.digest for entry in self._entries.values()}
-            await asyncio.to_thread(downloads.clean, self.settings.cache, wanted=wanted)
+            digests = {entry.digest for entry in self._entries.values()}
+            await asyncio.to_thread(downloads.clean, self.settings.cache, wanted=digests)
 
     def _find_strays(self, facts: Facts) -> None:
         """Marks what the engine still loaded after we gave up on it, for example after a timeout."""
@@ -341,31 +306,6 @@ class Agent:
             return await call()
         except EngineError as error:
             raise Refused(_reason_of(error, otherwise), str(error)) from error
-
-    # The file of wanted adapters.
-
-    def _remembered(self) -> list[tuple[str, Entry]]:
-        file = self.settings.state_file
-        if file is None or not file.is_file():
-            return []
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))["adapters"]
-            return [(row["name"], Entry(row["name"], row["uri"], row["digest"])) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            LOG.warning("%s cannot be read (%s); beginning without it", file, error)
-            return []
-
-    def _remember(self) -> None:
-        file = self.settings.state_file
-        if file is None:
-            return
-        rows = [
-            {"name": entry.name, "uri": entry.uri, "digest": entry.digest} for entry in self._entries.values()
-        ]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({"adapters": rows}), encoding="utf-8")
-        part.replace(file)
 
 
 def _reason_of(error: EngineError, otherwise: Reason) -> Reason:

@@ -287,7 +287,7 @@ class Engine:
             wanted = settings.logprobs
             logprob = None if wanted is None else sampling.describe(logits, token, wanted)
             piece = sequence.add(token, logprob, max_length=self.base.max_length)
-            self._observe_token(sequence)
+            self.telemetry.observe_token(sequence)
             if piece.finish is None:
                 sequence.sink(piece)
             else:
@@ -300,7 +300,7 @@ class Engine:
         if key is not None:
             self._runner.bank.remove(key)
         sequence.finish = piece.finish
-        self._observe_end(sequence, str(piece.finish))
+        self.telemetry.observe_end(sequence, str(piece.finish))
         sequence.sink(piece)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -339,26 +339,8 @@ class Engine:
             self._finish(sequence, Piece("", finish=Finish.ABORT))
         self._observe()
 
-    # Measurements.
-
     def _observe(self) -> None:
         self.telemetry.running.set(len(self._batch))
         self.telemetry.waiting.set(len(self._waiting))
         used = sum(sequence.computed for sequence in self._batch)
         self.telemetry.cache_usage.set(used / self.limits.cache_tokens)
-
-    def _observe_token(self, sequence: Sequence) -> None:
-        now = time.monotonic()
-        if sequence.first_token is None:
-            sequence.first_token = now
-            self.telemetry.time_to_first_token.observe(now - sequence.arrived)
-        elif sequence.last_token is not None:
-            self.telemetry.time_per_output_token.observe(now - sequence.last_token)
-        sequence.last_token = now
-        self.telemetry.generation_tokens.inc()
-
-    def _observe_end(self, sequence: Sequence, reason: str) -> None:
-        self.telemetry.latency.observe(time.monotonic() - sequence.arrived)
-        self.telemetry.request_prompt_tokens.observe(len(sequence.prompt))
-        self.telemetry.request_generation_tokens.observe(len(sequence.output))
-        self.telemetry.count_success(reason)

@@ -49,7 +49,6 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose keys and values are stored
     started: float | None = None
-    first_token: float | None = None
     last_token: float | None = None
     finish: Finish | None = None
     cancelled: bool = False

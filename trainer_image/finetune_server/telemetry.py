@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from finetune_server.sequences import Sequence
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -52,7 +54,21 @@ class Telemetry:
             registry=self.registry,
         )
 
-    def count_success(self, reason: str) -> None:
+    def observe_token(self, sequence: Sequence) -> None:
+        """Counts a token of an answer, now."""
+        now = time.monotonic()
+        if sequence.last_token is None:
+            self.time_to_first_token.observe(now - sequence.arrived)
+        else:
+            self.time_per_output_token.observe(now - sequence.last_token)
+        sequence.last_token = now
+        self.generation_tokens.inc()
+
+    def observe_end(self, sequence: Sequence, reason: str) -> None:
+        """Counts an answer that ended now."""
+        self.latency.observe(time.monotonic() - sequence.arrived)
+        self.request_prompt_tokens.observe(len(sequence.prompt))
+        self.request_generation_tokens.observe(len(sequence.output))
         self._success.labels(**self._labels, finished_reason=reason).inc()
 
     def watch_adapters(

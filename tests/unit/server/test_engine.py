@@ -16,6 +16,7 @@ from finetune_server.engine import Dead, Engine, Limits, QueueFull
 from finetune_server.sampling import Sampling
 from finetune_server.sequences import Finish, Piece, Sequence
 from finetune_server.telemetry import Telemetry
+from tests.adapters import write_adapter
 
 BASE = "tiny"
 
@@ -224,23 +225,21 @@ def test_unloading_lets_a_running_answer_end_with_its_adapter(
 def test_values_that_are_not_finite_end_one_answer_and_harm_no_other(
     make_client: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
-    from tests.adapters import write_adapter
-
+    # A long prompt leaves its values in more columns than a short neighbour's own, and a long neighbour makes the
+    # attention read them: hidden, but 0 x NaN is NaN.
     client = make_client()
-    expected = client.answer([client.sequence("cup", max_tokens=30)])[0]
+    texts = ["What colour is cup 3? " * 3, "cup", "hat"]
+    expected = client.answer([client.sequence(text, max_tokens=30) for text in texts])
     client.engine.load(
         "huge", write_adapter(tiny_model, tmp_path / "huge", seed=9, lora_alpha=1e38), pinned=True
     )
-    good = [client.sequence("cup", max_tokens=30) for _ in range(3)]
-    bad = client.sequence("cup", model="huge")
+    good = [client.sequence(text, max_tokens=30) for text in texts]
+    bad = client.sequence("What colour is cup 3? " * 3, model="huge")
     client.engine.submit([good[0], bad, *good[1:]])
 
     assert client.wait([bad]) == [Finish.ERROR]
     client.wait(good)
-    assert [one.output for one in good] == [expected] * 3
-    assert (
-        client.answer([client.sequence("cup", max_tokens=30)])[0] == expected
-    )  # the bad one's place, used again
+    assert [one.output for one in good] == expected
 
 
 def test_a_stopped_engine_says_so(make_client: Any) -> None:

@@ -1,0 +1,69 @@
+"""The adapters that an agent is to keep loaded: what is known of each, and the file that outlives the process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+LOG = logging.getLogger("finetune_server.agent")
+
+
+class State(StrEnum):
+    LOADING = "Loading"
+    LOADED = "Loaded"
+    FAILED = "Failed"
+
+
+class Reason(StrEnum):
+    """Why an adapter could not be loaded."""
+
+    DOWNLOAD_FAILED = "DownloadFailed"
+    DIGEST_MISMATCH = "DigestMismatch"
+    INCOMPATIBLE_BASE = "IncompatibleBase"
+    RANK_TOO_LARGE = "RankTooLarge"
+    CAPACITY_FULL = "CapacityFull"
+    LOAD_FAILED = "LoadFailed"
+    PROBE_FAILED = "ProbeFailed"  # the engine said that it is loaded, but it does not answer
+
+
+@dataclass
+class Entry:
+    """A wanted adapter."""
+
+    name: str
+    uri: str
+    digest: str
+    state: State = State.LOADING
+    reason: Reason | None = None
+    message: str = ""
+
+    def document(self) -> dict[str, Any]:
+        found = {"name": self.name, "digest": self.digest, "uri": self.uri, "state": self.state}
+        return {**found, "reason": self.reason or "", "message": self.message}
+
+
+def read(file: Path | None) -> dict[str, Entry]:
+    """Returns the remembered adapters by name, all still to be loaded; none without a file or with a broken one."""
+    if file is None or not file.is_file():
+        return {}
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["adapters"]
+        return {row["name"]: Entry(row["name"], row["uri"], row["digest"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        LOG.warning("%s cannot be read (%s); beginning without it", file, error)
+        return {}
+
+
+def write(file: Path | None, entries: dict[str, Entry]) -> None:
+    """Writes the file so that a reader sees the old or the new one; does nothing without a file."""
+    if file is None:
+        return
+    rows = [{"name": entry.name, "uri": entry.uri, "digest": entry.digest} for entry in entries.values()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps({"adapters": rows}), encoding="utf-8")
+    part.replace(file)
