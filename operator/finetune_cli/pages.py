@@ -40,7 +40,13 @@ def event_lines(events: Sequence[Mapping[str, Any]], now: datetime) -> list[str]
 
 
 def last_events(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(events, key=last_seen)[-SHOWN:]
+    """The newest ones, the very newest at the end; their times are whole seconds, so equal ones go by version."""
+
+    def order(event: Mapping[str, Any]) -> tuple[str, int]:
+        version = event["metadata"].get("resourceVersion", "")
+        return last_seen(event), int(version) if version.isdecimal() else 0
+
+    return sorted(events, key=order)[-SHOWN:]
 
 
 def last_seen(event: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ AGAIN = "deploy another adapter (change spec.adapter), or try this one again: fi
 DONE, UNDERWAY, TO_COME = "✔", "▶", "·"
 # Why a rollout waits -> what somebody does about it.
 PAUSES = {
-    "CanaryPauseStep": "A pause of the steps. Go on before its time: finetune rollout promote {where}",
+    "CanaryPauseStep": "A pause of the steps. Go on at once: finetune rollout promote {where}",
     "UserPause": "Somebody said pause (or spec.paused is true). Go on: finetune rollout resume {where}",
     "InconclusiveAnalysis": "The evidence allows no verdict. Look at the checks: wait for more and say resume, "
     "go on all the same: finetune rollout promote {where}, or stop: finetune rollout abort {where}",

@@ -129,4 +129,6 @@ def _events(rollout: Rollout, now: datetime) -> list[Text]:
     return [Text(line, "dim") for line in pages.event_lines(rollout.get("events") or (), now)]
 
 
-VIEW = screens.View(lines=rollout_views.progress_lines, picture=render_live)
+VIEW = screens.View(
+    lines=rollout_views.progress_lines, picture=render_live, moving_lines=rollout_views.moving_lines
+)

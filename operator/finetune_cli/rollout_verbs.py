@@ -95,7 +95,7 @@ def _perform(
             )
     taken = texts.status_of(rollout)["lastAction"]
     if taken.get("refused"):
-        shared.fail(f"{name}: {verb} is not possible now: {taken.get('message', 'no reason')}", REFUSED)
+        shared.fail(f"{name}: {taken.get('message') or f'{verb} is not possible now'}", REFUSED)
     typer.echo(f"{name}: {taken.get('message') or f'{verb}: done'}")
     typer.echo(rollout_views.state_line(rollout))
 

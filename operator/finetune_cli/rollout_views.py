@@ -24,8 +24,9 @@ def exit_code(rollout: Rollout) -> int | None:
         return None  # the status is about an older spec
     if status.get("phase") == "Healthy":
         return 0
-    # Degraded alone may also mean that an engine lacks an adapter for a while, and that heals.
-    return 1 if status.get("phase") == "Degraded" and status.get("stage") == "Failed" else None
+    # Degraded without an abort means that an engine lacks an adapter for a while, and that heals.
+    rolled_back = status.get("phase") == "Degraded" and status.get("abort")
+    return 1 if rolled_back and status.get("stage") != "Aborting" else None
 
 
 def alias_of(rollout: Rollout) -> str:
@@ -158,7 +159,8 @@ def _estimate(check: Mapping[str, Any]) -> str:
     if estimate is None:
         return ""
     if check["kind"] == "Guardrail":
-        return f"{number(estimate, digits=3)} times as often"
+        seen = any((check.get("failures") or {}).values())
+        return f"{number(estimate, digits=3)} times as often" if seen else ""
     if check["kind"] != "Objective":
         return number(estimate, digits=3)
     interval = check.get("interval") or {}
@@ -178,7 +180,11 @@ def _evidence(check: Mapping[str, Any]) -> str:
     value = check.get("eValue") if check.get("eValue") is not None else check.get("estimate")
     if threshold is None or value is None or check["kind"] == "Objective":
         return ""
-    return f"{number(value, digits=3)} of {number(threshold, digits=3)}"
+    return f"{_round(value)} of {_round(threshold)}"
+
+
+def _round(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else number(value, digits=3)
 
 
 def state_line(rollout: Rollout) -> str:
@@ -189,14 +195,13 @@ def state_line(rollout: Rollout) -> str:
 
 
 def progress_lines(rollout: Rollout, now: datetime) -> list[str]:
-    """For a log: where the rollout is, why it waits, how the checks stand, what happened. Numbers that move all the
-    time are left out, so that a line is printed only when something is new."""
+    """For a log: where the rollout is, why it waits, how the checks stand, what happened; nothing that moves all the
+    time."""
     del now
     status = status_of(rollout)
     lines = [state_line(rollout)]
     if exit_code(rollout) is not None:
         return lines
-    lines.append(status.get("message") or "waits for the operator")
     for pause in status.get("pauseConditions") or ():
         lines.append(f"paused {pause['reason']}: {pause['message']}")
     for check in status.get("analysis") or ():
@@ -205,6 +210,13 @@ def progress_lines(rollout: Rollout, now: datetime) -> list[str]:
     for event in rollout.get("events") or ():
         lines.append(f"event {event['type']} {event['reason']}: {event.get('message', '')}")
     return list(dict.fromkeys(lines))
+
+
+def moving_lines(rollout: Rollout, now: datetime) -> list[str]:
+    """The operator's sentence, which counts on while a step lasts."""
+    del now
+    over = exit_code(rollout) is not None
+    return [] if over else [status_of(rollout).get("message") or "waits for the operator"]
 
 
 def final_lines(rollout: Rollout) -> list[str]:

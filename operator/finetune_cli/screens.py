@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 REFRESHES = 4  # a second
+CALM_SECONDS = 30.0  # between two lines of a log that differ in their numbers only
 PIPE_WIDTH = 2000  # characters; a name and a URI of the greatest length fit
 
 Object = Mapping[str, Any]
@@ -20,11 +23,14 @@ Object = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class View:
-    """How an object is shown at a moment: as lines for a log, and as a picture to redraw (with what is wrong with the
-    connection)."""
+    """How an object is shown at a moment."""
 
     lines: Callable[[Object, datetime], Sequence[str]]
+    """For a log."""
     picture: Callable[[Object, datetime, str | None], RenderableType]
+    """To redraw, with what is wrong with the connection."""
+    moving_lines: Callable[[Object, datetime], Sequence[str]] = lambda one, now: ()
+    """For a log as well, but now and then is enough while only their numbers change."""
 
 
 class Screen(Protocol):
@@ -54,9 +60,12 @@ class PlainScreen:
         self._stream = stream
         self._view = view
         self._last: set[str] = set()
+        self._moving: dict[str, float] = {}  # words without numbers -> when they were printed
 
     def show(self, one: Object) -> None:
-        self._print(self._view.lines(one, datetime.now(UTC)))
+        now = datetime.now(UTC)
+        self._print(self._view.lines(one, now))
+        self._print_moving(self._view.moving_lines(one, now))
 
     def trouble(self, text: str | None) -> None:
         self._print([text or "the API server answers again"])
@@ -65,9 +74,22 @@ class PlainScreen:
         """Those that were not in the last showing."""
         for line in lines:
             if line not in self._last:
-                clock = f"{datetime.now():%H:%M:%S}"  # noqa: DTZ005 - for people
-                print(f"{clock}  {line}", file=self._stream, flush=True)
+                self._write(line)
         self._last = set(lines)
+
+    def _print_moving(self, lines: Sequence[str]) -> None:
+        """Those whose words are new, or were printed a while ago."""
+        printed, self._moving = self._moving, {}
+        for line in lines:
+            words = re.sub(r"\d+", "0", line)
+            self._moving[words] = printed.get(words, -CALM_SECONDS)
+            if time.monotonic() - self._moving[words] >= CALM_SECONDS:
+                self._moving[words] = time.monotonic()
+                self._write(line)
+
+    def _write(self, line: str) -> None:
+        clock = f"{datetime.now():%H:%M:%S}"  # noqa: DTZ005 - for people
+        print(f"{clock}  {line}", file=self._stream, flush=True)
 
     def __enter__(self) -> Self:
         return self

@@ -145,7 +145,7 @@ def aborted(reason: str = "GuardrailBreached") -> dict[str, Any]:
     )
 
 
-EVENTS = [
+EVENTS: list[dict[str, Any]] = [
     {
         "metadata": {"creationTimestamp": f"2026-01-01T12:0{minute}:00Z"},
         "type": "Normal",

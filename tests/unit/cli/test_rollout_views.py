@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finetune_cli import rollout_pages, rollout_screens, rollout_views, screens
+from finetune_cli import pages, rollout_pages, rollout_screens, rollout_views, screens
 from finetune_operator.api.adapterdeployment_status import (
     AbortReason,
     AdapterDeploymentStatus,
@@ -37,6 +37,14 @@ def test_a_status_about_an_older_spec_ends_nothing() -> None:
     for one in (promoted(), aborted()):
         one["metadata"]["generation"] += 1
         assert rollout_views.exit_code(one) is None
+
+
+def test_a_return_by_hand_is_an_end_and_an_abort_under_way_is_none() -> None:
+    one = aborted("UserAbort")
+    one["status"]["stage"] = "Finalising"
+    assert rollout_views.exit_code(one) == 1
+    one["status"]["stage"] = "Aborting"
+    assert rollout_views.exit_code(one) is None
 
 
 def test_an_engine_that_lacks_an_adapter_for_a_while_is_no_end() -> None:
@@ -102,8 +110,8 @@ def test_lines_of_a_log_say_each_thing_once() -> None:
     stream = io.StringIO()
     with screens.open_screen(stream, rollout_screens.VIEW) as screen:
         screen.show(canary())
-        for e_value in (1.4, 1.9, 2.5):
-            moved = canary()
+        for e_value, answers in ((1.4, 10), (1.9, 20), (2.5, 30)):
+            moved = canary(message=f"5% of the users get 9f8e7d6c for {answers}m")
             moved["status"]["analysis"] = [{**moved["status"]["analysis"][0], "eValue": e_value}]
             screen.show(moved)
         screen.show({**paused("AwaitingApproval", "approve it"), "events": EVENTS[:1]})
@@ -111,20 +119,49 @@ def test_lines_of_a_log_say_each_thing_once() -> None:
     lines = [line[10:] for line in stream.getvalue().splitlines()]
     assert lines == [
         "Progressing  Canary  2/4 pause  stable 1a2b3c4d 95%  candidate 9f8e7d6c 5%",
-        "5% of the users get 9f8e7d6c for 5m",
         "check errors: Successful",
         "check thumbs-up: Inconclusive",
         "check p95: Error, http://prometheus:9090 does not answer",
         "check drift: Successful",
+        "5% of the users get 9f8e7d6c for 5m",
         "Paused  Canary  2/4 pause  stable 1a2b3c4d 95%  candidate 9f8e7d6c 5%",
-        "approve it",
         "paused AwaitingApproval: approve it",
         "check thumbs-up: Inconclusive",
         "check p95: Error, http://prometheus:9090 does not answer",
         "check drift: Successful",
         "event Normal Reason1: text",
+        "approve it",
         "Healthy  Succeeded  stable 9f8e7d6c 100%",
     ]
+
+
+def test_a_line_whose_numbers_move_is_printed_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 0.0, 10.0, 31.0, 31.0))
+    monkeypatch.setattr("finetune_cli.screens.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with screens.PlainScreen(stream, rollout_screens.VIEW) as screen:
+        for answers in (1, 2, 3):
+            screen.show(rollout(phase="Progressing", message=f"{answers} answers"))
+    assert [line[10:] for line in stream.getvalue().splitlines()] == ["Progressing", "1 answers", "3 answers"]
+
+
+def test_events_of_one_second_keep_their_order() -> None:
+    events = [
+        {**EVENTS[0], "reason": word, "metadata": {**EVENTS[0]["metadata"], "resourceVersion": version}}
+        for word, version in (("third", "1010"), ("first", "98"), ("second", "1009"))
+    ]
+    lines = pages.event_lines(events, NOW)
+    assert [line.split()[3] for line in lines] == ["first:", "second:", "third:"]
+
+
+def test_a_guardrail_without_an_event_has_no_estimate_yet() -> None:
+    quiet = {
+        **canary()["status"]["analysis"][0],
+        "failures": {"stable": 0, "candidate": 0},
+        "threshold": 1000,
+    }
+    (row,) = rollout_views.check_rows(canary(analysis=[quiet]))
+    assert row[5:] == ["", "1.38 of 1,000"]
 
 
 def test_weights_that_a_router_has_not_confirmed() -> None:
