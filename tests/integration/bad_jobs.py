@@ -6,7 +6,10 @@ Every message names the field and the remedy.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
+
+from tests.patches import merged
 
 GOOD: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
@@ -17,6 +20,12 @@ GOOD: dict[str, Any] = {
         "dataset": {"sources": [{"uri": "pvc://files/train.jsonl"}]},
     },
 }
+
+
+def good(**spec: Any) -> dict[str, Any]:
+    """GOOD with the merge patch `spec`."""
+    result: dict[str, Any] = merged(GOOD, {"spec": spec})
+    return copy.deepcopy(result)
 
 
 class BadJob(NamedTuple):

@@ -1,0 +1,41 @@
+"""An API server without the operator: here the tests are the ones who write statuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client, config
+
+from finetune_local.cluster import Cluster
+from finetune_operator.api import finetunejob
+from finetune_operator.api.base import GROUP, VERSION
+
+
+@pytest.fixture(scope="package")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    running = Cluster(tmp_path_factory.mktemp("api-server"), files=Path(__file__).parent)
+    try:
+        running.up(("etcd", "kube-apiserver"))
+        yield running
+    finally:
+        running.down()
+
+
+@pytest.fixture(scope="package")
+def api(cluster: Cluster) -> client.CustomObjectsApi:
+    return client.CustomObjectsApi(config.new_client_from_config(str(cluster.kubeconfig)))
+
+
+@pytest.fixture
+def create(api: client.CustomObjectsApi, namespace: str) -> Any:
+    def create_job(job: dict[str, Any], *, dry_run: bool = True) -> dict[str, Any]:
+        options: dict[str, Any] = {"dry_run": "All"} if dry_run else {}
+        created: dict[str, Any] = api.create_namespaced_custom_object(
+            GROUP, VERSION, namespace, finetunejob.PLURAL, job, field_validation="Strict", **options
+        )
+        return created
+
+    return create_job
