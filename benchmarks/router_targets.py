@@ -147,7 +147,7 @@ def _wait_ready(admin: int) -> None:
     while True:
         with (
             contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://127.0.0.1:{admin}/readyz", timeout=5) as response,  # noqa: S310
+            urllib.request.urlopen(f"http://127.0.0.1:{admin}/readyz", timeout=5) as response,
         ):
             if response.status == 200:
                 return

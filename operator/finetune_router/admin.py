@@ -110,7 +110,7 @@ class AdminPort:
             in_flight=sum(life.in_flight for life in lives),
             restarts=self._workers.restarts,
             version=self._workers.version(),
-            unread=sum(life.dropped for life in lives),
+            unread=sum(life.unread for life in lives),
         )
         registry = CollectorRegistry(auto_describe=False)
         registry.register(RouterCollector(self._board, gauges))

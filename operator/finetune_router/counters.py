@@ -8,9 +8,10 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from finetune_operator.api.routes import Arm, ArmCounters, KeySample, Moments
+from finetune_operator.api.routes import Arm
 
 SAMPLE_LIMIT = 1024
 LENGTH_BINS = 16
@@ -23,6 +24,9 @@ TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16
 TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
+REPORT_PART = 50  # of each kind in one message; about a millisecond of work
+
+Wire = dict[str, object]
 StateKey = tuple[str, Arm, str]
 MetricsKey = tuple[str, str, str]
 
@@ -42,8 +46,8 @@ class RunningMoments:
         self.sum += value
         self.sum_squares += value * value
 
-    def wire(self) -> Moments:
-        return Moments(n=self.n, sum=self.sum, sum_squares=self.sum_squares)
+    def wire(self) -> Wire:
+        return {"n": self.n, "sum": self.sum, "sumSquares": self.sum_squares}
 
 
 class ArmState:
@@ -73,19 +77,20 @@ class ArmState:
         self.tokens.add(count)
         self.lengths[min(count.bit_length(), LENGTH_BINS - 1)] += 1
 
-    def wire(self) -> ArmCounters:
-        return ArmCounters(
-            alias=self.alias,
-            arm=self.arm,
-            revision=self.revision,
-            requests=self.requests,
-            events=dict(self.events),
-            seconds=self.seconds.wire(),
-            ttft_seconds=self.ttft.wire(),
-            completion_tokens=self.tokens.wire(),
-            length_histogram=tuple(self.lengths),
-            fallbacks=self.fallbacks,
-        )
+    def wire(self) -> Wire:
+        """An ArmCounters as JSON has it. Made by hand: thousands of them may have changed within a second."""
+        return {
+            "alias": self.alias,
+            "arm": self.arm.value,
+            "revision": self.revision,
+            "requests": self.requests,
+            "events": self.events,
+            "seconds": self.seconds.wire(),
+            "ttftSeconds": self.ttft.wire(),
+            "completionTokens": self.tokens.wire(),
+            "lengthHistogram": self.lengths,
+            "fallbacks": self.fallbacks,
+        }
 
 
 class Histogram:
@@ -128,7 +133,7 @@ class ArmMetrics:
         name = str(code)
         self.codes[name] = self.codes.get(name, 0) + 1
 
-    def wire(self) -> dict[str, object]:
+    def wire(self) -> Wire:
         return {
             "key": self.key,
             "codes": self.codes,
@@ -173,24 +178,25 @@ class Sample:
         self._arms[value] = bit
         return True
 
-    def wire(self) -> KeySample:
-        return KeySample(
-            alias=self.alias,
-            comparison=self.comparison,
-            limit=self._limit,
-            stable=tuple(sorted(value for value, arms in self._arms.items() if arms & STABLE_BIT)),
-            candidate=tuple(sorted(value for value, arms in self._arms.items() if arms & CANDIDATE_BIT)),
-        )
+    def wire(self) -> Wire:
+        """A KeySample as JSON has it."""
+        return {
+            "alias": self.alias,
+            "comparison": self.comparison,
+            "limit": self._limit,
+            "stable": sorted(value for value, arms in self._arms.items() if arms & STABLE_BIT),
+            "candidate": sorted(value for value, arms in self._arms.items() if arms & CANDIDATE_BIT),
+        }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What changed since the last report."""
+    """A part of what changed since the last report."""
 
-    arms: tuple[ArmCounters, ...]
-    samples: tuple[KeySample, ...]
-    metrics: tuple[dict[str, object], ...]
-    forgotten: tuple[MetricsKey, ...]
+    arms: list[Wire]
+    samples: list[Wire]
+    metrics: list[Wire]
+    forgotten: list[MetricsKey]
 
 
 @dataclass
@@ -225,19 +231,22 @@ class Book:
             self.changed_samples.add(known)
         return known
 
-    def take_report(self) -> Report:
-        self.changed_samples &= set(self._samples.values())
-        report = Report(
-            arms=tuple(state.wire() for state in self.changed_states),
-            samples=tuple(sample.wire() for sample in self.changed_samples),
-            metrics=tuple(metrics.wire() for metrics in self.changed_metrics),
-            forgotten=tuple(self._forgotten),
-        )
+    def take_reports(self) -> Iterator[Report]:
+        """All that changed, in parts, between which the event loop may have its turn; at least one part."""
+        states, metrics = list(self.changed_states), list(self.changed_metrics)
+        samples = [sample for sample in self.changed_samples if self._samples.get(sample.alias) is sample]
+        forgotten, self._forgotten = self._forgotten, []
         self.changed_states.clear()
         self.changed_metrics.clear()
         self.changed_samples.clear()
-        self._forgotten.clear()
-        return report
+        for start in range(0, max(1, len(states), len(metrics), len(samples)), REPORT_PART):
+            part = slice(start, start + REPORT_PART)
+            yield Report(
+                arms=[state.wire() for state in states[part]],
+                samples=[sample.wire() for sample in samples[part]],
+                metrics=[one.wire() for one in metrics[part]],
+                forgotten=forgotten if start == 0 else [],
+            )
 
     def forget_gone(self, live: set[tuple[str, str]], now: float | None = None) -> None:
         """Drop series that belong to no live (alias, revision) for an hour, so that years of revisions do not add up.

@@ -19,6 +19,8 @@ class ApiError(Exception):
     param: str | None = None
     retry_after: int | None = None
     """Seconds; becomes Retry-After."""
+    request_id: str = ""
+    """The id that the engines saw; "" when the request went to none."""
 
     def body(self) -> bytes:
         return json.dumps(

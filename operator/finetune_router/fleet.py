@@ -24,7 +24,7 @@ from finetune_router.ledger import Epoch, Ledger
 
 logger = logging.getLogger(__name__)
 
-HANG_SECONDS = 10.0  # without a report, which comes four times a second: the worker is stuck and is replaced
+HANG_SECONDS = 10.0  # without a report, which comes twice a second: the worker is stuck and is replaced
 START_SECONDS = 60.0  # until it serves, on a machine that is busy otherwise
 RESTART_SECONDS = 0.2  # doubled with each early death
 _LONGEST_RESTART = 10.0
@@ -47,7 +47,7 @@ class Life:
     version: int = -1
     in_flight: int = 0
     mirrors: int = 0
-    dropped: int = 0
+    unread: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
     reported: int = 0
 
@@ -207,7 +207,8 @@ class Fleet:
                 life.epoch.update(message)
                 self._board.update(life.epoch.name, message)
                 life.in_flight, life.mirrors = message["in_flight"], message["mirrors"]
-                life.dropped = message["dropped"]
+                life.unread = message["unread"]
+            case "reported":
                 if message["number"] is not None:
                     life.reported = message["number"]
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 from finetune_router import outputs
 from finetune_router.tables import Leg
 from finetune_router.upstreams import (
+    HIGH_WATER,
     ConnectFailedError,
     Connection,
     ResetError,
@@ -23,10 +24,11 @@ from finetune_router.upstreams import (
 
 MOST_ENGINES = 3  # tried for one revision
 DOWN_SECONDS = 2.0  # an engine that refused a connection is left out for so long, where there are others
-BUFFERED_ANSWER = (
-    1024 * 1024
-)  # bytes; an answer up to this size is complete before the user gets its first byte
+# Bytes; an answer up to this size is complete before the user gets its first byte. Not above the mark where a
+# connection stops reading: it would wait for ever.
+BUFFERED_ANSWER = HIGH_WATER
 _EVENT_STREAM = b"text/event-stream"
+_JSON = b"application/json"
 
 
 class Failure(StrEnum):
@@ -77,6 +79,7 @@ class Reply:
     body: bytes | None = None
     first: bytes = b""
     is_events: bool = False
+    is_json: bool = False
     encoding: str = ""
     length: int | None = None
     open: bool = True
@@ -203,6 +206,7 @@ def _read_framing(reply: Reply) -> None:
     for name, value in reply.headers:
         if name == b"content-type":
             reply.is_events = value[: len(_EVENT_STREAM)].lower() == _EVENT_STREAM
+            reply.is_json = value[: len(_JSON)].lower() == _JSON
         elif name == b"content-encoding":
             reply.encoding = value.decode("latin-1").strip().lower()
         elif name == b"content-length" and value.isdigit():

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_operator.api.routes import ArmCounters, EpochCounters, KeySample, RouterCounters
+from finetune_operator.api.routes import EpochCounters, RouterCounters
 from finetune_router import storage
 
 logger = logging.getLogger(__name__)
@@ -25,21 +25,20 @@ class Epoch:
     """Counts of one life of a worker."""
 
     name: str
-    arms: dict[tuple[str, str, str], ArmCounters] = field(default_factory=dict)
-    samples: dict[str, KeySample] = field(default_factory=dict)
+    arms: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    """Kept as they came; they are made models of when somebody asks."""
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def update(self, message: dict[str, Any]) -> None:
         """Take in a worker's report: whole values of what changed."""
-        for document in message["arms"]:
-            arm = ArmCounters.model_validate(document)
-            self.arms[arm.alias, arm.arm, arm.revision] = arm
-        for document in message["samples"]:
-            sample = KeySample.model_validate(document)
-            self.samples[sample.alias] = sample
+        for arm in message["arms"]:
+            self.arms[arm["alias"], arm["arm"], arm["revision"]] = arm
+        for sample in message["samples"]:
+            self.samples[sample["alias"]] = sample
 
     def wire(self) -> EpochCounters:
-        return EpochCounters(
-            epoch=self.name, arms=tuple(self.arms.values()), samples=tuple(self.samples.values())
+        return EpochCounters.model_validate(
+            {"epoch": self.name, "arms": list(self.arms.values()), "samples": list(self.samples.values())}
         )
 
 

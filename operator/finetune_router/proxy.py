@@ -115,6 +115,7 @@ class Proxy:
         seen.first_byte_at = reply.connection.first_body_at
         seen.is_stream = reply.is_events
         seen.encoding = reply.encoding
+        seen.is_readable = reply.is_events or reply.is_json
         if reply.status < 400:
             self.recorder.keep(seen, reply.first if reply.body is None else reply.body)
 
@@ -159,7 +160,9 @@ class Flight:
         reply = attempt.reply
         if reply is None or attempt.failure is Failure.MISSING:
             attempt.discard()
-            raise no_answer(self._arrival.route, attempt.failure)
+            error = no_answer(self._arrival.route, attempt.failure)
+            error.request_id = ticket
+            raise error
         try:
             if reply.body is not None:
                 return self._whole(reply, own, attempt)

@@ -53,9 +53,9 @@ class Observation:
     """What the data path notes about one request to one arm."""
 
     __slots__ = (
-        "answered_at", "body", "bytes_kept", "code", "counted", "encoding", "end", "events", "first_byte_at",
-        "is_stream", "metrics", "output", "overhead", "pending", "queued", "reader", "response_format", "route",
-        "sample_bit", "sample_hash", "started_at", "state",
+        "answered_at", "bytes_kept", "code", "counted", "encoding", "end", "first_byte_at", "is_readable", "is_stream",
+        "metrics", "output", "overhead", "pending", "queued", "reader", "response_format", "route", "sample_bit",
+        "sample_hash", "started_at", "state",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,8 @@ class Observation:
         self.code = 0
         self.end = End.ANSWERED
         self.is_stream = False
+        self.is_readable = True
+        """False for an answer that is no JSON, or of which a part was not kept."""
         self.encoding = ""
         self.sample_hash: int | None = None
         self.sample_bit = 0
@@ -96,20 +98,26 @@ class Recorder:
         self._queue: deque[Observation] = deque()
         self._pending_bytes = 0
         self._wake = asyncio.Event()
-        self.dropped = 0
+        self.unread = 0
         """Answers that were counted without a look at their output."""
 
     def keep(self, seen: Observation, data: bytes) -> None:
         """Keep a piece of the answer for later."""
-        if seen.bytes_kept + len(data) > ANSWER_LIMIT and not seen.is_stream:
+        if not seen.is_readable:
             return
-        if self._pending_bytes + len(data) > PENDING_LIMIT:
-            self.dropped += 1
+        size = len(data)
+        in_pieces = seen.is_stream and not seen.encoding
+        if self._pending_bytes + size > PENDING_LIMIT or (
+            not in_pieces and seen.bytes_kept + size > ANSWER_LIMIT
+        ):
+            self.unread += 1
+            seen.is_readable = False
+            self._drop(seen)
             return
         seen.pending.append(data)
-        seen.bytes_kept += len(data)
-        self._pending_bytes += len(data)
-        if seen.is_stream and seen.bytes_kept > PIECE and not seen.encoding:
+        seen.bytes_kept += size
+        self._pending_bytes += size
+        if in_pieces and seen.bytes_kept > PIECE:
             self._enqueue(seen)
 
     def finish(self, seen: Observation, end: End, code: int) -> None:
@@ -118,12 +126,6 @@ class Recorder:
         seen.code = code
         seen.answered_at = time.perf_counter()
         self._enqueue(seen)
-
-    def drop_output(self, seen: Observation) -> None:
-        """Forget the bytes of an answer that is not looked at."""
-        self._pending_bytes -= seen.bytes_kept
-        seen.pending = []
-        seen.bytes_kept = 0
 
     async def run(self) -> None:
         """Work off the queue for ever."""
@@ -154,11 +156,19 @@ class Recorder:
         if seen.code:
             self._count(seen)
 
+    def _drop(self, seen: Observation) -> None:
+        self._pending_bytes -= seen.bytes_kept
+        seen.pending = []
+        seen.bytes_kept = 0
+
     def _read(self, seen: Observation) -> None:
+        if not seen.is_readable:
+            seen.output = None
+            return
         if not seen.pending:
             return
         data = seen.pending[0] if len(seen.pending) == 1 else b"".join(seen.pending)
-        self.drop_output(seen)
+        self._drop(seen)
         if seen.end is End.CLIENT or seen.end is End.GONE:
             return
         if seen.encoding:

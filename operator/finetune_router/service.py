@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from finetune_router.counters import Book
 from finetune_router.credentials import ApiKeys
 from finetune_router.errors import ApiError
 from finetune_router.feedback import FeedbackDesk
-from finetune_router.proxy import SERVER, Arrival, Proxy
+from finetune_router.proxy import REQUEST_ID_HEADER, SERVER, Arrival, Proxy
 from finetune_router.scanner import BrokenBodyError
 from finetune_router.tables import Table
 
@@ -37,6 +38,7 @@ MODEL_PATHS = frozenset(
 )  # fmt: skip
 _FEEDBACK_LIMIT = 64 * 1024  # bytes
 _JSON = "application/json"
+LOG_LINES = 10.0  # about failed requests, in a second
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Service:
         further = (path.strip() for path in self.config.extra_paths.split(","))
         self._paths = MODEL_PATHS | {path for path in further if path}
         self._outside = self.book.metrics("", "", "")
+        self._lines, self._line_at = LOG_LINES, 0.0
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The border: whatever happens, the client gets an answer in OpenAI's shape."""
@@ -208,6 +211,15 @@ class Service:
             raise self._outside_error(error) from None
         return web.Response(body=outcome.body, status=201 if outcome.is_new else 200, content_type=_JSON)
 
+    def _complain(self, error: ApiError, request_id: str) -> None:
+        """A line for whoever looks up an id that a user reports; ten a second at most."""
+        now = time.monotonic()
+        self._lines = min(LOG_LINES, self._lines + (now - self._line_at) * LOG_LINES)
+        self._line_at = now
+        if self._lines >= 1:
+            self._lines -= 1
+            logger.warning("answered %d %s, request %s", error.status, error.code, request_id)
+
     def _options(self, method: str, path: str, allowed: str) -> web.Response:
         if method == "OPTIONS":
             return web.Response(status=204, headers={"Allow": f"{allowed}, OPTIONS"})
@@ -223,6 +235,9 @@ class Service:
         headers: dict[str, Any] = {}
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
+        headers[REQUEST_ID_HEADER] = error.request_id or secrets.token_urlsafe(12)
+        if error.status >= 500:
+            self._complain(error, headers[REQUEST_ID_HEADER])
         response = web.Response(body=error.body(), status=error.status, content_type=_JSON, headers=headers)
         if error.status in {408, 413, 417}:  # the rest of the body is not wanted
             response.force_close()

@@ -21,6 +21,7 @@ import httptools
 HIGH_WATER = 256 * 1024  # bytes kept for a slow reader before the engine's socket is paused
 LOW_WATER = 64 * 1024
 IDLE_SECONDS = 4.0  # engines on uvicorn close an idle connection after 5 s
+_JOIN_BELOW = 16 * 1024  # bytes; copying a shorter body costs less than a second buffer
 _HEAD_LIMIT = 64 * 1024  # bytes of response headers
 
 
@@ -114,7 +115,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._error = None
         self.set_timeout(timeout)
-        if len(body) < HIGH_WATER:
+        if len(body) < _JOIN_BELOW:
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))

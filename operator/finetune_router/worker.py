@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from finetune_operator.api.routes import Snapshot
 from finetune_router import tickets
 from finetune_router.config import RouterConfig, read_secret
 from finetune_router.control import Channel, Message
-from finetune_router.counters import Book
+from finetune_router.counters import Book, Report
 from finetune_router.credentials import ApiKeys
 from finetune_router.feedback import FeedbackDesk, FeedbackStore
 from finetune_router.forwarding import Forwarder, Limits
@@ -33,7 +35,7 @@ from finetune_router.upstreams import Upstreams
 
 logger = logging.getLogger(__name__)
 
-REPORT_SECONDS = 0.25  # how old the parent's counters may be; also the heartbeat
+REPORT_SECONDS = 0.5  # what a worker that is killed may have counted and not told; also the heartbeat
 _TEND_SECONDS = 2.0
 _KEEP_ALIVE = 75.0  # seconds that an idle client connection is kept, as in nginx
 _HEAD_LIMIT = 16 * 1024  # bytes of one header line
@@ -109,6 +111,7 @@ class Worker:
             case "draining":  # still taking connections, but none is kept
                 self.service.draining = True
             case "report":
+                self.recorder.flush()
                 self._report(number=message["number"])
 
     def _apply(self, document: dict[str, Any]) -> None:
@@ -137,10 +140,17 @@ class Worker:
     async def _report_forever(self) -> None:
         while True:
             await asyncio.sleep(REPORT_SECONDS)
-            self._report()
+            for report in self.book.take_reports():
+                self._send(report)
+                await asyncio.sleep(0)
 
     def _report(self, *, number: int | None = None) -> None:
-        report = self.book.take_report()
+        """All that changed, at once; the parent then has what this worker has counted up to now."""
+        for report in self.book.take_reports():
+            self._send(report)
+        self.channel.send("reported", number=number)
+
+    def _send(self, report: Report) -> None:
         desk = self.service.desk
         feedback = None
         if desk.changed:
@@ -148,15 +158,14 @@ class Worker:
             desk.changed = False
         self.channel.send(
             "counters",
-            number=number,
-            arms=[arm.model_dump(by_alias=True) for arm in report.arms],
-            samples=[sample.model_dump(by_alias=True) for sample in report.samples],
+            arms=report.arms,
+            samples=report.samples,
             metrics=report.metrics,
             forgotten=report.forgotten,
             feedback=feedback,
             in_flight=self.service.in_flight,
             mirrors=len(self.service.proxy.mirrors),
-            dropped=self.recorder.dropped,
+            unread=self.recorder.unread,
         )
 
     async def _tend_forever(self) -> None:
@@ -228,7 +237,18 @@ def configure_logging(config: RouterConfig) -> None:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
+def raise_file_limit() -> None:
+    """A stream takes two descriptors; the usual soft limit of 1,024 would end at 500 of them."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
+    # The parent says when to stop; a signal to the whole process group must not cut running requests.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise_file_limit()
     control = socket.socket(fileno=int(sys.argv[1]))
     listener = socket.socket(fileno=int(sys.argv[2]))
     control.setblocking(False)

@@ -93,6 +93,24 @@ async def test_a_compressed_answer_passes_as_it_is_and_is_still_read(
     assert (await ready.arm(alias, Arm.STABLE)).events["cut"] == 1
 
 
+async def test_large_answers_pass_whole(
+    ready: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    """Above the size that is buffered: with a length, and in chunks."""
+    text = "".join(f"line {number}\n" for number in range(120_000))
+    engine.behaviours["base-model"] = Behaviour(text=text)
+    async with session.post(ready.url + CHAT, data=chat(alias)) as response:
+        assert int(response.headers["content-length"]) > 1_000_000
+        assert (await response.json())["choices"][0]["message"]["content"] == text
+    pieces = tuple(f"{number} ".encode() * 5000 for number in range(40))
+    engine.behaviours["base-model"] = Behaviour(chunks=pieces, headers={"Content-Type": "application/json"})
+    async with session.post(ready.url + CHAT, data=chat(alias, stream=True)) as response:
+        assert await response.read() == b"".join(pieces)
+    counted = await ready.arm(alias, Arm.STABLE)
+    assert counted.requests == 2
+    assert counted.events["errors"] == 1, "the second one is no JSON"
+
+
 async def test_what_the_engine_sees_of_the_clients_headers(
     ready: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:
@@ -343,6 +361,8 @@ async def test_nobody_listens(ready: Router, session: aiohttp.ClientSession, ali
     async with session.post(ready.url + CHAT, data=chat(alias)) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (502, "engine_unreachable")
         assert "retry-after" in response.headers
+        request_id = response.headers["x-request-id"]
+    assert f"answered 502 engine_unreachable, request {request_id}" in ready.log.read_text()
     assert (await ready.arm(alias, Arm.STABLE)).events["errors"] == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from finetune_operator.api.routes import Arm, EpochCounters
+from finetune_operator.api.routes import Arm, ArmCounters, EpochCounters, KeySample
 from finetune_router import counters, exposition
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, Book, Histogram, RunningMoments, Sample
 from finetune_router.exposition import Gauges, MetricsBoard, RouterCollector
@@ -25,7 +26,7 @@ def test_the_sample_is_the_smallest_distinct_hashes(values: list[int], limit: in
     for value in values:
         sample.add(value, CANDIDATE_BIT if value % 3 == 0 else STABLE_BIT)
     smallest = sorted(set(values))[:limit]
-    wire = sample.wire()
+    wire = KeySample.model_validate(sample.wire())
     assert sorted(wire.stable + wire.candidate) == smallest
     assert all(value % 3 == 0 for value in wire.candidate)
 
@@ -35,21 +36,23 @@ def test_a_key_seen_on_both_arms_is_in_both_samples() -> None:
     assert sample.add(5, STABLE_BIT)
     assert not sample.add(5, STABLE_BIT)
     assert sample.add(5, CANDIDATE_BIT)
-    assert (sample.wire().stable, sample.wire().candidate) == ((5,), (5,))
+    assert (sample.wire()["stable"], sample.wire()["candidate"]) == ([5], [5])
 
 
 def test_another_comparison_starts_another_sample() -> None:
     book = Book()
     book.sample("bot", "c1").add(1, STABLE_BIT)
-    assert book.sample("bot", "c1").wire().stable == (1,)
-    assert book.sample("bot", "c2").wire().stable == ()
+    assert book.sample("bot", "c1").wire()["stable"] == [1]
+    assert book.sample("bot", "c2").wire()["stable"] == []
 
 
 def test_lengths_fall_into_powers_of_two() -> None:
     state = counters.ArmState("bot", Arm.STABLE, "base")
     for count in (0, 1, 2, 3, 4, 7, 8, 2**14 - 1, 2**14, 10**9):
         state.add_tokens(count)
-    assert state.wire().length_histogram == (1, 1, 2, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2)
+    wire = ArmCounters.model_validate(state.wire())
+    assert wire.length_histogram == (1, 1, 2, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2)
+    assert wire.completion_tokens.n == 10
 
 
 def test_moments_and_histograms() -> None:
@@ -64,15 +67,18 @@ def test_moments_and_histograms() -> None:
 
 
 def report(book: Book, **more: Any) -> dict[str, Any]:
-    taken = book.take_report()
-    return {
-        "arms": [arm.model_dump(by_alias=True) for arm in taken.arms],
-        "samples": [sample.model_dump(by_alias=True) for sample in taken.samples],
-        "metrics": taken.metrics,
-        "forgotten": taken.forgotten,
+    """All parts of a report as one message, over JSON as between the processes."""
+    parts = list(book.take_reports())
+    message = {
+        "arms": [arm for part in parts for arm in part.arms],
+        "samples": [sample for part in parts for sample in part.samples],
+        "metrics": [metrics for part in parts for metrics in part.metrics],
+        "forgotten": [key for part in parts for key in part.forgotten],
         "feedback": None,
         **more,
     }
+    carried: dict[str, Any] = json.loads(json.dumps(message))
+    return carried
 
 
 def count_requests(book: Book, number: int, *, alias: str = "bot") -> None:
@@ -167,5 +173,5 @@ def test_samples_of_several_workers_make_one_sample() -> None:
     for number, value in enumerate(values):
         whole.add(value, STABLE_BIT)
         (one if number % 3 else other).add(value, STABLE_BIT)
-    merged = sorted(set(one.wire().stable) | set(other.wire().stable))[:64]
-    assert tuple(merged) == whole.wire().stable
+    samples = [KeySample.model_validate(sample.wire()).stable for sample in (one, other, whole)]
+    assert tuple(sorted({*samples[0], *samples[1]})[:64]) == samples[2]
