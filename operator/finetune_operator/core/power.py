@@ -132,13 +132,15 @@ def plan_power(
                 )
             )
             caught[guardrail.name] = chance(spans, harm, log_needed=log_needed, block=block)
-        powers.append(StepPower(step, requests, tuple(needs), caught, tuple(_step_warnings(step, needs))))
+        powers.append(
+            StepPower(step, requests, tuple(needs), caught, tuple(_step_warnings(step, needs, harms)))
+        )
     objectives = [
         need
         for objective in plan.objectives
         if (need := _objective_need(objective, means, steps, requests_per_second=requests_per_second))
     ]
-    return PowerPlan(tuple(powers), tuple(objectives), tuple(_plan_warnings(plan, powers, objectives)))
+    return PowerPlan(tuple(powers), tuple(objectives), tuple(_plan_warnings(plan, powers, objectives, harms)))
 
 
 def chance(
@@ -241,26 +243,35 @@ def _need(name: str, weight: float, per_second: float, likely: float, certain: f
     return Need(name, weight, likely, certain, likely / per_second, certain / per_second)
 
 
-def _step_warnings(step: Step, needs: Sequence[Need]) -> list[str]:
+def _step_warnings(step: Step, needs: Sequence[Need], harms: Mapping[str, Harm]) -> list[str]:
     if not 0.0 < step.weight < 100.0:
         return []
     return [
-        f"at {step.weight:g}% for {format_duration(step.seconds)}, {need.name} is caught with less than 95%: "
+        f"{need.name}: {_times(harms.get(need.name))} would be caught in less than 95 of 100 rollouts at "
+        f"{step.weight:g}% within {format_duration(step.seconds)}; "
         + (
             f"hold it for {format_duration(need.seconds_certain)}"
             if math.isfinite(need.seconds_certain)
-            else "it cannot tell such a small harm at any length"
+            else "it cannot tell such a small difference at any length"
         )
         for need in needs
         if step.seconds < need.seconds_certain
     ]
 
 
-def _plan_warnings(plan: AnalysisPlan, steps: Sequence[StepPower], objectives: Sequence[Need]) -> list[str]:
+def _times(harm: Harm | None) -> str:
+    risk = (harm or Harm()).relative_risk
+    return "twice the events" if risk == 2.0 else f"{risk:g} times the events"
+
+
+def _plan_warnings(
+    plan: AnalysisPlan, steps: Sequence[StepPower], objectives: Sequence[Need], harms: Mapping[str, Harm]
+) -> list[str]:
     warnings = []
     if steps:
         warnings += [
-            f"{name}: such a harm is caught with {caught:.0%} before the last step ends"
+            f"{name}: {_times(harms.get(name))} would be caught in {math.floor(caught * 100)} of 100 rollouts before "
+            "the last step ends"
             for name, caught in steps[-1].caught.items()
             if caught < CERTAIN
         ]

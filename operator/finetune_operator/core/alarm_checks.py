@@ -1,0 +1,132 @@
+"""The two built-in alarms: wrong shares of users, and answers that look other than before."""
+
+from __future__ import annotations
+
+import math
+
+from finetune_operator.api.adapterdeployment_status import Check, CheckKind, CheckPhase, PerArm
+from finetune_operator.api.routes import Arm
+from finetune_operator.core import drift, eprocesses, sequences, tallies
+from finetune_operator.core.analysis_plans import DriftPlan, SampleRatioPlan
+from finetune_operator.core.eprocesses import e_value
+from finetune_operator.core.evidence import Evidence, Stratum
+from finetune_operator.core.reports import rounded
+from finetune_operator.core.tallies import REQUESTS
+
+SAMPLE_RATIO = "sample-ratio"
+DRIFT = "drift"
+DRIFT_KEYS = 30  # distinct users of the candidate at least (none where only the shadow answers)
+
+
+def assess_sample_ratio(evidence: Evidence, plan: SampleRatioPlan, *, weight: float) -> Check:
+    log_e = evidence.merged_log_share_evidence + math.fsum(
+        stratum.log_share_evidence(sticky=plan.sticky) for stratum in evidence.strata
+    )
+    split = [stratum for stratum in evidence.strata if 0.0 < stratum.weight < 100.0]
+    n = PerArm(
+        stable=sum(_units(stratum, Arm.STABLE, plan) for stratum in split),
+        candidate=sum(_units(stratum, Arm.CANDIDATE, plan) for stratum in split),
+    )
+    total = n.stable + n.candidate
+    expected = sum(
+        stratum.weight / 100.0 * (_units(stratum, Arm.STABLE, plan) + _units(stratum, Arm.CANDIDATE, plan))
+        for stratum in split
+    )
+    units = "distinct users" if plan.sticky else "requests"
+    needed = eprocesses.log_threshold(plan.alpha)
+    if not total:
+        phase, message = CheckPhase.INCONCLUSIVE, f"no {units} yet"
+    else:
+        phase = CheckPhase.FAILED if log_e >= needed else CheckPhase.SUCCESSFUL
+        message = (
+            f"{n.candidate / total:.1%} of {total} {units} were the candidate's, {expected / total:.1%} were expected "
+            f"(weight now {weight:g}%)"
+        )
+    return Check(
+        name=SAMPLE_RATIO,
+        kind=CheckKind.SAMPLE_RATIO,
+        phase=phase,
+        n=n,
+        estimate=rounded(n.candidate / total) if total else None,
+        e_value=rounded(e_value(log_e)),
+        threshold=rounded(math.exp(needed)),
+        message=message,
+    )
+
+
+def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
+    strata = [(tallies.lengths(s.arm(Arm.STABLE)), tallies.lengths(_answers(s))) for s in evidence.strata]
+    both = [(stable, candidate) for stable, candidate in strata if sum(stable) and sum(candidate)]
+    n = PerArm(stable=sum(sum(s) for s, _ in both), candidate=sum(sum(c) for _, c in both))
+    if min(n.stable, n.candidate) < plan.min_samples_per_arm:
+        return Check(
+            name=DRIFT,
+            kind=CheckKind.DRIFT,
+            phase=CheckPhase.INCONCLUSIVE,
+            n=n,
+            threshold=plan.max_psi,
+            message=f"{n.stable} answers of stable and {n.candidate} of the candidate; "
+            f"each side needs {plan.min_samples_per_arm}",
+        )
+    users = sum(stratum.candidate_keys for stratum in evidence.strata)
+    if 0 < users < DRIFT_KEYS:
+        return Check(
+            name=DRIFT,
+            kind=CheckKind.DRIFT,
+            phase=CheckPhase.INCONCLUSIVE,
+            n=n,
+            threshold=plan.max_psi,
+            message=f"the candidate's answers went to {users} users; their own styles would look like drift below "
+            f"{DRIFT_KEYS}",
+        )
+    stable, candidate = drift.standardize(both)
+    index = drift.stability_index(stable, candidate)
+    bins = sum(bool(s or c) for s, c in zip(stable, candidate, strict=True))
+    limit = max(
+        plan.max_psi,
+        drift.chance_index(bins, stable_n=sum(stable), candidate_n=sum(candidate), alpha=plan.alpha),
+    )
+    found = [f"other lengths (index {index:.3g}, {limit:.3g} is the limit)"] if index > limit else []
+    found += [text for name in plan.signals if (text := _share_change(evidence, name, plan))]
+    return Check(
+        name=DRIFT,
+        kind=CheckKind.DRIFT,
+        phase=CheckPhase.FAILED if found else CheckPhase.SUCCESSFUL,
+        n=n,
+        estimate=rounded(index),
+        threshold=rounded(limit),
+        message="the candidate answers otherwise: " + "; ".join(found)
+        if found
+        else "the candidate's answers look alike",
+    )
+
+
+def _share_change(evidence: Evidence, signal: str, plan: DriftPlan) -> str | None:
+    """What is to be said of a signal whose share has changed by more than chance and by more than matters."""
+    strata = []
+    for stratum in evidence.strata:
+        pair = []
+        for tally in (stratum.arm(Arm.STABLE), _answers(stratum)):
+            hits = tallies.count(tally, f"events/{signal}")
+            pair.append(sequences.Moments(n=tallies.count(tally, REQUESTS), total=hits, squares=hits))
+        strata.append((pair[0], pair[1]))
+    found = sequences.compare(strata)
+    if found is None or min(found.stable_n, found.candidate_n) < plan.min_samples_per_arm:
+        return None
+    half = sequences.radius(found.standard_error, n=found.effective_n, alpha=plan.alpha)
+    if abs(found.estimate) < max(plan.max_share_change, half):
+        return None
+    return (
+        f"{signal} in {found.candidate_mean:.1%} of its answers, {found.stable_mean:.1%} of the stable ones"
+    )
+
+
+def _answers(stratum: Stratum) -> tallies.Tally:
+    """What the candidate revision answered, shadow included."""
+    return tallies.add(stratum.arm(Arm.CANDIDATE), stratum.arm(Arm.SHADOW))
+
+
+def _units(stratum: Stratum, arm: Arm, plan: SampleRatioPlan) -> int:
+    if not plan.sticky:
+        return tallies.count(stratum.arm(arm), REQUESTS)
+    return stratum.stable_keys if arm is Arm.STABLE else stratum.candidate_keys
