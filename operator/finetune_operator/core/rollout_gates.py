@@ -13,6 +13,7 @@ from finetune_operator.core.rollout_facts import BASE, Evaluate, EvaluationFacts
 from finetune_operator.core.rollout_turns import Turn
 
 POLL_SECONDS = 2.0
+RETRY_SECONDS = 10.0  # between two attempts, on average: what failed may be a download
 
 
 def evaluate(turn: Turn, gate: EvalGateStep) -> tuple[Turn, bool]:
@@ -33,11 +34,7 @@ def evaluate(turn: Turn, gate: EvalGateStep) -> tuple[Turn, bool]:
         )
         return _wait(turn), False
     if facts.state == "Failed":
-        turn = turn.say("EvaluationFailed", f"evaluation {gate.eval_ref} could not run: {facts.message}")
-        turn = _wait(turn)
-        if not turn.underway:
-            return turn, False
-        return _record(turn, gate, attempt=int(known.id.rpartition(".")[2]) + 1), False
+        return _again(turn, gate, known, f"evaluation {gate.eval_ref} could not run: {facts.message}"), False
     return _judge(turn, gate, known, facts)
 
 
@@ -80,6 +77,15 @@ def _ask(turn: Turn, known: EvaluationResult, evaluation: EvaluationSpec) -> Tur
     return _wait(turn.act(order).say("Evaluating", f"evaluation {evaluation.name} starts at {agents[0]}"))
 
 
+def _again(turn: Turn, gate: EvalGateStep, known: EvaluationResult, problem: str) -> Turn:
+    """Another attempt under another id, after a while, until the deadline."""
+    attempts = int(known.id.rpartition(".")[2])
+    turn = _wait(turn.say("EvaluationFailed", problem))
+    if not turn.underway or turn.elapsed(turn.status.last_progress_time) < RETRY_SECONDS * attempts:
+        return turn
+    return _record(turn, gate, attempt=attempts + 1)
+
+
 def _wait(turn: Turn) -> Turn:
     return stages.within_deadline(turn.again_in(POLL_SECONDS), AbortReason.EVAL_GATE_FAILED)
 
@@ -91,11 +97,9 @@ def _judge(
     stable = facts.scores.get(reference_name(turn))
     needed = [candidate] + ([stable] if gate.max_regression is not None else [])
     if any(score is None or not math.isfinite(score) for score in needed):
-        turn = turn.say("EvaluationFailed", f"evaluation {gate.eval_ref} brought no score: {facts.message}")
-        turn = _wait(turn)
-        if not turn.underway:
-            return turn, False
-        return _record(turn, gate, attempt=int(known.id.rpartition(".")[2]) + 1), False
+        return _again(
+            turn, gate, known, f"evaluation {gate.eval_ref} brought no score: {facts.message}"
+        ), False
     score, reference = candidate or 0.0, stable
     bars = []
     if gate.min_score is not None and score < gate.min_score:

@@ -88,7 +88,9 @@ def confirm(turn: Turn, kind: WebhookType) -> tuple[Turn, bool]:
         return turn, True
     if any(answer is None for answer in answers.values()):
         turn = turn.act(AskWebhooks(kind)).again_in(SOON_SECONDS)
-        turn = turn.say("AwaitingConfirmation", f"webhooks are asked: {', '.join(answers)} ({kind})")
+        turn = turn.say(
+            "AwaitingConfirmation", _last_answer(turn, kind) or f"{kind}: {', '.join(answers)} is asked"
+        )
     refused = [
         f"{name}: {answer.message}" for name, answer in answers.items() if answer and not answer.accepted
     ]
@@ -96,6 +98,12 @@ def confirm(turn: Turn, kind: WebhookType) -> tuple[Turn, bool]:
         turn = turn.say("AwaitingConfirmation", f"{kind} is not given yet: {'; '.join(refused)}"[:2000])
         turn = turn.again_in(checks.interval(turn))
     return within_deadline(turn, AbortReason.PROGRESS_DEADLINE_EXCEEDED), False
+
+
+def _last_answer(turn: Turn, kind: WebhookType) -> str | None:
+    """What was said of the question before. Kept while it is asked again, so that asking changes nothing stored."""
+    said = next((c.message for c in turn.before.conditions if c.type == "Progressing"), "")
+    return said if said.startswith(f"{kind} ") else None
 
 
 # ---------------------------------------------------------------- after the steps

@@ -89,7 +89,9 @@ def steps_edited(world: World) -> None:
     world.edit(lambda spec: spec["strategy"]["canary"].update(steps=OTHER_STEPS))
     world.run(60, until=reached(Stage.CANARY, 1))
     assert world.routing.route is not None
-    assert (world.routing.route.salt, world.routing.route.weight) == (salt, 10), "the same users, the new steps"
+    assert (world.routing.route.salt, world.routing.route.weight) == (salt, 10), (
+        "the same users, the new steps"
+    )
 
 
 def spec_reverted(world: World) -> None:
@@ -167,7 +169,9 @@ SCENARIOS: dict[str, tuple[Callable[[World], None], dict[str, Outcome]]] = {
     ),
     "spec reverted": (
         spec_reverted,
-        dict.fromkeys(("fine", "late", "missing", "nan"), Outcome("a", Stage.SUCCEEDED, (("b", "RolledBack"), A))),
+        dict.fromkeys(
+            ("fine", "late", "missing", "nan"), Outcome("a", Stage.SUCCEEDED, (("b", "RolledBack"), A))
+        ),
     ),
     "first deployment": (first_deployment, dict.fromkeys(("fine", "late", "missing", "nan"), promoted("a"))),
     "rollback window": (
@@ -191,7 +195,13 @@ def everywhere_once(prefix: str) -> Callable[[World], Callable[[str], bool]]:
 
         def dies(point: str) -> bool:
             status = world.status
-            where = (point, status.rollout_start_time, status.stage, status.current_step_index, status.weights)
+            where = (
+                point,
+                status.rollout_start_time,
+                status.stage,
+                status.current_step_index,
+                status.weights,
+            )
             place = tuple(str(part) for part in where)
             if not point.startswith(prefix) or place in died:
                 return False
@@ -230,7 +240,7 @@ def test_matrix(scenario: str, evidence: str, kill: str) -> None:
     world.evidence.mode = evidence
     world = serving(world=world, **QUICK)
     play(world)
-    world.run(MINUTES, until=lambda status: _stuck_or_over(status) and not status.stage == Stage.ABORTING)
+    world.run(MINUTES, until=lambda status: _stuck_or_over(status) and status.stage != Stage.ABORTING)
     world.run(40)
     expected, status = outcomes[evidence], world.status
     assert status.stage is expected.stage, status.message

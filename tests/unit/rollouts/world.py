@@ -232,7 +232,9 @@ class World:
             self.evidence.comparison, self.evidence.exposed_seconds = comparison, 0.0
         if weight or mirror:
             self.evidence.exposed_seconds += seconds
-        if self.evidence.mode in ("fine", "nan") or (self.evidence.mode == "late" and self.now.minute % 2 == 0):
+        if self.evidence.mode in ("fine", "nan") or (
+            self.evidence.mode == "late" and self.now.minute % 2 == 0
+        ):
             self.evidence.heard = self.now
 
     # ---------------------------------------------------------------- observations
