@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ class Lab:
         self.environment: dict[str, str] = {}
         (folder / "router-token").write_text(ROUTER_TOKEN)
         (folder / "agent-token").write_text(AGENT_TOKEN)
-        self.metrics_port = choose(("metrics", "status"), known={}, in_use_by_us=[])
+        self.ports = choose(("metrics", "status"), known={}, in_use_by_us=[])
 
     def start(self) -> None:
         """Start the operator; it is not waited for."""
@@ -49,10 +52,10 @@ class Lab:
             "PYTHONPATH": str(ROOT / "operator"),
             "KUBECONFIG": str(self.cluster.layout.user_kubeconfig("operator")),
             "FINETUNE_NAMESPACES": self.kubectl.namespace,
-            "FINETUNE_NAMESPACE": "finetune-system",
+            "FINETUNE_NAMESPACE": self.kubectl.namespace,
             "FINETUNE_LOG_FORMAT": "plain",
-            "FINETUNE_STATUS_PORT": str(self.metrics_port["status"]),
-            "FINETUNE_METRICS_PORT": str(self.metrics_port["metrics"]),
+            "FINETUNE_STATUS_PORT": str(self.ports["status"]),
+            "FINETUNE_METRICS_PORT": str(self.ports["metrics"]),
             "FINETUNE_ROUTER_ADMIN_URLS": ",".join(router.url for router in self.routers),
             "FINETUNE_ROUTER_TOKEN_FILE": str(self.folder / "router-token"),
             "FINETUNE_ENGINE_URL": "http://127.0.0.1:9",
@@ -82,8 +85,29 @@ class Lab:
             server.stop()
         self.loop.close()
 
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def log(self) -> str:
         return (self.folder / "operator.log").read_text()
+
+    def log_time(self, pattern: str) -> float:
+        """When the operator logged a line with the pattern, on the clock of time.monotonic."""
+        line = next(line for line in self.log().splitlines() if re.search(pattern, line))
+        stamp = datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f").astimezone()
+        return time.monotonic() - (datetime.now().astimezone() - stamp).total_seconds()
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['metrics']}/metrics", timeout=5) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def candidate_requests(self, name: str = "bot") -> int:
+        """Requests of the candidate that the evidence in the status counts."""
+        checks = self.status(name).get("analysis", [])
+        return max(
+            (c.get("n", {}).get("candidate", 0) for c in checks if c["kind"] == "Guardrail"), default=0
+        )
 
     # -- objects
 

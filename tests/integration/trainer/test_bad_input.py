@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from finetune_trainer.__main__ import main
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.methods import targets
 from finetune_trainer.runfile import Lora
@@ -244,6 +245,29 @@ def test_an_error_of_ours_is_internal_and_reported(
     assert (ended.code, ended.result["class"]) == (1, "Internal")
     assert "/dev/null" in ended.result["message"]
     assert not ended.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        ({"--base": "file:///no/model"}, 66, "model.uri: file:///no/model is not a folder"),
+        ({"--adapter": "/no/artifact"}, 64, "--adapter file:///no/artifact is not a folder"),
+        ({"--data": "/no/rows.jsonl"}, 65, "/no/rows.jsonl does not exist"),
+        ({"--limit": "0"}, 64, "--limit is 0"),
+    ],
+)
+def test_compare_refuses_in_one_sentence(
+    changed: dict[str, str], code: int, words: str, folders: dict[bool, Path], tmp_path: Path, capfd: Any
+) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.pair_rows())
+    options = {
+        "--base": f"file://{folders[True]}",
+        "--adapter": str(tmp_path),
+        "--data": str(rows),
+        **changed,
+    }
+    assert main(["compare", *(text for option in options.items() for text in option)]) == code
+    assert words in capfd.readouterr().err
 
 
 def test_help_needs_none_of_the_slow_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import string
@@ -59,8 +60,8 @@ def source() -> dict[str, Any]:
 
 def test_generator_reproduces_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(QUICKSTART / "make_data.py"), "--out", str(tmp_path)], check=True)
-    for split in SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (QUICKSTART / f"{split}.jsonl").read_bytes()
+    for name in (*SPLITS, "spoilt"):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (QUICKSTART / f"{name}.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -76,6 +77,15 @@ def test_every_row_asks_the_same_way_and_answers_in_strict_json(split: str) -> N
         assert answer["category"] in CATEGORIES
         assert answer["priority"] in PRIORITIES
         assert 1 <= len(answer["summary"].split()) <= 8
+
+
+def test_spoilt_answers_are_no_json_and_otherwise_the_right_ones() -> None:
+    for spoilt, good in zip(read_rows("spoilt"), read_rows("train"), strict=False):
+        assert spoilt["messages"][:2] == good["messages"][:2]
+        text = spoilt["messages"][2]["content"]
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(text)
+        assert ast.literal_eval(text) == json.loads(good["messages"][2]["content"])
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 800), ("heldout", 96)])

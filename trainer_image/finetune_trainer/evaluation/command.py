@@ -8,10 +8,11 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import lifecycle, preflight, storage
+from finetune_trainer import lifecycle, model_files, preflight, storage
 from finetune_trainer.data import files, formats
 from finetune_trainer.failures import EXIT_CODES, BadConfig, TrainerError
 from finetune_trainer.runfile import Source
@@ -53,6 +54,7 @@ def _compare(options: argparse.Namespace, work: Path) -> Comparison:
         files.read_rows(preflight.find_source(source, work / "data"), uri=source.uri), source
     )
     base, _ = preflight.find_model(uris["base"], None, work / "base")
+    model_files.read_tensors(base, uri=uris["base"])  # refuses a file that is cut off
     adapter = _find_adapter(uris["adapter"], work / "adapter")
     from finetune_trainer.evaluation import compare  # seconds of imports
 
@@ -98,7 +100,13 @@ def _split(text: str | None) -> tuple[str, ...]:
 def _find_adapter(uri: str, folder: Path) -> Path:
     path = storage.local_path(uri)
     if path is None:
-        return storage.fetch_folder(uri, folder)
+        try:
+            return storage.fetch_folder(uri, folder)
+        except (OSError, ValueError) as error:
+            reason = storage.describe_error(error)
+            raise BadConfig(
+                f"--adapter {uri} cannot be read ({reason}); name an artifact's folder"
+            ) from error
     if not path.is_dir():
         raise BadConfig(f"--adapter {uri} is not a folder; name an artifact's folder")
     return path
@@ -174,13 +182,20 @@ def _plain(text: str) -> Any:
 
 
 def _lines(comparison: Comparison) -> list[tuple[str, str, str]]:
-    sides = (comparison.base, comparison.adapter)
-    lines = []
-    if comparison.base.scores.valid_json is not None:
-        lines.append(("valid JSON", *(f"{side.scores.valid_json:.1f} %" for side in sides)))
-    for field in comparison.base.scores.match:
-        lines.append((f"right {field}", *(f"{side.scores.match[field]:.1f} %" for side in sides)))
-    lines.append(("exact match", *(f"{side.scores.exact_match:.1f} %" for side in sides)))
-    lines.append(("eval loss", *(f"{side.eval_loss:.4f}" for side in sides)))
-    lines.append(("tokens/s", *(f"{side.tokens_per_second:.0f}" for side in sides)))
-    return lines  # type: ignore[return-value]  # each star gives two texts
+    def line(label: str, show: Callable[[Side], str]) -> tuple[str, str, str]:
+        return label, show(comparison.base), show(comparison.adapter)
+
+    scores = comparison.base.scores
+    lines = [line(f"right {field}", partial(_share_right, field)) for field in scores.match]
+    if scores.valid_json is not None:
+        lines.insert(0, line("valid JSON", lambda side: f"{side.scores.valid_json:.1f} %"))
+    return [
+        *lines,
+        line("exact match", lambda side: f"{side.scores.exact_match:.1f} %"),
+        line("eval loss", lambda side: f"{side.eval_loss:.4f}"),
+        line("tokens/s", lambda side: f"{side.tokens_per_second:.0f}"),
+    ]
+
+
+def _share_right(field: str, side: Side) -> str:
+    return f"{side.scores.match[field]:.1f} %"
