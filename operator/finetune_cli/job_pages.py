@@ -19,7 +19,7 @@ REMEDIES = {
     "ModelNotFound": f"Check spec.model.uri, its revision and the Secret in spec.model.secretRef, {AGAIN}",
     "NotFinite": "Lower spec.hyperparameters.learningRate (half of it is a good try) or set precision Float32, "
     + AGAIN,
-    "Cancelled": "Somebody stopped the Ray job or deleted the RayJob. To train after all, "
+    "Cancelled": "Somebody stopped the Ray job. To train after all, "
     "delete the job and apply it again: kubectl delete ftj {name} -n {namespace}",
     "Lost": "The training process or its pod went away. Look for evictions and memory: "
     "kubectl get events -n {namespace}; " + AGAIN,

@@ -15,16 +15,10 @@ Object = dict[str, Any]
 
 WATCH_SECONDS = 20  # so that a connection that died without a word is noticed
 CONNECT_SECONDS = 5
-PAUSES = (
-    0.3,
-    0.5,
-    1.0,
-    2.0,
-    3.0,
-)  # seconds between attempts to get the connection back; the last one repeats
-REFUSAL_SECONDS = (
-    60.0  # an API server that has just started may answer 401 or 403 until it has read its rules
-)
+# Seconds between attempts to get the connection back; the last one repeats.
+PAUSES = (0.3, 0.5, 1.0, 2.0, 3.0)
+# An API server that has just started may answer 401 or 403 until it has read its rules.
+REFUSAL_SECONDS = 60.0
 
 
 class NotFoundError(Exception):
