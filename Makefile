@@ -28,6 +28,7 @@ lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/lint-imports --no-cache | tail -n 12
 	@$(BIN)/python -m finetune_operator.api.crds --check crds
 	@$(BIN)/python -m finetune_operator.api.reference --check
+	@$(BIN)/python -m finetune_cli.reference --check
 
 format: setup ## rewrite the code in the one format
 	@$(BIN)/ruff check --quiet --fix .
@@ -36,6 +37,7 @@ format: setup ## rewrite the code in the one format
 crds: setup ## generate crds/ and docs/reference/ from the models
 	@$(BIN)/python -m finetune_operator.api.crds --write crds
 	@$(BIN)/python -m finetune_operator.api.reference --write
+	@$(BIN)/python -m finetune_cli.reference --write
 
 bench: up ## measure refusals, and FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.refusals

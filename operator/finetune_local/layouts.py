@@ -55,6 +55,11 @@ class Layout:
         return self.engine / "volumes"
 
     @property
+    def alerts(self) -> Path:
+        """Written by the user, if at all: alert providers by name."""
+        return self.root / "alerts.json"
+
+    @property
     def instance(self) -> Path:
         return self.root / "instance.json"
 

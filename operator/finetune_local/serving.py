@@ -42,7 +42,9 @@ def engine_environment(setting: Setting) -> dict[str, str]:
 def operator_environment(setting: Setting) -> dict[str, str]:
     """Where the operator finds routers and engine, and its tokens for them."""
     layout, numbers = setting.layout, setting.ports
+    alerts = {"FINETUNE_ALERT_PROVIDERS_FILE": str(layout.alerts)} if layout.alerts.is_file() else {}
     return {
+        **alerts,
         "FINETUNE_NAMESPACE": "finetune-system",
         "FINETUNE_ROUTER_ADMIN_URLS": f"http://127.0.0.1:{numbers['router-admin']}",
         "FINETUNE_ROUTER_TOKEN_FILE": str(layout.token("router")),

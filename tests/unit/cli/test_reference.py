@@ -1,0 +1,29 @@
+"""The page about the commands is current and complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_cli import reference
+
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / reference.FILE
+
+
+def test_committed_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference.render_page(), "run `make crds`"
+
+
+def test_every_group_and_verb_is_on_the_page() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    commands = {
+        "jobs": ("list", "watch", "describe", "validate"),
+        "rollout": (
+            "list", "watch", "describe", "history", "validate", "plan",
+            "promote", "abort", "pause", "resume", "retry", "undo",
+        ),
+        "local": ("up", "down", "status", "env", "build", "logs"),
+    }  # fmt: skip
+    for group, verbs in commands.items():
+        for verb in verbs:
+            assert f"### `finetune {group} {verb}`\n" in text
+    assert "Exit code 0: the wanted adapter serves. 1: it was rolled back." in text
