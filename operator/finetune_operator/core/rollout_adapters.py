@@ -75,10 +75,12 @@ class Coverage:
     lacking: tuple[EngineFacts, ...]
     desired: int
     served_name: str
+    blind: bool
+    """No engine is known now; what is published stays, and nothing is known of it."""
 
     @property
     def complete(self) -> bool:
-        return bool(self.upstreams) and not self.lacking
+        return bool(self.upstreams) and not self.lacking and not self.blind
 
     @property
     def lost(self) -> bool:
@@ -119,7 +121,8 @@ def coverage(seen: Observed, adapter: LoadedAdapter) -> Coverage:
     urls = upstreams(seen, adapter)
     engines = in_service(seen)
     lacking = tuple(engine for engine in engines if engine.url not in urls)
-    return Coverage(urls, lacking, len({*urls, *(e.url for e in engines)}), adapter.served_name)
+    desired = len({*urls, *(engine.url for engine in engines)})
+    return Coverage(urls, lacking, desired, adapter.served_name, blind=not seen.engines)
 
 
 def refresh(turn: Turn) -> Turn:

@@ -126,6 +126,9 @@ def refresh_pauses(turn: Turn) -> Turn:
         alarm = ALARMS.get(check.kind)
         if alarm is not None and turn.exposed and check.phase is CheckPhase.FAILED and not check.dry_run:
             turn = pauses.add(turn, alarm, f"{check.message or check.name}; {ALARM_ADVICE[check.kind]}")
+    inconclusive = inconclusive_metric(turn) if turn.exposed else None
+    if inconclusive is not None:
+        turn = pauses.add(turn, PauseReason.INCONCLUSIVE_ANALYSIS, f"{inconclusive}; {METRIC_ADVICE}")
     missing = missing_evidence(turn)
     if missing is None or turn.spec.analysis.on_metrics_unavailable is OnMetricsUnavailable.ABORT:
         turn = pauses.remove(turn, PauseReason.METRICS_UNAVAILABLE)
@@ -141,6 +144,7 @@ ALARM_ADVICE = {
     "`abort`",
     CheckKind.DRIFT: "read some of the candidate's answers, then say `resume` or `abort`",
 }
+METRIC_ADVICE = "correct its query or conditions, then say `resume` (as many again are borne), or `abort`"
 
 
 def missing_evidence(turn: Turn) -> str | None:
@@ -171,7 +175,7 @@ def evidence_gap(turn: Turn) -> str | None:
         return None
     if turn.status.evidence_missing_since is not None:
         return f"not every router has told its counters since {clock(turn.status.evidence_missing_since)}"
-    return None
+    return unanswered_metric(turn)
 
 
 def unanswered_metric(turn: Turn) -> str | None:

@@ -161,7 +161,7 @@ def _evidence(turn: Turn) -> Iterator[Claim]:
         for kind in (metrics, passing, ratio):
             yield Claim(kind, None, "NothingCompared", "no candidate gets requests")
         return
-    gap = checks.evidence_gap(turn) or checks.unanswered_metric(turn)
+    gap = checks.evidence_gap(turn)
     yield Claim(
         metrics, gap is None, "NoAnswer" if gap else "Answering", gap or "every router tells its counters"
     )

@@ -12,6 +12,7 @@ from finetune_operator.api.adapterdeployment_status import (
 )
 from finetune_operator.core import conditions
 from finetune_operator.core import rollout_conditions as rollout
+from finetune_operator.core import rollout_pauses as pauses
 from finetune_operator.core import rollout_steps as steps
 from finetune_operator.core.conditions import Claim
 from finetune_operator.core.rollout_conditions import RolloutCondition
@@ -91,11 +92,12 @@ def _serving(turn: Turn) -> tuple[str, str]:
 def _underway(turn: Turn) -> tuple[str, str]:
     status = turn.status
     where = f"step {status.step}" if status.step else f"{status.stage} {status.candidate_revision}"
-    if status.pause_conditions:
-        pause = status.pause_conditions[0]
-        return str(pause.reason), f"{where}: {pause.message}{_numbers(turn)}"
-    if turn.note is not None:
+    holding = pauses.holding(turn)
+    if turn.note is not None and not holding:
         return turn.note[0], f"{where}: {turn.note[1]}{_numbers(turn)}"
+    if status.pause_conditions:
+        pause = (holding or status.pause_conditions)[0]
+        return str(pause.reason), f"{where}: {pause.message}{_numbers(turn)}"
     return str(status.stage), f"{where}{_numbers(turn)}"
 
 

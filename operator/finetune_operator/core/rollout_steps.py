@@ -90,8 +90,9 @@ def hold(turn: Turn) -> tuple[str, str] | None:
         return behind
     gap = checks.evidence_gap(turn)
     if gap is not None:
-        return "EvidenceMissing", f"{gap}; the weight is held, and the rollout goes on when they are back"
-    return None
+        return "EvidenceMissing", f"{gap}; the weight is held, and the rollout goes on when evidence is back"
+    inconclusive = checks.inconclusive_metric(turn)
+    return (str(PauseReason.INCONCLUSIVE_ANALYSIS), inconclusive) if inconclusive else None
 
 
 def _missing(turn: Turn, adapter: LoadedAdapter) -> tuple[str, str] | None:
@@ -224,11 +225,10 @@ def _approval(turn: Turn, timeout: str | None, on_timeout: OnTimeout) -> Turn:
 
 def _analysis(turn: Turn, duration: str | None) -> Turn:
     """On when every objective and metric is Successful; a pause when there is no verdict for too long."""
-    unanswered = checks.unanswered_metric(turn)
     undecided = checks.undecided(turn)
     at_least = parse_duration(duration) if duration else 0.0
     elapsed = turn.elapsed(turn.status.step_start_time)
-    if not undecided and unanswered is None and elapsed >= at_least:
+    if not undecided and elapsed >= at_least:
         return leave(turn)
     turn = turn.again_in(checks.interval(turn))
     patience = max(at_least, parse_duration(turn.spec.strategy.canary.max_step_duration))

@@ -103,7 +103,7 @@ def _notice_loss(turn: Turn) -> Turn:
     for adapter in adapters.needed(turn):
         known = before.get(adapter.revision)
         was_complete = known is not None and known.loaded_replicas >= known.desired_replicas > 0
-        if was_complete and not adapters.coverage(turn.seen, adapter).complete:
+        if was_complete and adapters.coverage(turn.seen, adapter).lacking:
             return turn.update(last_progress_time=turn.now)
     return turn
 
