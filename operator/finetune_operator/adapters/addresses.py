@@ -47,12 +47,12 @@ class Resolver:
             if known is not None:
                 return known.urls
             raise UnknownHostError(f"{parts.hostname}: {error or 'the lookup takes too long'}") from error
-        urls = _urls(url, [(family, str(address[0])) for family, _, _, _, address in found])
+        urls = urls_of(url, [(family, str(address[0])) for family, _, _, _, address in found])
         self._known[url] = _Known(urls, loop.time() + FRESH_SECONDS)
         return urls
 
 
-def _urls(url: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
+def urls_of(url: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
     """Of a name with both kinds of addresses only IPv4 counts: they lead to the same processes."""
     old = sorted({address for family, address in found if family == socket.AF_INET})
     new = sorted({f"[{address}]" for family, address in found if family == socket.AF_INET6})

@@ -65,12 +65,16 @@ class EvidenceBook:
 
         Raises ApiError; ConflictError when the stored evidence is not what we knew, so that the pass starts over.
         """
-        if deployment.spec is None or route is None or route.stable is None or route.candidate is None:
+        if deployment.spec is None or route is None or not _is_exposed(deployment.status, route):
             return None
         page = await self._page(deployment)
         plan = plan_of(deployment.spec)
-        if page.polls != self._fleet.polls or page.evidence is None:
-            page = await self._fold(deployment, page, Comparison(route, _rollout(deployment.status)), plan)
+        comparison = Comparison(route, _rollout(deployment.status))
+        # Without a candidate in the route (no engine has it just now) what was counted before still stands.
+        if route.candidate is not None and (page.polls != self._fleet.polls or page.evidence is None):
+            page = await self._fold(deployment, page, comparison, plan)
+        elif page.evidence is not None and page.evidence.rollout != comparison.rollout:
+            return None
         if page.evidence is None:
             return None
         assessment = statistics.assess(page.evidence, plan, weight=route.weight)
@@ -159,6 +163,13 @@ class EvidenceBook:
 def plan_of(spec: AdapterDeploymentSpec) -> statistics.AnalysisPlan:
     sticky = spec.traffic.stickiness.type is StickinessType.HASH
     return statistics.plan_analysis(spec.analysis, sticky=sticky)
+
+
+def _is_exposed(status: AdapterDeploymentStatus, route: Route) -> bool:
+    """Whether a candidate answers requests, or would if an engine had it."""
+    weights = status.weights
+    meant = weights is not None and (weights.candidate > 0 or weights.mirror > 0)
+    return route.stable is not None and (route.candidate is not None or meant)
 
 
 def _rollout(status: AdapterDeploymentStatus) -> str:
