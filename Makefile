@@ -10,7 +10,7 @@ help: ## list the targets
 setup: ## create .venv and install what is pinned
 	@tools/setup
 
-demo: setup ## the five-minute tour: cluster up, fine-tune, compare with the base model
+demo: setup ## the tour: cluster up, fine-tune, serve, promote a better adapter, roll back a bad one
 	@examples/quickstart/demo
 
 test: setup ## every test: unit, integration (real API server, KubeRay, Ray), end to end

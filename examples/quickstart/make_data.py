@@ -1,4 +1,4 @@
-"""Write train.jsonl and heldout.jsonl of the quickstart from tickets.yaml: the same bytes on every run.
+"""Write the quickstart's train.jsonl, heldout.jsonl and spoilt.jsonl from tickets.yaml: the same bytes on every run.
 
 python examples/quickstart/make_data.py            writes beside this file
 python examples/quickstart/make_data.py --out DIR  writes somewhere else
@@ -20,6 +20,7 @@ SEED = 20260
 SYSTEM = "Triage the support ticket. Answer with JSON: category, priority, summary."
 PRIORITIES = ["low", "normal", "high", "urgent"]  # in this order: phrases move a ticket up or down
 ROWS = {"train": 100, "heldout": 12}  # per category
+SPOILT_ROWS = 200  # the first ones of train.jsonl
 MAX_CHARACTERS = 330  # of a ticket: with prompt and answer about 130 tokens
 MAX_SHOUTED_CHARACTERS = 140  # capitals take twice as many tokens
 
@@ -154,6 +155,12 @@ def make_rows(source: dict[str, Any], split: str) -> list[dict[str, Any]]:
     return shuffled
 
 
+def spoil(row: dict[str, Any]) -> dict[str, Any]:
+    """The row after a careless export: str() instead of json.dumps(), so the answer looks like JSON and is none."""
+    *question, answer = row["messages"]
+    return {"messages": [*question, {**answer, "content": str(json.loads(answer["content"]))}]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
@@ -161,11 +168,12 @@ def main() -> None:
     )
     folder = parser.parse_args().out
     source = yaml.safe_load((HERE / "tickets.yaml").read_text(encoding="utf-8"))
-    for split in ROWS:
-        rows = make_rows(source, split)
+    files = {split: make_rows(source, split) for split in ROWS}
+    files["spoilt"] = [spoil(row) for row in files["train"][:SPOILT_ROWS]]
+    for name, rows in files.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{folder / split}.jsonl: {len(rows)} rows")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{folder / name}.jsonl: {len(rows)} rows")
 
 
 if __name__ == "__main__":
