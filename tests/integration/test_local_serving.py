@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune_local import errors, parts
+from finetune_local import errors, parts, processes
 from finetune_local.cluster import Cluster, State
 
 pytestmark = pytest.mark.integration
@@ -96,6 +96,27 @@ def test_admin_ports_want_their_tokens_and_the_tokens_are_private(laptop: Cluste
         file = laptop.layout.token(name)
         assert file.stat().st_mode & 0o777 == 0o600
         assert ask(laptop, port, path, token=file.read_text())
+
+
+def test_they_listen_on_loopback_only(laptop: Cluster) -> None:
+    identity = json.loads(laptop.layout.instance.read_text())["identity"]
+    listening = {
+        connection.laddr
+        for process in processes.find_all(laptop.layout, identity, parts.SERVING)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    names = ("router", "router-admin", "engine", "engine-agent")
+    assert {laptop.ports[name] for name in names} <= {address.port for address in listening}
+
+
+def test_a_second_up_changes_nothing(laptop: Cluster) -> None:
+    before = {line.name: line.pid for line in laptop.status()}
+    lines: list[str] = []
+    laptop.up(parts.SERVING, report=lines.append)
+    assert {line.name: line.pid for line in laptop.status()} == before
+    assert lines == []
 
 
 def test_the_engine_sees_the_folders_behind_the_claims(laptop: Cluster) -> None:
