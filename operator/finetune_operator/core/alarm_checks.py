@@ -19,36 +19,26 @@ DRIFT_KEYS = 30  # distinct users of the candidate at least (none where only the
 
 
 def assess_sample_ratio(evidence: Evidence, plan: SampleRatioPlan, *, weight: float) -> Check:
-    log_e = evidence.merged_log_share_evidence + math.fsum(
-        stratum.log_share_evidence(sticky=plan.sticky) for stratum in evidence.strata
-    )
-    split = [stratum for stratum in evidence.strata if 0.0 < stratum.weight < 100.0]
-    n = PerArm(
-        stable=sum(_units(stratum, Arm.STABLE, plan) for stratum in split),
-        candidate=sum(_units(stratum, Arm.CANDIDATE, plan) for stratum in split),
-    )
-    total = n.stable + n.candidate
-    expected = sum(
-        stratum.weight / 100.0 * (_units(stratum, Arm.STABLE, plan) + _units(stratum, Arm.CANDIDATE, plan))
-        for stratum in split
-    )
-    units = "distinct users" if plan.sticky else "requests"
+    """Failed is an alarm: something other than the assignment decides who is counted on which side."""
+    keys = evidence.keys
+    total = keys.stable + keys.candidate
+    units = "users" if plan.sticky else "requests"
     needed = eprocesses.log_threshold(plan.alpha)
     if not total:
         phase, message = CheckPhase.INCONCLUSIVE, f"no {units} yet"
     else:
-        phase = CheckPhase.FAILED if log_e >= needed else CheckPhase.SUCCESSFUL
+        phase = CheckPhase.FAILED if keys.log_evidence >= needed else CheckPhase.SUCCESSFUL
         message = (
-            f"{n.candidate / total:.1%} of {total} {units} were the candidate's, {expected / total:.1%} were expected "
-            f"(weight now {weight:g}%)"
+            f"{keys.candidate / total:.1%} of {total} assigned {units} came to the candidate, "
+            f"{keys.expected_candidate / total:.1%} should have (weight now {weight:g}%)"
         )
     return Check(
         name=SAMPLE_RATIO,
         kind=CheckKind.SAMPLE_RATIO,
         phase=phase,
-        n=n,
-        estimate=rounded(n.candidate / total) if total else None,
-        e_value=rounded(e_value(log_e)),
+        n=PerArm(stable=keys.stable, candidate=keys.candidate),
+        estimate=rounded(keys.candidate / total) if total else None,
+        e_value=rounded(e_value(keys.log_evidence)),
         threshold=rounded(math.exp(needed)),
         message=message,
     )
@@ -68,7 +58,7 @@ def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
             message=f"{n.stable} answers of stable and {n.candidate} of the candidate; "
             f"each side needs {plan.min_samples_per_arm}",
         )
-    users = sum(stratum.candidate_keys for stratum in evidence.strata)
+    users = evidence.keys.candidate_users
     if 0 < users < DRIFT_KEYS:
         return Check(
             name=DRIFT,
@@ -124,9 +114,3 @@ def _share_change(evidence: Evidence, signal: str, plan: DriftPlan) -> str | Non
 def _answers(stratum: Stratum) -> tallies.Tally:
     """What the candidate revision answered, shadow included."""
     return tallies.add(stratum.arm(Arm.CANDIDATE), stratum.arm(Arm.SHADOW))
-
-
-def _units(stratum: Stratum, arm: Arm, plan: SampleRatioPlan) -> int:
-    if not plan.sticky:
-        return tallies.count(stratum.arm(arm), REQUESTS)
-    return stratum.stable_keys if arm is Arm.STABLE else stratum.candidate_keys

@@ -13,11 +13,11 @@ from finetune_operator.api.routes import Arm, EpochCounters, KeySample, RouterCo
 from finetune_operator.core import tallies
 from finetune_operator.core.analysis_plans import AnalysisPlan
 from finetune_operator.core.epochs import Epochs
-from finetune_operator.core.eprocesses import BLOCK_REQUESTS, HarmProcess, log_share_evidence
+from finetune_operator.core.eprocesses import BLOCK_REQUESTS, HarmProcess
+from finetune_operator.core.key_places import KeyPlaces
 from finetune_operator.core.tallies import REQUESTS, Tally
 
 MAX_STRATA = 12  # spans of one weight that are told apart; of more, the oldest two become one
-MAX_KEYS = 1024  # as the routers' own samples
 EXPOSED = (Arm.CANDIDATE, Arm.SHADOW)  # both are answers of the candidate revision
 
 
@@ -28,21 +28,9 @@ class Stratum:
     weight: float
     """Percent of the keys that should be the candidate's."""
     arms: Mapping[Arm, Tally] = field(default_factory=dict)
-    stable_keys: int = 0
-    """Distinct keys (of the sample) that came first in this stratum, and on the stable side."""
-    candidate_keys: int = 0
 
     def arm(self, arm: Arm) -> Tally:
         return self.arms.get(arm, {})
-
-    def log_share_evidence(self, *, sticky: bool) -> float:
-        """Log e-value of the keys (not sticky: the requests) being split other than the weight says."""
-        stable, candidate = self.stable_keys, self.candidate_keys
-        if not sticky:
-            stable, candidate = (
-                tallies.count(self.arm(arm), REQUESTS) for arm in (Arm.STABLE, Arm.CANDIDATE)
-            )
-        return log_share_evidence(stable, candidate, share=self.weight / 100.0)
 
 
 @dataclass(frozen=True)
@@ -72,14 +60,14 @@ class Evidence:
     """`Route.comparison` of the latest poll."""
     weight: float = 0.0
     """Weight of the latest poll."""
+    is_sample_pure: bool = True
+    """Whether the weight has been the same since the comparison's name changed, and with it the routers' samples."""
     epochs: Epochs = field(default_factory=Epochs)
     """What was told last."""
     strata: tuple[Stratum, ...] = ()
     """Oldest first."""
-    merged_log_share_evidence: float = 0.0
-    """Sample ratio evidence of strata that were merged away."""
-    keys: tuple[int, ...] = ()
-    """Hashes of the sampled keys that were seen, smallest first."""
+    keys: KeyPlaces = field(default_factory=KeyPlaces)
+    """For the sample ratio."""
     block: Block = Block()
     harm: Mapping[str, HarmProcess] = field(default_factory=dict)
     """By guardrail."""
@@ -123,12 +111,9 @@ def fold(
             gains.append(gain)
             samples += [s for s in epoch.samples if s.alias == alias and s.comparison == comparison]
         epochs = epochs.with_instance(router.instance)
-    keys, fresh = _with_keys(evidence.keys, samples)
-    if evidence.comparison == comparison and evidence.weight != weight:
-        fresh = (0, 0)  # one sample over two weights: nobody knows which of the keys came at which
     gained = {arm: tallies.add_all(gain.get(arm, {}) for gain in gains) for arm in Arm}
-    evidence = replace(evidence, epochs=epochs.pruned(), keys=keys, comparison=comparison, weight=weight)
-    evidence = _with_strata(evidence, gained, fresh=fresh)
+    evidence = _with_keys(evidence, gained, samples, plan=plan, latest=new)
+    evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), gained)
     return _with_block(evidence, gained, plan)
 
 
@@ -148,48 +133,53 @@ def _arms_of(epoch: EpochCounters, evidence: Evidence) -> dict[Arm, Tally]:
 
 
 def _with_keys(
-    keys: tuple[int, ...], samples: Iterable[KeySample]
-) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """The sample with the new keys in it, and how many of them came on the stable and on the candidate's side.
+    evidence: Evidence,
+    gained: Mapping[Arm, Tally],
+    samples: Iterable[KeySample],
+    *,
+    plan: AnalysisPlan,
+    latest: Evidence,
+) -> Evidence:
+    """The evidence with what this poll tells of the shares, and with the weight and the comparison of `latest`."""
+    renamed, reweighted = latest.comparison != evidence.comparison, latest.weight != evidence.weight
+    is_pure = renamed or (evidence.is_sample_pure and not reweighted)
+    keys = evidence.keys
+    if plan.sample_ratio.sticky:
+        stable: set[int] = set()
+        candidate: set[int] = set()
+        for sample in samples:
+            stable.update(sample.stable)
+            candidate.update(sample.candidate)
+        keys = keys.after(
+            stable, candidate, weight=latest.weight, only_new=not is_pure, counted=renamed or not reweighted
+        )
+    elif not reweighted:  # of the first requests after a change, some were assigned before it
+        stable_n, candidate_n = (
+            tallies.count(gained.get(arm, {}), REQUESTS) for arm in (Arm.STABLE, Arm.CANDIDATE)
+        )
+        keys = keys.with_requests(stable_n, candidate_n, weight=latest.weight)
+    return replace(
+        evidence, keys=keys, comparison=latest.comparison, weight=latest.weight, is_sample_pure=is_pure
+    )
 
-    A key that is new and on both sides already came while the weight changed; nobody knows where it came first.
-    Only keys that stay in the sample are counted: those that are known to be new.
-    """
-    stable: set[int] = set()
-    candidate: set[int] = set()
-    for sample in samples:
-        stable.update(sample.stable)
-        candidate.update(sample.candidate)
-    known = set(keys)
-    if not (stable | candidate) - known:
-        return keys, (0, 0)
-    merged = sorted(known | stable | candidate)[:MAX_KEYS]
-    new = set(merged) - known
-    return tuple(merged), (len(new & stable - candidate), len(new & candidate - stable))
 
-
-def _with_strata(evidence: Evidence, gained: Mapping[Arm, Tally], *, fresh: tuple[int, int]) -> Evidence:
+def _with_strata(evidence: Evidence, gained: Mapping[Arm, Tally]) -> Evidence:
     """What was gained goes to the stratum of the present weight, a new one where the weight is new."""
-    strata = evidence.strata
-    merged = evidence.merged_log_share_evidence
-    if not any(gained.values()) and fresh == (0, 0):
+    if not any(gained.values()):
         return evidence
+    strata = evidence.strata
     if not strata or strata[-1].weight != evidence.weight:
         strata = (*strata, Stratum(weight=evidence.weight))
-    last = strata[-1]
-    last = replace(
-        last,
-        arms={arm: tally for arm in Arm if (tally := tallies.add(last.arm(arm), gained.get(arm, {})))},
-        stable_keys=last.stable_keys + fresh[0],
-        candidate_keys=last.candidate_keys + fresh[1],
-    )
-    strata = (*strata[:-1], last)
+    strata = (*strata[:-1], Stratum(evidence.weight, _joined(strata[-1].arms, gained)))
     if len(strata) > MAX_STRATA:
         first, second = strata[:2]
-        merged += first.log_share_evidence(sticky=True)
-        arms = {arm: tally for arm in Arm if (tally := tallies.add(first.arm(arm), second.arm(arm)))}
-        strata = (replace(second, arms=arms), *strata[2:])
-    return replace(evidence, strata=strata, merged_log_share_evidence=merged)
+        strata = (Stratum(second.weight, _joined(first.arms, second.arms)), *strata[2:])
+    return replace(evidence, strata=strata)
+
+
+def _joined(first: Mapping[Arm, Tally], second: Mapping[Arm, Tally]) -> dict[Arm, Tally]:
+    sums = {arm: tallies.add(first.get(arm, {}), second.get(arm, {})) for arm in Arm}
+    return {arm: tally for arm, tally in sums.items() if tally}
 
 
 def _with_block(evidence: Evidence, gained: Mapping[Arm, Tally], plan: AnalysisPlan) -> Evidence:

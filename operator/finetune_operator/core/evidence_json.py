@@ -12,6 +12,7 @@ from finetune_operator.api.routes import Arm
 from finetune_operator.core.epochs import Epochs, Told
 from finetune_operator.core.eprocesses import RELATIVE_RISKS, HarmProcess
 from finetune_operator.core.evidence import Block, Evidence, Stratum
+from finetune_operator.core.key_places import KeyPlaces, Place
 
 VERSION = "evidence/v1"
 KEY_BYTES = 7  # hashes have 53 bits
@@ -26,18 +27,17 @@ def to_json(evidence: Evidence) -> str:
             "stable": evidence.stable_revision,
             "candidate": evidence.candidate_revision,
             "rollout": evidence.rollout,
-            "latest": [evidence.comparison, evidence.weight],
+            "latest": [evidence.comparison, evidence.weight, evidence.is_sample_pure],
             "harm": {
                 name: [process.blocks, *process.log_evidence, process.log_peak]
                 for name, process in evidence.harm.items()
             },
             "block": [evidence.block.stable, evidence.block.exposed],
-            "strata": [
-                [stratum.weight, stratum.stable_keys, stratum.candidate_keys, stratum.arms]
-                for stratum in evidence.strata
-            ],
-            "mergedShare": evidence.merged_log_share_evidence,
-            "keys": _pack(b"".join(key.to_bytes(KEY_BYTES, "big") for key in evidence.keys)),
+            "strata": [[stratum.weight, stratum.arms] for stratum in evidence.strata],
+            "keys": {
+                f"{low!r}/{high!r}": _pack(raw) for (low, high), raw in _places_out(evidence.keys).items()
+            },
+            "coins": [[chance, *outcomes] for chance, outcomes in evidence.keys.coins.items()],
             "epochs": _pack(zlib.compress(_dump(_epochs_out(evidence.epochs)).encode(), 6)),
         }
     )
@@ -49,7 +49,6 @@ def from_json(text: str) -> Evidence:
         stored = json.loads(text)
         if stored["version"] != VERSION:
             raise ValueError(f"its version is {stored['version']!r}, this operator reads {VERSION!r}")
-        keys = base64.b64decode(stored["keys"])
         return Evidence(
             alias=stored["alias"],
             stable_revision=stored["stable"],
@@ -57,15 +56,13 @@ def from_json(text: str) -> Evidence:
             rollout=stored["rollout"],
             comparison=stored["latest"][0],
             weight=stored["latest"][1],
+            is_sample_pure=stored["latest"][2],
             harm={name: _harm_in(numbers) for name, numbers in stored["harm"].items()},
             block=Block(stable=stored["block"][0], exposed=stored["block"][1]),
-            strata=tuple(
-                Stratum(weight, _arms_in(arms), stable_keys=stable, candidate_keys=candidate)
-                for weight, stable, candidate, arms in stored["strata"]
-            ),
-            merged_log_share_evidence=stored["mergedShare"],
-            keys=tuple(
-                int.from_bytes(keys[i : i + KEY_BYTES], "big") for i in range(0, len(keys), KEY_BYTES)
+            strata=tuple(Stratum(weight, _arms_in(arms)) for weight, arms in stored["strata"]),
+            keys=KeyPlaces(
+                _places_in(stored["keys"]),
+                {chance: (stable, candidate) for chance, stable, candidate in stored["coins"]},
             ),
             epochs=_epochs_in(json.loads(zlib.decompress(base64.b64decode(stored["epochs"])))),
         )
@@ -73,6 +70,24 @@ def from_json(text: str) -> Evidence:
         raise ValueError(
             f"the stored evidence cannot be read ({error}); remove it, and the comparison begins anew"
         ) from error
+
+
+def _places_out(keys: KeyPlaces) -> dict[Place, bytes]:
+    """The hashes by place, of which there are few."""
+    raw: dict[Place, bytes] = {}
+    for key, place in sorted(keys.places.items()):
+        raw[place] = raw.get(place, b"") + key.to_bytes(KEY_BYTES, "big")
+    return raw
+
+
+def _places_in(stored: Mapping[str, str]) -> dict[int, Place]:
+    places: dict[int, Place] = {}
+    for name, packed in stored.items():
+        low, high = name.split("/")
+        raw = base64.b64decode(packed)
+        for start in range(0, len(raw), KEY_BYTES):
+            places[int.from_bytes(raw[start : start + KEY_BYTES], "big")] = (float(low), float(high))
+    return places
 
 
 def _epochs_out(epochs: Epochs) -> dict[str, Any]:

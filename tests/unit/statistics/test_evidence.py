@@ -8,7 +8,8 @@ import pytest
 
 from finetune_operator.api.routes import Arm, Moments, RouterCounters
 from finetune_operator.core.epochs import MAX_EPOCHS, RESET_SIGHTINGS
-from finetune_operator.core.evidence import MAX_KEYS, MAX_STRATA
+from finetune_operator.core.evidence import MAX_STRATA
+from finetune_operator.core.key_places import MAX_KEYS
 from finetune_operator.core.statistics import from_json, to_json
 from tests.unit.statistics.fleets import (
     Router,
@@ -149,7 +150,7 @@ def test_evidence_survives_storing_at_every_step() -> None:
         )
         evidence = folded(evidence, told)
         assert from_json(to_json(evidence)) == evidence
-    assert evidence.strata[-1].candidate_keys == 29
+    assert (evidence.keys.stable, evidence.keys.candidate) == (290, 29)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version":"evidence/v9"}', "null"])
@@ -192,7 +193,7 @@ def test_a_thousand_epochs_leave_less_than_100_kb_and_no_double_count() -> None:
     print(f"1,000 epochs: {size} bytes stored")
     assert size < 100_000
     assert len(evidence.epochs.told) == MAX_EPOCHS
-    assert len(evidence.keys) == MAX_KEYS
+    assert len(evidence.keys.places) == MAX_KEYS
     assert sum(numbers[0] for numbers in counted(evidence).values()) == requests
     assert folded(evidence, old) == evidence, "an epoch that ended long ago is told again, and is known"
     assert from_json(to_json(evidence)) == evidence
