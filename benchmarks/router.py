@@ -30,7 +30,7 @@ from finetune_router.assignment import KeyKind, KeySource
 
 SIZES = {"1 KB": 1024, "100 KB": 100 * 1024}
 CONNECTIONS = 32
-COMMON_RATE = 100.0  # requests a second that every target can take
+COMMON_RATE = 50.0  # requests a second that every target can take
 STREAM_CHUNKS, STREAM_INTERVAL = 20, 0.5  # a stream of ten seconds
 PACKAGES = ("aiohttp", "uvloop", "httptools", "jsonschema-rs")
 
@@ -92,6 +92,12 @@ def main() -> None:
             subjects.append(stack.enter_context(router_targets.nginx(folder, direct.port)))
         if not options.no_litellm:
             subjects.append(stack.enter_context(router_targets.litellm(folder, direct.port)))
+        for subject in [
+            direct,
+            *subjects,
+        ]:  # what is loaded at the first requests is no part of the comparison
+            measure(subject, size=1024, connections=8, seconds=options.seconds)
+            measure(subject, size=1024, connections=8, seconds=1, rate=4, stream=True)
         idle = {subject.name: subject.memory_bytes() for subject in subjects}
         for number in range(1, options.rounds + 1):
             say(f"round {number} of {options.rounds}")
@@ -260,7 +266,7 @@ def build_section(
         ],
         "{:.0f} MiB",
     )
-    row("memory before any request", [idle[name] / 2**20 for name in names], "{:.0f} MiB")
+    row("memory without requests", [idle[name] / 2**20 for name in names], "{:.0f} MiB")
     row(
         "errors",
         [

@@ -44,6 +44,7 @@ _LITELLM = """
 model_list:
   - model_name: support-bot
     litellm_params: {{model: openai/base-model, api_base: "http://127.0.0.1:{engine}/v1", api_key: sk-none}}
+general_settings: {{dangerously_permit_weak_or_unset_master_key: true}}
 litellm_settings: {{num_retries: 0, request_timeout: 600}}
 """
 

@@ -104,6 +104,7 @@ class AdminPort:
         return _model(self._ledger.wire(instance=self._instance, version=version, feedback=feedback))
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
+        await self._workers.gather()
         lives = self._workers.lives
         gauges = Gauges(
             workers=sum(life.serving for life in lives),

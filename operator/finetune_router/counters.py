@@ -162,13 +162,17 @@ class Sample:
         self._limit = limit
         self._arms: dict[int, int] = {}
         self._heap: list[int] = []  # negated hashes: the largest kept one is on top
+        self._news: list[tuple[int, int]] = []
 
     def add(self, value: int, bit: int) -> bool:
         """Record a key's hash for an arm (STABLE_BIT or CANDIDATE_BIT); whether the sample changed."""
         known = self._arms.get(value)
         if known is not None:
+            if known & bit:
+                return False
             self._arms[value] = known | bit
-            return known & bit == 0
+            self._news.append((value, bit))
+            return True
         if len(self._heap) < self._limit:
             heapq.heappush(self._heap, -value)
         elif value >= -self._heap[0]:
@@ -176,7 +180,13 @@ class Sample:
         else:
             del self._arms[-heapq.heapreplace(self._heap, -value)]
         self._arms[value] = bit
+        self._news.append((value, bit))
         return True
+
+    def take_news(self) -> Wire:
+        """What was added since the last call; whoever adds it to a sample of theirs has the same one."""
+        news, self._news = self._news, []
+        return {"alias": self.alias, "comparison": self.comparison, "added": news}
 
     def wire(self) -> Wire:
         """A KeySample as JSON has it."""
@@ -243,7 +253,7 @@ class Book:
             part = slice(start, start + REPORT_PART)
             yield Report(
                 arms=[state.wire() for state in states[part]],
-                samples=[sample.wire() for sample in samples[part]],
+                samples=[sample.take_news() for sample in samples[part]],
                 metrics=[one.wire() for one in metrics[part]],
                 forgotten=forgotten if start == 0 else [],
             )

@@ -24,7 +24,7 @@ from finetune_router.ledger import Epoch, Ledger
 
 logger = logging.getLogger(__name__)
 
-HANG_SECONDS = 10.0  # without a report, which comes twice a second: the worker is stuck and is replaced
+HANG_SECONDS = 10.0  # without a sign of life, which comes twice a second: the worker is stuck and is replaced
 START_SECONDS = 60.0  # until it serves, on a machine that is busy otherwise
 RESTART_SECONDS = 0.2  # doubled with each early death
 _LONGEST_RESTART = 10.0
@@ -185,7 +185,7 @@ class Fleet:
                 async with asyncio.timeout(patience):
                     message = await life.channel.receive()
             except TimeoutError:
-                logger.error("a worker has not reported for %.0f s and is replaced", patience)
+                logger.error("a worker has given no sign of life for %.0f s and is replaced", patience)
                 life.process.kill()
                 message = None
             if message is None:
@@ -206,6 +206,7 @@ class Fleet:
             case "counters":
                 life.epoch.update(message)
                 self._board.update(life.epoch.name, message)
+            case "beat":
                 life.in_flight, life.mirrors = message["in_flight"], message["mirrors"]
                 life.unread = message["unread"]
             case "reported":

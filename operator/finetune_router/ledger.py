@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from finetune_operator.api.routes import EpochCounters, RouterCounters
 from finetune_router import storage
+from finetune_router.counters import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +28,28 @@ class Epoch:
     name: str
     arms: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     """Kept as they came; they are made models of when somebody asks."""
-    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
 
     def update(self, message: dict[str, Any]) -> None:
         """Take in a worker's report: whole values of what changed."""
         for arm in message["arms"]:
             self.arms[arm["alias"], arm["arm"], arm["revision"]] = arm
-        for sample in message["samples"]:
-            self.samples[sample["alias"]] = sample
+        for news in message["samples"]:
+            alias, comparison = news["alias"], news["comparison"]
+            sample = self.samples.get(alias)
+            if sample is None or sample.comparison != comparison:
+                sample = self.samples[alias] = Sample(alias, comparison)
+            for value, bit in news["added"]:
+                sample.add(value, bit)
+            sample.take_news()
 
     def wire(self) -> EpochCounters:
         return EpochCounters.model_validate(
-            {"epoch": self.name, "arms": list(self.arms.values()), "samples": list(self.samples.values())}
+            {
+                "epoch": self.name,
+                "arms": list(self.arms.values()),
+                "samples": [sample.wire() for sample in self.samples.values()],
+            }
         )
 
 

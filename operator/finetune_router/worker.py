@@ -35,7 +35,8 @@ from finetune_router.upstreams import Upstreams
 
 logger = logging.getLogger(__name__)
 
-REPORT_SECONDS = 0.5  # what a worker that is killed may have counted and not told; also the heartbeat
+BEAT_SECONDS = 0.5
+BEATS_PER_REPORT = 4  # a worker that is killed has told what it counted up to two seconds before
 _TEND_SECONDS = 2.0
 _KEEP_ALIVE = 75.0  # seconds that an idle client connection is kept, as in nginx
 _HEAD_LIMIT = 16 * 1024  # bytes of one header line
@@ -138,16 +139,28 @@ class Worker:
         self.channel.send("applied", version=snapshot.version)
 
     async def _report_forever(self) -> None:
+        """Whoever asks for counters makes every worker tell them; this is for workers that die."""
         while True:
-            await asyncio.sleep(REPORT_SECONDS)
+            for _ in range(BEATS_PER_REPORT):
+                await asyncio.sleep(BEAT_SECONDS)
+                self._beat()
             for report in self.book.take_reports():
                 self._send(report)
                 await asyncio.sleep(0)
+
+    def _beat(self) -> None:
+        self.channel.send(
+            "beat",
+            in_flight=self.service.in_flight,
+            mirrors=len(self.service.proxy.mirrors),
+            unread=self.recorder.unread,
+        )
 
     def _report(self, *, number: int | None = None) -> None:
         """All that changed, at once; the parent then has what this worker has counted up to now."""
         for report in self.book.take_reports():
             self._send(report)
+        self._beat()
         self.channel.send("reported", number=number)
 
     def _send(self, report: Report) -> None:
@@ -163,9 +176,6 @@ class Worker:
             metrics=report.metrics,
             forgotten=report.forgotten,
             feedback=feedback,
-            in_flight=self.service.in_flight,
-            mirrors=len(self.service.proxy.mirrors),
-            unread=self.recorder.unread,
         )
 
     async def _tend_forever(self) -> None:

@@ -15,7 +15,7 @@ from finetune_operator.api.routes import Arm, ArmCounters, EpochCounters, KeySam
 from finetune_router import counters, exposition
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, Book, Histogram, RunningMoments, Sample
 from finetune_router.exposition import Gauges, MetricsBoard, RouterCollector
-from finetune_router.ledger import Ledger
+from finetune_router.ledger import Epoch, Ledger
 
 NOTHING = EpochCounters(epoch="feedback-1")
 
@@ -175,3 +175,19 @@ def test_samples_of_several_workers_make_one_sample() -> None:
         (one if number % 3 else other).add(value, STABLE_BIT)
     samples = [KeySample.model_validate(sample.wire()).stable for sample in (one, other, whole)]
     assert tuple(sorted({*samples[0], *samples[1]})[:64]) == samples[2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.sampled_from([STABLE_BIT, CANDIDATE_BIT]), st.booleans())))
+def test_the_parent_has_the_workers_sample(steps: list[tuple[int, int, bool]]) -> None:
+    """Only what is new goes over the line."""
+    book, epoch = Book(), Epoch("worker-1")
+    sample = book.sample("bot", "c1")
+    for value, bit, is_report_due in steps:
+        if sample.add(value, bit):
+            book.changed_samples.add(sample)
+        if is_report_due:
+            epoch.update(report(book))
+    epoch.update(report(book))
+    assert [one.model_dump() for one in epoch.wire().samples] == (
+        [KeySample.model_validate(sample.wire()).model_dump()]
+    )
