@@ -6,17 +6,15 @@ Loaded. The one exception is an agent that does not answer: that is no proof of 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from finetune_operator.api.adapterdeployment_status import LoadedAdapter
+from finetune_operator.api.adapterdeployment_status import LoadedAdapter, Stage
 from finetune_operator.api.routes import Route
 from finetune_operator.core.rollout_facts import Action, AdapterFacts, EngineFacts, Load, Observed, Unload
 from finetune_operator.core.rollout_turns import OVER, Turn
 
 LOADED, LOADING, FAILED = "Loaded", "Loading", "Failed"
-_OURS = re.compile(r"[a-z0-9](?:[-a-z0-9.]*[a-z0-9])?--[0-9a-f]{8}")
 HOPELESS = frozenset({"DigestMismatch", "IncompatibleBase", "RankTooLarge"})  # another try changes nothing
 
 
@@ -205,7 +203,7 @@ def _loads(turn: Turn, engine: EngineFacts) -> Iterable[Action]:
 
 def _worth_another_try(turn: Turn, adapter: LoadedAdapter, told: AdapterFacts) -> bool:
     """A candidate that no try will help is tried once per rollout; what serves is tried as long as it is missing."""
-    began = turn.status.rollout_start_time == turn.now
+    began = turn.status.stage is Stage.LOADING and turn.status.stage_start_time == turn.now
     return told.reason not in HOPELESS or began or adapter.revision == turn.status.stable_revision
 
 
@@ -263,20 +261,3 @@ def base_problem(turn: Turn) -> str | None:
                 "or spec.serving"
             )
     return None
-
-
-def orphans(engines: Sequence[EngineFacts], *, owned: frozenset[str], routed: frozenset[str]) -> list[Unload]:
-    """Unloads of what deleted AdapterDeployments left behind.
-
-    An object is gone after its deletion, so nobody decides for it: whoever sees all objects and engines asks here.
-    `owned` are the served names in the status of any AdapterDeployment, `routed` those in the newest snapshot, which
-    every router must have said to apply. Names of another shape than ours are somebody else's; two operators must not
-    share an engine.
-    """
-    return [
-        Unload(engine.agent_url, name)
-        for engine in engines
-        if engine.reachable
-        for name in engine.adapters
-        if _OURS.fullmatch(name) and name not in owned | routed
-    ]

@@ -48,7 +48,7 @@ def refresh(turn: Turn) -> Turn:
         checks = [check for check in turn.status.analysis if check.kind is not CheckKind.METRIC]
     checks += _measured(turn, known)
     missing = None
-    if turn.exposed and not _heard(turn):
+    if _counted(turn) and not _heard(turn):
         missing = turn.status.evidence_missing_since or turn.now
     return turn.update(analysis=checks[:64], evidence_missing_since=missing)
 
@@ -67,6 +67,14 @@ def _measured(turn: Turn, known: dict[str, Check]) -> list[Check]:
         metrics.tally(m, known.get(m.name), made.get(m.name), dry_run=m.name in dry, now=turn.now)
         for m in turn.spec.analysis.metrics
     ]
+
+
+def _counted(turn: Turn) -> bool:
+    """Whether the routers have anything to count: the published route gives the candidate requests."""
+    route = turn.seen.routing.published
+    named = route.candidate.revision if route is not None and route.candidate is not None else None
+    given = route is not None and (route.weight > 0 or route.mirror > 0)
+    return turn.exposed and given and named == turn.status.candidate_revision
 
 
 def longest_silence(turn: Turn) -> float:

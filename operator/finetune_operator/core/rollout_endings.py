@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from finetune_operator.api.adapterdeployment_status import (
     Abort,
@@ -88,12 +88,17 @@ def begin(turn: Turn, artifact: ArtifactFacts, *, fast: bool = False, barred: Ab
         abort=barred,
         analysis=[],
         evaluation=None,
-        rollout_start_time=turn.now,
+        rollout_start_time=_later(turn.now, turn.status.rollout_start_time),
         step_start_time=None,
         evidence_missing_since=None,
     )
     turn = turn.stage(Stage.LOADING).update(stage_start_time=turn.now)
     return turn.weigh(candidate=0).again_in(0)
+
+
+def _later(now: datetime, before: datetime | None) -> datetime:
+    """A start that no rollout had before: with the revision it names the evidence, and times are whole seconds."""
+    return now if before is None or now > before else before + timedelta(seconds=1)
 
 
 def _limited(turn: Turn, *, keep: str) -> Turn:

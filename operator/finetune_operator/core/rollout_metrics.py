@@ -1,4 +1,4 @@
-"""Metrics from Prometheus: one measurement is judged as Argo Rollouts judges it, apart from missing data.
+"""Metrics from Prometheus in the status of a rollout: measurements are judged and counted as `core.thresholds` says.
 
 No data and NaN are Inconclusive, a query without an answer is an Error, and neither is ever a reason for a rollback.
 """
@@ -6,53 +6,25 @@ No data and NaN are Inconclusive, a query without an answer is an Error, and nei
 from __future__ import annotations
 
 import math
-import operator
-import re
-from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 
 from finetune_operator.api.adapterdeployment_analysis import MetricSpec
 from finetune_operator.api.adapterdeployment_status import Check, CheckKind, CheckPhase, Measurements
+from finetune_operator.core import thresholds
 from finetune_operator.core.rollout_facts import Measurement
 
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "<": operator.lt,
-    ">": operator.gt,
-    "==": operator.eq,
-    "!=": operator.ne,
-}
-_TERM = re.compile(r"\s*result\s*(<=|>=|==|!=|<|>)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*")
 
-
-def holds(condition: str, result: float) -> bool:
-    """Whether a condition such as `result > 0.9 && result < 1.1` holds; && binds closer than ||.
-
-    ValueError for what the schema would refuse.
-    """
-    return any(all(_term(term, result) for term in part.split("&&")) for part in condition.split("||"))
-
-
-def _term(term: str, result: float) -> bool:
-    match = _TERM.fullmatch(term)
-    if match is None:
-        raise ValueError(f"condition {term.strip()!r} is not readable; write it as result <= 1.2")
-    return _COMPARE[match.group(1)](result, float(match.group(2)))
-
-
-def judge(metric: MetricSpec, measurement: Measurement) -> CheckPhase:
-    """The verdict on one measurement."""
+def judge(metric: MetricSpec, measurement: Measurement) -> tuple[CheckPhase, str]:
+    """The verdict on one measurement, and why."""
     if measurement.error is not None:
-        return CheckPhase.ERROR
-    value = measurement.value
-    if value is None or math.isnan(value):
-        return CheckPhase.INCONCLUSIVE
-    if metric.failure_condition is not None and holds(metric.failure_condition, value):
-        return CheckPhase.FAILED
-    if holds(metric.success_condition, value):
-        return CheckPhase.SUCCESSFUL
-    return CheckPhase.FAILED if metric.failure_condition is None else CheckPhase.INCONCLUSIVE
+        return CheckPhase.ERROR, f"no answer: {measurement.error}"
+    failure = metric.failure_condition
+    return thresholds.measure(
+        measurement.value,
+        success=thresholds.parse_condition(metric.success_condition),
+        failure=None if failure is None else thresholds.parse_condition(failure),
+    )
 
 
 def tally(
@@ -61,12 +33,13 @@ def tally(
     """The metric's entry in the status after one more measurement, or after none."""
     counts = (known.measurements if known else None) or Measurements()
     estimate = known.estimate if known else None
+    message = (known.message if known else None) or "not measured yet"
     if measurement is not None:
-        verdict = judge(metric, measurement)
+        verdict, why = judge(metric, measurement)
         counts = _counted(counts, verdict, now=now)
         value = measurement.value
         estimate = value if value is not None and math.isfinite(value) else None
-    message = _message(metric, counts, measurement, known)
+        message = _message(metric, counts, why)
     return Check(
         name=metric.name,
         kind=CheckKind.METRIC,
@@ -78,40 +51,36 @@ def tally(
     )
 
 
-def _counted(counts: Measurements, verdict: CheckPhase, *, now: datetime) -> Measurements:
-    field = str(verdict).lower()
-    errors = counts.consecutive_errors + 1 if verdict is CheckPhase.ERROR else 0
-    return counts.model_copy(
-        update={field: getattr(counts, field) + 1, "consecutive_errors": errors, "last_time": now}
+def _tally(counts: Measurements) -> thresholds.Tally:
+    return thresholds.Tally(
+        successful=counts.successful,
+        failed=counts.failed,
+        inconclusive=counts.inconclusive,
+        error=counts.error,
+        consecutive_errors=counts.consecutive_errors,
     )
 
 
+def _counted(counts: Measurements, verdict: CheckPhase, *, now: datetime) -> Measurements:
+    return Measurements(**asdict(thresholds.count(_tally(counts), verdict)), last_time=now)
+
+
 def _phase(metric: MetricSpec, counts: Measurements) -> CheckPhase:
-    if counts.failed > metric.failure_limit:
-        return CheckPhase.FAILED
-    if counts.consecutive_errors > metric.consecutive_error_limit:
-        return CheckPhase.ERROR
-    if counts.inconclusive > metric.inconclusive_limit:
-        return CheckPhase.INCONCLUSIVE
-    return CheckPhase.SUCCESSFUL if counts.successful >= metric.count else CheckPhase.INCONCLUSIVE
+    limits = thresholds.Limits(
+        failure_limit=metric.failure_limit,
+        inconclusive_limit=metric.inconclusive_limit,
+        consecutive_error_limit=metric.consecutive_error_limit,
+        count=metric.count,
+    )
+    return thresholds.judge(_tally(counts), limits) or CheckPhase.INCONCLUSIVE
 
 
-def _message(
-    metric: MetricSpec, counts: Measurements, measurement: Measurement | None, known: Check | None
-) -> str:
-    if measurement is None:
-        return (known.message if known else None) or "not measured yet"
-    if measurement.error is not None:
-        last = f"no answer: {measurement.error}"
-    elif measurement.value is None or math.isnan(measurement.value):
-        last = "no data"
-    else:
-        last = f"{measurement.value:.4g}"
+def _message(metric: MetricSpec, counts: Measurements, why: str) -> str:
     return (
-        f"last {last}; {counts.successful} of {metric.count} successful, {counts.failed} failed "
+        f"{why[:500]}; so far {counts.successful} of {metric.count} successful, {counts.failed} failed "
         f"(limit {metric.failure_limit}), {counts.inconclusive} inconclusive (limit {metric.inconclusive_limit}), "
         f"{counts.error} without an answer"
-    )[:1000]
+    )
 
 
 def too_inconclusive(metric: MetricSpec, check: Check) -> bool:

@@ -11,9 +11,9 @@ from finetune_operator.api.adapterdeployment_traffic import (
     PinnedArm,
     StickinessType,
 )
-from finetune_operator.api.routes import HeaderMatch, Pin, Route, Signal, Target
+from finetune_operator.api.routes import HeaderMatch, Pin, Route, Signal, SignalEvent, Target
 from finetune_operator.core import rollout_adapters as adapters
-from finetune_operator.core.analysis_plans import parse_seconds
+from finetune_operator.core.analysis_plans import parse_seconds, plan_analysis
 from finetune_operator.core.rollout_facts import Observed
 from finetune_operator.core.rollout_turns import ROUTED, Turn
 
@@ -34,28 +34,22 @@ def build(turn: Turn) -> Route | None:
     if candidate is not None and not candidate.upstreams:
         candidate = None
     weights = turn.weights
+    weight = weights.candidate if candidate else 0.0
     return Route(
         alias=turn.alias,
         owner=owner(turn.seen),
         stable=_target(turn.seen, turn.stable),
         candidate=candidate,
-        weight=weights.candidate if candidate else 0.0,
+        weight=weight,
         mirror=weights.mirror if candidate else 0.0,
         sticky=spec.traffic.stickiness.type is StickinessType.HASH,
         keys=tuple(spec.traffic.stickiness.keys),
         salt=_salt(turn),
         pins=tuple(_pin(match) for match in spec.traffic.match),
         retry_stable=spec.traffic.fallback.on_candidate_error is OnCandidateError.RETRY_STABLE,
-        signals=tuple(
-            Signal(
-                name=guardrail.name,
-                event=guardrail.event,
-                threshold=None if guardrail.threshold is None else parse_seconds(guardrail.threshold),
-            )
-            for guardrail in spec.analysis.guardrails
-        ),
+        signals=_signals(turn),
         output_schema=spec.traffic.output_schema,
-        comparison=comparison(turn),
+        comparison=_comparison(turn, weight),
     )
 
 
@@ -89,16 +83,37 @@ def _salt(turn: Turn) -> str:
     return f"{turn.seen.deployment.uid}:{revision}"
 
 
-def comparison(turn: Turn) -> str:
-    """One per rollout, whatever the weight: evidence is gathered over all steps."""
+def _signals(turn: Turn) -> tuple[Signal, ...]:
+    """What the routers count: for the guardrails, and what drift compares beside them."""
+    analysis = turn.spec.analysis
+    signals = [
+        Signal(
+            name=guardrail.name,
+            event=guardrail.event,
+            threshold=None if guardrail.threshold is None else parse_seconds(guardrail.threshold),
+        )
+        for guardrail in analysis.guardrails
+    ]
+    drift = plan_analysis(analysis).drift
+    names = {signal.name for signal in signals}
+    signals += [
+        Signal(name=name, event=SignalEvent(name))
+        for name in (drift.signals if drift else ())
+        if name not in names
+    ]
+    return tuple(signals)
+
+
+def _comparison(turn: Turn, weight: float) -> str:
+    """Identity of the routers' samples of users: with another weight the sides get other shares."""
     status = turn.status
     if not turn.underway or turn.first or status.rollout_start_time is None:
         return ""
-    return f"{status.candidate_revision}:{_stamp(status.rollout_start_time)}"
+    return f"{status.candidate_revision}:{_stamp(status.rollout_start_time)}:{weight:g}"
 
 
 def _stamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    return moment.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
 def frozen(seen: Observed) -> Route | None:

@@ -14,7 +14,6 @@ from datetime import datetime
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import (
     AbortReason,
-    AdapterDeploymentStatus,
     LoadedAdapter,
     Stage,
 )
@@ -29,7 +28,7 @@ from finetune_operator.core import rollout_stages as stages
 from finetune_operator.core import rollout_statuses as statuses
 from finetune_operator.core import rollout_steps as steps
 from finetune_operator.core import rollout_verbs as verbs
-from finetune_operator.core.rollout_facts import AskWebhooks, Observed, Plan, Unload
+from finetune_operator.core.rollout_facts import AskWebhooks, Observed, Plan
 from finetune_operator.core.rollout_turns import Turn
 
 WATCH_SECONDS = (
@@ -40,8 +39,10 @@ WATCH_SECONDS = (
 def decide(seen: Observed, *, now: datetime) -> Plan:
     """The next step of a deployment. Pure: the same facts give the same plan."""
     deployment = seen.deployment
-    if deployment.deleting:
-        return _withdraw(seen)
+    if (
+        deployment.deleting
+    ):  # no route; whatever is left in the engines has no owner then, see reconcile.orphans
+        return Plan(status=deployment.status)
     if deployment.spec is None:
         status = statuses.unreadable(seen, now=now)
         return _told(seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS))
@@ -53,21 +54,6 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
     turn = adapters.settle(turn)
     turn = statuses.sum_up(turn)
     return _told(seen, _plan(turn, deployment.spec))
-
-
-def _withdraw(seen: Observed) -> Plan:
-    """Deleted: no route, and once no router uses them the adapters go. What is left when the object is gone belongs to
-    `rollout_adapters.orphans`."""
-    routing, actions = seen.routing, []
-    if routing.published is None and routing.verified:
-        names = {adapter.served_name for adapter in seen.deployment.status.adapters}
-        actions = [
-            Unload(engine.agent_url, name)
-            for engine in seen.engines
-            if engine.reachable
-            for name in sorted(names & set(engine.adapters))
-        ]
-    return Plan(status=seen.deployment.status, actions=actions, requeue_after=stages.SOON_SECONDS)
 
 
 # ---------------------------------------------------------------- facts into the status
@@ -265,13 +251,5 @@ def _rollback_heard(turn: Turn) -> bool:
 
 def _told(seen: Observed, plan: Plan) -> Plan:
     """Events and alerts follow from what the pass changed, so that a repeated pass repeats none."""
-    old: AdapterDeploymentStatus = seen.deployment.status
-    happened = events.events(old, plan.status)
-    hooks = seen.deployment.spec.webhooks if seen.deployment.spec else []
-    asked = [AskWebhooks(WebhookType.EVENT)] if any(h.type is WebhookType.EVENT for h in hooks) else []
-    return replace(
-        plan,
-        events=happened,
-        alerts=events.alerts(old, plan.status),
-        actions=[*plan.actions, *(asked if happened else [])],
-    )
+    old = seen.deployment.status
+    return replace(plan, events=events.events(old, plan.status), alerts=events.alerts(old, plan.status))

@@ -229,26 +229,4 @@ ONE_SIDED = METRIC.model_copy(update={"failure_condition": None})
 def test_the_verdict_on_one_measurement(
     metric: MetricSpec, value: float | None, error: str | None, phase: CheckPhase
 ) -> None:
-    assert rollout_metrics.judge(metric, Measurement("m", value, error)) is phase
-
-
-@pytest.mark.parametrize(
-    ("condition", "result", "holds"),
-    [
-        ("result <= 1.2", 1.2, True),
-        ("result>0.9&&result<1.1", 1.0, True),
-        ("result > 0.9 && result < 1.1", 1.1, False),
-        ("result < 0 || result > 10 && result < 20", -1, True),
-        ("result < 0 || result > 10 && result < 20", 15, True),
-        ("result < 0 || result > 10 && result < 20", 5, False),
-        ("result != -1e-3", -0.001, False),
-        ("result == 5e2", 500, True),
-    ],
-)
-def test_conditions(condition: str, result: float, holds: bool) -> None:
-    assert rollout_metrics.holds(condition, result) is holds
-
-
-def test_a_condition_that_the_schema_would_refuse_is_named() -> None:
-    with pytest.raises(ValueError, match="'latency > 1' is not readable"):
-        rollout_metrics.holds("latency > 1", 1.0)
+    assert rollout_metrics.judge(metric, Measurement("m", value, error))[0] is phase

@@ -288,10 +288,3 @@ def test_a_rollback_webhook_is_asked_while_the_candidate_has_users_and_brings_it
     world.run(15)
     assert world.status.reason == "RollbackWebhook"
     assert world.everybody_gets() == revision("a")
-
-
-def test_event_webhooks_are_told_of_each_transition() -> None:
-    world = hooked(WebhookType.EVENT)
-    world.deploy("b").run(60)
-    transitions = [plan for plan in world.plans if plan.events]
-    assert world.asked.count(WebhookType.EVENT) >= len(transitions) - 5

@@ -141,9 +141,10 @@ class World:
     def step(self) -> Plan | None:
         """One pass of the operator; None when it was killed in it."""
         seen = self.observe()
-        plan = rollouts.decide(seen, now=self.now)
+        now = self.now.replace(microsecond=0)  # as the reconciler does: what is decided on is what is stored
+        plan = rollouts.decide(seen, now=now)
         if len(self.plans) % 7 == 0:
-            assert rollouts.decide(seen, now=self.now) == plan, "the same facts gave another plan"
+            assert rollouts.decide(seen, now=now) == plan, "the same facts gave another plan"
         invariants.check(self, seen, plan)
         self._told, self._measured = {}, []
         done = self._carry_out(plan)
@@ -228,6 +229,7 @@ class World:
         self.routing.tick(self.now)
         weight, mirror = self.routing.weight(), self.routing.mirror()
         comparison = self.routing.route.comparison if self.routing.route else ""
+        comparison = comparison.rpartition(":")[0]  # evidence is gathered over all weights
         if comparison != self.evidence.comparison:
             self.evidence.comparison, self.evidence.exposed_seconds = comparison, 0.0
         if weight or mirror:
@@ -271,9 +273,10 @@ class World:
 
     def _evidence(self, status: AdapterDeploymentStatus) -> EvidenceFacts | None:
         evidence, spec = self.evidence, self.spec
-        if spec is None or status.candidate_revision is None or status.stable_revision is None:
+        route = self.routing.route
+        if spec is None or route is None or route.stable is None or route.candidate is None:
             return None
-        if status.stage in (Stage.ABORTING, Stage.FAILED):
+        if status.candidate_revision is None:
             return None
         candidate = status.candidate_revision
         # Nothing is known of a comparison that no router counts yet, and a silent router adds nothing.

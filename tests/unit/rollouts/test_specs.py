@@ -1,0 +1,221 @@
+"""What spec names: not there yet, gone, taken, unreadable, deleted, edited in the middle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.adapterdeployment_status import Stage
+from finetune_operator.core import rollouts
+from finetune_operator.core.rollout_facts import Wanted
+from tests.unit.rollouts.world import World, artifact, reached, revision, serving, spec_of
+
+STEPS: list[dict[str, Any]] = [{"setWeight": 10}, {"pause": {"duration": "1m"}}]
+RUNNING = Wanted(reason="WaitingForFineTuneJob", message="FineTuneJob job-b is Running")
+
+
+def canary() -> World:
+    world = serving(steps=STEPS, canary={"scaleDownDelaySeconds": 20}).deploy("b")
+    world.run(30, until=reached(Stage.CANARY, 1))
+    return world
+
+
+# ---------------------------------------------------------------- not there
+
+
+def test_the_first_deployment_waits_for_its_job() -> None:
+    world = World(spec=spec_of("b"), wanted=RUNNING).run(60)
+    status = world.status
+    assert (status.phase, status.stage, status.reason) == ("Pending", "Initializing", "WaitingForFineTuneJob")
+    assert status.message == "FineTuneJob job-b is Running"
+    assert [event.reason for event in world.events] == ["WaitingForFineTuneJob"]
+    world.wanted = Wanted(reason="FineTuneJobFailed", message="FineTuneJob job-b is Failed: no data")
+    world.run(10)
+    assert world.status.reason == "FineTuneJobFailed"
+    world.wanted = Wanted(artifact=artifact("b"))
+    world.run(20)
+    assert world.everybody_gets() == revision("b")
+
+
+def test_what_serves_goes_on_while_the_next_job_is_running() -> None:
+    world = serving(steps=STEPS).deploy("b")
+    world.wanted = RUNNING
+    world.run(60)
+    assert (world.status.phase, world.status.reason) == ("Progressing", "WaitingForFineTuneJob")
+    assert world.everybody_gets() == revision("a")
+    assert world.condition("Promoted")[0] == "False"
+    assert world.condition("Available")[0] == "True"
+
+
+def test_a_candidate_that_spec_no_longer_names_loses_its_users_at_once() -> None:
+    world = canary().deploy("c")
+    world.wanted = Wanted(reason="WaitingForFineTuneJob", message="FineTuneJob job-c is Running")
+    world.run(5)
+    assert world.everybody_gets() == revision("a")
+    assert world.history()[0] == ("b", "Superseded")
+    world.wanted = Wanted(artifact=artifact("c"))
+    world.run(120)
+    assert world.everybody_gets() == revision("c")
+
+
+def test_an_artifact_that_vanished_goes_on_serving_and_rolling_out() -> None:
+    world = canary()
+    world.wanted = Wanted(reason="FineTuneJobNotFound", message="FineTuneJob job-b does not exist")
+    world.run(120)
+    assert world.everybody_gets() == revision("b"), "the rollout went on with what was recorded"
+    status = world.status
+    assert (status.phase, status.reason) == ("Healthy", "FineTuneJobNotFound")
+    assert status.message == "bbbbbbbb goes on serving; FineTuneJob job-b does not exist"
+    world.engines[0].replace()
+    world.run(30)
+    assert world.engines[0].loaded(f"bot--{revision('b')}"), "loaded again from where it was"
+
+
+def test_a_rolled_back_artifact_that_vanished_stays_rolled_back() -> None:
+    world = canary()
+    world.evidence.bad = {revision("b")}
+    world.run(60)
+    world.wanted = Wanted(reason="FineTuneJobNotFound", message="FineTuneJob job-b does not exist")
+    world.run(60)
+    assert (world.status.stage, world.status.reason) == (Stage.FAILED, "GuardrailBreached")
+
+
+def test_a_job_that_ran_again_under_its_name_is_another_revision() -> None:
+    world = canary()
+    world.wanted = Wanted(artifact=replace(artifact("c"), fine_tune_job="job-b"))
+    world.run(120)
+    assert world.everybody_gets() == revision("c")
+    assert world.history()[:2] == [("c", "Promoted"), ("b", "Superseded")]
+
+
+# ---------------------------------------------------------------- edits
+
+
+def test_only_the_last_revisions_return_without_steps() -> None:
+    world = serving(steps=[], canary={"scaleDownDelaySeconds": 5})
+    for letter in "bcde":
+        world.deploy(letter).run(20)
+    assert world.status.stable_revision == revision("e")
+    world.edit(lambda spec: spec["strategy"]["canary"].update(steps=STEPS))
+    world.edit(lambda spec: spec.update(rollbackWindow={"revisions": 2}))
+    world.deploy("b").run(15)
+    assert world.routing.weight() == 10, "b is the third last"
+    world.deploy("c").run(20)
+    assert world.everybody_gets() == revision("c")
+    assert world.history()[:2] == [("c", "FastRolledBack"), ("b", "Superseded")]
+
+
+def test_a_revision_that_was_rolled_back_since_has_no_short_way() -> None:
+    world = serving(steps=[], canary={"scaleDownDelaySeconds": 5})
+    world.deploy("b").run(20)
+    world.deploy("a").run(20)
+    assert world.history()[0] == ("a", "FastRolledBack")
+    world.edit(lambda spec: spec.update(rollbackWindow={"revisions": 0}))
+    world.edit(lambda spec: spec["strategy"]["canary"].update(steps=STEPS))
+    world.evidence.bad = {revision("b")}
+    world.deploy("b").run(60)
+    assert world.history()[0] == ("b", "Aborted")
+    world.edit(lambda spec: spec.update(rollbackWindow={"revisions": 3}))
+    world.evidence.bad = set()
+    world.deploy("c").run(120)
+    world.deploy("b").run(20)
+    assert world.status.stage is Stage.CANARY
+    assert world.routing.weight() == 10
+
+
+def test_a_return_within_the_window_is_a_pointer_flip_though_evidence_is_missing() -> None:
+    world = serving(steps=STEPS, canary={"scaleDownDelaySeconds": 600}).deploy("b")
+    world.run(200)
+    world.evidence.mode = "missing"
+    world.evidence.heard = None
+    loads = [engine.loads for engine in world.engines]
+    began = world.now
+    world.deploy("a").run(60, until=lambda status: status.stable_revision == revision("a"))
+    assert (world.now - began).total_seconds() < 5
+    assert [engine.loads for engine in world.engines] == loads
+
+
+def test_edited_steps_begin_anew_with_the_same_users() -> None:
+    world = canary()
+    began = world.status.rollout_start_time
+    salt = world.routing.route.salt if world.routing.route else ""
+    world.edit(lambda spec: spec["strategy"]["canary"].update(steps=[{"setWeight": 30}, {"pause": {}}]))
+    plan = world.step()
+    assert plan is not None
+    assert plan.route is not None
+    assert plan.route.weight == 0
+    world.run(20)
+    assert world.routing.weight() == 30
+    assert world.routing.route is not None
+    assert world.routing.route.salt == salt
+    assert world.status.rollout_start_time == began
+    assert world.history() == [("a", "Promoted")]
+
+
+def test_other_edits_of_the_spec_disturb_no_rollout() -> None:
+    world = canary().run(2)
+    before = (world.status.current_step_index, world.status.step_start_time)
+    world.edit(
+        lambda spec: spec.update(alerts=[{"providerRef": {"name": "slack"}}], progressDeadlineSeconds=99)
+    )
+    world.run(5)
+    assert (world.status.current_step_index, world.status.step_start_time) == before
+
+
+# ---------------------------------------------------------------- no sense
+
+
+def test_an_alias_that_another_one_has_is_not_routed() -> None:
+    world = World(spec=spec_of("a"), wanted=Wanted(artifact=artifact("a")), alias_taken_by="team/first")
+    plan = world.step()
+    assert plan is not None
+    assert (plan.route, list(plan.actions)) == (None, [])
+    assert world.status.phase == "Pending"
+    assert world.condition("InvalidSpec") == ("True", "AliasConflict")
+    assert "team/first" in (world.status.message or "")
+    assert [event.reason for event in plan.events] == ["AliasConflict"]
+    again = world.step()
+    assert again is not None
+    assert again.events == []
+    world.alias_taken_by = None
+    world.run(30)
+    assert world.everybody_gets() == revision("a")
+    assert world.condition("InvalidSpec") == ("False", "Accepted")
+
+
+def test_a_spec_that_cannot_be_read_changes_nothing_for_users() -> None:
+    world = canary()
+    spec, world.spec, world.problem = world.spec, None, "spec.traffic: unknown field"
+    route = world.routing.route
+    world.run(300)
+    assert world.routing.route == route
+    assert world.condition("InvalidSpec") == ("True", "InvalidSpec")
+    assert "spec.traffic: unknown field" in (world.status.message or "")
+    world.engines[0].held.pop(f"bot--{revision('b')}")
+    world.run(5)
+    assert world.routing.route is not None
+    assert world.routing.route.candidate is not None
+    assert world.routing.route.candidate.upstreams == ("http://e2:8000",)
+    world.spec, world.problem = spec, None
+    world.run(120)
+    assert world.everybody_gets() == revision("b")
+
+
+def test_a_deleted_object_has_no_route() -> None:
+    world = canary()
+    world.deleting = True
+    plan = rollouts.decide(world.observe(), now=world.now)
+    assert (plan.route, list(plan.actions), plan.status) == (None, [], world.status)
+
+
+@pytest.mark.parametrize("stage", [Stage.LOADING, Stage.CANARY, Stage.PROMOTING])
+def test_a_third_revision_in_any_stage_starts_from_the_same_stable_one(stage: Stage) -> None:
+    world = serving(steps=STEPS, canary={"scaleDownDelaySeconds": 20}).deploy("b")
+    world.run(200, until=lambda status: status.stage is stage)
+    world.deploy("c").run(2)
+    assert world.status.stable_revision == revision("a")
+    assert world.history()[0] == ("b", "Superseded")
+    world.run(200)
+    assert world.everybody_gets() == revision("c")
