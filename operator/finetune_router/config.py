@@ -55,7 +55,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         if not self.state_dir:
-            raise ValueError("state-dir: name a folder that the router may write to")
+            raise ValueError("--state-dir: name a folder that the router may write to")
         for name in ("workers", "max_body_bytes", "max_buffered_bytes", "max_concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)}: {getattr(self, name)} is less than 1")
@@ -68,9 +68,11 @@ class RouterConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{flag(name)}: {getattr(self, name)} is not a time above 0 seconds")
+        if self.log_level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+            raise ValueError(f"--log-level: {self.log_level!r} is none of DEBUG, INFO, WARNING, ERROR")
         if not self.admin_token_file and not _is_local(self.admin_host):
             raise ValueError(
-                f"admin-host: {self.admin_host} can be reached from outside, so admin-token-file is needed"
+                f"--admin-host: {self.admin_host} can be reached from outside, so --admin-token-file is needed"
             )
 
     @property
@@ -89,6 +91,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str] = os.e
     """Flags win over the environment, that over defaults. Ends the process with a usage message for bad ones."""
     parser = argparse.ArgumentParser(
         prog="finetune-router",
+        allow_abbrev=False,
         description="OpenAI-compatible router: picks an arm per request, rewrites the model's name, counts.",
         epilog=f"Each option may be set by its environment variable, for example {ENVIRONMENT_PREFIX}STATE_DIR.",
     )

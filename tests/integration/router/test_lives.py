@@ -251,7 +251,7 @@ async def test_a_port_that_is_taken_and_files_of_no_use_are_said(tmp_path: Path)
     empty = tmp_path / "empty"
     empty.write_text("")
     for flags, said in (
-        (["--admin-host", "0.0.0.0"], "admin-token-file is needed"),
+        (["--admin-host", "0.0.0.0"], "--admin-token-file is needed"),
         (["--admin-token-file", str(empty)], "is empty"),
         (["--api-keys-file", str(tmp_path / "nowhere")], "nowhere"),
         (["--workers", "0"], "--workers: 0 is less than 1"),
