@@ -113,7 +113,7 @@ def fold(
         epochs = epochs.with_instance(router.instance)
     gained = {arm: tallies.add_all(gain.get(arm, {}) for gain in gains) for arm in Arm}
     evidence = _with_keys(evidence, gained, samples, plan=plan, latest=new)
-    evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), gained)
+    evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), _asked_for(gained, plan))
     return _with_block(evidence, gained, plan)
 
 
@@ -161,6 +161,19 @@ def _with_keys(
     return replace(
         evidence, keys=keys, comparison=latest.comparison, weight=latest.weight, is_sample_pure=is_pure
     )
+
+
+def _asked_for(gained: Mapping[Arm, Tally], plan: AnalysisPlan) -> dict[Arm, Tally]:
+    """The gains without feedback that no objective asks for: clients choose those names, and room is scarce."""
+    scores = {f"scores/{objective.metric}" for objective in plan.objectives}
+    return {
+        arm: {
+            name: number
+            for name, number in tally.items()
+            if not name.startswith("scores/") or name.rpartition("/")[0] in scores
+        }
+        for arm, tally in gained.items()
+    }
 
 
 def _with_strata(evidence: Evidence, gained: Mapping[Arm, Tally]) -> Evidence:

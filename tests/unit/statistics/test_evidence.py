@@ -10,7 +10,7 @@ from finetune_operator.api.routes import Arm, Moments, RouterCounters
 from finetune_operator.core.epochs import MAX_EPOCHS, RESET_SIGHTINGS
 from finetune_operator.core.evidence import MAX_STRATA
 from finetune_operator.core.key_places import MAX_KEYS
-from finetune_operator.core.statistics import from_json, to_json
+from finetune_operator.core.statistics import AnalysisPlan, ObjectivePlan, from_json, to_json
 from tests.unit.statistics.fleets import (
     Router,
     answer,
@@ -22,6 +22,7 @@ from tests.unit.statistics.fleets import (
 )
 
 NOTHING = both((0, 0), (0, 0))
+FEEDBACK = AnalysisPlan(objectives=(ObjectivePlan(name="thumbs", metric="helpful"),))
 
 
 def test_what_was_counted_before_the_rollout_is_no_evidence() -> None:
@@ -117,9 +118,20 @@ def test_a_feedback_value_that_replaces_another_changes_the_sum_and_not_the_coun
             arm_counters(Arm.CANDIDATE, scores={"helpful": Moments(n=n, sum=total, sum_squares=total)})
         )
 
-    evidence = folded(folded(folded(None, told(0, 0)), told(10, 9)), told(10, 8))
+    evidence = folded(None, told(0, 0), plan=FEEDBACK)
+    evidence = folded(folded(evidence, told(10, 9), plan=FEEDBACK), told(10, 8), plan=FEEDBACK)
     total = evidence.total(Arm.CANDIDATE)
     assert (total["scores/helpful/n"], total["scores/helpful/sum"]) == (10, 8)
+
+
+def test_feedback_that_no_objective_asks_for_takes_no_room() -> None:
+    scores = {name: Moments(n=5, sum=4, sum_squares=4) for name in ("helpful", "a/b/n", "x" * 60)}
+    evidence = folded(
+        folded(None, NOTHING, plan=FEEDBACK), answer(arm_counters(Arm.STABLE, scores=scores)), plan=FEEDBACK
+    )
+    assert evidence.total(Arm.STABLE) == {
+        "scores/helpful/n": 5, "scores/helpful/sum": 4, "scores/helpful/squares": 4,
+    }  # fmt: skip
 
 
 def test_another_rollout_begins_anew_and_another_weight_does_not() -> None:

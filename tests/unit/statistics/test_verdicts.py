@@ -113,9 +113,9 @@ def feedback(stable: Sequence[float], candidate: Sequence[float], plan: Objectiv
         arm_counters(Arm.STABLE, scores={"helpful": moments(stable)}),
         arm_counters(Arm.CANDIDATE, scores={"helpful": moments(candidate)}),
     )
-    return assess(
-        folded(folded(None, START), told), AnalysisPlan(objectives=(plan,)), weight=10.0
-    ).objectives[0]
+    analysis = AnalysisPlan(objectives=(plan,))
+    evidence = folded(folded(None, START, plan=analysis), told, plan=analysis)
+    return assess(evidence, analysis, weight=10.0).objectives[0]
 
 
 def latency(stable: Sequence[float], candidate: Sequence[float], plan: ObjectivePlan) -> Check:
@@ -123,9 +123,9 @@ def latency(stable: Sequence[float], candidate: Sequence[float], plan: Objective
         arm_counters(Arm.STABLE, seconds=moments(stable)),
         arm_counters(Arm.CANDIDATE, seconds=moments(candidate)),
     )
-    return assess(
-        folded(folded(None, START), told), AnalysisPlan(objectives=(plan,)), weight=10.0
-    ).objectives[0]
+    analysis = AnalysisPlan(objectives=(plan,))
+    evidence = folded(folded(None, START, plan=analysis), told, plan=analysis)
+    return assess(evidence, analysis, weight=10.0).objectives[0]
 
 
 def votes(rate: float, n: int) -> list[float]:
@@ -205,7 +205,7 @@ def test_a_non_inferior_candidate_is_rarely_rejected_and_an_inferior_one_rarely_
     plan = AnalysisPlan(objectives=(replace(HELPFUL, margin=0.05),))
     verdicts = []
     for _ in range(rollouts):
-        evidence = folded(None, START)
+        evidence = folded(None, START, plan=plan)
         sums = np.cumsum(rng.binomial(500, [0.8, 0.75], (20, 2)), axis=0).tolist()
         for look, (stable, candidate) in enumerate(sums, start=1):
             told = answer(
@@ -217,7 +217,7 @@ def test_a_non_inferior_candidate_is_rarely_rejected_and_an_inferior_one_rarely_
                     scores={"helpful": Moments(n=500 * look, sum=candidate, sum_squares=candidate)},
                 ),
             )
-            evidence = folded(evidence, told)
+            evidence = folded(evidence, told, plan=plan)
             phase = assess(evidence, plan, weight=50.0).objectives[0].phase
             if phase is not CheckPhase.INCONCLUSIVE:
                 break
