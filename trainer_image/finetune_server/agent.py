@@ -60,6 +60,7 @@ class Agent:
         self._facts: Facts | None = None  # None: the engine is not ready
         self._message = "the engine has not answered yet"
         self._misses = 0
+        self._seen = 0.0  # when the look began that the facts are from
         self._engine_lock = asyncio.Lock()  # one load at a time: places are counted before
         self._wake = asyncio.Event()
 
@@ -137,6 +138,7 @@ class Agent:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _observe(self) -> None:
+        begun = asyncio.get_running_loop().time()
         try:
             facts = await self.client.observe()
         except (EngineError, KeyError, TypeError) as error:
@@ -145,11 +147,14 @@ class Agent:
                 self._lost(f"{error}")
             return
         self._misses = 0
+        if begun < self._seen:
+            return  # overtaken by a later look
+        self._seen = begun
         if self._facts is not None and facts.instance != self._facts.instance:
             LOG.info("the engine restarted")
         self._facts, self._message = facts, ""
         for entry in self._entries.values():
-            if entry.state is State.LOADED and entry.name not in facts.adapters:
+            if entry.state is State.LOADED and entry.since < begun and entry.name not in facts.adapters:
                 LOG.info("adapter %s is gone from the engine; loading it again", entry.name)
                 entry.state, entry.message = State.LOADING, "the engine lost it; loading it again"
                 self._wake.set()
@@ -224,6 +229,7 @@ class Agent:
                     await self.client.unload(entry.name)
                 raise
         entry.state, entry.reason, entry.message = State.LOADED, None, warning
+        entry.since = asyncio.get_running_loop().time()
 
     async def _fetch(self, entry: Entry) -> downloads.Artifact:
         try:
@@ -299,7 +305,6 @@ class Agent:
                 )
             await asyncio.sleep(0.1)
         await self._call(lambda: self.client.probe(name), Reason.PROBE_FAILED)
-        self._facts = facts
 
     async def _call(self, call: Callable[[], Awaitable[Any]], otherwise: Reason) -> Any:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -21,7 +22,7 @@ from finetune_server.sampling import Sampling
 from finetune_server.sequences import Finish, Piece, Sequence
 
 MAX_BODY = 32 << 20  # bytes
-_MAX_ID = 512  # characters of X-Request-Id
+_ID = re.compile(r"[!-~]{1,512}")  # what X-Request-Id may be; another one is not used
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -291,7 +292,7 @@ def _dumps(document: Any) -> str:
 
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
-    return given[:_MAX_ID] if given else uuid.uuid4().hex
+    return given if _ID.fullmatch(given) else uuid.uuid4().hex
 
 
 async def _read_object(request: web.Request) -> dict[str, Any]:

@@ -30,8 +30,7 @@ def encode_chat(request: ChatRequest, tokenizer: Any, *, template: str | None) -
         raise BadRequest(
             f"messages: the chat template refuses them ({type(error).__name__}: {error})", "messages"
         ) from None
-    # The backend itself: the wrapper around it sets its options at each call, and threads would meet there.
-    return [int(token) for token in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids]
+    return _encode(text, tokenizer, field="messages", special=False)
 
 
 def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary: int) -> list[list[int]]:
@@ -39,9 +38,7 @@ def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary:
     found = []
     for prompt in request.prompts():
         if isinstance(prompt, str):
-            tokens = tokenizer.backend_tokenizer.encode(
-                prompt, add_special_tokens=request.add_special_tokens
-            ).ids
+            tokens = _encode(prompt, tokenizer, field="prompt", special=request.add_special_tokens)
         else:
             tokens = prompt
             if not all(0 <= token < vocabulary for token in tokens):
@@ -50,6 +47,15 @@ def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary:
             raise BadRequest("prompt: it is empty; send at least one token", "prompt")
         found.append([int(token) for token in tokens])
     return found
+
+
+def _encode(text: str, tokenizer: Any, *, field: str, special: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can say half a character
+        raise BadRequest(f"{field}: the text holds half a character (a lone surrogate)", field) from None
+    # The backend itself: the wrapper around it sets its options at each call, and threads would meet there.
+    return [int(token) for token in tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids]
 
 
 def check_length(tokens: int, *, asked: int | None, longest: int, default: int | None) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+GREEDY = 1e-5  # temperatures below are 0, as in vLLM: dividing by them would overflow
 MAX_LOGPROBS = 20  # as OpenAI and vLLM allow
 
 
@@ -49,7 +50,7 @@ def choose(logits: torch.Tensor, settings: Sampling, seen: Counter[int], source:
     """Returns the next token for the logits [vocabulary] of one row, in float32 on the CPU."""
     if settings.presence_penalty or settings.frequency_penalty:
         logits = _penalize(logits, settings, seen)
-    if settings.temperature == 0:
+    if settings.temperature < GREEDY:
         return int(logits.argmax())
     probabilities = torch.softmax(logits / settings.temperature, dim=-1)
     point = float(torch.rand((), generator=source, dtype=torch.float64))

@@ -40,6 +40,7 @@ class Entry:
     state: State = State.LOADING
     reason: Reason | None = None
     message: str = ""
+    since: float = 0.0  # the event loop's time at which it was found loaded
 
     def document(self) -> dict[str, Any]:
         found = {"name": self.name, "digest": self.digest, "uri": self.uri, "state": self.state}

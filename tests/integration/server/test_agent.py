@@ -239,6 +239,21 @@ async def test_an_adapter_that_vanishes_is_never_reported_as_loaded(start: Start
     await agent.wait("a--1", "Loaded")
 
 
+async def test_a_list_from_before_the_load_does_not_undo_it(start: Start) -> None:
+    agent = await start(Engine(load_seconds=0.3))
+    await agent.put("a--1", "first")
+    while not agent.engine.calls:
+        await asyncio.sleep(0.01)
+    agent.engine.hold = hold = asyncio.Event()
+    looks = [asyncio.create_task(agent.adapter("a--1")) for _ in range(3)]  # one of them gets the late list
+    await agent.wait("a--1", "Loaded")
+    hold.set()
+    await asyncio.gather(*looks)
+    assert (await agent.adapter("a--1"))["state"] == "Loaded"
+    await asyncio.sleep(0.2)
+    assert agent.engine.calls == ["load a--1"]
+
+
 async def test_a_new_agent_knows_what_the_old_one_was_to_load(start: Start) -> None:
     first = await start()
     await first.put("a--1", "first")

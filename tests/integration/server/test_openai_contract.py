@@ -258,11 +258,14 @@ def test_completion_logprobs(client: openai.OpenAI, served: Served) -> None:
         ("/v1/completions", {"model": "BASE", "prompt": "a " * 200_000}, 400),
         ("/v1/completions", {"model": "BASE", "prompt": [10**9]}, 400),
         ("/v1/completions", {"model": "BASE", "prompt": []}, 400),
+        ("/v1/completions", b'{"model": "BASE", "prompt": "\\ud800"}', 400),
     ],
 )
 def test_bad_requests_are_the_clients_fault(served: Served, path: str, body: Any, status: int) -> None:
     if isinstance(body, dict) and body.get("model") == "BASE":
         body = {**body, "model": served.base}
+    elif isinstance(body, bytes):
+        body = body.replace(b"BASE", served.base.encode())
     found, document = call("POST", served.url + path, body, headers=JSON)
     assert found == status
     assert document["error"]["message"]

@@ -75,7 +75,13 @@ def test_a_killed_engine_comes_back_with_its_adapters(
         check_capacity(process, published)
         check_golden_rows(process, answers[0], tmp_path / "golden.jsonl")
 
+        beside = start_sidecar(process, token)
+        told = wait_until(lambda: sidecar_status(beside, ready=True))
+        assert told["capacity"] == {"maxLoras": 2, "loadedLoras": 2, "maxLoraRank": 0}
+        assert told["engine"] == before
+
         process.kill()
+        assert wait_until(lambda: sidecar_status(beside, ready=False))["engine"]["message"]
         process.start()
         process.wait_healthy()
         for name in names.values():
@@ -84,10 +90,26 @@ def test_a_killed_engine_comes_back_with_its_adapters(
         after = ask_agent(process, "GET", "status")[1]["engine"]
         assert after["instance"] != before["instance"]
 
+        assert wait_until(lambda: sidecar_status(beside, ready=True))["engine"] == after
+        assert beside.stop() == 0
         assert process.stop() == 0
         log = process.log.read_text()
         assert "What colour" not in log  # no prompt, ever
         assert "Traceback" not in log
+
+
+def start_sidecar(process: Process, token: Path) -> Process:
+    """Starts an agent of its own beside the engine, as in a pod of vLLM."""
+    port = free_port()
+    arguments = ["agent", "--engine", process.url, "--port", str(port), "--token-file", str(token)]
+    beside = Process([*arguments, "--api-key-file", str(token)], process.log.with_name("agent.log"), 0, port)
+    beside.start()
+    return beside
+
+
+def sidecar_status(beside: Process, *, ready: bool) -> dict[str, Any] | None:
+    status = ask_agent(beside, "GET", "status")[1]
+    return status if status["engine"]["ready"] is ready else None
 
 
 def check_keys(process: Process) -> None:

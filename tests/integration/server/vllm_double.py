@@ -21,6 +21,7 @@ class Engine:
     mute: bool = False  # lists an adapter and fails each request for it
     refuses: str = ""  # message of a refused load
     load_seconds: float = 0.0
+    hold: asyncio.Event | None = None  # the next list is made now and sent when this is set
     calls: list[str] = field(default_factory=list)
 
     def restart(self) -> None:
@@ -50,6 +51,9 @@ class Engine:
     async def _models(self, request: web.Request) -> web.Response:
         cards: list[dict[str, Any]] = [{"id": "base", "root": "org/base", "parent": None}]
         cards += [{"id": name, "root": path, "parent": "base"} for name, path in self.adapters.items()]
+        hold, self.hold = self.hold, None
+        if hold is not None:
+            await hold.wait()
         return web.json_response({"object": "list", "data": cards})
 
     async def _load(self, request: web.Request) -> web.Response:

@@ -21,6 +21,7 @@ def draw(count: int, **settings: float) -> Counter[int]:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     assert draw(20, temperature=0) == {0: 20}
+    assert draw(20, temperature=1e-300) == {0: 20}
 
 
 def test_shares_are_the_probabilities() -> None:
