@@ -8,6 +8,7 @@ framing; a full read buffer pauses the socket, so that a slow reader costs a bou
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import ssl
 import time
@@ -297,9 +298,9 @@ class Connection(asyncio.Protocol):
 class Upstream:
     """One engine, as this worker knows it."""
 
-    def __init__(self, address: Address, *, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, address: Address) -> None:
         self.address = address
-        self._context = (context or ssl.create_default_context()) if address.secure else None
+        self._context = _client_context() if address.secure else None
         self._idle: deque[Connection] = deque()
         self.outstanding = 0
         self.down_until = 0.0
@@ -342,6 +343,12 @@ class Upstream:
         latest = time.perf_counter() - older_than
         while self._idle and (self._idle[0].closed or self._idle[0].idle_since <= latest):
             self._idle.popleft().abort()
+
+
+@functools.cache
+def _client_context() -> ssl.SSLContext:
+    """Certificates are checked against those of the system, or SSL_CERT_FILE; reading them takes a while."""
+    return ssl.create_default_context()
 
 
 class Upstreams:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -115,16 +116,16 @@ class Engine:
 
 
 @asynccontextmanager
-async def running(*models: str) -> AsyncIterator[Engine]:
-    """An engine on a free port; without models it has all of them."""
+async def running(*models: str, context: ssl.SSLContext | None = None) -> AsyncIterator[Engine]:
+    """An engine on a free port, behind TLS if there is a context; without models it has all of them."""
     engine = Engine(*models)
     application = web.Application(client_max_size=64 * 1024 * 1024)
     application.router.add_post("/{path:.*}", engine.handle)
     runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)
     await site.start()
-    engine.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    engine.url = f"http{'s' if context else ''}://127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield engine
     finally:

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import itertools
 import json
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from finetune_operator.api.routes import Arm
 from finetune_router import credentials
-from tests.integration.router import engines
+from tests.integration.router import certificates, engines
 from tests.integration.router.engines import Behaviour, Engine
 from tests.integration.router.routers import Router, route, target
 
@@ -442,3 +443,30 @@ async def test_a_slow_reader_takes_bounded_memory_and_holds_up_nobody(
             assert response.status == 200
         assert clock() - started < 0.3
     writer.close()
+
+
+async def test_an_engine_behind_tls_and_a_path(
+    own_router: Callable[..., Router],
+    session: aiohttp.ClientSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alias: str,
+) -> None:
+    certificate = certificates.write(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate.file, certificate.key)
+    async with engines.running(context=context) as engine:
+        untrusting = own_router()
+        await asyncio.to_thread(untrusting.start)
+        await untrusting.push(route(alias, target("base", engine.url + "/prefix")))
+        async with session.post(untrusting.url + CHAT, data=chat(alias)) as response:
+            assert response.status == 502
+        assert await asyncio.to_thread(untrusting.stop) == 0
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.file))
+        router = own_router()
+        await asyncio.to_thread(router.start)
+        for stream in (False, True):
+            async with session.post(router.url + CHAT, data=chat(alias, stream=stream)) as response:
+                assert response.status == 200
+                assert b"base-model" in await response.read()
+        assert engine.seen[-1].path == "/prefix" + CHAT
