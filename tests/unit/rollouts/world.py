@@ -162,6 +162,7 @@ class World:
             self._act(action)
             if self._dies(f"action {number} {type(action).__name__}"):
                 return False
+        self._unload_strays(plan)
         if plan.measure and self.spec is not None:
             value, error = self.metric()
             self._measured = [Measurement(m.name, value, error) for m in self.spec.analysis.metrics]
@@ -169,6 +170,16 @@ class World:
         self.alerts += plan.alerts
         self.plans.append(plan)
         return True
+
+    def _unload_strays(self, plan: Plan) -> None:
+        """As the reconciler does: what an engine kept while it was silent, and nobody knows of any more."""
+        if self.routing.applied < len(self.routing.routers) or plan.route is None:
+            return
+        targets = (plan.route.stable, plan.route.candidate)
+        known = {a.served_name for a in plan.status.adapters} | {t.served_name for t in targets if t}
+        for engine in self.engines:
+            for name in set(engine.held) - known if engine.reachable else ():
+                engine.unload(name)
 
     def _dies(self, point: str) -> bool:
         died = self.killed(point)
