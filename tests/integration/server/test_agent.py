@@ -240,18 +240,21 @@ async def test_an_adapter_that_vanishes_is_never_reported_as_loaded(start: Start
 
 
 async def test_a_list_from_before_the_load_does_not_undo_it(start: Start) -> None:
-    agent = await start(Engine(load_seconds=0.3))
+    engine = Engine(loading=asyncio.Event())
+    agent = await start(engine)
     await agent.put("a--1", "first")
-    while not agent.engine.calls:
+    while not engine.calls:
         await asyncio.sleep(0.01)
-    agent.engine.hold = hold = asyncio.Event()
-    looks = [asyncio.create_task(agent.adapter("a--1")) for _ in range(3)]  # one of them gets the late list
+    engine.listing = asyncio.Event()
+    looks = [asyncio.create_task(agent.adapter("a--1")) for _ in range(3)]
+    while engine.held < len(looks):
+        await asyncio.sleep(0.01)
+    assert engine.loading is not None
+    engine.loading.set()
     await agent.wait("a--1", "Loaded")
-    held = [look for look in looks if not look.done()]
-    hold.set()
-    assert [(await look)["state"] for look in held] == ["Loaded"] * len(held)
-    await asyncio.sleep(0.2)
-    assert agent.engine.calls == ["load a--1"]
+    engine.listing.set()
+    assert [(await look)["state"] for look in looks] == ["Loaded"] * len(looks)
+    assert engine.calls == ["load a--1"]
 
 
 async def test_a_new_agent_knows_what_the_old_one_was_to_load(start: Start) -> None:

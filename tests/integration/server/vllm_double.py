@@ -21,7 +21,9 @@ class Engine:
     mute: bool = False  # lists an adapter and fails each request for it
     refuses: str = ""  # message of a refused load
     load_seconds: float = 0.0
-    hold: asyncio.Event | None = None  # the next list is made now and sent when this is set
+    loading: asyncio.Event | None = None  # loads wait for it
+    listing: asyncio.Event | None = None  # lists without adapters are made at once and sent when it is set
+    held: int = 0  # such lists that wait
     calls: list[str] = field(default_factory=list)
 
     def restart(self) -> None:
@@ -51,9 +53,9 @@ class Engine:
     async def _models(self, request: web.Request) -> web.Response:
         cards: list[dict[str, Any]] = [{"id": "base", "root": "org/base", "parent": None}]
         cards += [{"id": name, "root": path, "parent": "base"} for name, path in self.adapters.items()]
-        hold, self.hold = self.hold, None
-        if hold is not None:
-            await hold.wait()
+        if self.listing is not None and not self.adapters:
+            self.held += 1
+            await self.listing.wait()
         return web.json_response({"object": "list", "data": cards})
 
     async def _load(self, request: web.Request) -> web.Response:
@@ -61,6 +63,8 @@ class Engine:
         name = document["lora_name"]
         self.calls.append(f"load {name}")
         await asyncio.sleep(self.load_seconds)
+        if self.loading is not None:
+            await self.loading.wait()
         if self.refuses:
             return _error(400, self.refuses)
         if name in self.adapters:
