@@ -63,6 +63,7 @@ class Fleet:
         self._lives: dict[int, Life] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._snapshot: Snapshot | None = None
+        self._routes: dict[str, dict[str, Any]] = {}
         self._stopping = False
         self._number = 0
         self.restarts = 0
@@ -99,10 +100,16 @@ class Fleet:
 
     async def apply(self, snapshot: Snapshot) -> int:
         """Give the snapshot to all workers and wait until they apply it; returns what `version` says then."""
-        self._snapshot = snapshot
-        document = snapshot.model_dump(mode="json", by_alias=True)
+        documents = {route.alias: route.model_dump(mode="json", by_alias=True) for route in snapshot.routes}
+        change = {
+            "version": snapshot.version,
+            "changed": [new for alias, new in documents.items() if self._routes.get(alias) != new],
+            "removed": [alias for alias in self._routes if alias not in documents],
+            "base_models": _dump_bases(snapshot),
+        }
+        self._snapshot, self._routes = snapshot, documents
         for life in self.lives:
-            life.channel.send("routes", snapshot=document)
+            life.channel.send("routes", change=change)
         await self._until(lambda life: not life.serving or life.version >= snapshot.version, _APPLY_SECONDS)
         return self.version()
 
@@ -170,7 +177,15 @@ class Fleet:
         life = Life(epoch=epoch, process=process, channel=channel, started=now, heard=now)
         channel.send("setup", config=self._config.to_json())
         if self._snapshot is not None:
-            channel.send("routes", snapshot=self._snapshot.model_dump(mode="json", by_alias=True))
+            channel.send(
+                "routes",
+                change={
+                    "version": self._snapshot.version,
+                    "changed": list(self._routes.values()),
+                    "removed": [],
+                    "base_models": _dump_bases(self._snapshot),
+                },
+            )
         self._lives[slot] = life
         channel.send("serve")
         return life
@@ -202,7 +217,8 @@ class Fleet:
             case "applied":
                 life.version = message["version"]
             case "refused":
-                logger.error("a worker refused snapshot %s: %s", message["version"], message["reason"])
+                logger.error("a worker refused snapshot %s and is replaced", message["version"])
+                life.process.kill()
             case "counters":
                 life.epoch.update(message)
                 self._board.update(life.epoch.name, message)
@@ -226,6 +242,10 @@ class Fleet:
             await asyncio.wait(tasks, timeout=min(left, 0.5), return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 task.cancel()
+
+
+def _dump_bases(snapshot: Snapshot) -> list[dict[str, Any]]:
+    return [base.model_dump(mode="json", by_alias=True) for base in snapshot.base_models]
 
 
 def open_listener(host: str, port: int) -> socket.socket:

@@ -28,16 +28,6 @@ PENDING_LIMIT = (
 PIECE = 32 * 1024  # bytes of a stream that are read at once
 REQUEST_SCHEMA_LIMIT = 32 * 1024  # bytes; a larger schema in a request is not compiled
 SLICE_SECONDS = 0.002  # the event loop is given back after this time
-_OUTPUT_EVENTS = frozenset(
-    (
-        SignalEvent.SCHEMA_INVALID,
-        SignalEvent.EMPTY,
-        SignalEvent.TRUNCATED,
-        SignalEvent.REFUSAL,
-        SignalEvent.REPETITION,
-        SignalEvent.FLAGGED,
-    )
-)
 
 
 class End(StrEnum):
@@ -189,11 +179,7 @@ class Recorder:
         tokens = self._tokens(seen)
         fired = frozenset[SignalEvent]()
         if seen.end is End.ANSWERED and seen.output is not None:
-            fired = outputs.fired_events(
-                seen.output,
-                frozenset(event for _, event in seen.route.watch.outputs) & _OUTPUT_EVENTS,
-                self._validator(seen),
-            )
+            fired = outputs.fired_events(seen.output, seen.route.watch.wanted, self._validator(seen))
         self._count_metrics(seen, tokens, fired)
         if seen.counted and seen.state is not None and seen.end in {End.ANSWERED, End.ERROR}:
             self._count_evidence(seen, seen.state, tokens, fired)
@@ -255,7 +241,7 @@ class Recorder:
             return route.validator
         if len(seen.response_format) > REQUEST_SCHEMA_LIMIT:
             return None
-        if all(event is not SignalEvent.SCHEMA_INVALID for _, event in route.watch.outputs):
+        if SignalEvent.SCHEMA_INVALID not in route.watch.wanted:
             return None
         try:
             asked = json.loads(seen.response_format)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import random
 import time
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import jsonschema_rs
 
@@ -22,16 +23,8 @@ logger = logging.getLogger(__name__)
 BASE_REVISION = "base"
 BASE_ARM = "Base"  # label of requests that ask for a base model by its name
 _BACKTRACK_LIMIT = 10_000
+_ROUTES_AT_ONCE = 20  # about a millisecond of work
 _CREATED = 0  # the list of models has no creation times to tell; OpenAI's field is a Unix time
-
-TEXT_EVENTS = frozenset(
-    (
-        SignalEvent.SCHEMA_INVALID,
-        SignalEvent.EMPTY,
-        SignalEvent.REFUSAL,
-        SignalEvent.REPETITION,
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +64,8 @@ class Watch:
     latency: tuple[tuple[str, float], ...] = ()
     outputs: tuple[tuple[str, SignalEvent], ...] = ()
 
-    @property
-    def needs_text(self) -> bool:
-        return any(event in TEXT_EVENTS for _, event in self.outputs)
+    wanted: frozenset[SignalEvent] = frozenset()
+    """The events of `outputs`."""
 
     @classmethod
     def build(cls, signals: tuple[wire.Signal, ...]) -> Self:
@@ -82,12 +74,14 @@ class Watch:
                 (s.name, s.threshold) for s in signals if s.event == event and s.threshold is not None
             )
 
-        timed = {SignalEvent.TTFT_OVER, SignalEvent.LATENCY_OVER}
+        others = {SignalEvent.TTFT_OVER, SignalEvent.LATENCY_OVER, SignalEvent.ERROR}
+        outputs = tuple((s.name, s.event) for s in signals if s.event not in others)
         return cls(
             errors=tuple(s.name for s in signals if s.event == SignalEvent.ERROR),
             ttft=limits(SignalEvent.TTFT_OVER),
             latency=limits(SignalEvent.LATENCY_OVER),
-            outputs=tuple((s.name, s.event) for s in signals if s.event not in timed | {SignalEvent.ERROR}),
+            outputs=outputs,
+            wanted=frozenset(event for _, event in outputs),
         )
 
 
@@ -118,6 +112,12 @@ class Route:
     validator: jsonschema_rs.Validator | None = None
     sample: Sample | None = None
     is_base: bool = False
+    entry: bytes = b""
+    """The alias in the list of models."""
+
+    @property
+    def legs(self) -> tuple[Leg, ...]:
+        return tuple(leg for leg in (self.stable, self.candidate) if leg is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,16 @@ class Table:
 
     def find(self, model: str) -> Route | None:
         return None if self.by_model is None else self.by_model.get(model)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a snapshot has other than the one before; documents as on the wire. `base_models` is always complete."""
+
+    version: int
+    changed: list[dict[str, Any]]
+    removed: list[str]
+    base_models: list[dict[str, Any]]
 
 
 class SchemaCache:
@@ -165,23 +175,47 @@ def compile_schema(text: str) -> jsonschema_rs.Validator | None:
     return None
 
 
-def build_table(snapshot: wire.Snapshot, *, upstreams: Upstreams, book: Book, schemas: SchemaCache) -> Table:
-    """Make a snapshot ready. Raises ValueError for an upstream that is no URL."""
-    by_model: dict[str, Route] = {}
-    for base in snapshot.base_models:
-        by_model[base.name] = _base_route(base, upstreams=upstreams, book=book)
-    for route in snapshot.routes:
-        by_model[route.alias] = _route(route, upstreams=upstreams, book=book, schemas=schemas)
-    entries = {name: _model_entry(route) for name, route in by_model.items() if route.stable is not None}
-    return Table(
-        version=snapshot.version,
-        by_model=by_model,
-        body_keys=frozenset(
-            source.name for r in by_model.values() for source in r.keys if source.kind is KeyKind.BODY
-        ),
-        models=b'{"object":"list","data":[' + b",".join(entries.values()) + b"]}",
-        model_entries=entries,
-    )
+class TableBuilder:
+    """Makes tables from changes, a few routes at a time: a push that moves one weight among a thousand aliases must
+    not hold up requests."""
+
+    def __init__(self, *, upstreams: Upstreams, book: Book, schemas: SchemaCache) -> None:
+        self._upstreams = upstreams
+        self._book = book
+        self._schemas = schemas
+        self._routes: dict[str, Route] = {}
+
+    async def build(self, change: Change) -> Table:
+        """The table after the change. Raises ValueError for a document that is no route; then nothing has changed."""
+        routes = dict(self._routes)
+        for alias in change.removed:
+            routes.pop(alias, None)
+        for number, document in enumerate(change.changed, start=1):
+            route = wire.Route.model_validate(document)
+            routes[route.alias] = _route(
+                route, upstreams=self._upstreams, book=self._book, schemas=self._schemas
+            )
+            if number % _ROUTES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        self._routes = routes
+        by_model: dict[str, Route] = {}
+        for document in change.base_models:
+            base = wire.BaseModelRoute.model_validate(document)
+            by_model[base.name] = _base_route(base, upstreams=self._upstreams, book=self._book)
+        by_model |= routes
+        entries = {name: route.entry for name, route in sorted(by_model.items()) if route.stable is not None}
+        return Table(
+            version=change.version,
+            by_model=by_model,
+            body_keys=frozenset(
+                source.name
+                for route in by_model.values()
+                for source in route.keys
+                if source.kind is KeyKind.BODY
+            ),
+            models=b'{"object":"list","data":[' + b",".join(entries.values()) + b"]}",
+            model_entries=entries,
+        )
 
 
 def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: SchemaCache) -> Route:
@@ -220,6 +254,7 @@ def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: Sche
         watch=Watch.build(route.signals),
         validator=None if route.output_schema is None else schemas.get(route.output_schema),
         sample=book.sample(route.alias, route.comparison),
+        entry=_model_entry(route.alias),
     )
 
 
@@ -238,10 +273,11 @@ def _base_route(base: wire.BaseModelRoute, *, upstreams: Upstreams, book: Book) 
         alias_bytes=base.name.encode(),
         stable=leg if base.upstreams else None,
         is_base=True,
+        entry=_model_entry(base.name),
     )
 
 
-def _model_entry(route: Route) -> bytes:
+def _model_entry(name: str) -> bytes:
     return json.dumps(
-        {"id": route.alias, "object": "model", "created": _CREATED, "owned_by": "finetune-router"}
+        {"id": name, "object": "model", "created": _CREATED, "owned_by": "finetune-router"}
     ).encode()

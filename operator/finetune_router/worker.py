@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -11,13 +12,10 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvloop
 from aiohttp import web
-from pydantic import ValidationError
 
-from finetune_operator.api.routes import Snapshot
 from finetune_router import tickets
 from finetune_router.config import RouterConfig, read_secret
 from finetune_router.control import Channel, Message
@@ -29,7 +27,7 @@ from finetune_router.headers import HeaderPolicy
 from finetune_router.proxy import Proxy
 from finetune_router.recording import Recorder
 from finetune_router.service import Service
-from finetune_router.tables import SchemaCache, build_table
+from finetune_router.tables import Change, SchemaCache, TableBuilder
 from finetune_router.tickets import TicketOffice
 from finetune_router.upstreams import Upstreams
 
@@ -51,7 +49,7 @@ class Worker:
     recorder: Recorder
     book: Book
     upstreams: Upstreams
-    schemas: SchemaCache
+    builder: TableBuilder
     urls: frozenset[str] = frozenset()
 
     async def run(self, listener: socket.socket) -> None:
@@ -96,47 +94,42 @@ class Worker:
         while (message := await self.channel.receive()) is not None:
             if message["kind"] == "serve":
                 return True
-            self._obey(message)
+            await self._obey(message)
         return False
 
     async def _obey_until_drain(self) -> None:
         while (message := await self.channel.receive()) is not None:
             if message["kind"] == "drain":
                 return
-            self._obey(message)
+            await self._obey(message)
 
-    def _obey(self, message: Message) -> None:
+    async def _obey(self, message: Message) -> None:
         match message["kind"]:
             case "routes":
-                self._apply(message["snapshot"])
+                await self._apply(Change(**message["change"]))
             case "draining":  # still taking connections, but none is kept
                 self.service.draining = True
             case "report":
                 self.recorder.flush()
                 self._report(number=message["number"])
 
-    def _apply(self, document: dict[str, Any]) -> None:
-        """Make the snapshot the current one. Requests under way keep the table that they started with."""
+    async def _apply(self, change: Change) -> None:
+        """Make the new table the current one. Requests under way keep the one that they started with."""
         try:
-            snapshot = Snapshot.model_validate(document)
-            table = build_table(snapshot, upstreams=self.upstreams, book=self.book, schemas=self.schemas)
-        except (ValidationError, ValueError) as error:
+            table = await self.builder.build(change)
+        except ValueError as error:  # pydantic's ValidationError is one
             logger.error("a snapshot cannot be applied: %s", error)
-            self.channel.send("refused", version=document.get("version", -1), reason=str(error)[:500])
+            self.channel.send("refused", version=change.version)
             return
         self.service.table = table
-        targets = [
-            target for route in snapshot.routes for target in (route.stable, route.candidate) if target
-        ]
-        self.urls = frozenset(
-            [url for target in targets for url in target.upstreams]
-            + [url for base in snapshot.base_models for url in base.upstreams]
-        )
-        self.book.forget_gone(
-            {(r.alias, t.revision) for r in snapshot.routes for t in (r.stable, r.candidate) if t}
-            | {(base.name, "base") for base in snapshot.base_models}
-        )
-        self.channel.send("applied", version=snapshot.version)
+        routes = list((table.by_model or {}).values())
+        legs = [(route.alias, leg) for route in routes for leg in route.legs]
+        self.urls = frozenset(upstream.address.url for _, leg in legs for upstream in leg.upstreams)
+        self.book.forget_gone({(alias, leg.revision) for alias, leg in legs})
+        # Tables are large and live long: without this the garbage collector would walk through them again and again,
+        # 50 ms and more for a thousand aliases. They are freed by their reference counts.
+        gc.freeze()
+        self.channel.send("applied", version=change.version)
 
     async def _report_forever(self) -> None:
         """Whoever asks for counters makes every worker tell them; this is for workers that die."""
@@ -223,7 +216,9 @@ def build_worker(channel: Channel, config: RouterConfig) -> Worker:
         desk=FeedbackDesk(FeedbackStore(config.state_folder), office),
         api_keys=api_keys,
     )
-    return Worker(channel, service, recorder, book, Upstreams(), schemas)
+    upstreams = Upstreams()
+    builder = TableBuilder(upstreams=upstreams, book=book, schemas=schemas)
+    return Worker(channel, service, recorder, book, upstreams, builder)
 
 
 async def work(control: socket.socket, listener: socket.socket) -> None:
