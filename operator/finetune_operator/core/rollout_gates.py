@@ -25,6 +25,8 @@ def evaluate(turn: Turn, gate: EvalGateStep) -> tuple[Turn, bool]:
     known = turn.status.evaluation
     if known is None or not known.id.startswith(_identity(turn)):
         return _record(turn, gate, attempt=1).again_in(0), False
+    if known.phase is CheckPhase.SUCCESSFUL:  # the same run: steps were edited, and edited back
+        return turn, True
     facts = turn.seen.evaluation
     if facts is None or facts.id != known.id or facts.state == "Missing":
         return _ask(turn, known, evaluation), False

@@ -69,14 +69,13 @@ def _look(turn: Turn) -> Turn:
 
 
 def _confirm_weights(turn: Turn) -> Turn:
-    """Weights count once every router applied a snapshot with them, and no longer when the newest one, or no engine,
-    has them. A router that is behind a later snapshot has them still."""
+    """Weights count once every router applied a snapshot with them, and no longer when the newest one has others (the
+    candidate may be on no engine). A router that is behind a later snapshot has them still."""
     weights, routing = turn.status.weights, turn.seen.routing
     if weights is None:
         return turn
-    lost = turn.exposed and turn.candidate is not None and not turn.candidate.loaded_replicas
     version, verified = routing.version, routing.verified
-    if lost or not routes.carries(turn):
+    if not routes.carries(turn):
         version, verified = None, False
     elif weights.verified:
         return turn

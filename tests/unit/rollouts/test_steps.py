@@ -84,6 +84,18 @@ def test_an_evaluation_that_could_not_run_is_tried_again_within_the_deadline() -
     assert "could not run: by design" in (world.status.message or "")
 
 
+def test_steps_that_are_edited_and_edited_back_pass_a_gate_that_was_passed() -> None:
+    world = serving(**GATE)
+    world.edit(lambda spec: spec["strategy"]["canary"]["steps"].append({"pause": {}}))
+    world.deploy("b").run(30, until=reached(Stage.CANARY, 2))
+    world.edit(lambda spec: spec["strategy"]["canary"].update(steps=[{"setWeight": 1}, {"pause": {}}])).run(
+        10
+    )
+    steps = [*GATE["steps"], {"pause": {}}]
+    world.edit(lambda spec: spec["strategy"]["canary"].update(steps=steps)).run(15)
+    assert world.routing.weight() == 10
+
+
 # ---------------------------------------------------------------- mirror, pause, approval
 
 
@@ -99,6 +111,13 @@ def test_a_mirror_step_copies_for_its_time_and_then_stops() -> None:
     assert 30 <= (world.now - began).total_seconds() < 40
     world.run(5)
     assert (world.routing.mirror(), world.routing.weight()) == (0, 5)
+
+
+def test_a_mirror_ends_with_its_step_whatever_follows() -> None:
+    world = serving(steps=[{"setMirror": {"percent": 20, "duration": "10s"}}, {"pause": {}}])
+    world.deploy("b").run(40)
+    assert world.status.step == "2/2 pause"
+    assert world.routing.mirror() == 0
 
 
 def test_a_mirrored_candidate_that_fails_is_rolled_back_before_any_user_meets_it() -> None:

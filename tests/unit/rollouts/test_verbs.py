@@ -56,12 +56,16 @@ def test_a_verb_is_recorded_with_what_it_did_and_then_the_annotation_goes() -> N
 
 @pytest.mark.parametrize("point", ["status", "route", "action"])
 def test_a_verb_is_obeyed_once_though_the_operator_dies_before_the_annotation_is_gone(point: str) -> None:
-    world = paused_at_five().say("promote")
+    world = paused_at_five()
+    world.edit(lambda spec: spec["strategy"]["canary"].update(steps=[{"setWeight": 5}, *[{"pause": {}}] * 6]))
+    world.run(10)
+    assert world.status.current_step_index == 1
+    world.say("promote")
     deaths = iter(range(3))
     world.killed = lambda where: where.startswith(point) and next(deaths, None) is not None
     world.run(20)
     assert world.kills >= 1
-    assert world.status.current_step_index == 3
+    assert world.status.current_step_index == 2
     assert world.annotation is None
 
 
@@ -140,6 +144,17 @@ def test_abort_and_retry() -> None:
     assert world.routing.weight() == 5
     assert world.status.abort is None
     assert world.status.rollout_start_time != began, "its evidence begins anew"
+
+
+def test_a_retry_in_the_very_second_of_the_first_try_is_another_rollout() -> None:
+    """Revision and start name the evidence, and times are stored as whole seconds."""
+    world = serving(steps=WAITING).deploy("b")
+    world.step()
+    began = world.status.rollout_start_time
+    world.say("abort/1").step()
+    world.say("retry/2").step()
+    assert world.status.rollout_start_time != began
+    assert world.status.stage is Stage.LOADING
 
 
 def test_rollback_during_a_rollout_aborts_it() -> None:
