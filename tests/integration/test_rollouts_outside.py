@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import threading
 import time
@@ -19,12 +17,9 @@ from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_operator import BETTER, GOOD, Lab, api_server, serves
+from tests.prometheus_program import find_prometheus
 
 pytestmark = pytest.mark.integration
-
-PROMETHEUS = shutil.which("prometheus") or str(
-    Path.home() / ".cache/finetune-operator/prometheus/usr/bin/prometheus"
-)
 
 
 @pytest.fixture(scope="module")
@@ -251,14 +246,15 @@ def test_many_deployments_share_snapshots_and_all_are_verified(lab: Lab) -> None
 @pytest.fixture
 def prometheus(tmp_path: Path, lab: Lab) -> Iterator[str]:
     """A real Prometheus that scrapes itself; its URL."""
-    if not os.access(PROMETHEUS, os.X_OK):
-        pytest.skip("no prometheus program (Debian's package prometheus has one)")
+    program = find_prometheus()
+    if program is None:
+        pytest.skip("no prometheus in PATH, and no Debian package tools to get one with")
     port = choose(("prometheus",), known={})["prometheus"]
     settings = tmp_path / "prometheus.yml"
     scrape = {"job_name": "self", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
     settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}))
     command = [
-        PROMETHEUS,
+        program,
         f"--config.file={settings}",
         f"--storage.tsdb.path={tmp_path / 'tsdb'}",
         f"--web.listen-address=127.0.0.1:{port}",
