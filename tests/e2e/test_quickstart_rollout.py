@@ -1,4 +1,4 @@
-"""The second half of the quickstart: the adapter serves beside the base model; a spoilt one is rolled back by itself."""
+"""The second half of the quickstart: the adapter serves beside the base model; a spoilt one is rolled back."""
 
 from __future__ import annotations
 
