@@ -101,8 +101,9 @@ def _go_on(turn: Turn) -> Turn:
     harm = checks.harm(turn)
     if harm is not None:
         turn = endings.abort(turn, harm.reason, harm.message)
-    if _rollback_asked(turn):
-        turn = endings.abort(turn, AbortReason.ROLLBACK_WEBHOOK, _rollback_answers(turn))
+    asked = _rollback_answers(turn)
+    if turn.exposed and asked:
+        turn = endings.abort(turn, AbortReason.ROLLBACK_WEBHOOK, asked)
     obeyed = verbs.obey(turn)
     changed = obeyed.status.stage is not turn.status.stage or _position(obeyed) != _position(turn)
     turn = pauses.shift_clocks(checks.refresh_pauses(pauses.follow_spec(obeyed)))
@@ -114,10 +115,6 @@ def _go_on(turn: Turn) -> Turn:
 def _position(turn: Turn) -> tuple[object, ...]:
     status = turn.status
     return (status.candidate_revision, status.current_step_index, status.rollout_start_time, status.weights)
-
-
-def _rollback_asked(turn: Turn) -> bool:
-    return turn.exposed and bool(_rollback_answers(turn))
 
 
 def _rollback_answers(turn: Turn) -> str:

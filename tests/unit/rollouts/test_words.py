@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from finetune_operator.api.adapterdeployment_status import Stage
+import pytest
+
+from finetune_operator.api.adapterdeployment_status import AbortReason, PauseReason, RolloutPhase, Stage
 from finetune_operator.core.rollout_conditions import RolloutCondition
+from finetune_operator.core.rollout_endings import ADVICE
 from tests.unit.rollouts.world import World, reached, revision, serving
 
 STEPS: list[dict[str, Any]] = [{"setWeight": 25}, {"pause": {"duration": "1m"}}]
@@ -114,3 +118,20 @@ def test_a_status_survives_a_hundred_rollouts_within_its_bounds() -> None:
     assert len(world.status.adapters) <= 16
     assert len(world.status.history) == 10
     assert world.status.stable_revision == world.status.history[0].revision
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "rollouts.md"
+
+
+@pytest.mark.parametrize(
+    "word",
+    sorted(
+        {str(w) for kind in (Stage, RolloutPhase, PauseReason, AbortReason, RolloutCondition) for w in kind}
+    ),
+)
+def test_the_page_about_rollouts_has_every_word_of_the_status(word: str) -> None:
+    assert word in PAGE.read_text(encoding="utf-8")
+
+
+def test_every_reason_to_go_back_has_advice() -> None:
+    assert set(ADVICE) == set(AbortReason)
