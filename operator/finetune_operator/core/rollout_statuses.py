@@ -55,8 +55,10 @@ def _phase(turn: Turn) -> RolloutPhase:
     if status.stage is Stage.INITIALIZING:
         return RolloutPhase.PROGRESSING
     loaded = next(c for c in status.conditions if c.type == RolloutCondition.ADAPTERS_LOADED)
-    healthy = loaded.status == "True" and status.abort is None
-    return RolloutPhase.HEALTHY if healthy else RolloutPhase.DEGRADED
+    if loaded.status != "True" or status.abort is not None:
+        return RolloutPhase.DEGRADED
+    # Whoever waits for Healthy and then sends a request must not be too early at any router.
+    return RolloutPhase.HEALTHY if turn.weights.verified else RolloutPhase.PROGRESSING
 
 
 def _story(turn: Turn) -> tuple[str, str]:
