@@ -46,8 +46,10 @@ def answers_table(deployment: Json, summaries: list[Json]) -> Table:
     failed = sum(summary["failed"] for summary in summaries)
     names = names_of(deployment)
     table = Table(title=f"What the users saw ({failed} of their requests failed)")
-    for heading in ("model", "revision", "answers", "valid JSON", "right category", "seconds each"):
-        table.add_column(heading, justify="left" if heading in ("model", "revision") else "right")
+    table.add_column("model", no_wrap=True)
+    table.add_column("revision", no_wrap=True)
+    for heading in ("answers", "valid JSON", "right category", "seconds each"):
+        table.add_column(heading, justify="right")
     for revision, tally in total.items():
         shares = (f"{100 * tally[key] / tally['answers']:.0f} %" for key in ("valid", "right"))
         table.add_row(
@@ -62,8 +64,9 @@ def answers_table(deployment: Json, summaries: list[Json]) -> Table:
 
 def rollouts_table(status: Json) -> Table:
     table = Table(title="What became of the rollouts")
-    for heading in ("adapter", "revision", "took", "ended", "why"):
-        table.add_column(heading)
+    for heading in ("adapter", "revision", "took", "ended"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("why")
     for entry in reversed(status.get("history", [])):
         took = (moment(entry["endTime"]) - moment(entry["startTime"])).total_seconds()
         table.add_row(
@@ -71,7 +74,7 @@ def rollouts_table(status: Json) -> Table:
             entry["revision"],
             f"{took:.0f} s",
             entry["completionStatus"],
-            entry.get("message") or entry.get("reason", ""),
+            (entry.get("message") or entry.get("reason", "")).split(";")[0],
         )
     return table
 
