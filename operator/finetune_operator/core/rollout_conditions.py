@@ -15,7 +15,7 @@ from finetune_operator.api.adapterdeployment_status import (
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core import rollout_checks as checks
 from finetune_operator.core.conditions import Claim
-from finetune_operator.core.rollout_turns import OVER, Turn
+from finetune_operator.core.rollout_turns import OVER, Turn, engines
 
 
 class RolloutCondition(StrEnum):
@@ -64,7 +64,7 @@ def available(turn: Turn) -> Claim:
             f"no engine has {stable.served_name}, so its users get 503 with Retry-After; it is loaded again as soon as "
             f"an engine takes it: {why}",
         )
-    return Claim(kind, True, "Serving", f"{stable.served_name} answers on {count} engines")
+    return Claim(kind, True, "Serving", f"{stable.served_name} answers on {engines(count)}")
 
 
 def _progressing(turn: Turn) -> Claim:

@@ -201,7 +201,8 @@ def settled(turn: Turn) -> Turn:
     if turn.status.candidate_revision is None and turn.status.abort is None:
         return turn
     turn = _without_candidate(turn) if turn.status.candidate_revision is not None else turn
-    return turn.update(abort=None).stage(Stage.FINALISING)
+    # How the aborted rollout ended stands in the history; of what serves now it would be untrue.
+    return turn.update(abort=None, completion_status=None).stage(Stage.FINALISING)
 
 
 def forget_aborted(turn: Turn) -> Turn:

@@ -17,7 +17,7 @@ from finetune_operator.core import rollout_steps as steps
 from finetune_operator.core.conditions import Claim
 from finetune_operator.core.rollout_conditions import RolloutCondition
 from finetune_operator.core.rollout_facts import Observed
-from finetune_operator.core.rollout_turns import OVER, Turn, clock
+from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
 
 
 def traffic(turn: Turn) -> Turn:
@@ -85,10 +85,10 @@ def _story(turn: Turn) -> tuple[str, str]:
 def _serving(turn: Turn) -> tuple[str, str]:
     status, stable = turn.status, turn.stable
     leaving = [a for a in status.adapters if a.unload_at is not None]
-    text = f"{status.stable_revision} serves everybody on {stable.loaded_replicas if stable else 0} engines"
+    text = f"{status.stable_revision} serves everybody on {engines(stable.loaded_replicas if stable else 0)}"
     if leaving and leaving[0].unload_at is not None:
         text += f"; {leaving[0].revision} stays loaded until {clock(leaving[0].unload_at)}"
-    return str(status.completion_status or status.stage), text
+    return str(status.completion_status or "Serving"), text
 
 
 def _underway(turn: Turn) -> tuple[str, str]:

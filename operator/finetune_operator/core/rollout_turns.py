@@ -137,6 +137,11 @@ def clock(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
+def engines(count: int) -> str:
+    """`1 engine`, `2 engines`."""
+    return f"{count} engine" if count == 1 else f"{count} engines"
+
+
 def kind_of(step: Step) -> str:
     """Name of the one field that a step has set, in camelCase."""
     fields = step.model_dump(by_alias=True, exclude_none=True)
