@@ -92,7 +92,7 @@ class RetrySpec(ApiModel):
     """How many attempts there may be, for each kind of failure apart. May be changed while the job runs."""
 
     max_user_retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 0
-    """Retries after BadConfig, BadData, ModelNotFound and NotFinite, which nothing heals but a correction. Default 0."""
+    """Retries after BadConfig, BadData, ModelNotFound and NotFinite, which only a correction heals. Default 0."""
     max_infra_retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 5
     """Retries after failures of the infrastructure (Storage, Collective, CheckpointCorrupt, Lost, Stalled) and after
     Internal. Default 5."""

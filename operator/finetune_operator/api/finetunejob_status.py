@@ -235,6 +235,8 @@ class FineTuneJobStatus(StatusModel):
     """How many attempts followed on a failure, by kind."""
     next_attempt_time: datetime | None = None
     """When the next attempt may start; present while one is due."""
+    next_overrides: Overrides | None = None
+    """What the next attempt is given instead of what the spec says."""
     checkpoint: Checkpoint | None = None
     """The newest checkpoint."""
     last_action: LastAction | None = None

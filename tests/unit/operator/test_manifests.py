@@ -12,6 +12,7 @@ from finetune_operator.manifests import naming, rayjobs, runfiles
 
 OWNER = rayjobs.Owner("team", "triage", "uid-1")
 PLATFORM = rayjobs.Platform("HTTPMode", "http://127.0.0.1:8090", None, 5)
+PLACES = runfiles.Places("pvc://models/tiny", "pvc://models/out", "pvc://checkpoints/out")
 BASE: dict[str, Any] = {
     "model": {"uri": "pvc://models/tiny", "secretRef": {"name": "hub"}},
     "dataset": {
@@ -32,7 +33,7 @@ def build(
         attempt=1,
         spec=parsed,
         image="trainer:1",
-        output_uri="pvc://models/out",
+        places=PLACES,
         platform=platform,
         **more,
     )
@@ -87,6 +88,7 @@ def test_every_claim_is_mounted_once_where_the_trainer_looks_for_it() -> None:
     }
     assert {claims[name]: mounts[name] for name in claims} == {
         "models": "/mnt/finetune/models",
+        "checkpoints": "/mnt/finetune/checkpoints",
         "files": "/mnt/finetune/files",
     }
 
@@ -103,7 +105,7 @@ def test_secrets_are_referred_to_and_never_written_out() -> None:
         uid="u",
         attempt=1,
         spec=FineTuneJobSpec.model_validate(BASE),
-        output_uri="s3://out/x",
+        places=runfiles.Places("hf://a/b", "s3://out/x", "s3://out/x-checkpoints"),
     )
     assert "secret" not in json.dumps(run_file).lower()
 
@@ -145,7 +147,7 @@ def test_the_run_file_spells_the_methods_settings_out(method: dict[str, Any], pr
         uid="u",
         attempt=1,
         spec=FineTuneJobSpec.model_validate(BASE | {"method": method}),
-        output_uri="s3://out/x",
+        places=runfiles.Places("hf://a/b", "s3://out/x", "s3://out/x-checkpoints"),
     )
     assert set(run_file["method"]) - {"type"} == present
     assert run_file["hyperparameters"]["globalBatchSize"] == 16

@@ -92,5 +92,5 @@ def test_why_a_pod_waits(status: dict[str, Any], reason: str | None) -> None:
 
 def test_a_rayjob_is_ours_by_the_uid_of_its_owner_and_not_by_its_name() -> None:
     rayjob = {"metadata": {"name": "triage-a1", "uid": "r", "ownerReferences": [{"uid": "u"}]}}
-    assert facts.rayjob_facts(rayjob, owner_uid="u").ours
-    assert not facts.rayjob_facts(rayjob, owner_uid="another").ours
+    assert facts.rayjob_facts(rayjob, owner="triage", owner_uid="u").ours
+    assert not facts.rayjob_facts(rayjob, owner="triage", owner_uid="another").ours
