@@ -21,13 +21,15 @@ REMEDIES = {
     + AGAIN,
     "Storage": "See that the storage answers and that the Secrets hold the right keys, " + AGAIN,
     "Preempted": "Raise spec.retry.preemptions, or use capacity that is not taken away, " + AGAIN,
-    "GpuOutOfMemory": "Lower spec.hyperparameters.maxLength or set gradientCheckpointing, or use QLoRA, " + AGAIN,
+    "GpuOutOfMemory": "Lower spec.hyperparameters.maxLength or set gradientCheckpointing, or use QLoRA, "
+    + AGAIN,
     "HostOutOfMemory": "Raise spec.resources.memory, " + AGAIN,
-    "EvaluationGate": "The artifact is kept, but must not be deployed: train with other data or settings, " + AGAIN,
+    "EvaluationGate": "The artifact is kept, but must not be deployed: train with other data or settings, "
+    + AGAIN,
     "Collective": "Look for nodes or networks in trouble: kubectl get events -n {namespace}; " + AGAIN,
     "CheckpointCorrupt": "Look at the storage of the checkpoints (below), " + AGAIN,
-    "Stalled": "Read the log of the trainer for where it hangs, raise spec.deadlines.stallSeconds where such silence is "
-    "normal, " + AGAIN,
+    "Stalled": "Read the log of the trainer for where it hangs, raise spec.deadlines.stallSeconds where such "
+    "silence is normal, " + AGAIN,
     "DeadlineExceeded": f"Raise the deadline that the message names, {AGAIN}",
     "UpstreamFailed": "See the job that makes the base model, " + AGAIN,
     "UpstreamIsAnAdapter": "Train the base model with method Full, " + AGAIN,
@@ -45,7 +47,7 @@ WAITING = {
     "Retrying": "Nothing: another attempt starts by itself. To stop that: "
     "kubectl annotate ftj {name} -n {namespace} finetune.dev/action=cancel",
     "Suspended": "To go on: kubectl patch ftj {name} -n {namespace} --type=merge -p "
-    "'{{\"spec\":{{\"suspend\":false}}}}'",
+    '\'{{"spec":{{"suspend":false}}}}\'',
     "Pending": "Nothing runs yet. If this stays: is the operator up (finetune local status, or its Deployment)?",
     "Provisioning": "The cluster starts the training pod. If this stays: "
     "kubectl describe pod -n {namespace} -l finetune.dev/job={name}",

@@ -181,9 +181,10 @@ class FineTuneJobSpec(ApiModel):
             ),
             rule(
                 "!has(self.checkpoint.uri) || !has(self.output.uri) || (self.checkpoint.uri != self.output.uri && "
-                "!self.checkpoint.uri.startsWith(self.output.uri + '/'))",
-                "checkpoint.uri is the output folder or lies within it, and that folder must be empty; name another "
-                "one, or leave it out to use <output.uri>-checkpoints",
+                "!self.checkpoint.uri.startsWith(self.output.uri + '/') && "
+                "!self.output.uri.startsWith(self.checkpoint.uri + '/'))",
+                "checkpoint.uri and output.uri are the same folder, or lie in one another; name another one, or leave "
+                "it out to use <output.uri>-checkpoints",
                 fieldPath=".checkpoint.uri",
                 reason=FORBIDDEN,
             ),

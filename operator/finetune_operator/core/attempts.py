@@ -101,7 +101,7 @@ def retrying(seen: Observed, verdict: policies.Verdict, *, now: datetime) -> Pla
     """Another attempt follows; from now on that is certain, and only its time may change."""
     attempt = seen.job.status.attempts[-1]
     error_class = attempt.error_class or ErrorClass.LOST
-    text = f"attempt {attempt.number} ended: {attempt.message}. Attempt {attempt.number + 1} follows ({verdict.why})"
+    text = f"{_told(attempt)}. Attempt {attempt.number + 1} follows ({verdict.why})"
     status = statuses.build(
         seen,
         Phase.RETRYING,
@@ -135,7 +135,7 @@ def between(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         return _wait_for_inspection(seen, attempt, now=now)
     fence = fences.look(seen, attempt, now=now)
     if fence.left:
-        message = f"attempt {attempt.number} ended: {attempt.message}. {fence.text}"
+        message = f"{_told(attempt)}; {fence.text}"
         status = statuses.build(seen, None, seen.job.status.reason or "Stopping", message, claims=[], now=now)
         return Plan(status=status, actions=fence.actions, requeue_after=fences.FENCE_SECONDS)
     plan = _after_the_fence(seen, attempt, undecided=undecided, now=now)
@@ -171,7 +171,7 @@ def _waiting_for_its_time(seen: Observed, attempt: Attempt, *, now: datetime) ->
     reason = str(attempt.error_class or ErrorClass.LOST)
     when = seen.job.status.next_attempt_time
     at = f" at {when:%H:%M:%S} UTC" if when else ""
-    message = f"attempt {attempt.number} ended: {attempt.message}. Attempt {attempt.number + 1} starts{at}"
+    message = f"{_told(attempt)}. Attempt {attempt.number + 1} starts{at}"
     return statuses.build(seen, Phase.RETRYING, reason, message + _from_where(seen), claims=[], now=now)
 
 
@@ -239,7 +239,7 @@ def resumed(seen: Observed, *, now: datetime) -> Observed:
 def _inspect(seen: Observed, *, now: datetime) -> Plan:
     attempt = seen.job.status.attempts[-1]
     name = f"{seen.job.name}-i{attempt.number}"
-    message = f"the trainer ended without a report; RayJob {name} looks for the committed artifact"
+    message = f"{_told(attempt)}; RayJob {name} looks for a committed artifact"
     status = statuses.build(
         seen,
         Phase.EVALUATING,
@@ -303,6 +303,10 @@ def _from_where(seen: Observed) -> str:
     if not seen.job.status.attempts or never or checkpoint is None:
         return ""
     return f", from the checkpoint of step {checkpoint.step}"
+
+
+def _told(attempt: Attempt) -> str:
+    return f"attempt {attempt.number} ended: {(attempt.message or '').rstrip('.')}"
 
 
 def _released(reason: str, message: str) -> Claim:

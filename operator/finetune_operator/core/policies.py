@@ -82,7 +82,8 @@ def judge(error_class: ErrorClass, *, spec: FineTuneJobSpec, status: FineTuneJob
         case Budget.NONE:
             return Verdict(False, "", retries)
         case Budget.FREE:
-            return Verdict(True, "it costs no retry", retries, overrides=attempt.overrides)
+            why = "when spec.suspend is false; it costs no retry"
+            return Verdict(True, why, retries, overrides=attempt.overrides)
         case Budget.GPU_MEMORY:
             return _with_half_the_batch(spec, status, retries)
         case Budget.HOST_MEMORY:

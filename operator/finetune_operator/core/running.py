@@ -23,11 +23,11 @@ from finetune_operator.core.facts import Observed, Plan, PodFacts, RayJobFacts
 RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
 WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
 HEED_SECONDS = 15.0  # KubeRay looks at a new RayJob within this time if it runs
+FRESH_SECONDS = 30.0
 PULL_GRACE = timedelta(minutes=10)  # registries have outages; an image that does not exist stays away longer
 NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
 NOT_PULLED = NEVER_PULLED | {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable"}
 CRASHING = frozenset({"CrashLoopBackOff"})
-JOB_OVER = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 PHASE_TEXTS = {
     Phase.VALIDATING: ("Validating", "the trainer checks configuration, model and data"),
@@ -48,17 +48,31 @@ def decide(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dateti
     silent = deadlines.silent_end(seen, attempt)
     if silent is not None and now >= silent:
         return _stalled(seen, attempt, now=now)
-    if seen.report is not None or rayjob.job_status == "RUNNING" or _runs_already(seen.job.status, rayjob):
+    if _is_at_work(seen, rayjob, now=now):
         return _underway(seen, attempt, rayjob, now=now)
     return _provisioning(seen, attempt, rayjob, now=now)
 
 
-def _runs_already(status: FineTuneJobStatus, rayjob: RayJobFacts) -> bool:
-    """Whether the trainer of this attempt was seen at work. That stands until KubeRay says that its pods are gone: the
-    Ray job's own status is empty or over for a moment at the beginning and at the end."""
-    return status.phase in PHASE_TEXTS and (
-        rayjob.job_status in JOB_OVER or rayjob.deployment_status == "Running"
-    )
+def _is_at_work(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> bool:
+    """Whether the trainer of this attempt runs. Once it was seen at work, that stands until KubeRay begins anew: the
+    Ray job's own status is empty, pending or over for a moment at the beginning and at the end."""
+    status = seen.job.status
+    if rayjob.deployment_status == "Running":
+        return (
+            seen.report is not None or rayjob.job_status == "RUNNING" or status.phase in PHASE_TEXTS
+        ) and not _is_old(seen)
+    if seen.reported_at is None or _is_old(seen):
+        return False
+    # KubeRay gets a cluster ready: with SidecarMode the trainer may report already; else this is an old report.
+    return (now - seen.reported_at).total_seconds() <= FRESH_SECONDS
+
+
+def _is_old(seen: Observed) -> bool:
+    """Whether the latest report is from before the attempt was held back."""
+    ready = statuses.condition(seen.job.status, ConditionType.RESOURCES_READY)
+    if ready is None or seen.reported_at is None or seen.job.status.phase is not Phase.QUEUED:
+        return False
+    return seen.reported_at <= ready.last_transition_time
 
 
 # ---------------------------------------------------------------- the end of the process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,11 @@ def test_a_metric_that_a_report_lacks_keeps_its_last_value() -> None:
 def test_nothing_changes_when_nothing_happened() -> None:
     story = Story().trained()
     before, when = story.job.status, story.now - timedelta(seconds=1)
-    same = {"rayjob": rayjob("Running", "RUNNING"), "report": training(step=5), "reported_at": when}
+    same: dict[str, Any] = {
+        "rayjob": rayjob("Running", "RUNNING"),
+        "report": training(step=5),
+        "reported_at": when,
+    }
     assert story.step(**same).status == before
 
 
@@ -209,7 +214,10 @@ def test_a_lost_process_without_an_artifact_is_lost() -> None:
 def test_an_inspection_that_cannot_run_does_not_hold_the_job_for_ever() -> None:
     story = Story(NO_RETRIES).trained()
     story.step(rayjob=rayjob("Complete", "SUCCEEDED"))
-    waiting = {"rayjob": rayjob("Complete", "SUCCEEDED"), "inspection": rayjob("Initializing")}
+    waiting: dict[str, Any] = {
+        "rayjob": rayjob("Complete", "SUCCEEDED"),
+        "inspection": rayjob("Initializing"),
+    }
     assert story.step(**waiting, after=1000).status.phase is Phase.EVALUATING
     assert story.step(**waiting).status.phase is Phase.FAILED
 
@@ -271,7 +279,7 @@ def test_the_reason_why_a_pod_waits_is_in_the_status() -> None:
 def test_one_event_per_transition() -> None:
     story = Story()
     names = [event.reason for _ in range(3) for event in story.step().events]
-    running = {"rayjob": rayjob("Running", "RUNNING")}
+    running: dict[str, Any] = {"rayjob": rayjob("Running", "RUNNING")}
     names += [
         e.reason for step in (1, 2, 3) for e in story.step(**running, report=training(step=step)).events
     ]
