@@ -83,9 +83,11 @@ class FineTuneJobReconciler:
         ended = attempt.end_time is not None
         rayjob = await self._rayjob(job, attempt.ray_job)
         report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
-        at_work = rayjob is not None and not rayjob.is_over and (report or rayjob.job_status == "RUNNING")
+        quiet = rayjob is None or (
+            not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
+        )
         labels = naming.job_labels(job.name) if ended else naming.labels(job.name, attempt.number)
-        pods = [] if at_work and not ended else await self._find("v1", "Pod", job, labels)
+        pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels)
         clusters = await self._find("ray.io/v1", "RayCluster", job, labels) if ended else []
         return Observed(
             job=job,

@@ -115,7 +115,7 @@ EDGE_CASES = (
     EdgeCase("6", "the submitter died while the trainer works",
              status("Failed", "FAILED", "AppFailed", "Submitter completed but Ray job not found in RayCluster"),
              "Retrying/Lost -> attempt 2",
-             "AppFailed without an exit code is not the trainer's word. The next attempt waits until the pods are gone."),
+             "AppFailed without an exit code is not the trainer's word. The next attempt waits for the pods to go."),
     EdgeCase("7a", "the trainer refuses the data (exit code 65)", exited(65, "train.jsonl:7: no messages"),
              "Failed/BadData -> the end", "The user's mistake: no retry, the message names it.", SEEN),
     EdgeCase("7b", "the GPU's memory is not enough (exit code 80)", exited(80, "CUDA out of memory"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.api.finetunejob import BackoffSpec, ErrorClass, Phase
+from finetune_operator.api.finetunejob import BackoffSpec, ErrorClass, Phase, Retries
 from finetune_operator.core import policies
 from finetune_operator.core.facts import (
     CreateRayJob,
@@ -29,7 +29,7 @@ OLD_POD = PodFacts("triage-a1-head", True, node="node-7")
 
 def second(deployment: str = "Running", job: str = "RUNNING", **more: Any) -> RayJobFacts:
     """The RayJob of attempt 2."""
-    facts = {"name": "triage-a2", "uid": "ray-uid-2", "ours": True} | more
+    facts: dict[str, Any] = {"name": "triage-a2", "uid": "ray-uid-2", "ours": True} | more
     return RayJobFacts(deployment_status=deployment, job_status=job, **facts)
 
 
@@ -67,7 +67,9 @@ def test_each_kind_of_failure_is_charged_to_its_own_budget(error_class: str, cod
     assert [(a.number, a.ray_job) for a in story.job.status.attempts] == [(1, "triage-a1"), (2, "triage-a2")]
 
 
-@pytest.mark.parametrize(("error_class", "code"), [("BadConfig", 64), ("BadData", 65), ("ModelNotFound", 66), ("NotFinite", 82)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error_class", "code"), [("BadConfig", 64), ("BadData", 65), ("ModelNotFound", 66), ("NotFinite", 82)]
+)
 def test_a_users_mistake_is_not_retried_unless_the_spec_says_so(error_class: str, code: int) -> None:
     assert fail(Story().trained(), error_class, code).status.phase is Phase.FAILED
     story = Story({"retry": {"maxUserRetries": 1, **QUICK["retry"]}}).trained()
@@ -310,7 +312,7 @@ def test_suspend_stops_and_resume_goes_on_without_a_retry() -> None:
     assert story.step(after=100).requeue_after is None
     story.change(suspend=False)
     status = story.step().status
-    assert (story.attempt.number, status.retries) in ((2, None), (2, policies.Retries()))
+    assert (story.attempt.number, status.retries) in ((2, None), (2, Retries()))
     assert "from the checkpoint of step 10" in (status.message or "")
     assert condition(story, "Suspended") == ("False", "Resumed")
     assert status.suspended_seconds == 101

@@ -12,7 +12,6 @@ from finetune_operator.core import jobs
 from finetune_operator.core.facts import CreateRayJob, Defaults, DeleteRayJob, Observed, PodFacts
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
 
-
 NO_RETRIES = {"retry": {"maxInfraRetries": 0}}
 
 

@@ -1,7 +1,7 @@
 """A cluster in which a job lives: KubeRay, pods, a trainer with its storage, and all that can happen to them.
 
-Only what the operator can see or cause is played: statuses as KubeRay writes them (notes in docs/failure-modes.md), pods
-that take their time to go, a trainer that saves, resumes, commits and reports.
+Only what the operator can see or cause is played: statuses as KubeRay writes them (docs/failure-modes.md), pods that
+take their time to go, a trainer that saves, resumes, commits and reports.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOTAL_STEPS = 60
 GRACE_SECONDS = 8  # between the deletion of a RayJob and the end of its pods
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The operator dies here."""
 
 
@@ -133,14 +133,14 @@ class World:
                 if after is not None
                 else datetime.max.replace(tzinfo=START.tzinfo)
             )
-        except Killed:
+        except KilledError:
             self.report = None  # what was in its memory
             self.listening_since = self.due = self.now
 
     def _die(self, point: str) -> None:
         if self.killed_at == point:
             self.killed_at = None
-            raise Killed(point)
+            raise KilledError(point)
 
     def _act(self, action: CreateRayJob | DeleteRayJob | DeleteJob) -> None:
         match action:
