@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from finetune_operator.core import jobs
 from tests.unit.operator import invariants
 from tests.unit.operator.world import World
 
-FAULTS = ["1", "65", "74", "75", "80", "81", "82", "83", "84", "silent"]
+FAULTS = ["silent", "1", "65", "74", "75", "80", "81", "82", "83", "84", "silent"]
 HAPPENINGS = st.one_of(
     st.tuples(st.just("wait"), st.sampled_from([1, 5, 20, 70])),
     st.tuples(st.just("fault"), st.sampled_from(FAULTS)),
@@ -95,7 +96,50 @@ def heal(world: World) -> None:
         if ray.facts.suspended:
             world.change(ray, suspended=False)
     world.edit(suspend=False, deadlines={"stallSeconds": 60})
-    world.run(1600)
+    for _ in range(160):
+        if jobs.is_finished(world.status):
+            break
+        world.run(10)
+    world.run(90)  # what is left of it goes
+
+
+ALONE = [
+    *(("fault", code) for code in ("1", "74", "75", "80", "81", "83", "84", "silent")),
+    ("head lost", 0),
+    ("rayjob deleted", 0),
+    ("rayjob invalid", 0),
+    ("rayjob failed but runs", 0),
+    ("node away", True),
+    ("kuberay", False),
+    ("reports", False),
+    ("hold", True),
+    ("operator", "before"),
+    ("operator", "between"),
+    ("suspend", True),
+    ("wait", 70),
+]
+
+
+@pytest.mark.parametrize("head_start", [3, 12, 20, 35])
+@pytest.mark.parametrize("what", ALONE, ids=str)
+def test_one_mishap_never_costs_the_job(what: tuple[str, Any], head_start: int) -> None:
+    world = World({"retry": {"backoffSeconds": {"min": 2, "max": 10}}}, check=invariants.check)
+    world.run(head_start)
+    happen(world, *what)
+    heal(world)
+    assert world.status.phase is Phase.SUCCEEDED, f"{world.status.reason}: {world.status.message}"
+    assert not world.pods
+
+
+def test_work_lost_is_at_most_what_was_done_since_the_last_checkpoint() -> None:
+    world = World({"retry": {"backoffSeconds": {"min": 0, "max": 0}}}, check=invariants.check)
+    world.run(30)
+    happen(world, "head lost", 0)
+    heal(world)
+    first, second = world.status.attempts
+    assert first.last_step is not None
+    assert second.resumed_from_step == first.last_step // 10 * 10
+    assert first.lost_steps == first.last_step % 10
 
 
 @settings(max_examples=120, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

@@ -170,11 +170,16 @@ class World:
     def run(self, seconds: int) -> None:
         for _ in range(seconds):
             self.now += timedelta(seconds=1)
-            before = (str(self.rayjobs), sorted(self.pods), self.report)
+            before = self._visible()
             self._kuberay()
             self._pods()
-            if self.now >= self.due or before != (str(self.rayjobs), sorted(self.pods), self.report):
+            if self.now >= self.due or before != self._visible():
                 self.reconcile()
+
+    def _visible(self) -> tuple[Any, ...]:
+        """What wakes the operator when it changes."""
+        told = self.report[2] if self.report else None
+        return tuple(ray.facts for ray in self.rayjobs.values()), tuple(self.pods), told
 
     def change(self, ray: SimulatedRayJob, **facts: Any) -> None:
         ray.facts = replace(ray.facts, **facts)
