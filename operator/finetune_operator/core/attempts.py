@@ -11,7 +11,17 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_operator.api.finetunejob import Attempt, ErrorClass, FineTuneJobStatus, Phase, Retries
-from finetune_operator.core import accounts, deadlines, endings, fences, policies, reports, statuses
+from finetune_operator.core import (
+    accounts,
+    deadlines,
+    endings,
+    fences,
+    policies,
+    reports,
+    statuses,
+    suspensions,
+    words,
+)
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import CreateRayJob, Observed, Plan
 
@@ -101,16 +111,16 @@ def retrying(seen: Observed, verdict: policies.Verdict, *, now: datetime) -> Pla
     """Another attempt follows; from now on that is certain, and only its time may change."""
     attempt = seen.job.status.attempts[-1]
     error_class = attempt.error_class or ErrorClass.LOST
-    text = f"{_told(attempt)}. Attempt {attempt.number + 1} follows ({verdict.why})"
+    text = f"{words.told(attempt)}. Attempt {attempt.number + 1} follows ({verdict.why})"
     status = statuses.build(
         seen,
         Phase.RETRYING,
         str(error_class),
-        text + _from_where(seen),
+        text + words.from_where(seen),
         claims=[
             _released(str(error_class), attempt.message or ""),
             Claim(ConditionType.TRAINING, False, str(error_class), attempt.message or ""),
-            checkpoint_claim(seen),
+            words.checkpoint_claim(seen),
         ],
         now=now,
         retries=verdict.retries,
@@ -135,7 +145,7 @@ def between(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         return _wait_for_inspection(seen, attempt, now=now)
     fence = fences.look(seen, attempt, now=now)
     if fence.left:
-        message = f"{_told(attempt)}; {fence.text}"
+        message = f"{words.told(attempt)}; {fence.text}"
         status = statuses.build(seen, None, seen.job.status.reason or "Stopping", message, claims=[], now=now)
         return Plan(status=status, actions=fence.actions, requeue_after=fences.FENCE_SECONDS)
     plan = _after_the_fence(seen, attempt, undecided=undecided, now=now)
@@ -150,7 +160,7 @@ def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: 
         verdict = None if spec is None else _judge(seen, Ending(attempt.error_class or ErrorClass.LOST, ""))
         return last(seen, verdict if verdict and not verdict.retry else None, now=now)
     if spec.suspend:
-        return suspended(seen, now=now)
+        return suspensions.suspended(seen, now=now)
     over = deadlines.exceeded(seen, None, now=now)
     if over is not None:
         message = f"{over}; the last attempt ended {attempt.error_class}: {attempt.message}"
@@ -171,8 +181,8 @@ def _waiting_for_its_time(seen: Observed, attempt: Attempt, *, now: datetime) ->
     reason = str(attempt.error_class or ErrorClass.LOST)
     when = seen.job.status.next_attempt_time
     at = f" at {when:%H:%M:%S} UTC" if when else ""
-    message = f"{_told(attempt)}. Attempt {attempt.number + 1} starts{at}"
-    return statuses.build(seen, Phase.RETRYING, reason, message + _from_where(seen), claims=[], now=now)
+    message = f"{words.told(attempt)}. Attempt {attempt.number + 1} starts{at}"
+    return statuses.build(seen, Phase.RETRYING, reason, message + words.from_where(seen), claims=[], now=now)
 
 
 def record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
@@ -184,7 +194,7 @@ def record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         seen,
         Phase.RETRYING,
         "Starting",
-        f"attempt {number} starts as RayJob {name}{_from_where(seen)}",
+        f"attempt {number} starts as RayJob {name}{words.from_where(seen)}",
         claims=[Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")],
         now=now,
         attempts=[*seen.job.status.attempts, new][-KEPT:],
@@ -194,52 +204,13 @@ def record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     return Plan(status=status, requeue_after=0)
 
 
-# ---------------------------------------------------------------- suspension
-
-
-def suspended(seen: Observed, *, now: datetime) -> Plan:
-    """Nothing runs, and nothing will until spec.suspend is false."""
-    message = "spec.suspend is true; set it to false to go on" + _from_where(seen)
-    status = statuses.build(
-        seen,
-        Phase.SUSPENDED,
-        "Suspended",
-        message,
-        claims=[
-            Claim(ConditionType.SUSPENDED, True, "Suspended", message),
-            Claim(ConditionType.RESOURCES_READY, False, "Suspended", message),
-        ],
-        now=now,
-    )
-    return Plan(status=status)
-
-
-def resumed(seen: Observed, *, now: datetime) -> Observed:
-    """The facts with the suspension, which is over, in the books: its time does not count against the deadline."""
-    known = seen.job.status
-    since = statuses.holds_since(known, ConditionType.SUSPENDED)
-    if since is None:
-        return seen
-    seconds = (known.suspended_seconds or 0) + max(0, round((now - since).total_seconds()))
-    status = statuses.build(
-        seen,
-        known.phase,
-        known.reason or "Resumed",
-        known.message or "",
-        claims=[Claim(ConditionType.SUSPENDED, False, "Resumed", "spec.suspend is false")],
-        now=now,
-        suspended_seconds=seconds if known.start_time else None,
-    )
-    return replace(seen, job=replace(seen.job, status=status))
-
-
 # ---------------------------------------------------------------- inspection
 
 
 def _inspect(seen: Observed, *, now: datetime) -> Plan:
     attempt = seen.job.status.attempts[-1]
     name = f"{seen.job.name}-i{attempt.number}"
-    message = f"{_told(attempt)}; RayJob {name} looks for a committed artifact"
+    message = f"{words.told(attempt)}; RayJob {name} looks for a committed artifact"
     status = statuses.build(
         seen,
         Phase.EVALUATING,
@@ -278,35 +249,11 @@ def _wait_for_inspection(seen: Observed, attempt: Attempt, *, now: datetime) -> 
     return retrying(seen, verdict, now=now) if verdict.retry else last(seen, verdict, now=now)
 
 
-# ---------------------------------------------------------------- words
-
-
-def checkpoint_claim(seen: Observed) -> Claim:
-    checkpoint = seen.job.status.checkpoint
-    if checkpoint is None:
-        message = "no checkpoint was reported yet"
-        return Claim(ConditionType.CHECKPOINT_AVAILABLE, False, "NoCheckpoint", message)
-    message = f"checkpoint of step {checkpoint.step} is at {checkpoint.uri}"
-    return Claim(ConditionType.CHECKPOINT_AVAILABLE, True, "CheckpointSaved", message)
-
-
 def wait_for_kuberay(seen: Observed, *, now: datetime) -> Plan:
     message = "KubeRay is not installed (no API group ray.io/v1): install it, and the job goes on by itself"
     claim = Claim(ConditionType.ACCEPTED, False, "KubeRayUnavailable", message)
     status = statuses.build(seen, Phase.PENDING, claim.reason, message, claims=[claim], now=now)
     return Plan(status=status, requeue_after=INSPECTION_SECONDS)
-
-
-def _from_where(seen: Observed) -> str:
-    checkpoint, spec = seen.job.status.checkpoint, seen.job.spec
-    never = spec is not None and spec.checkpoint.resume == "Never"
-    if not seen.job.status.attempts or never or checkpoint is None:
-        return ""
-    return f", from the checkpoint of step {checkpoint.step}"
-
-
-def _told(attempt: Attempt) -> str:
-    return f"attempt {attempt.number} ended: {(attempt.message or '').rstrip('.')}"
 
 
 def _released(reason: str, message: str) -> Claim:

@@ -19,7 +19,7 @@ from finetune_operator.api.finetunejob import (
     LastAction,
     Phase,
 )
-from finetune_operator.core import attempts, chains, deadlines, endings, running, statuses
+from finetune_operator.core import attempts, chains, deadlines, endings, running, statuses, suspensions
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import CreateRayJob, Defaults, DeleteJob, DeleteRayJob, Observed, Plan
@@ -98,7 +98,7 @@ def _decide_unfinished(seen: Observed, *, defaults: Defaults, now: datetime) -> 
     if result is not None and result.artifact is not None:
         return endings.succeeded(seen, result, result.artifact, now=now)
     if spec is not None and not spec.suspend:
-        seen = attempts.resumed(seen, now=now)
+        seen = suspensions.resumed(seen, now=now)
     if not known.attempts:
         return _before_the_first(seen, defaults=defaults, now=now)
     attempt = known.attempts[-1]
@@ -145,7 +145,7 @@ def _before_the_first(seen: Observed, *, defaults: Defaults, now: datetime) -> P
     if spec is None:
         return _wait(seen, "InvalidSpec", seen.job.problem or "the spec cannot be read", now=now)
     if spec.suspend:
-        return attempts.suspended(seen, now=now)
+        return suspensions.suspended(seen, now=now)
     if spec.output.uri is None and defaults.output_uri is None:
         message = "spec.output.uri is not set and the operator has no default (FINETUNE_OUTPUT_URI): set one of them"
         return _wait(seen, "OutputRequired", message, now=now)

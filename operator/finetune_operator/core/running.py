@@ -14,7 +14,7 @@ from finetune_operator.api.finetunejob import (
     Phase,
     Retries,
 )
-from finetune_operator.core import accounts, attempts, deadlines, failures, reports, statuses
+from finetune_operator.core import accounts, attempts, deadlines, failures, reports, statuses, words
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.durations import format_duration
@@ -153,7 +153,7 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
         }
         if checkpoint is not None:
             job = replace(seen.job, status=known.model_copy(update={"checkpoint": checkpoint}))
-            claims.append(attempts.checkpoint_claim(replace(seen, job=job)))
+            claims.append(words.checkpoint_claim(replace(seen, job=job)))
     status = statuses.build(seen, phase, reason, message, claims=claims, now=now, **updates)
     running = replace(seen, job=replace(seen.job, status=status))
     again = deadlines.next_check(running, attempt, now=now, most=RESYNC_SECONDS)

@@ -12,7 +12,9 @@ from finetune_operator.core import conditions
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Event, Observed
 
-QUIET = frozenset({"Accepted", "Provisioning", "Starting", "Queued", "WaitingForModel", "Stopping"})
+QUIET = frozenset(
+    {"Accepted", "Provisioning", "Starting", "Queued", "WaitingForModel", "Stopping", "Resumed"}
+)
 
 
 def build(

@@ -8,7 +8,6 @@ MANAGER = "finetune-operator"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_JOB = f"{GROUP}/job"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
-ANNOTATION_ACTION = f"{GROUP}/action"
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 KUBERAY_FINALIZER = "ray.io/rayjob-finalizer"
 KUBERAY = "ray.io/kuberay-operator"  # spec.managedBy of RayJobs that KubeRay runs itself

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_operator.adapters.kube import Json
+from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from finetune_operator.api.base import API_VERSION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts
@@ -36,7 +37,7 @@ def job_facts(body: Json) -> JobFacts:
         problem=problem,
         status=FineTuneJobStatus.model_validate(body.get("status", {})),
         deleting="deletionTimestamp" in metadata,
-        action=metadata.get("annotations", {}).get(naming.ANNOTATION_ACTION),
+        action=metadata.get("annotations", {}).get(ACTION_ANNOTATION),
     )
 
 

@@ -318,6 +318,19 @@ def test_suspend_stops_and_resume_goes_on_without_a_retry() -> None:
     assert status.suspended_seconds == 101
 
 
+def test_a_job_that_is_resumed_while_something_is_left_says_what_it_waits_for() -> None:
+    story = Story(QUICK).trained()
+    story.change(suspend=True)
+    story.step(rayjob=RUNNING)
+    story.step()
+    assert story.job.status.phase is Phase.SUSPENDED
+    story.change(suspend=False)
+    status = story.step(pods=[OLD_POD]).status
+    assert (status.phase, story.attempt.number) == (Phase.RETRYING, 1)
+    assert "waits until pod triage-a1-head" in (status.message or "")
+    assert condition(story, "Suspended") == ("False", "Resumed")
+
+
 def test_a_job_that_is_created_suspended_starts_nothing() -> None:
     story = Story({"suspend": True})
     assert story.step().status.phase is Phase.SUSPENDED
