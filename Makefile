@@ -29,15 +29,17 @@ lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/python -m finetune_operator.api.crds --check crds
 	@$(BIN)/python -m finetune_operator.api.reference --check
 	@$(BIN)/python -m finetune_cli.reference --check
+	@$(BIN)/python -m tests.unit.operator.edge_pages --check
 
 format: setup ## rewrite the code in the one format
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
-crds: setup ## generate crds/ and docs/reference/ from the models
+crds: setup ## generate crds/, docs/reference/ and docs/failure-modes.md from models and tables
 	@$(BIN)/python -m finetune_operator.api.crds --write crds
 	@$(BIN)/python -m finetune_operator.api.reference --write
 	@$(BIN)/python -m finetune_cli.reference --write
+	@$(BIN)/python -m tests.unit.operator.edge_pages --write
 
 bench: up ## measure refusals, and FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.refusals

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from finetune_cli.job_views import Job, elapsed, exit_code, measures, result_lines, steps
+from finetune_cli.job_views import Job, elapsed, exit_code, measures, model_of, result_lines, steps
 from finetune_cli.pages import condition_lines, event_lines, section
 from finetune_cli.texts import number, seconds_between, status_of
 from finetune_operator.core.durations import format_duration
@@ -19,7 +19,22 @@ REMEDIES = {
     "ModelNotFound": f"Check spec.model.uri, its revision and the Secret in spec.model.secretRef, {AGAIN}",
     "NotFinite": "Lower spec.hyperparameters.learningRate (half of it is a good try) or set precision Float32, "
     + AGAIN,
-    "Cancelled": "Somebody stopped the Ray job. To train after all, "
+    "Storage": "See that the storage answers and that the Secrets hold the right keys, " + AGAIN,
+    "Preempted": "Raise spec.retry.preemptions, or use capacity that is not taken away, " + AGAIN,
+    "GpuOutOfMemory": "Lower spec.hyperparameters.maxLength or set gradientCheckpointing, or use QLoRA, "
+    + AGAIN,
+    "HostOutOfMemory": "Raise spec.resources.memory, " + AGAIN,
+    "EvaluationGate": "The artifact is kept, but must not be deployed: train with other data or settings, "
+    + AGAIN,
+    "Collective": "Look for nodes or networks in trouble: kubectl get events -n {namespace}; " + AGAIN,
+    "CheckpointCorrupt": "Look at the storage of the checkpoints (below), " + AGAIN,
+    "Stalled": "Read the log of the trainer for where it hangs, raise spec.deadlines.stallSeconds where such "
+    "silence is normal, " + AGAIN,
+    "DeadlineExceeded": f"Raise the deadline that the message names, {AGAIN}",
+    "UpstreamFailed": "See the job that makes the base model, " + AGAIN,
+    "UpstreamIsAnAdapter": "Train the base model with method Full, " + AGAIN,
+    "ChainIsACircle": "Change spec.model.fineTuneJobRef, " + AGAIN,
+    "Cancelled": "It was cancelled, or somebody stopped the Ray job. To train after all, "
     "delete the job and apply it again: kubectl delete ftj {name} -n {namespace}",
     "Lost": "The training process or its pod went away. Look for evictions and memory: "
     "kubectl get events -n {namespace}; " + AGAIN,
@@ -27,6 +42,12 @@ REMEDIES = {
     "on a laptop: finetune local logs ray",
 }
 WAITING = {
+    "Queued": "Nothing: the job starts when there is room. kubectl get workloads -n {namespace} shows the queue, "
+    "if Kueue keeps it.",
+    "Retrying": "Nothing: another attempt starts by itself. To stop that: "
+    "kubectl annotate ftj {name} -n {namespace} finetune.dev/action=cancel",
+    "Suspended": "To go on: kubectl patch ftj {name} -n {namespace} --type=merge -p "
+    '\'{{"spec":{{"suspend":false}}}}\'',
     "Pending": "Nothing runs yet. If this stays: is the operator up (finetune local status, or its Deployment)?",
     "Provisioning": "The cluster starts the training pod. If this stays: "
     "kubectl describe pod -n {namespace} -l finetune.dev/job={name}",
@@ -58,7 +79,7 @@ def what(job: Job) -> list[str]:
     length = f"{hyper['maxSteps']} steps" if hyper.get("maxSteps") else f"{hyper['epochs']:g} epochs"
     resources = spec["resources"]
     lines = [
-        f"{spec['objective']} with {method['type']} of {spec['model']['uri']}",
+        f"{spec['objective']} with {method['type']} of {model_of(job)}",
         f"on {', '.join(sources[:3])}" + (f" and {len(sources) - 3} more" if len(sources) > 3 else ""),
         f"for {length} of {hyper['globalBatchSize']} rows, at most {hyper['maxLength']} tokens a row; "
         f"{data['split']['eval']:.0%} of the rows held out",
@@ -125,6 +146,8 @@ def _effective(job: Job) -> list[str]:
         "device": "device",
         "image": "image",
         "outputUri": "output",
+        "checkpointUri": "checkpoints",
+        "modelUri": "model",
     }
     return [f"{label}: {effective[key]}" for key, label in labels.items() if effective.get(key) is not None]
 
@@ -138,6 +161,14 @@ def _attempts(job: Job) -> list[str]:
             parts.append(f"exit code {attempt['exitCode']}")
         if attempt.get("lastStep") is not None:
             parts.append(f"last step {attempt['lastStep']}")
+        if attempt.get("resumedFromStep"):
+            parts.append(f"from step {attempt['resumedFromStep']}")
+        if attempt.get("lostSteps"):
+            parts.append(f"{attempt['lostSteps']} steps lost")
+        if rows := (attempt.get("overrides") or {}).get("microBatchSize"):
+            parts.append(f"{rows} rows per forward pass")
+        if memory := (attempt.get("overrides") or {}).get("memory"):
+            parts.append(f"{memory} memory")
         if took is not None:
             parts.append(format_duration(took))
         lines.append(", ".join(parts))

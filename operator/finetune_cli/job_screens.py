@@ -16,6 +16,8 @@ COLOURS = {
     "Succeeded": "green",
     "Failed": "red",
     "Cancelled": "yellow",
+    "Retrying": "yellow",
+    "Suspended": "yellow",
     "Running": "cyan",
     "Evaluating": "cyan",
 }

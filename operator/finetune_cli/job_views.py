@@ -56,7 +56,7 @@ def list_rows(jobs: Sequence[Job], now: datetime, *, namespaces: bool) -> list[l
             job["metadata"]["name"],
             status.get("phase", "Pending"),
             spec["method"]["type"],
-            spec["model"]["uri"],
+            model_of(job),
             (status.get("progress") or {}).get("summary", ""),
             number((status.get("metrics") or {}).get("loss")),
             "" if left is None else format_duration(left),
@@ -64,6 +64,12 @@ def list_rows(jobs: Sequence[Job], now: datetime, *, namespaces: bool) -> list[l
         ]
         rows.append([job["metadata"]["namespace"], *row] if namespaces else row)
     return rows
+
+
+def model_of(job: Job) -> str:
+    """Where the base model is, or which job makes it."""
+    model = job["spec"]["model"]
+    return str(model.get("uri") or f"artifact of {model['fineTuneJobRef']['name']}")
 
 
 def measures(job: Job, now: datetime) -> list[str]:

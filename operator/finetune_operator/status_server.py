@@ -89,7 +89,7 @@ class StatusServer:
             self._refuse_when_over(await self._job(key), attempt)
         urgent = self._mailbox.is_news(key, report)
         if not self._mailbox.put(key, attempt=attempt, report=report):
-            raise web.HTTPConflict(text="the attempt's result was reported already")
+            raise web.HTTPConflict(text=f"attempt {attempt} has reported its result already, or is over")
         wait = 0.0 if urgent else self._progress_seconds - self._mailbox.seconds_since_write(key)
         self._enqueue(key, wait)
         if report.result and not await self._mailbox.wait_written(key, report, seconds=PERSIST_SECONDS):

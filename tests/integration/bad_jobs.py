@@ -94,7 +94,55 @@ BAD_JOBS = [
     _spec("objective-empty", {"objective": ""}, "spec.objective", "at least 1"),
     # model
     _spec("no-model", {"model": None}, "spec.model", "Required value"),
-    _model("model-without-uri", {"uri": None}, "spec.model.uri", "Required value"),
+    _model("model-without-uri", {"uri": None}, "name exactly one of uri and fineTuneJobRef"),
+    _model("model-twice", {"fineTuneJobRef": {"name": "base"}}, "name exactly one of uri and fineTuneJobRef"),
+    _model(
+        "model-of-itself",
+        {"uri": None, "fineTuneJobRef": {"name": "good"}},
+        "fineTuneJobRef",
+        "wait for ever",
+    ),
+    _model(
+        "revision-of-a-job",
+        {"uri": None, "fineTuneJobRef": {"name": "base"}, "revision": "main"},
+        "model.revision",
+        "hf://",
+    ),
+    # attempts
+    _spec("retries-negative", {"retry": {"maxInfraRetries": -1}}, "spec.retry.maxInfraRetries"),
+    _spec(
+        "preemptions-word",
+        {"retry": {"preemptions": "Many"}},
+        "spec.retry.preemptions",
+        "Unlimited or a number",
+    ),
+    _spec(
+        "preemptions-negative",
+        {"retry": {"preemptions": -1}},
+        "spec.retry.preemptions",
+        "Unlimited or a number",
+    ),
+    _spec("preemptions-too-many", {"retry": {"preemptions": 1001}}, "spec.retry.preemptions", "0 to 1000"),
+    _spec(
+        "backoff-upside-down",
+        {"retry": {"backoffSeconds": {"min": 60, "max": 10}}},
+        "spec.retry.backoffSeconds.min",
+        "min is more than max",
+    ),
+    _spec(
+        "out-of-memory-word", {"retry": {"onOutOfMemory": "Pray"}}, "spec.retry.onOutOfMemory", "ReduceBatch"
+    ),
+    _spec("deadline-zero", {"deadlines": {"totalSeconds": 0}}, "spec.deadlines.totalSeconds"),
+    _spec("keep-nothing", {"checkpoint": {"keep": 0}}, "spec.checkpoint.keep"),
+    _spec("resume-word", {"checkpoint": {"resume": "Maybe"}}, "spec.checkpoint.resume", "Auto"),
+    _spec("checkpoint-over-http", {"checkpoint": {"uri": "https://host/c"}}, "spec.checkpoint.uri", "s3://"),
+    _spec(
+        "checkpoint-in-output",
+        {"checkpoint": {"uri": "s3://bucket/out/c"}, "output": {"uri": "s3://bucket/out"}},
+        "spec.checkpoint.uri",
+        "lie in one another",
+    ),
+    _spec("ttl-negative", {"ttlSecondsAfterFinished": -1}, "spec.ttlSecondsAfterFinished"),
     _model("model-without-scheme", {"uri": "organization/model"}, "has no scheme", "hf://organization/model"),
     _model("model-path-without-scheme", {"uri": "/models/base"}, "write file:///models/base"),
     _model(

@@ -89,7 +89,9 @@ def _works_for(process: psutil.Process, job: str) -> bool:
 def test_a_trainer_that_is_killed_is_told_as_lost(
     kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
 ) -> None:
-    kubectl.apply(slow_job("killed", tiny_model, tiny_rows))
+    job = slow_job("killed", tiny_model, tiny_rows)
+    job["spec"]["retry"] = {"maxInfraRetries": 0}
+    kubectl.apply(job)
     kubectl.wait_job("killed", is_training)
     kill_trainer("killed")
     status = kubectl.finished("killed")

@@ -94,23 +94,47 @@ SPECS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "hyperparameters": HYPERPARAMETERS,
         "earlyStopping": optional(patience=st.integers(1, 1000), minDelta=numbers(0, 1000)),
         "output": st.fixed_dictionaries({"uri": NAMES.map(lambda name: f"gs://bucket/{name}")}),
+        "checkpoint": optional(
+            uri=NAMES.map(lambda name: f"gs://bucket/{name}-c"),
+            everySteps=st.integers(1, 10_000_000),
+            everyMinutes=st.floats(0.1, 10_080),
+            keep=st.integers(1, 100),
+            resume=st.sampled_from([str(item) for item in api.ResumePolicy]),
+        ),
+        "retry": optional(
+            maxInfraRetries=st.integers(0, 1000), preemptions=st.sampled_from(["Unlimited", 0, 3])
+        ),
+        "deadlines": optional(totalSeconds=st.integers(1, 1000)),
+        "suspend": st.booleans(),
+        "ttlSecondsAfterFinished": st.integers(0, 1000),
     },
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(document=SPECS)
+@given(document=SPECS, overrides=st.none() | st.just(api.Overrides(micro_batch_size=1, memory="8Gi")))
 def test_every_run_file_that_the_operator_builds_is_one_that_the_trainer_accepts(
-    document: dict[str, Any],
+    document: dict[str, Any], overrides: api.Overrides | None
 ) -> None:
     spec = api.FineTuneJobSpec.model_validate(document)
     built = runfiles.build_run_file(
-        namespace="team", name="job", uid="uid-1", attempt=1, spec=spec, output_uri="s3://bucket/out"
+        namespace="team",
+        name="job",
+        uid="uid-1",
+        attempt=2,
+        spec=spec,
+        places=runfiles.Places(
+            spec.model.uri or "", "s3://bucket/out", spec.checkpoint.uri or "s3://bucket/c"
+        ),
+        overrides=overrides,
     )
     parsed = runfile.RunFile.model_validate(json.loads(json.dumps(built)))
     # Nothing is lost on the way: what the user wrote is what the trainer reads.
     told = parsed.model_dump(mode="json", by_alias=True, exclude_none=True)
-    for section in ("model", "method", "dataset", "hyperparameters", "earlyStopping"):
+    assert (told.get("overrides") or None) == ({"microBatchSize": 1} if overrides else None)
+    assert told["checkpoint"].keys() >= {"uri", "keep", "resume"}
+    assert "everySteps" in told["checkpoint"] or "everyMinutes" in told["checkpoint"]
+    for section in ("model", "method", "dataset", "hyperparameters", "earlyStopping", "checkpoint"):
         for field, value in document.get(section, {}).items():
             if field != "secretRef":
                 assert contains(told[section][field], value), (section, field)
@@ -132,7 +156,9 @@ def test_a_field_that_the_trainer_does_not_know_is_refused_there() -> None:
 
 def test_both_sides_number_the_classes_of_failure_alike() -> None:
     theirs = {code: str(name) for name, code in trainer_failures.EXIT_CODES.items()}
-    assert theirs == {code: str(name) for code, name in failures.CLASS_OF_EXIT_CODE.items()}
+    ours = {code: str(name) for code, name in failures.CLASS_OF_EXIT_CODE.items()}
+    assert ours | theirs == ours
+    assert set(ours.values()) - set(theirs.values()) <= {"EvaluationGate"}, "no trainer evaluates gates yet"
 
 
 def test_the_last_report_of_the_trainer_is_one_that_the_operator_accepts() -> None:

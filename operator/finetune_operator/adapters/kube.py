@@ -28,6 +28,7 @@ PLURALS = {
     ("v1", "ConfigMap"): "configmaps",
     ("v1", "Event"): "events",
     ("v1", "Pod"): "pods",
+    ("ray.io/v1", "RayCluster"): "rayclusters",
     ("ray.io/v1", "RayJob"): "rayjobs",
     (API_VERSION, finetunejob.KIND): finetunejob.PLURAL,
     (API_VERSION, adapterdeployment.KIND): adapterdeployment.PLURAL,
@@ -125,6 +126,17 @@ class Kube:
     async def create(self, body: Json) -> Json:
         path = _path(body["apiVersion"], body["kind"], body["metadata"]["namespace"])
         return await self._request("POST", path, body=body) or {}
+
+    async def delete(self, api_version: str, kind: str, namespace: str, name: str, *, uid: str) -> None:
+        """Delete the object if it still is the one with this UID; what it owns follows in the background. Safe to
+        repeat. Raises ConflictError where another object has the name by now."""
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": {"uid": uid},
+            "propagationPolicy": "Background",
+        }
+        await self._request("DELETE", _path(api_version, kind, namespace, name), body=body, missing_ok=True)
 
     async def patch_status(
         self, kind: str, namespace: str, name: str, *, resource_version: str, patch: Json

@@ -10,6 +10,15 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from finetune_operator.api.base import ApiModel
+from finetune_operator.api.finetunejob_attempts import (
+    UNLIMITED,
+    BackoffSpec,
+    CheckpointSpec,
+    DeadlineSpec,
+    OutOfMemoryPolicy,
+    ResumePolicy,
+    RetrySpec,
+)
 from finetune_operator.api.finetunejob_datasets import (
     ApplyChatTemplate,
     DataFormat,
@@ -19,6 +28,7 @@ from finetune_operator.api.finetunejob_datasets import (
 )
 from finetune_operator.api.finetunejob_methods import (
     ComputeDtype,
+    JobReference,
     LoraSpec,
     MethodSpec,
     MethodType,
@@ -29,12 +39,16 @@ from finetune_operator.api.finetunejob_methods import (
 from finetune_operator.api.finetunejob_status import (
     Artifact,
     Attempt,
+    Checkpoint,
     Effective,
     ErrorClass,
     FineTuneJobStatus,
+    LastAction,
     Metrics,
+    Overrides,
     Phase,
     Progress,
+    Retries,
 )
 from finetune_operator.api.finetunejob_training import (
     EarlyStoppingSpec,
@@ -52,12 +66,17 @@ __all__ = [
     "KIND",
     "MAX_NAME_LENGTH",
     "PLURAL",
+    "UNLIMITED",
     "ApplyChatTemplate",
     "Artifact",
     "Attempt",
+    "BackoffSpec",
+    "Checkpoint",
+    "CheckpointSpec",
     "ComputeDtype",
     "DataFormat",
     "DatasetSpec",
+    "DeadlineSpec",
     "EarlyStoppingSpec",
     "Effective",
     "ErrorClass",
@@ -65,19 +84,26 @@ __all__ = [
     "FineTuneJobSpec",
     "FineTuneJobStatus",
     "HyperparameterSpec",
+    "JobReference",
+    "LastAction",
     "LoraSpec",
     "MethodSpec",
     "MethodType",
     "Metrics",
     "ModelSpec",
     "Optimizer",
+    "OutOfMemoryPolicy",
     "OutputSpec",
+    "Overrides",
     "Phase",
     "Precision",
     "Progress",
     "QuantizationSpec",
     "QuantizationType",
     "ResourcesSpec",
+    "ResumePolicy",
+    "Retries",
+    "RetrySpec",
     "Scheduler",
     "SourceSpec",
     "SplitSpec",
@@ -108,7 +134,13 @@ The least that it needs:
 
 Follow it with `finetune jobs watch my-first` or `kubectl get ftj my-first --watch`.
 Wait for it with `kubectl wait --for=condition=Complete ftj/my-first`.
-The name has at most 40 characters. The spec cannot be changed once the first attempt was started."""
+Stop it and go on later with `kubectl patch ftj my-first --type=merge -p '{"spec":{"suspend":true}}'` (then false);
+end it for good with `kubectl annotate ftj my-first finetune.dev/action=cancel`.
+The name has at most 40 characters. Once the first attempt was started, only suspend, retry, deadlines and
+ttlSecondsAfterFinished may be changed."""
+
+# Of the spec's fields, those that an operator may still want to change while the job runs.
+MUTABLE = frozenset({"suspend", "retry", "deadlines", "ttl_seconds_after_finished"})
 
 
 class FineTuneJobSpec(ApiModel):
@@ -142,9 +174,18 @@ class FineTuneJobSpec(ApiModel):
                 reason=FORBIDDEN,
             ),
             rule(
-                "!has(self.output.uri) || self.output.uri != self.model.uri",
+                "!has(self.output.uri) || !has(self.model.uri) || self.output.uri != self.model.uri",
                 "output.uri is the folder of the base model, which would be overwritten; name a new folder",
                 fieldPath=".output.uri",
+                reason=FORBIDDEN,
+            ),
+            rule(
+                "!has(self.checkpoint.uri) || !has(self.output.uri) || (self.checkpoint.uri != self.output.uri && "
+                "!self.checkpoint.uri.startsWith(self.output.uri + '/') && "
+                "!self.output.uri.startsWith(self.checkpoint.uri + '/'))",
+                "checkpoint.uri and output.uri are the same folder, or lie in one another; name another one, or leave "
+                "it out to use <output.uri>-checkpoints",
+                fieldPath=".checkpoint.uri",
                 reason=FORBIDDEN,
             ),
         )
@@ -184,6 +225,31 @@ class FineTuneJobSpec(ApiModel):
     """What the training pod gets. Default: 1 CPU, 4Gi memory, no GPU."""
     output: OutputSpec = OutputSpec()
     """Where the artifact goes. Default: a folder of its own below the operator's output folder."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    """Where and how often training is saved. Default: every 10 minutes, beside the output."""
+    retry: RetrySpec = RetrySpec()
+    """How many attempts there may be. Default: 5 retries after failures of the infrastructure, any number after
+    preemptions, none after a mistake in spec or data."""
+    deadlines: DeadlineSpec = DeadlineSpec()
+    """Times after which the operator steps in. Default: an attempt that says nothing for half an hour is replaced."""
+    suspend: bool = False
+    """Stop training and give its resources back; false goes on from the newest checkpoint, as another attempt that
+    costs no retry. Default false."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+    """Seconds after its end at which the job object is deleted, with what it owns in the cluster; the artifact stays in
+    its storage. Absent: it is kept."""
+
+
+def _unchanged() -> str:
+    """CEL: no field of the spec has changed but the mutable ones."""
+    parts = []
+    for name, field in FineTuneJobSpec.model_fields.items():
+        if name in MUTABLE:
+            continue
+        new, old = f"self.spec.{field.alias}", f"oldSelf.spec.{field.alias}"
+        same = f"{new} == {old}"
+        parts.append(same if field.is_required() else f"has({new}) == has({old}) && (!has({new}) || {same})")
+    return " && ".join(parts)
 
 
 class FineTuneJob(ApiModel):
@@ -205,10 +271,15 @@ class FineTuneJob(ApiModel):
                 fieldPath=".metadata.name",
             ),
             rule(
+                "!has(self.spec.model.fineTuneJobRef) || self.spec.model.fineTuneJobRef.name != self.metadata.name",
+                "is this job itself, so it would wait for ever; name the job that makes the base model",
+                fieldPath=".spec.model.fineTuneJobRef",
+            ),
+            rule(
                 "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 "
-                "|| self.spec == oldSelf.spec",
-                "the spec cannot be changed once the first attempt was started; apply the new spec under another name, "
-                "or delete this job first",
+                f"|| ({_unchanged()})",
+                "the spec cannot be changed once the first attempt was started (but for suspend, retry, deadlines and "
+                "ttlSecondsAfterFinished); apply the new spec under another name, or delete this job first",
                 fieldPath=".spec",
                 reason=FORBIDDEN,
             ),

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from finetune_operator.api.base import ApiModel, SecretReference
-from finetune_operator.api.rules import FORBIDDEN, REQUIRED, rule, rules
+from finetune_operator.api.rules import FORBIDDEN, REQUIRED, DnsName, rule, rules
 from finetune_operator.api.uris import ModelUri
 
 
@@ -29,26 +29,42 @@ class ComputeDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class JobReference(ApiModel):
+    """A FineTuneJob in the same namespace."""
+
+    name: DnsName
+    """Name of the FineTuneJob."""
+
+
 class ModelSpec(ApiModel):
-    """The base model."""
+    """The base model: exactly one of uri and fineTuneJobRef."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "!has(self.revision) || self.uri.startsWith('hf://')",
+                "has(self.uri) != has(self.fineTuneJobRef)",
+                "name exactly one of uri and fineTuneJobRef: where the model is, or the job that makes it",
+                reason=REQUIRED,
+            ),
+            rule(
+                "!has(self.revision) || (has(self.uri) && self.uri.startsWith('hf://'))",
                 "only a model of the Hugging Face Hub (hf://) has revisions; "
                 "remove revision, or put the version into the path of uri",
                 fieldPath=".revision",
                 reason=FORBIDDEN,
-            )
+            ),
         )
     )
 
-    uri: ModelUri
+    uri: ModelUri | None = None
     """Where the base model is: hf://organization/model (Hugging Face Hub), s3://bucket/path, gs://bucket/path,
     pvc://claim/path (a PersistentVolumeClaim in the job's namespace) or file:///absolute/path (a path in the
     training container). The folder holds config.json, the tokenizer and safetensors weights. Example:
-    hf://HuggingFaceTB/SmolLM2-135M-Instruct."""
+    hf://HuggingFaceTB/SmolLM2-135M-Instruct. Absent: the model comes from fineTuneJobRef."""
+    fine_tune_job_ref: JobReference | None = None
+    """FineTuneJob of the same namespace whose artifact is the base model. This job waits until that one has succeeded,
+    and fails when that one fails. It must train with method Full, because an adapter alone is no model. Absent: the
+    model comes from uri."""
     revision: (
         Annotated[
             str,

@@ -16,13 +16,16 @@ class Phase(StrEnum):
     """Printable summary of the conditions; never the source of a decision."""
 
     PENDING = "Pending"  # accepted, or refused with condition Accepted=False; nothing runs
+    QUEUED = "Queued"  # the RayJob is held back, by Kueue or by whoever suspended it
     PROVISIONING = "Provisioning"  # the RayJob exists, its pods do not run yet
     VALIDATING = "Validating"  # the trainer checks configuration, model and data
     RUNNING = "Running"  # optimizer steps are taken
     EVALUATING = "Evaluating"  # last evaluation and export of the artifact
+    RETRYING = "Retrying"  # an attempt has ended; another one follows
+    SUSPENDED = "Suspended"  # spec.suspend is true
     SUCCEEDED = "Succeeded"  # the artifact is committed
     FAILED = "Failed"
-    CANCELLED = "Cancelled"  # someone stopped the Ray job, for example in Ray's dashboard
+    CANCELLED = "Cancelled"  # by the annotation finetune.dev/action, or by stopping the Ray job
 
 
 class ErrorClass(StrEnum):
@@ -32,9 +35,19 @@ class ErrorClass(StrEnum):
     BAD_CONFIG = "BadConfig"
     BAD_DATA = "BadData"
     MODEL_NOT_FOUND = "ModelNotFound"
+    STORAGE = "Storage"
+    PREEMPTED = "Preempted"
+    GPU_OUT_OF_MEMORY = "GpuOutOfMemory"
+    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     NOT_FINITE = "NotFinite"
+    COLLECTIVE = "Collective"  # processes of one attempt lost one another
+    CHECKPOINT_CORRUPT = "CheckpointCorrupt"
+    EVALUATION_GATE = "EvaluationGate"
     CANCELLED = "Cancelled"
-    LOST = "Lost"
+    SUSPENDED = "Suspended"  # spec.suspend became true
+    DEADLINE_EXCEEDED = "DeadlineExceeded"  # one of spec.deadlines
+    STALLED = "Stalled"  # the trainer no longer reports
+    LOST = "Lost"  # the process went away and did not say why
     INTERNAL = "Internal"
 
 
@@ -74,6 +87,15 @@ class Metrics(StatusModel):
     """Norm of the gradient before clipping."""
 
 
+class Overrides(StatusModel):
+    """What an attempt was given instead of what the spec says, after one that ran out of memory."""
+
+    micro_batch_size: int | None = None
+    """Rows per forward pass; rows per optimizer step stay as they are."""
+    memory: Annotated[str, Field(max_length=32)] | None = None
+    """Memory of the training pod."""
+
+
 class Attempt(StatusModel):
     """One RayJob that was started for the job."""
 
@@ -93,14 +115,60 @@ class Attempt(StatusModel):
     """Exit code of the trainer."""
     message: Message | None = None
     """What happened and what to do."""
+    resumed_from_step: int | None = None
+    """Step of the checkpoint that the attempt went on from; 0 or absent: it began at the beginning."""
     last_step: int | None = None
     """Last optimizer step that was reported."""
+    lost_steps: int | None = None
+    """Steps that were done and not saved, so that they have to be done again."""
+    gpu_seconds: int | None = None
+    """GPUs of the attempt times the seconds in which its pod ran."""
+    overrides: Overrides | None = None
+    """What this attempt was given instead of what the spec says."""
     inspection: Annotated[str, Field(max_length=63)] | None = None
     """Name of the RayJob that looks for a committed artifact because the attempt's own report never arrived."""
 
 
+class Retries(StatusModel):
+    """How many attempts followed on a failure, by kind; each kind has a budget of its own in spec.retry."""
+
+    user: int = 0
+    """After BadConfig, BadData, ModelNotFound and NotFinite."""
+    infrastructure: int = 0
+    """After Storage, Collective, CheckpointCorrupt, Lost, Stalled and Internal."""
+    preemption: int = 0
+    """After Preempted, and times that a queue took the room away."""
+
+
+class Checkpoint(StatusModel):
+    """The newest checkpoint that the trainer reported."""
+
+    step: int
+    """Optimizer step after which it was saved."""
+    uri: Annotated[str, Field(max_length=1200)]
+    """Its folder."""
+    time: datetime
+    """When the operator learnt of it."""
+
+
+class LastAction(StatusModel):
+    """What became of the annotation finetune.dev/action."""
+
+    value: Annotated[str, Field(max_length=128)]
+    """The annotation's value."""
+    refused: bool = False
+    """Whether it could not be obeyed."""
+    message: Message = ""
+    """What was done, or why nothing was done."""
+
+
 class Effective(StatusModel):
     """What was really used where the spec left a choice."""
+
+    model_uri: Annotated[str, Field(max_length=1200)] | None = None
+    """Folder of the base model, where it is another job's artifact."""
+    checkpoint_uri: Annotated[str, Field(max_length=1300)] | None = None
+    """Folder that the checkpoints are written to."""
 
     output_uri: Annotated[str, Field(max_length=1200)] | None = None
     """Folder that the artifact is written to."""
@@ -153,7 +221,8 @@ class FineTuneJobStatus(StatusModel):
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=keyed_list("type"))] = (
         Field(default_factory=list)
     )
-    """Accepted, ResourcesReady, Training, ArtifactPublished, and at the end Complete or Failed."""
+    """Accepted, ResourcesReady, Training, CheckpointAvailable, Suspended, ArtifactPublished, and at the end Complete or
+    Failed."""
     progress: Progress | None = None
     """How far training is; at most one write in 10 seconds."""
     metrics: Metrics | None = None
@@ -162,6 +231,18 @@ class FineTuneJobStatus(StatusModel):
         default_factory=list
     )
     """The last ten attempts."""
+    retries: Retries | None = None
+    """How many attempts followed on a failure, by kind."""
+    next_attempt_time: datetime | None = None
+    """When the next attempt may start; present while one is due."""
+    next_overrides: Overrides | None = None
+    """What the next attempt is given instead of what the spec says."""
+    checkpoint: Checkpoint | None = None
+    """The newest checkpoint."""
+    last_action: LastAction | None = None
+    """What became of the annotation finetune.dev/action."""
+    suspended_seconds: int | None = None
+    """Seconds in which the job was suspended so far, without the present suspension."""
     effective: Effective | None = None
     """What was really used where the spec left a choice."""
     artifact: Artifact | None = None

@@ -112,7 +112,7 @@ def _default(schema: Schema) -> str:
 
 def _type(schema: Schema) -> str:
     if schema.get("x-kubernetes-int-or-string"):
-        return "quantity"
+        return "quantity" if "isQuantity" in json.dumps(schema) else "integer or text"
     match schema["type"]:
         case "array":
             return "list of " + _type(schema["items"])

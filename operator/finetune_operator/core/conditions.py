@@ -14,6 +14,8 @@ class ConditionType(StrEnum):
     ACCEPTED = "Accepted"  # the operator understands the spec and can act on it
     RESOURCES_READY = "ResourcesReady"  # the training pod runs
     TRAINING = "Training"  # optimizer steps are being taken
+    CHECKPOINT_AVAILABLE = "CheckpointAvailable"  # another attempt would not begin at step 0
+    SUSPENDED = "Suspended"  # spec.suspend is true and nothing runs
     ARTIFACT_PUBLISHED = "ArtifactPublished"  # the manifest is committed
     COMPLETE = "Complete"  # as batch/v1 Job and TrainJob: ended well
     FAILED = "Failed"  # as batch/v1 Job and TrainJob: ended badly

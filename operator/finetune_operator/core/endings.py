@@ -1,74 +1,21 @@
-"""How a job ends: by a reported artifact, by what KubeRay says of the process, or by what an inspection finds."""
+"""How a job ends: with a committed artifact, or without one. What is written here is final."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from finetune_operator.api.finetunejob import Artifact, Attempt, ErrorClass, Phase
-from finetune_operator.core import failures, reports, statuses
+from finetune_operator.api.finetunejob import Artifact, ErrorClass, Phase
+from finetune_operator.core import accounts, failures, reports, statuses
 from finetune_operator.core.conditions import Claim, ConditionType
-from finetune_operator.core.facts import CreateRayJob, Observed, Plan, RayJobFacts
+from finetune_operator.core.facts import Observed, Plan
 
-INSPECTION_SECONDS = 10.0
+CLEANUP_SECONDS = 60.0  # a process that has reported its end and still runs then is taken down
 RELEASED = Claim(ConditionType.RESOURCES_READY, False, "Released", "the job is over")
 
 
-def over(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
-    """The RayJob is over without a report: believe the exit code; where there is none, look for the artifact."""
-    if rayjob.job_status == "STOPPED":
-        return ended(seen, ErrorClass.CANCELLED, f"Ray job of {rayjob.name} was stopped", now=now)
-    if rayjob.deployment_status == "ValidationFailed":
-        return ended(
-            seen, ErrorClass.BAD_CONFIG, f"KubeRay refuses RayJob {rayjob.name}: {rayjob.message}", now=now
-        )
-    exit_code = failures.exit_code_of(rayjob.message)
-    error_class = failures.class_of(exit_code)
-    may_be_committed = rayjob.deployment_status == "Complete" or (
-        error_class is ErrorClass.LOST and seen.job.status.progress is not None
-    )
-    if may_be_committed:
-        return _inspect(seen, attempt, now=now)
-    return ended(seen, error_class, _failure_message(rayjob), now=now, exit_code=exit_code)
-
-
-def _failure_message(rayjob: RayJobFacts) -> str:
-    exit_code = failures.exit_code_of(rayjob.message)
-    if exit_code is None:
-        return f"{rayjob.reason or 'failed'}: {rayjob.message.splitlines()[0] if rayjob.message else 'no message'}"
-    line = failures.last_log_line(rayjob.message)
-    return f"the trainer ended with exit code {exit_code}" + (f": {line}" if line else "")
-
-
-def _inspect(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
-    name = f"{seen.job.name}-i{attempt.number}"
-    message = f"the trainer ended without a report; RayJob {name} looks for the committed artifact"
-    status = statuses.build(
-        seen,
-        Phase.EVALUATING,
-        "Inspecting",
-        message,
-        claims=[Claim(ConditionType.TRAINING, False, "Inspecting", message)],
-        now=now,
-        attempts=statuses.with_last(seen.job.status.attempts, inspection=name),
-    )
-    return Plan(status=status, requeue_after=0)
-
-
-def inspecting(seen: Observed, attempt: Attempt, inspection: str, *, now: datetime) -> Plan:
-    result = seen.report.result if seen.report else None
-    if result is None and (seen.inspection is None or not seen.inspection.is_over):
-        missing = seen.inspection is None
-        actions = [CreateRayJob(inspection, attempt.number, inspect=True)] if missing else []
-        return Plan(status=seen.job.status, actions=actions, requeue_after=INSPECTION_SECONDS)
-    if seen.rayjob is not None and seen.rayjob.deployment_status == "Failed":
-        return ended(seen, ErrorClass.LOST, _failure_message(seen.rayjob), now=now)
-    found = result.message if result else "its inspection brought no result"
-    message = f"the trainer ended well but left no committed artifact: {found}"
-    return ended(seen, ErrorClass.INTERNAL, message, now=now)
-
-
 def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now: datetime) -> Plan:
+    """The artifact is committed. That counts, whatever else is told of the attempt."""
     known = seen.job.status
     message = f"artifact {artifact.digest[:19]} is at {artifact.uri}"
     progress = known.progress
@@ -78,12 +25,18 @@ def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now
         progress = progress.model_copy(
             update={"percent": 100, "summary": "100%", "estimated_remaining_seconds": 0, "eta": "0s"}
         )
+    attempt = known.attempts[-1]
     ending = {
-        "end_time": now,
+        "end_time": attempt.end_time or now,
         "error_class": ErrorClass.SUCCEEDED,
         "exit_code": 0,
         "message": result.message or message,
+        "gpu_seconds": accounts.gpu_seconds(seen, now=now) if attempt.end_time is None else None,
     }
+    attempts = known.attempts if seen.report is None else accounts.with_report(seen, seen.report)
+    attempts = statuses.with_last(attempts, last_step=result.step, **statuses.rayjob_uid(seen), **ending)
+    if attempt.end_time is not None:  # it had been thought lost
+        attempts = [*attempts[:-1], attempts[-1].model_copy(update={"lost_steps": None})]
     status = statuses.build(
         seen,
         Phase.SUCCEEDED,
@@ -94,6 +47,8 @@ def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now
             Claim(ConditionType.TRAINING, False, "Finished", "training is over"),
             Claim(ConditionType.ARTIFACT_PUBLISHED, True, "ManifestCommitted", message),
             Claim(ConditionType.COMPLETE, True, "ArtifactPublished", message),
+            *checkpoints_are_gone(seen),
+            *not_suspended(seen),
         ],
         now=now,
         artifact=artifact,
@@ -102,44 +57,55 @@ def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now
         effective=statuses.merge_effective(
             known.effective, seen.report.finetune.effective if seen.report else None
         ),
-        attempts=statuses.with_last(
-            known.attempts, last_step=result.step, **statuses.rayjob_uid(seen), **ending
-        ),
+        attempts=attempts,
+        checkpoint=None,
+        next_attempt_time=None,
         completion_time=now,
     )
-    return Plan(status=status)
+    return Plan(status=status, requeue_after=_cleanup_after(seen))
 
 
-def ended(
-    seen: Observed,
-    error_class: ErrorClass,
-    message: str,
-    *,
-    now: datetime,
-    exit_code: int | None = None,
-    step: int | None = None,
-) -> Plan:
-    phase = Phase.CANCELLED if error_class is ErrorClass.CANCELLED else Phase.FAILED
-    text = failures.with_advice(error_class, message)[:4000]
-    ending: dict[str, Any] = {
-        "end_time": now,
-        "error_class": error_class,
-        "exit_code": exit_code,
-        "message": text,
-        **statuses.rayjob_uid(seen),
-    }
+def failed(seen: Observed, reason: str, message: str, *, now: datetime, **updates: Any) -> Plan:
+    """The job is over without an artifact. `reason` is the class of the last attempt, or says why none was made."""
+    cancelled = reason == ErrorClass.CANCELLED
+    text = failures.with_advice(ErrorClass(reason), message) if reason in set(ErrorClass) else message
+    text = text[:4000]
+    claims = [RELEASED] if seen.job.status.attempts else []
     status = statuses.build(
         seen,
-        phase,
-        str(error_class),
+        Phase.CANCELLED if cancelled else Phase.FAILED,
+        reason,
         text,
         claims=[
-            RELEASED,
-            Claim(ConditionType.TRAINING, False, str(error_class), text),
-            Claim(ConditionType.FAILED, True, str(error_class), text),
+            *claims,
+            Claim(ConditionType.TRAINING, False, reason, text),
+            Claim(ConditionType.FAILED, True, reason, text),
+            *not_suspended(seen),
         ],
         now=now,
-        attempts=statuses.with_last(seen.job.status.attempts, last_step=step, **ending),
-        completion_time=now,
+        **{"next_attempt_time": None, "completion_time": now, **updates},
     )
-    return Plan(status=status)
+    return Plan(status=status, requeue_after=_cleanup_after(seen))
+
+
+def not_suspended(seen: Observed) -> list[Claim]:
+    if statuses.holds_since(seen.job.status, ConditionType.SUSPENDED) is None:
+        return []
+    return [Claim(ConditionType.SUSPENDED, False, "Finished", "the job is over")]
+
+
+def checkpoints_are_gone(seen: Observed) -> list[Claim]:
+    if statuses.condition(seen.job.status, ConditionType.CHECKPOINT_AVAILABLE) is None:
+        return []
+    message = "the artifact is committed, its checkpoints are removed"
+    return [Claim(ConditionType.CHECKPOINT_AVAILABLE, False, "ArtifactPublished", message)]
+
+
+def _cleanup_after(seen: Observed) -> float | None:
+    spec = seen.job.spec
+    waits = []
+    if seen.rayjob is not None and seen.rayjob.ours and not seen.rayjob.is_over:
+        waits.append(CLEANUP_SECONDS)
+    if spec is not None and spec.ttl_seconds_after_finished is not None:
+        waits.append(float(spec.ttl_seconds_after_finished))
+    return min(waits, default=None)

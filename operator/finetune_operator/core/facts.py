@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeAlias
 
-from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.finetunejob import Artifact, FineTuneJobSpec, FineTuneJobStatus, Phase
 from finetune_operator.core import reports
 
 OVER = frozenset({"Complete", "Failed", "ValidationFailed"})  # KubeRay does nothing more with such a RayJob
+RELEASED = frozenset({"Complete", "Failed"})  # ... and has deleted, or is deleting, its cluster
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class JobFacts:
     problem: str | None
     status: FineTuneJobStatus
     deleting: bool = False
+    action: str | None = None
+    """Value of the annotation finetune.dev/action."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,28 @@ class RayJobFacts:
     job_status: str = ""
     reason: str = ""
     message: str = ""
+    of_a_namesake: bool = False
+    """Whether an earlier FineTuneJob of the same name owns it; garbage collection is about to delete it."""
+    created: datetime | None = None
+    deleting_since: datetime | None = None
+    suspended: bool = False
+    """spec.suspend, which only Kueue or a person sets: we never do."""
+    queue: str | None = None
+    """Queue of Kueue that admits it."""
+    managed_elsewhere: bool = False
+    """Whether another controller than KubeRay runs it (spec.managedBy: MultiKueue)."""
+    known_to_kuberay: bool = True
+    """Whether KubeRay has looked at it: its finalizer is there."""
+    cluster_problem: str = ""
+    """Why the RayCluster cannot have its pods, for example a quota."""
 
     @property
     def is_over(self) -> bool:
         return self.deployment_status in OVER
+
+    @property
+    def is_held_back(self) -> bool:
+        return not self.is_over and (self.suspended or self.deployment_status in ("Suspending", "Suspended"))
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,30 @@ class PodFacts:
     running: bool
     waiting_reason: str | None = None
     waiting_message: str = ""
+    scheduled_at: datetime | None = None
+    gone: bool = False
+    """Whether its containers have ended for good: such a pod does nothing any more."""
+    terminating: bool = False
+    node: str | None = None
+    submitter_exit_code: int | None = None
+    """Exit code of KubeRay's container ray-job-submitter (SidecarMode), once it has ended."""
+    out_of_memory: bool = False
+    """Whether the kernel killed a container of it for its memory."""
+    disruption: str | None = None
+    """Why the cluster takes the pod away (condition DisruptionTarget): preemption, eviction, a node that goes."""
+
+
+@dataclass(frozen=True)
+class UpstreamFacts:
+    """The FineTuneJob that makes the base model."""
+
+    name: str
+    exists: bool = True
+    phase: Phase | None = None
+    reason: str | None = None
+    artifact: Artifact | None = None
+    waits_for: Sequence[str] = ()
+    """The jobs that it waits for in turn, the nearest first."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +102,16 @@ class Observed:
     """The RayJob of the current attempt."""
     inspection: RayJobFacts | None = None
     pods: Sequence[PodFacts] = ()
+    """Pods of the current attempt; between two attempts, of the job."""
+    clusters: Sequence[str] = ()
+    """RayClusters of the job; only looked up between two attempts."""
     report: reports.Report | None = None
     """The latest report of the current attempt that came since the operator started."""
     reported_at: datetime | None = None
+    listening_since: datetime | None = None
+    """Since when reports are taken; before that, silence says nothing."""
     kuberay_installed: bool = True
+    upstream: UpstreamFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +122,27 @@ class Defaults:
 
 @dataclass(frozen=True)
 class CreateRayJob:
-    """Create the run file and the RayJob of an attempt; safe to do twice."""
+    """Create the run file and the RayJob of an attempt; refused by the API server where the RayJob exists."""
 
     name: str
     attempt: int
     inspect: bool = False
+
+
+@dataclass(frozen=True)
+class DeleteRayJob:
+    """Delete this RayJob, and no other of its name; its cluster and pods go with it."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete the FineTuneJob itself: its time to live is over."""
+
+
+Action: TypeAlias = CreateRayJob | DeleteRayJob | DeleteJob
 
 
 @dataclass(frozen=True)
@@ -87,7 +155,7 @@ class Event:
 @dataclass(frozen=True)
 class Plan:
     status: FineTuneJobStatus
-    actions: Sequence[CreateRayJob] = ()
+    actions: Sequence[Action] = ()
     events: Sequence[Event] = ()
     requeue_after: float | None = None
     """Seconds after which to look again; None: only when something changes."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from finetune_operator.api.finetunejob import ErrorClass
+from finetune_operator.core.facts import PodFacts, RayJobFacts
 
 CLASS_OF_EXIT_CODE = {
     0: ErrorClass.SUCCEEDED,
@@ -12,16 +14,37 @@ CLASS_OF_EXIT_CODE = {
     64: ErrorClass.BAD_CONFIG,
     65: ErrorClass.BAD_DATA,
     66: ErrorClass.MODEL_NOT_FOUND,
+    74: ErrorClass.STORAGE,
+    75: ErrorClass.PREEMPTED,
+    80: ErrorClass.GPU_OUT_OF_MEMORY,
+    81: ErrorClass.HOST_OUT_OF_MEMORY,
     82: ErrorClass.NOT_FINITE,
+    83: ErrorClass.COLLECTIVE,
+    84: ErrorClass.CHECKPOINT_CORRUPT,
+    85: ErrorClass.EVALUATION_GATE,
 }
 
+# What the user does once the job has failed for good.
 ADVICE = {
     ErrorClass.BAD_CONFIG: "Correct the spec and create the job again.",
     ErrorClass.BAD_DATA: "Correct the data and create the job again.",
     ErrorClass.MODEL_NOT_FOUND: "Correct spec.model.uri (or its secretRef) and create the job again.",
+    ErrorClass.STORAGE: "See that the storage answers and that the credentials may read and write it, "
+    "and create the job again.",
+    ErrorClass.PREEMPTED: "Raise spec.retry.preemptions or use capacity that is not taken away, "
+    "and create the job again.",
+    ErrorClass.GPU_OUT_OF_MEMORY: "Lower spec.hyperparameters.maxLength, set gradientCheckpointing, use QLoRA or a "
+    "GPU with more memory, and create the job again.",
+    ErrorClass.HOST_OUT_OF_MEMORY: "Raise spec.resources.memory and create the job again.",
     ErrorClass.NOT_FINITE: "Halve spec.hyperparameters.learningRate and create the job again.",
+    ErrorClass.COLLECTIVE: "See the nodes and their network, and create the job again.",
+    ErrorClass.CHECKPOINT_CORRUPT: "See the storage of spec.checkpoint.uri, and create the job again.",
+    ErrorClass.EVALUATION_GATE: "The artifact is kept but must not be deployed; see its evaluation.",
     ErrorClass.INTERNAL: "See the log of the training pod; if it looks like a fault of the trainer, report it.",
     ErrorClass.LOST: "The training process or its cluster went away; create the job again.",
+    ErrorClass.STALLED: "See the log of the training pod, raise spec.deadlines.stallSeconds where silence of that "
+    "length is normal, and create the job again.",
+    ErrorClass.DEADLINE_EXCEEDED: "Raise the deadline and create the job again.",
     ErrorClass.CANCELLED: "Create the job again to start anew.",
 }
 
@@ -41,6 +64,30 @@ def class_of(exit_code: int | None) -> ErrorClass:
     if exit_code is None or exit_code >= 128:
         return ErrorClass.LOST
     return CLASS_OF_EXIT_CODE.get(exit_code, ErrorClass.INTERNAL)
+
+
+def class_by_pods(pods: Sequence[PodFacts]) -> tuple[ErrorClass, str] | None:
+    """Why a process went away that could not say so itself, as far as its pods tell."""
+    for pod in pods:
+        if pod.out_of_memory:
+            return (
+                ErrorClass.HOST_OUT_OF_MEMORY,
+                f"pod {pod.name} used more memory than it may and was killed",
+            )
+    for pod in pods:
+        if pod.disruption:
+            return ErrorClass.PREEMPTED, f"pod {pod.name} was taken away: {pod.disruption}"
+    return None
+
+
+def message_of(rayjob: RayJobFacts) -> str:
+    """What KubeRay tells of a RayJob that failed, in one line."""
+    exit_code = exit_code_of(rayjob.message)
+    if exit_code is None:
+        first = rayjob.message.splitlines()[0] if rayjob.message else "no message"
+        return f"{rayjob.reason or 'failed'}: {first}"
+    line = last_log_line(rayjob.message)
+    return f"the trainer ended with exit code {exit_code}" + (f": {line}" if line else "")
 
 
 def last_log_line(message: str | None, *, limit: int = 500) -> str | None:

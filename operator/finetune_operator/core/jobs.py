@@ -1,15 +1,14 @@
 """What a FineTuneJob is in, and what to do next: `decide` turns facts and a time into a plan.
 
-The order of the rules is the order of trust: a committed artifact that was reported, then what KubeRay says of the
-process, then what was recorded. Nothing here is done before the status that records it was written, so the operator
-may be killed between any two passes.
+The order of the rules is the order of trust: a committed artifact that was reported, then what the user asks for, then
+the clocks, then what KubeRay says of the process. Nothing here is done before the status that records it was written,
+so the operator may be killed between any two passes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
 from finetune_operator.api.finetunejob import (
     Attempt,
@@ -17,22 +16,29 @@ from finetune_operator.api.finetunejob import (
     ErrorClass,
     FineTuneJobSpec,
     FineTuneJobStatus,
+    LastAction,
     Phase,
 )
-from finetune_operator.core import endings, reports, statuses
+from finetune_operator.core import attempts, chains, deadlines, endings, running, statuses, suspensions
+from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import Claim, ConditionType
-from finetune_operator.core.facts import CreateRayJob, Defaults, Observed, Plan, RayJobFacts
+from finetune_operator.core.facts import CreateRayJob, Defaults, DeleteJob, DeleteRayJob, Observed, Plan
 
-RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
-WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
+WAITING_SECONDS = running.WAITING_SECONDS
+RESYNC_SECONDS = running.RESYNC_SECONDS
+NAMESAKE_SECONDS = 2.0
+CLEANUP_WINDOW_SECONDS = 900.0  # after its end, a job's RayJob is looked at for this long
 FINAL_PHASES = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
+CANCEL = "cancel"
 
 
 def decide(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
     """The next step of a job. Pure: the same facts give the same plan."""
-    if seen.job.deleting or is_finished(seen.job.status):
+    if seen.job.deleting:
         return Plan(status=seen.job.status)
-    plan = _decide_unfinished(seen, defaults=defaults, now=now)
+    if is_finished(seen.job.status):
+        return _after_the_end(seen, now=now)
+    plan = _decide_unfinished(_with_action(seen), defaults=defaults, now=now)
     return replace(plan, events=statuses.events(seen.job.status, plan.status))
 
 
@@ -40,64 +46,146 @@ def is_finished(status: FineTuneJobStatus) -> bool:
     return status.phase in FINAL_PHASES
 
 
+def has_cleanup_left(status: FineTuneJobStatus, *, now: datetime) -> bool:
+    """Whether the RayJob of a finished job is still worth a look."""
+    if status.completion_time is None or not status.attempts:
+        return False
+    return (now - status.completion_time).total_seconds() < CLEANUP_WINDOW_SECONDS
+
+
+def _after_the_end(seen: Observed, *, now: datetime) -> Plan:
+    """Terminal is final: nothing is started. What still runs is taken down, and an old job is deleted."""
+    status, spec = seen.job.status, seen.job.spec
+    age = (now - status.completion_time).total_seconds() if status.completion_time else 0.0
+    ttl = spec.ttl_seconds_after_finished if spec else None
+    if ttl is not None and age >= ttl:
+        return Plan(status=status, actions=[DeleteJob()])
+    waits = [] if ttl is None else [ttl - age]
+    actions = []
+    for rayjob in (seen.rayjob, seen.inspection):
+        if rayjob is None or not rayjob.ours or rayjob.is_over or rayjob.deleting_since:
+            continue
+        if age >= endings.CLEANUP_SECONDS:
+            actions.append(DeleteRayJob(rayjob.name, rayjob.uid))
+        waits.append(max(1.0, endings.CLEANUP_SECONDS - age))
+    return Plan(status=status, actions=tuple(actions), requeue_after=min(waits, default=None))
+
+
+def _with_action(seen: Observed) -> Observed:
+    """The facts with the annotation's verb taken note of; an unknown one is refused once."""
+    value, known = seen.job.action, seen.job.status.last_action
+    if value is None or (known is not None and known.value == value[:128]):
+        return seen
+    refused = verb_of(value) != CANCEL
+    message = f"{value[:60]!r} is no action of a FineTuneJob; there is {CANCEL}" if refused else "cancelled"
+    taken = LastAction(value=value[:128], refused=refused, message=message)
+    status = seen.job.status.model_copy(update={"last_action": taken})
+    return replace(seen, job=replace(seen.job, status=status))
+
+
+def verb_of(value: str) -> str:
+    """The verb of an action; what is behind a slash tells one order from the next."""
+    return value.partition("/")[0].strip().lower()
+
+
+def _is_cancelled(seen: Observed) -> bool:
+    return seen.job.action is not None and verb_of(seen.job.action) == CANCEL
+
+
 def _decide_unfinished(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
-    if not seen.job.status.attempts:
-        return _admit(seen, defaults=defaults, now=now)
-    attempt = seen.job.status.attempts[-1]
-    result = seen.report.result if seen.report else None
+    spec, known = seen.job.spec, seen.job.status
+    result = seen.report.result if seen.report and known.attempts else None
     if result is not None and result.artifact is not None:
         return endings.succeeded(seen, result, result.artifact, now=now)
-    if result is not None and attempt.inspection is None:
-        return endings.ended(
-            seen, result.error_class, result.message, now=now, exit_code=result.exit_code, step=result.step
-        )
-    if seen.rayjob is None:
+    if spec is not None and not spec.suspend:
+        seen = suspensions.resumed(seen, now=now)
+    if not known.attempts:
+        return _before_the_first(seen, defaults=defaults, now=now)
+    attempt = known.attempts[-1]
+    if attempt.end_time is not None:
+        if _is_cancelled(seen) and known.next_attempt_time is not None:
+            return _cancelled_between(seen, now=now)
+        return attempts.between(seen, attempt, now=now)
+    return _decide_live(seen, attempt, now=now)
+
+
+def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
+    """The last attempt may run."""
+    result = seen.report.result if seen.report else None
+    if result is not None:
+        told = Ending(result.error_class, result.message, exit_code=result.exit_code, step=result.step)
+        return attempts.end(seen, told, now=now)
+    if _is_cancelled(seen):
+        order = Ending(ErrorClass.CANCELLED, "cancelled by the annotation finetune.dev/action")
+        return attempts.end(seen, order, now=now)
+    if seen.job.spec is not None and seen.job.spec.suspend:
+        return attempts.end(seen, Ending(ErrorClass.SUSPENDED, "suspended by spec.suspend"), now=now)
+    over = deadlines.exceeded(seen, attempt, now=now)
+    if over is not None:
+        return attempts.end(seen, Ending(ErrorClass.DEADLINE_EXCEEDED, over), now=now)
+    rayjob = seen.rayjob
+    if rayjob is None:
         return _without_rayjob(seen, attempt, now=now)
-    if not seen.rayjob.ours:
-        return endings.ended(
-            seen,
-            ErrorClass.BAD_CONFIG,
-            f"RayJob {seen.rayjob.name} exists and belongs to someone else: delete it or choose another name",
-            now=now,
-        )
-    if attempt.inspection is not None:
-        return endings.inspecting(seen, attempt, attempt.inspection, now=now)
-    if seen.rayjob.is_over:
-        return endings.over(seen, attempt, seen.rayjob, now=now)
-    return _underway(seen, attempt, seen.rayjob, now=now)
+    if rayjob.of_a_namesake or (not rayjob.ours and rayjob.deleting_since):
+        return _wait_for_namesake(seen, attempt, now=now)
+    if not rayjob.ours:
+        taken = f"RayJob {rayjob.name} exists and belongs to someone else: delete it or choose another name"
+        return attempts.end(seen, Ending(ErrorClass.BAD_CONFIG, taken, final=True), now=now)
+    return running.decide(seen, attempt, rayjob, now=now)
 
 
 # ---------------------------------------------------------------- before anything runs
 
 
-def _admit(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
+def _before_the_first(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
     spec = seen.job.spec
+    if _is_cancelled(seen):
+        text = "cancelled by the annotation finetune.dev/action before the first attempt"
+        return endings.failed(seen, str(ErrorClass.CANCELLED), text, now=now)
     if spec is None:
         return _wait(seen, "InvalidSpec", seen.job.problem or "the spec cannot be read", now=now)
+    if spec.suspend:
+        return suspensions.suspended(seen, now=now)
     if spec.output.uri is None and defaults.output_uri is None:
         message = "spec.output.uri is not set and the operator has no default (FINETUNE_OUTPUT_URI): set one of them"
         return _wait(seen, "OutputRequired", message, now=now)
+    model_uri = None
+    if spec.model.fine_tune_job_ref is not None:
+        wanted = spec.model.fine_tune_job_ref.name
+        match chains.resolve(seen.job.name, seen.upstream, wanted=wanted):
+            case chains.Waiting(reason, message):
+                return _wait(seen, reason, message, now=now, accepted=True, seconds=WAITING_SECONDS)
+            case chains.Broken(reason, message):
+                return endings.failed(seen, reason, message, now=now)
+            case chains.Ready(uri):
+                model_uri = uri
     if not seen.kuberay_installed:
-        return _wait_for_kuberay(seen, now=now)
-    return _record_first_attempt(seen, spec, defaults=defaults, now=now)
+        return attempts.wait_for_kuberay(seen, now=now)
+    return _record_first_attempt(seen, spec, model_uri=model_uri, defaults=defaults, now=now)
 
 
-def _wait_for_kuberay(seen: Observed, *, now: datetime) -> Plan:
-    message = "KubeRay is not installed (no API group ray.io/v1): install it, and the job goes on by itself"
-    return _wait(seen, "KubeRayUnavailable", message, now=now, seconds=WAITING_SECONDS)
-
-
-def _wait(seen: Observed, reason: str, message: str, *, now: datetime, seconds: float | None = None) -> Plan:
+def _wait(
+    seen: Observed,
+    reason: str,
+    message: str,
+    *,
+    now: datetime,
+    accepted: bool = False,
+    seconds: float | None = None,
+) -> Plan:
     claim = Claim(ConditionType.ACCEPTED, False, reason, message)
+    if accepted:
+        claim = Claim(ConditionType.RESOURCES_READY, False, reason, message)
     status = statuses.build(seen, Phase.PENDING, reason, message, claims=[claim], now=now)
     return Plan(status=status, requeue_after=seconds)
 
 
 def _record_first_attempt(
-    seen: Observed, spec: FineTuneJobSpec, *, defaults: Defaults, now: datetime
+    seen: Observed, spec: FineTuneJobSpec, *, model_uri: str | None, defaults: Defaults, now: datetime
 ) -> Plan:
     job = seen.job
     name = f"{job.name}-a1"
+    output = spec.output.uri or f"{defaults.output_uri}/{job.namespace}/{job.name}-{job.uid[:8]}"
     status = statuses.build(
         seen,
         Phase.PENDING,
@@ -108,23 +196,43 @@ def _record_first_attempt(
         attempts=[Attempt(number=1, ray_job=name, start_time=now)],
         start_time=now,
         effective=Effective(
-            output_uri=spec.output.uri or f"{defaults.output_uri}/{job.namespace}/{job.name}-{job.uid[:8]}",
+            model_uri=model_uri,
+            output_uri=output,
+            checkpoint_uri=spec.checkpoint.uri or f"{output.rstrip('/')}-checkpoints",
             image=spec.resources.image or defaults.image,
         ),
     )
     return Plan(status=status, requeue_after=0)
 
 
-# ---------------------------------------------------------------- while it runs
+def _cancelled_between(seen: Observed, *, now: datetime) -> Plan:
+    """Cancelled while another attempt was due: it is due no more, and the job ends when the last one is gone."""
+    message = "cancelled by the annotation finetune.dev/action"
+    updated = statuses.with_last(seen.job.status.attempts, error_class=ErrorClass.CANCELLED, message=message)
+    status = statuses.build(
+        seen,
+        None,
+        "Stopping",
+        message,
+        claims=[],
+        now=now,
+        attempts=updated,
+        next_attempt_time=None,
+        next_overrides=None,
+    )
+    return Plan(status=status, requeue_after=0)
+
+
+# ---------------------------------------------------------------- until the RayJob is there
 
 
 def _without_rayjob(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     if not seen.kuberay_installed:
-        return _wait_for_kuberay(seen, now=now)
+        return attempts.wait_for_kuberay(seen, now=now)
     if attempt.uid is not None:
-        return endings.ended(
-            seen, ErrorClass.LOST, f"RayJob {attempt.ray_job} was deleted before it finished", now=now
-        )
+        gone = f"RayJob {attempt.ray_job} was deleted before it finished"
+        inspect = attempt.last_step is not None and not attempts.is_far_from_its_end(seen, now=now)
+        return attempts.end(seen, Ending(ErrorClass.LOST, gone, inspect=inspect), now=now)
     message = f"RayJob {attempt.ray_job} is being created"
     status = statuses.build(
         seen,
@@ -142,75 +250,17 @@ def _without_rayjob(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     )
 
 
-def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
-    report = seen.report
-    if report is None and rayjob.job_status != "RUNNING":
-        return _provisioning(seen, attempt, rayjob, now=now)
-    known = seen.job.status
-    phase = reports.phase_of(report) if report else _phase_without_report(known)
-    training = phase is Phase.RUNNING
-    reason, message = PHASE_TEXTS[phase]
-    updates: dict[str, Any] = {"attempts": statuses.with_last(known.attempts, uid=rayjob.uid)}
-    if report is not None:
-        updates |= {
-            "progress": reports.progress_of(report, at=seen.reported_at),
-            "metrics": reports.metrics_of(report, known=known.metrics),
-            "effective": statuses.merge_effective(known.effective, report.finetune.effective),
-            "attempts": statuses.with_last(known.attempts, uid=rayjob.uid, last_step=report.finetune.step),
-        }
-    status = statuses.build(
-        seen,
-        phase,
-        reason,
-        message,
-        claims=[
-            Claim(ConditionType.RESOURCES_READY, True, "PodsRunning", "the training pod runs"),
-            Claim(ConditionType.TRAINING, training, reason, message),
-        ],
-        now=now,
-        **updates,
-    )
-    return Plan(status=status, requeue_after=RESYNC_SECONDS)
-
-
-PHASE_TEXTS = {
-    Phase.VALIDATING: ("Validating", "the trainer checks configuration, model and data"),
-    Phase.RUNNING: ("Training", "optimizer steps are being taken"),
-    Phase.EVALUATING: ("Exporting", "training is over; the artifact is evaluated and written"),
-}
-
-
-def _phase_without_report(status: FineTuneJobStatus) -> Phase:
-    """After a restart of the operator the recorded phase stands until the next report."""
-    return status.phase if status.phase in PHASE_TEXTS else Phase.VALIDATING
-
-
-def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
-    waiting = next((pod for pod in seen.pods if pod.waiting_reason), None)
-    if waiting is not None and waiting.waiting_reason is not None:
-        reason, message = waiting.waiting_reason, f"pod {waiting.name}: {waiting.waiting_message}"
-    elif rayjob.deployment_status in ("Suspended", "Suspending"):
-        reason, message = (
-            "RayJobSuspended",
-            f"RayJob {rayjob.name} is suspended: set its spec.suspend to false",
-        )
-    else:
-        reason, message = "Provisioning", f"RayJob {rayjob.name} starts"
-    status = statuses.build(
-        seen,
-        Phase.PROVISIONING,
-        reason,
-        message,
-        claims=[Claim(ConditionType.RESOURCES_READY, False, reason, message)],
-        now=now,
-        attempts=statuses.with_last(seen.job.status.attempts, uid=rayjob.uid),
-    )
-    return Plan(status=status, requeue_after=WAITING_SECONDS)
+def _wait_for_namesake(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
+    """A job was deleted and created again under its name: what the former one started has to go first."""
+    message = f"waits until RayJob {attempt.ray_job} of an earlier job of this name is gone"
+    claim = Claim(ConditionType.RESOURCES_READY, False, "NameTaken", message)
+    status = statuses.build(seen, Phase.PROVISIONING, "NameTaken", message, claims=[claim], now=now)
+    return Plan(status=status, requeue_after=NAMESAKE_SECONDS)
 
 
 def refused(seen: Observed, message: str, *, now: datetime) -> Plan:
     """The API server refuses an object that the spec asks for: the user has to change the spec."""
-    plan = endings.ended(seen, ErrorClass.BAD_CONFIG, message, now=now)
+    plan = attempts.end(seen, Ending(ErrorClass.BAD_CONFIG, message, final=True), now=now)
     return replace(plan, events=statuses.events(seen.job.status, plan.status))
 
 

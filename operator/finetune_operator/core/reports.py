@@ -10,6 +10,7 @@ from pydantic.alias_generators import to_camel
 
 from finetune_operator.api.finetunejob import (
     Artifact,
+    Checkpoint,
     Effective,
     ErrorClass,
     Metrics,
@@ -58,6 +59,13 @@ class Result(ReportModel):
         return self
 
 
+class ReportedCheckpoint(ReportModel):
+    """The newest complete checkpoint."""
+
+    step: Count
+    uri: Annotated[str, Field(min_length=1, max_length=1200)]
+
+
 class Details(ReportModel):
     """Our own part."""
 
@@ -67,6 +75,8 @@ class Details(ReportModel):
     epoch: Number | None = None
     tokens_per_second: Number | None = None
     effective: Effective | None = None
+    checkpoint: ReportedCheckpoint | None = None
+    resumed_from_step: Count | None = None
     result: Result | None = None
 
 
@@ -128,6 +138,14 @@ def progress_of(report: Report, *, at: datetime | None) -> Progress:
         eta=None if remaining is None else durations.format_duration(remaining),
         last_report_time=at,
     )
+
+
+def checkpoint_of(report: Report, *, known: Checkpoint | None, now: datetime) -> Checkpoint | None:
+    """The newest checkpoint; its time is that of the report which told of it first."""
+    told = report.finetune.checkpoint
+    if told is None or (known is not None and (known.step, known.uri) == (told.step, told.uri)):
+        return known
+    return Checkpoint(step=told.step, uri=told.uri, time=now)
 
 
 def metrics_of(report: Report, *, known: Metrics | None) -> Metrics:

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from finetune_operator.api.base import Condition
 from finetune_operator.api.finetunejob import Attempt, Effective, FineTuneJobStatus, Phase
 from finetune_operator.core import conditions
-from finetune_operator.core.conditions import Claim
+from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Event, Observed
+
+QUIET = frozenset(
+    {"Accepted", "Provisioning", "Starting", "Queued", "WaitingForModel", "Stopping", "Resumed"}
+)
 
 
 def build(
     seen: Observed,
-    phase: Phase,
+    phase: Phase | None,
     reason: str,
     message: str,
     *,
@@ -22,13 +27,14 @@ def build(
     now: datetime,
     **updates: Any,
 ) -> FineTuneJobStatus:
+    """The known status with what changes. `phase` None: it stays."""
     known, generation = seen.job.status, seen.job.generation
     return known.model_copy(
         update={
             "observed_generation": generation,
-            "phase": phase,
+            "phase": phase or known.phase,
             "reason": reason,
-            "message": message,
+            "message": message[:4000],
             "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
             **updates,
         }
@@ -45,18 +51,33 @@ def rayjob_uid(seen: Observed) -> dict[str, str | None]:
     return {"uid": seen.rayjob.uid if seen.rayjob and seen.rayjob.ours else None}
 
 
+def condition(status: FineTuneJobStatus, kind: ConditionType) -> Condition | None:
+    return next((condition for condition in status.conditions if condition.type == kind), None)
+
+
+def holds_since(status: FineTuneJobStatus, kind: ConditionType) -> datetime | None:
+    """Since when the condition has been True; None where it is not."""
+    found = condition(status, kind)
+    return found.last_transition_time if found and found.status == "True" else None
+
+
 def merge_effective(known: Effective | None, told: Effective | None) -> Effective | None:
     if told is None:
         return known
-    new = told.model_dump(exclude_none=True, exclude={"output_uri", "image"})
+    ours = {"output_uri", "image", "model_uri", "checkpoint_uri"}
+    new = told.model_dump(exclude_none=True, exclude=ours)
     return (known or Effective()).model_copy(update=new)
 
 
 def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
-    """One event per transition: when the phase or the reason within it changes."""
+    """One event per transition: when the phase or the reason within it changes, or an action was refused."""
+    told: list[Event] = []
+    action = new.last_action
+    if action is not None and action != old.last_action:
+        told.append(Event(action.refused, "ActionRefused" if action.refused else "Action", action.message))
     if (old.phase, old.reason) == (new.phase, new.reason) or new.reason is None:
-        return []
-    warning = new.phase is Phase.FAILED or (
-        new.phase in (Phase.PENDING, Phase.PROVISIONING) and new.reason not in ("Accepted", "Provisioning")
-    )
-    return [Event(warning=warning, reason=new.reason, message=new.message or "")]
+        return told
+    waits = new.phase in (Phase.PENDING, Phase.PROVISIONING, Phase.QUEUED) and new.reason not in QUIET
+    failed = new.phase is Phase.RETRYING and new.reason not in QUIET | {"Preempted", "Suspended"}
+    warning = new.phase is Phase.FAILED or waits or failed
+    return [*told, Event(warning=warning, reason=new.reason, message=new.message or "")]

@@ -8,6 +8,11 @@ MANAGER = "finetune-operator"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_JOB = f"{GROUP}/job"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+KUBERAY_FINALIZER = "ray.io/rayjob-finalizer"
+KUBERAY = "ray.io/kuberay-operator"  # spec.managedBy of RayJobs that KubeRay runs itself
+HEAD_CONTAINER = "ray-head"
+SUBMITTER_CONTAINER = "ray-job-submitter"  # SidecarMode's, in the head pod
 
 RUN_FILE_FOLDER = "/etc/finetune"
 RUN_FILE_KEY = "run.json"
@@ -17,7 +22,12 @@ VOLUMES_FOLDER = "/mnt/finetune"
 
 
 def labels(job: str, attempt: int) -> dict[str, str]:
-    return {LABEL_MANAGED_BY: MANAGER, LABEL_JOB: job, LABEL_ATTEMPT: str(attempt)}
+    return {**job_labels(job), LABEL_ATTEMPT: str(attempt)}
+
+
+def job_labels(job: str) -> dict[str, str]:
+    """What the objects of all attempts of a job have in common. KubeRay copies them from a RayJob to its RayCluster."""
+    return {LABEL_MANAGED_BY: MANAGER, LABEL_JOB: job}
 
 
 def audience(job_uid: str) -> str:

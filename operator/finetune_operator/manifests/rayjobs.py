@@ -10,6 +10,7 @@ from typing import Any
 from finetune_operator.api.base import API_VERSION, SecretReference
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec
 from finetune_operator.manifests import naming
+from finetune_operator.manifests.runfiles import Places
 
 RAY_VERSION = "2.60.0"
 ENTRYPOINT = "finetune-trainer run"
@@ -67,18 +68,22 @@ def build_rayjob(
     attempt: int,
     spec: FineTuneJobSpec,
     image: str,
-    output_uri: str,
+    places: Places,
     platform: Platform,
+    memory: str | None = None,
     inspect: bool = False,
 ) -> dict[str, Any]:
-    """One attempt as a RayJob, or the search for its artifact (`inspect`).
+    """One attempt as a RayJob, or the search for its artifact (`inspect`). `memory` replaces what the spec says.
 
     KubeRay's own retries are off: it knows no failure class and no checkpoint.
     """
     pod_spec = _pod_spec(
         owner,
-        claims=volume_claims(spec, output_uri),
-        container=_container(owner, attempt, spec, image, platform, inspect=inspect),
+        claims=volume_claims(spec, places),
+        container={
+            **_container(owner, attempt, spec, image, platform),
+            "resources": _resources(spec, memory=memory, inspect=inspect),
+        },
         config_map=name,
         grace_seconds=platform.termination_grace_seconds,
     )
@@ -158,14 +163,13 @@ def _pod_spec(
 
 
 def _container(
-    owner: Owner, attempt: int, spec: FineTuneJobSpec, image: str, platform: Platform, *, inspect: bool
+    owner: Owner, attempt: int, spec: FineTuneJobSpec, image: str, platform: Platform
 ) -> dict[str, Any]:
     return {
-        "name": "ray-head",
+        "name": naming.HEAD_CONTAINER,
         "image": image,
         "env": _environment(owner, attempt, platform),
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets(spec)],
-        "resources": _resources(spec, inspect=inspect),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -180,6 +184,8 @@ def _environment(owner: Owner, attempt: int, platform: Platform) -> list[dict[st
         "FINETUNE_VOLUMES": naming.VOLUMES_FOLDER,
         "KUBEFLOW_TRAINER_SERVER_URL": f"{platform.status_url}{path}",
         "KUBEFLOW_TRAINER_SERVER_TOKEN": f"{naming.TOKEN_FOLDER}/token",
+        # Ray kills a stopped job 3 s after SIGTERM unless told otherwise; the last checkpoint takes longer.
+        "RAY_JOB_STOP_WAIT_TIME_S": str(platform.termination_grace_seconds),
     }
     if platform.authority_pem:
         variables["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{naming.RUN_FILE_FOLDER}/{naming.AUTHORITY_KEY}"
@@ -197,9 +203,9 @@ def _token_source(owner: Owner) -> dict[str, Any]:
     }
 
 
-def _resources(spec: FineTuneJobSpec, *, inspect: bool) -> dict[str, Any]:
+def _resources(spec: FineTuneJobSpec, *, memory: str | None, inspect: bool) -> dict[str, Any]:
     """Requests equal limits, so that the pod is Guaranteed and evicted last. An inspection needs no GPU."""
-    amounts: dict[str, str] = {"cpu": spec.resources.cpu, "memory": spec.resources.memory}
+    amounts: dict[str, str] = {"cpu": spec.resources.cpu, "memory": memory or spec.resources.memory}
     if spec.resources.gpus_per_worker and not inspect:
         amounts["nvidia.com/gpu"] = str(spec.resources.gpus_per_worker)
     return {"requests": dict(amounts), "limits": amounts}
@@ -215,9 +221,10 @@ def secrets(spec: FineTuneJobSpec) -> list[str]:
     return list(dict.fromkeys(reference.name for reference in references if reference))
 
 
-def volume_claims(spec: FineTuneJobSpec, output_uri: str) -> list[str]:
+def volume_claims(spec: FineTuneJobSpec, places: Places) -> list[str]:
     """Names of the PersistentVolumeClaims in the job's pvc:// URIs, each once, in the order of use."""
-    uris = [spec.model.uri, *(source.uri for source in spec.dataset.sources), output_uri]
+    uris = [places.model_uri, *(source.uri for source in spec.dataset.sources), places.output_uri]
+    uris += [places.checkpoint_uri] if places.checkpoint_uri else []
     return list(
         dict.fromkeys(uri.removeprefix("pvc://").split("/", 1)[0] for uri in uris if uri.startswith("pvc://"))
     )

@@ -2,37 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator.api.finetunejob import (
+    CheckpointSpec,
     FineTuneJobSpec,
     LoraSpec,
     MethodSpec,
     MethodType,
+    Overrides,
     QuantizationSpec,
 )
 
 API_VERSION = "trainer/v1"
+EVERY_MINUTES = 10.0  # between checkpoints, where the spec names neither steps nor minutes
 NOT_FOR_THE_TRAINER: dict[str, Any] = {
-    "model": {"secret_ref"},
+    "model": {"secret_ref", "fine_tune_job_ref", "uri"},
     "dataset": {"secret_ref"},
     "resources": True,
     "output": True,
+    "checkpoint": True,
+    "retry": True,
+    "deadlines": True,
+    "suspend": True,
+    "ttl_seconds_after_finished": True,
 }
 
 
+@dataclass(frozen=True)
+class Places:
+    """The folders of an attempt, as they were settled when the job began."""
+
+    model_uri: str
+    output_uri: str
+    checkpoint_uri: str | None
+    """None: no checkpoints (a job that was begun by an operator that had none)."""
+
+
 def build_run_file(
-    *, namespace: str, name: str, uid: str, attempt: int, spec: FineTuneJobSpec, output_uri: str
+    *,
+    namespace: str,
+    name: str,
+    uid: str,
+    attempt: int,
+    spec: FineTuneJobSpec,
+    places: Places,
+    overrides: Overrides | None = None,
 ) -> dict[str, Any]:
     """The run file of one attempt. Every default is written out; secrets are not in it."""
     explicit = spec.model_copy(update={"method": _explicit_method(spec.method)})
     settings = explicit.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=NOT_FOR_THE_TRAINER)
-    return {
+    settings["model"] = {"uri": places.model_uri, **settings["model"]}
+    run_file = {
         "apiVersion": API_VERSION,
         "job": {"namespace": namespace, "name": name, "uid": uid, "attempt": attempt},
         **settings,
-        "output": {"uri": output_uri},
+        "output": {"uri": places.output_uri},
     }
+    if places.checkpoint_uri is not None:
+        run_file["checkpoint"] = _checkpoint(spec.checkpoint, places.checkpoint_uri)
+    if overrides is not None and overrides.micro_batch_size is not None:
+        run_file["overrides"] = {"microBatchSize": overrides.micro_batch_size}
+    return run_file
+
+
+def _checkpoint(spec: CheckpointSpec, uri: str) -> dict[str, Any]:
+    settings = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if spec.every_steps is None and spec.every_minutes is None:
+        settings["everyMinutes"] = EVERY_MINUTES
+    return {**settings, "uri": uri}
 
 
 def _explicit_method(method: MethodSpec) -> MethodSpec:

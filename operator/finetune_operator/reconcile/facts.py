@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
 
 from finetune_operator.adapters.kube import Json
+from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from finetune_operator.api.base import API_VERSION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts
+from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts
 from finetune_operator.manifests import naming
 
 EVENT_MESSAGE_BYTES = 1024  # the limit of the API
@@ -36,6 +37,7 @@ def job_facts(body: Json) -> JobFacts:
         problem=problem,
         status=FineTuneJobStatus.model_validate(body.get("status", {})),
         deleting="deletionTimestamp" in metadata,
+        action=metadata.get("annotations", {}).get(ACTION_ANNOTATION),
     )
 
 
@@ -46,44 +48,125 @@ def spec_problem(error: ValidationError) -> str:
     )
 
 
-def rayjob_facts(body: Json, *, owner_uid: str) -> RayJobFacts:
-    metadata, status = body["metadata"], body.get("status", {})
-    owners = {reference["uid"] for reference in metadata.get("ownerReferences", [])}
+def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
+    """The facts of a RayJob as the FineTuneJob `owner` sees it."""
+    metadata, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
+    owners = metadata.get("ownerReferences", [])
+    ours = any(reference["uid"] == owner_uid for reference in owners)
+    namesake = any(reference.get("kind") == KIND and reference.get("name") == owner for reference in owners)
     return RayJobFacts(
         name=metadata["name"],
         uid=metadata["uid"],
-        ours=owner_uid in owners,
+        ours=ours,
         deployment_status=status.get("jobDeploymentStatus", ""),
         job_status=status.get("jobStatus", ""),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
+        of_a_namesake=namesake and not ours,
+        created=_time(metadata.get("creationTimestamp")),
+        deleting_since=_time(metadata.get("deletionTimestamp")),
+        suspended=bool(spec.get("suspend", False)),
+        queue=metadata.get("labels", {}).get(naming.LABEL_QUEUE),
+        managed_elsewhere=spec.get("managedBy", naming.KUBERAY) != naming.KUBERAY,
+        known_to_kuberay=naming.KUBERAY_FINALIZER in metadata.get("finalizers", []),
+        cluster_problem=_cluster_problem(status.get("rayClusterStatus", {})),
     )
 
 
-def pod_facts(body: Json) -> PodFacts:
-    """Whether a pod runs and, if not, why: what the scheduler says, or what its container waits for."""
-    status: Mapping[str, Any] = body.get("status", {})
-    name = body["metadata"]["name"]
-    if status.get("phase") == "Running":
-        return PodFacts(name=name, running=True)
+def _cluster_problem(status: Mapping[str, Any]) -> str:
+    """Why a RayCluster's pods cannot be created: its condition ReplicaFailure, or its reason in older KubeRays."""
     for condition in status.get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return PodFacts(
-                name=name,
-                running=False,
-                waiting_reason=condition.get("reason", "Unschedulable"),
-                waiting_message=condition.get("message", ""),
-            )
-    for container in status.get("containerStatuses", []):
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            return str(condition.get("message") or condition.get("reason") or "ReplicaFailure")
+    return str(status.get("reason", ""))
+
+
+def pod_facts(body: Json) -> PodFacts:
+    """Whether a pod runs and, if not, why: what the scheduler says, or what its containers wait for."""
+    metadata, status = body["metadata"], body.get("status", {})
+    conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
+    containers = status.get("containerStatuses", [])
+    disrupted = conditions.get("DisruptionTarget", {})
+    scheduled = conditions.get("PodScheduled", {})
+    running = status.get("phase") == "Running"
+    reason, message = (None, "") if running and not _crashes(containers) else _waiting(scheduled, containers)
+    return PodFacts(
+        name=metadata["name"],
+        running=running,
+        waiting_reason=reason,
+        waiting_message=message,
+        scheduled_at=_time(scheduled.get("lastTransitionTime"))
+        if scheduled.get("status") == "True"
+        else None,
+        gone=status.get("phase") in ("Succeeded", "Failed"),
+        terminating="deletionTimestamp" in metadata,
+        node=body.get("spec", {}).get("nodeName"),
+        submitter_exit_code=_submitter_exit_code(containers),
+        out_of_memory=any(_ended(container).get("reason") == "OOMKilled" for container in containers),
+        disruption=_disruption(disrupted),
+    )
+
+
+def _waiting(scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
+    if scheduled.get("status") == "False":
+        return scheduled.get("reason", "Unschedulable"), scheduled.get("message", "")
+    for container in containers:
         waiting = container.get("state", {}).get("waiting")
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            return PodFacts(
-                name=name,
-                running=False,
-                waiting_reason=waiting["reason"],
-                waiting_message=waiting.get("message", ""),
-            )
-    return PodFacts(name=name, running=False)
+            return waiting["reason"], waiting.get("message", "")
+    return None, ""
+
+
+def _crashes(containers: Sequence[Mapping[str, Any]]) -> bool:
+    """A pod whose container waits to be started again still counts as running."""
+    return any(c.get("state", {}).get("waiting", {}).get("reason") == "CrashLoopBackOff" for c in containers)
+
+
+def _ended(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a container ended, now or the last time; empty where it never did."""
+    for state in (container.get("state", {}), container.get("lastState", {})):
+        if ended := state.get("terminated"):
+            return dict(ended)
+    return {}
+
+
+def _submitter_exit_code(containers: Sequence[Mapping[str, Any]]) -> int | None:
+    for container in containers:
+        if container.get("name") == naming.SUBMITTER_CONTAINER:
+            code = container.get("state", {}).get("terminated", {}).get("exitCode")
+            return None if code is None else int(code)
+    return None
+
+
+def _disruption(condition: Mapping[str, Any]) -> str | None:
+    if condition.get("status") != "True":
+        return None
+    return f"{condition.get('reason', 'Disrupted')}: {condition.get('message', '')}".rstrip(": ")
+
+
+def upstream_facts(body: Json | None, *, name: str, waits_for: Sequence[str] = ()) -> UpstreamFacts:
+    """The facts of the job that another one waits for; `waits_for` are those that it waits for itself."""
+    if body is None:
+        return UpstreamFacts(name=name, exists=False)
+    status = FineTuneJobStatus.model_validate(body.get("status", {}))
+    return UpstreamFacts(
+        name=name,
+        phase=status.phase,
+        reason=status.reason,
+        artifact=status.artifact,
+        waits_for=tuple(waits_for),
+    )
+
+
+def upstream_name(body: Json) -> str | None:
+    """The job whose artifact a FineTuneJob asks for as its base model."""
+    reference = body.get("spec", {}).get("model", {}).get("fineTuneJobRef") or {}
+    name = reference.get("name")
+    return str(name) if name else None
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
 
 
 def to_json(status: StatusModel) -> Json:

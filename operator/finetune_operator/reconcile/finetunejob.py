@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,14 +14,17 @@ from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
 from finetune_operator.core import jobs
 from finetune_operator.core.facts import (
+    Action,
     CreateRayJob,
     Defaults,
+    DeleteJob,
+    DeleteRayJob,
     Event,
     JobFacts,
     Observed,
     Plan,
-    PodFacts,
     RayJobFacts,
+    UpstreamFacts,
 )
 from finetune_operator.manifests import naming, rayjobs, runfiles
 from finetune_operator.reconcile import facts
@@ -31,6 +34,7 @@ from finetune_operator.reconcile.queue import Key
 logger = logging.getLogger(__name__)
 
 CONFLICT_SECONDS = 0.2
+MOST_LINKS = 16  # jobs of a chain that are followed to find a circle
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class FineTuneJobReconciler:
     defaults: Defaults
     platform: rayjobs.Platform
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    """Since when trainers' reports are taken."""
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
@@ -67,56 +73,110 @@ class FineTuneJobReconciler:
 
     async def _observe(self, key: Key, job: JobFacts) -> Observed:
         """Everything that the decision needs, read from the API server: a cache could be behind our own writes."""
-        if job.deleting or jobs.is_finished(job.status):
+        if job.deleting:
             return Observed(job=job)
+        if jobs.is_finished(job.status):
+            return await self._observe_finished(job)
         if not job.status.attempts:
-            return Observed(job=job, kuberay_installed=await self.kube.has_group_version("ray.io/v1"))
+            return await self._observe_new(job)
         attempt = job.status.attempts[-1]
+        ended = attempt.end_time is not None
         rayjob = await self._rayjob(job, attempt.ray_job)
-        inspection = await self._rayjob(job, attempt.inspection) if attempt.inspection else None
         report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
-        starting = rayjob is not None and report is None and rayjob.job_status != "RUNNING"
+        quiet = rayjob is None or (
+            not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
+        )
+        labels = naming.job_labels(job.name) if ended else naming.labels(job.name, attempt.number)
+        pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels)
+        clusters = await self._find("ray.io/v1", "RayCluster", job, labels) if ended else []
         return Observed(
             job=job,
             rayjob=rayjob,
-            inspection=inspection,
-            pods=await self._pods(job, attempt.number) if starting else (),
+            inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
+            pods=[facts.pod_facts(body) for body in pods],
+            clusters=[body["metadata"]["name"] for body in clusters],
             report=report,
             reported_at=reported_at,
+            listening_since=self.started,
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
         )
 
+    async def _observe_new(self, job: JobFacts) -> Observed:
+        wanted = job.spec.model.fine_tune_job_ref if job.spec else None
+        return Observed(
+            job=job,
+            upstream=await self._upstream(job, wanted.name) if wanted else None,
+            kuberay_installed=await self.kube.has_group_version("ray.io/v1"),
+        )
+
+    async def _observe_finished(self, job: JobFacts) -> Observed:
+        if not jobs.has_cleanup_left(job.status, now=self.clock()):
+            return Observed(job=job)
+        attempt = job.status.attempts[-1]
+        return Observed(
+            job=job,
+            rayjob=await self._rayjob(job, attempt.ray_job),
+            inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
+        )
+
+    async def _upstream(self, job: JobFacts, name: str) -> UpstreamFacts:
+        """The job that is waited for, and those that it waits for itself, as far as the chain goes."""
+        body = await self.kube.get(API_VERSION, KIND, job.namespace, name)
+        chain: list[str] = []
+        following = facts.upstream_name(body) if body else None
+        while following is not None and following not in chain and len(chain) < MOST_LINKS:
+            chain.append(following)
+            next_body = await self.kube.get(API_VERSION, KIND, job.namespace, following)
+            following = facts.upstream_name(next_body) if next_body else None
+        return facts.upstream_facts(body, name=name, waits_for=chain)
+
     async def _rayjob(self, job: JobFacts, name: str) -> RayJobFacts | None:
         body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name)
-        return facts.rayjob_facts(body, owner_uid=job.uid) if body else None
+        return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid) if body else None
 
-    async def _pods(self, job: JobFacts, attempt: int) -> list[PodFacts]:
-        bodies = await self.kube.find("v1", "Pod", job.namespace, labels=naming.labels(job.name, attempt))
-        return [facts.pod_facts(body) for body in bodies]
+    async def _find(
+        self, api_version: str, kind: str, job: JobFacts, labels: Mapping[str, str]
+    ) -> list[Json]:
+        return await self.kube.find(api_version, kind, job.namespace, labels=labels)
 
     async def _act(self, seen: Observed, plan: Plan) -> Plan:
         """Carry out the plan's actions. An object that the API server refuses for good ends the job."""
         for action in plan.actions:
             try:
-                await self._create(seen.job, action)
+                await self._do(seen.job, action)
             except InvalidError as error:
                 return jobs.refused(seen, str(error), now=self.clock())
             except ForbiddenError as error:
                 return jobs.forbidden(seen, str(error), now=self.clock())
         return plan
 
+    async def _do(self, job: JobFacts, action: Action) -> None:
+        match action:
+            case CreateRayJob():
+                await self._create(job, action)
+            case DeleteRayJob(name, uid):
+                await self.kube.delete("ray.io/v1", "RayJob", job.namespace, name, uid=uid)
+            case DeleteJob():
+                await self.kube.delete(API_VERSION, KIND, job.namespace, job.name, uid=job.uid)
+
     async def _create(self, job: JobFacts, action: CreateRayJob) -> None:
         if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
             return  # the decision never asks for it: an attempt is recorded together with these
         owner = rayjobs.Owner(job.namespace, job.name, job.uid)
-        output_uri = job.status.effective.output_uri
+        effective, overrides = job.status.effective, job.status.attempts[-1].overrides
+        places = runfiles.Places(
+            output_uri=job.status.effective.output_uri,
+            checkpoint_uri=effective.checkpoint_uri,
+            model_uri=effective.model_uri or job.spec.model.uri or "",
+        )
         run_file = runfiles.build_run_file(
             namespace=job.namespace,
             name=job.name,
             uid=job.uid,
             attempt=action.attempt,
             spec=job.spec,
-            output_uri=output_uri,
+            places=places,
+            overrides=overrides,
         )
         config_map = rayjobs.build_config_map(
             owner, name=action.name, attempt=action.attempt, run_file=run_file, platform=self.platform
@@ -126,13 +186,15 @@ class FineTuneJobReconciler:
             name=action.name,
             attempt=action.attempt,
             spec=job.spec,
-            image=job.status.effective.image or self.defaults.image,
-            output_uri=output_uri,
+            image=effective.image or self.defaults.image,
+            places=places,
             platform=self.platform,
+            memory=overrides.memory if overrides else None,
             inspect=action.inspect,
         )
         await self.kube.apply(config_map)  # first: a pod that cannot mount it would wait for it
-        await self.kube.apply(rayjob)
+        # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
+        await self.kube.create(rayjob)
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""

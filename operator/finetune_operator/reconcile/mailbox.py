@@ -19,16 +19,19 @@ class _Slot:
 
 
 class Mailbox:
-    """One slot per job. A result is never displaced by progress that was overtaken on its way."""
+    """One slot per job. A result is never displaced by progress that was overtaken on its way, nor a report of the
+    present attempt by one of an attempt that is over."""
 
     def __init__(self) -> None:
         self._slots: dict[Key, _Slot] = {}
         self._last_write: dict[Key, float] = {}
 
     def put(self, key: Key, *, attempt: int, report: Report) -> bool:
-        """Keep the report; False where an earlier one of the attempt is its result and this one is not."""
+        """Keep the report; False where it comes too late: the attempt's result is there, or a later attempt reports."""
         slot = self._slots.get(key)
         if slot and slot.attempt == attempt and slot.report.result and not report.result:
+            return False
+        if slot and slot.attempt > attempt:
             return False
         self._slots[key] = _Slot(attempt, report, datetime.now(UTC))
         return True

@@ -55,6 +55,16 @@ def test_least_job_gets_every_default(create: Any) -> None:
         },
         "resources": {"cpu": "1", "memory": "4Gi", "gpusPerWorker": 0},
         "output": {},
+        "checkpoint": {"keep": 2, "resume": "Auto"},
+        "retry": {
+            "maxUserRetries": 0,
+            "maxInfraRetries": 5,
+            "preemptions": "Unlimited",
+            "onOutOfMemory": "ReduceBatch",
+            "backoffSeconds": {"min": 10, "max": 600},
+        },
+        "deadlines": {"stallSeconds": 1800},
+        "suspend": False,
     }
 
 
@@ -129,6 +139,16 @@ GOOD_SPECS: dict[str, dict[str, Any]] = {
         }
     },
     "output": {"output": {"uri": "s3://bucket/jobs/1", "secretRef": {"name": "s3"}}},
+    "checkpoint": {"checkpoint": {"uri": "s3://bucket/c", "everySteps": 100, "everyMinutes": 0.5, "keep": 1}},
+    "checkpoint-beside-output": {
+        "checkpoint": {"uri": "s3://bucket/out-c"},
+        "output": {"uri": "s3://bucket/out"},
+    },
+    "preemptions-number": {"retry": {"preemptions": 3, "maxUserRetries": 1}},
+    "preemptions-zero": {"retry": {"preemptions": 0, "backoffSeconds": {"min": 0, "max": 0}}},
+    "deadlines": {"deadlines": {"startSeconds": 60, "totalSeconds": 3600, "stallSeconds": 60}},
+    "suspended": {"suspend": True, "ttlSecondsAfterFinished": 0},
+    "chained": {"model": {"uri": None, "fineTuneJobRef": {"name": "base"}}},
 }
 
 

@@ -66,6 +66,9 @@ def test_spec_may_change_before_the_first_attempt_and_not_after(
         {"hyperparameters": {"epochs": 6}},
         {"method": {"lora": {}}},
         {"dataset": {"sources": []}},
+        {"checkpoint": {"keep": 5}},
+        {"model": {"uri": "hf://organization/other"}},
+        {"earlyStopping": {}},
     ):
         with pytest.raises(client.ApiException) as caught:
             patch(api, namespace, {"spec": change})
@@ -75,6 +78,14 @@ def test_spec_may_change_before_the_first_attempt_and_not_after(
                 "spec: Forbidden: the spec cannot be changed once the first attempt was started"
                 in caught.value.body
             )
+    for change in (
+        {"suspend": True},
+        {"retry": {"maxInfraRetries": 9, "preemptions": 4}},
+        {"deadlines": {"totalSeconds": 3600}},
+        {"ttlSecondsAfterFinished": 60},
+        {"suspend": False, "ttlSecondsAfterFinished": None, "deadlines": {"totalSeconds": None}},
+    ):
+        patch(api, namespace, {"spec": change})
     patch(api, namespace, {"metadata": {"labels": {"team": "a"}}})
     patch(api, namespace, {"spec": {"hyperparameters": {"epochs": 4}}})
     patch(api, namespace, {"status": started(2)}, status=True)

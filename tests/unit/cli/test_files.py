@@ -80,7 +80,7 @@ def test_refusal_without_causes_is_its_message() -> None:
         ("spec.hyperparameters.learningrate", "did you mean learningRate?"),
         ("spec.dataset.sources[0].colums", "did you mean columns?"),
         ("spec.early_stopping", "did you mean earlyStopping?"),
-        ("spec.zzz", "there are dataset, earlyStopping"),
+        ("spec.zzz", "there are checkpoint, dataset"),
         ("spec.nothing.here", "unknown field"),
     ],
 )

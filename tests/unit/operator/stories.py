@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.finetunejob import Attempt, FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core import jobs
 from finetune_operator.core.facts import Defaults, JobFacts, Observed, Plan, RayJobFacts
 from finetune_operator.core.reports import Report
@@ -37,16 +37,34 @@ class Story:
             name="triage",
             uid="0123abcd-1111",
             generation=1,
-            spec=FineTuneJobSpec.model_validate(spec or SPEC),
+            spec=FineTuneJobSpec.model_validate(SPEC | (spec or {})),
             problem=None,
             status=FineTuneJobStatus(),
         )
 
-    def step(self, **seen: Any) -> Plan:
+    def step(self, *, after: float = 1, **seen: Any) -> Plan:
+        """One pass over what is seen now; `after` seconds go by afterwards."""
+        if seen.get("report") is not None:
+            seen.setdefault("reported_at", self.now)
         plan = jobs.decide(Observed(job=self.job, **seen), defaults=self.defaults, now=self.now)
         self.job = replace(self.job, status=plan.status)
-        self.now += timedelta(seconds=1)
+        self.now += timedelta(seconds=after)
         return plan
+
+    def change(self, **spec: Any) -> None:
+        """The user changes the spec, as far as that is allowed."""
+        assert self.job.spec is not None
+        document = self.job.spec.model_dump(mode="json", by_alias=True, exclude_none=True) | spec
+        changed = FineTuneJobSpec.model_validate(document)
+        self.job = replace(self.job, spec=changed, generation=self.job.generation + 1)
+
+    def act(self, verb: str | None) -> None:
+        """The user sets the annotation finetune.dev/action."""
+        self.job = replace(self.job, action=verb)
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.job.status.attempts[-1]
 
     def started(self) -> Story:
         """The attempt is recorded and its RayJob was created."""
@@ -68,7 +86,14 @@ def rayjob(deployment: str = "", job: str = "", **more: Any) -> RayJobFacts:
     )
 
 
-def training(*, step: int, total: int = 10, **metrics: str) -> Report:
+def training(
+    *, step: int, total: int = 10, saved: int | None = None, resumed: int | None = None, **metrics: str
+) -> Report:
+    ours: dict[str, Any] = {"phase": "Training", "step": step, "totalSteps": total, "tokensPerSecond": 120.54}
+    if saved is not None:
+        ours["checkpoint"] = {"step": saved, "uri": f"file:///artifacts/c/checkpoint-{saved}"}
+    if resumed is not None:
+        ours["resumedFromStep"] = resumed
     return Report.model_validate(
         {
             "trainerStatus": {
@@ -76,7 +101,7 @@ def training(*, step: int, total: int = 10, **metrics: str) -> Report:
                 "estimatedRemainingSeconds": 200,
                 "metrics": [{"name": k, "value": v} for k, v in ({"loss": "1.5"} | metrics).items()],
             },
-            "finetune": {"phase": "Training", "step": step, "totalSteps": total, "tokensPerSecond": 120.54},
+            "finetune": ours,
         }
     )
 

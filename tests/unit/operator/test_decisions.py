@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 import pytest
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
 from finetune_operator.core import jobs
-from finetune_operator.core.facts import CreateRayJob, Defaults, Observed, PodFacts
+from finetune_operator.core.facts import CreateRayJob, Defaults, DeleteRayJob, Observed, PodFacts
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
+
+NO_RETRIES = {"retry": {"maxInfraRetries": 0}}
 
 
 def condition(story: Story, kind: str) -> tuple[str, str] | None:
@@ -81,8 +86,13 @@ def test_a_metric_that_a_report_lacks_keeps_its_last_value() -> None:
 
 def test_nothing_changes_when_nothing_happened() -> None:
     story = Story().trained()
-    before = story.job.status
-    assert story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=5)).status == before
+    before, when = story.job.status, story.now - timedelta(seconds=1)
+    same: dict[str, Any] = {
+        "rayjob": rayjob("Running", "RUNNING"),
+        "report": training(step=5),
+        "reported_at": when,
+    }
+    assert story.step(**same).status == before
 
 
 def test_the_phase_survives_a_restart_of_the_operator() -> None:
@@ -106,7 +116,7 @@ def test_the_phase_survives_a_restart_of_the_operator() -> None:
 def test_a_reported_failure_ends_the_job_with_class_code_and_advice(
     error_class: str, exit_code: int, advice: str
 ) -> None:
-    story = Story().started()
+    story = Story(NO_RETRIES).started()
     plan = story.step(rayjob=rayjob("Running", "RUNNING"), report=result(error_class, exit_code, "line 17"))
     attempt = plan.status.attempts[-1]
     assert plan.status.phase is Phase.FAILED
@@ -132,7 +142,7 @@ def test_a_reported_failure_ends_the_job_with_class_code_and_advice(
 def test_without_a_report_the_exit_code_in_kuberays_message_counts(
     message: str, error_class: ErrorClass, exit_code: int | None
 ) -> None:
-    story = Story().started()
+    story = Story(NO_RETRIES).started()
     status = story.step(rayjob=rayjob("Failed", "FAILED", reason="AppFailed", message=message)).status
     assert status.attempts[-1].error_class is error_class
     assert status.phase is Phase.FAILED
@@ -146,7 +156,12 @@ def test_a_stopped_ray_job_is_cancelled_and_not_failed_for_a_reason_of_its_own()
 
 
 def test_a_rayjob_that_kuberay_refuses_is_a_bad_config() -> None:
-    status = Story().started().step(rayjob=rayjob("ValidationFailed", message="name too long")).status
+    story = Story().started()
+    refused = rayjob("ValidationFailed", message="name too long")
+    story.step(rayjob=refused)
+    assert list(story.step(rayjob=refused).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
+    status = story.step().status
+    assert status.phase is Phase.FAILED
     assert (status.reason, "name too long" in (status.message or "")) == ("BadConfig", True)
 
 
@@ -162,7 +177,7 @@ def test_success_without_a_report_is_believed_only_after_an_inspection() -> None
 
 
 def test_success_without_an_artifact_is_a_failure() -> None:
-    story = Story().trained()
+    story = Story(NO_RETRIES).trained()
     over = rayjob("Complete", "SUCCEEDED")
     story.step(rayjob=over)
     missing = result("Internal", 1, "no manifest.json")
@@ -174,23 +189,43 @@ def test_success_without_an_artifact_is_a_failure() -> None:
 def test_an_artifact_that_was_committed_before_the_process_was_lost_counts() -> None:
     story = Story().trained()
     lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
-    assert story.step(rayjob=lost).status.reason == "Inspecting"
+    assert story.step(rayjob=lost).status.reason == "Inspecting", "nobody knows how far it came"
     found = result("Succeeded", 0, "verified", artifact=ARTIFACT)
     assert story.step(rayjob=lost, inspection=None, report=found).status.phase is Phase.SUCCEEDED
 
 
-def test_a_lost_process_without_an_artifact_is_lost() -> None:
+def test_a_process_that_was_heard_at_work_a_moment_ago_needs_no_inspection() -> None:
     story = Story().trained()
+    lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
+    status = story.step(rayjob=lost, report=training(step=6)).status
+    assert (status.phase, status.reason) == (Phase.RETRYING, "Lost")
+
+
+def test_a_lost_process_without_an_artifact_is_lost() -> None:
+    story = Story(NO_RETRIES).trained()
     lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
     story.step(rayjob=lost)
     status = story.step(rayjob=lost, inspection=rayjob("Failed", "FAILED")).status
-    assert (status.reason, "submitter died" in (status.message or "")) == ("Lost", True)
+    assert (status.phase, status.reason) == (Phase.FAILED, "Lost")
+    assert "submitter died" in (status.message or "")
 
 
-def test_a_deleted_rayjob_is_lost_and_never_created_again() -> None:
-    story = Story().trained()
+def test_an_inspection_that_cannot_run_does_not_hold_the_job_for_ever() -> None:
+    story = Story(NO_RETRIES).trained()
+    story.step(rayjob=rayjob("Complete", "SUCCEEDED"))
+    waiting: dict[str, Any] = {
+        "rayjob": rayjob("Complete", "SUCCEEDED"),
+        "inspection": rayjob("Initializing"),
+    }
+    assert story.step(**waiting, after=1000).status.phase is Phase.EVALUATING
+    assert story.step(**waiting).status.phase is Phase.FAILED
+
+
+def test_a_deleted_rayjob_is_lost_and_never_created_again_once_the_job_has_failed() -> None:
+    story = Story(NO_RETRIES).started()
+    story.step(rayjob=rayjob("Running", "RUNNING"))
     plan = story.step(rayjob=None)
-    assert plan.status.reason == "Lost"
+    assert (plan.status.phase, plan.status.reason) == (Phase.FAILED, "Lost")
     assert plan.actions == ()
     assert story.step(rayjob=None).actions == ()
 
@@ -243,7 +278,7 @@ def test_the_reason_why_a_pod_waits_is_in_the_status() -> None:
 def test_one_event_per_transition() -> None:
     story = Story()
     names = [event.reason for _ in range(3) for event in story.step().events]
-    running = {"rayjob": rayjob("Running", "RUNNING")}
+    running: dict[str, Any] = {"rayjob": rayjob("Running", "RUNNING")}
     names += [
         e.reason for step in (1, 2, 3) for e in story.step(**running, report=training(step=step)).events
     ]

@@ -12,6 +12,7 @@ from finetune_operator.manifests import naming, rayjobs, runfiles
 
 OWNER = rayjobs.Owner("team", "triage", "uid-1")
 PLATFORM = rayjobs.Platform("HTTPMode", "http://127.0.0.1:8090", None, 5)
+PLACES = runfiles.Places("pvc://models/tiny", "pvc://models/out", "pvc://checkpoints/out")
 BASE: dict[str, Any] = {
     "model": {"uri": "pvc://models/tiny", "secretRef": {"name": "hub"}},
     "dataset": {
@@ -32,7 +33,7 @@ def build(
         attempt=1,
         spec=parsed,
         image="trainer:1",
-        output_uri="pvc://models/out",
+        places=PLACES,
         platform=platform,
         **more,
     )
@@ -87,6 +88,7 @@ def test_every_claim_is_mounted_once_where_the_trainer_looks_for_it() -> None:
     }
     assert {claims[name]: mounts[name] for name in claims} == {
         "models": "/mnt/finetune/models",
+        "checkpoints": "/mnt/finetune/checkpoints",
         "files": "/mnt/finetune/files",
     }
 
@@ -103,7 +105,7 @@ def test_secrets_are_referred_to_and_never_written_out() -> None:
         uid="u",
         attempt=1,
         spec=FineTuneJobSpec.model_validate(BASE),
-        output_uri="s3://out/x",
+        places=runfiles.Places("hf://a/b", "s3://out/x", "s3://out/x-checkpoints"),
     )
     assert "secret" not in json.dumps(run_file).lower()
 
@@ -145,7 +147,7 @@ def test_the_run_file_spells_the_methods_settings_out(method: dict[str, Any], pr
         uid="u",
         attempt=1,
         spec=FineTuneJobSpec.model_validate(BASE | {"method": method}),
-        output_uri="s3://out/x",
+        places=runfiles.Places("hf://a/b", "s3://out/x", "s3://out/x-checkpoints"),
     )
     assert set(run_file["method"]) - {"type"} == present
     assert run_file["hyperparameters"]["globalBatchSize"] == 16
@@ -157,3 +159,52 @@ def test_labels_lead_from_every_object_back_to_its_job() -> None:
     rayjob = build()
     template = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
     assert rayjob["metadata"]["labels"] == template["metadata"]["labels"] == naming.labels("triage", 1)
+
+
+def test_a_rayjob_carries_no_annotations_because_kuberay_copies_them() -> None:
+    assert "annotations" not in build()["metadata"]
+
+
+def test_a_stopped_trainer_has_as_long_as_its_pod_to_save() -> None:
+    variables = {v["name"]: v["value"] for v in pod(build())["containers"][0]["env"]}
+    assert variables["RAY_JOB_STOP_WAIT_TIME_S"] == str(pod(build())["terminationGracePeriodSeconds"]) == "5"
+
+
+def test_more_memory_replaces_what_the_spec_says() -> None:
+    resources = pod(build(memory="8192Mi"))["containers"][0]["resources"]
+    assert resources["limits"]["memory"] == resources["requests"]["memory"] == "8192Mi"
+    assert resources["limits"]["cpu"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        ({}, {"everyMinutes": 10.0, "keep": 2, "resume": "Auto"}),
+        ({"everySteps": 50}, {"everySteps": 50, "keep": 2, "resume": "Auto"}),
+        ({"everyMinutes": 1, "keep": 5, "resume": "Never"}, {"everyMinutes": 1.0, "keep": 5, "resume": "Never"}),
+    ],
+)  # fmt: skip
+def test_the_run_file_says_when_to_save(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None:
+    run_file = runfiles.build_run_file(
+        namespace="team",
+        name="triage",
+        uid="u",
+        attempt=3,
+        spec=FineTuneJobSpec.model_validate(BASE | {"checkpoint": checkpoint, "suspend": False}),
+        places=PLACES,
+    )
+    assert run_file["checkpoint"] == {"uri": "pvc://checkpoints/out", **expected}
+    assert {"overrides", "retry", "deadlines", "suspend"}.isdisjoint(run_file)
+
+
+def test_a_model_that_another_job_made_is_named_by_its_folder() -> None:
+    run_file = runfiles.build_run_file(
+        namespace="team",
+        name="triage",
+        uid="u",
+        attempt=1,
+        spec=FineTuneJobSpec.model_validate(BASE | {"model": {"fineTuneJobRef": {"name": "base"}}}),
+        places=runfiles.Places("s3://models/base", "s3://out/x", None),
+    )
+    assert run_file["model"] == {"uri": "s3://models/base"}
+    assert "checkpoint" not in run_file

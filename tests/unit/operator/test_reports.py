@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 from pydantic import ValidationError
 
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import durations, reports
-from tests.unit.operator.stories import ARTIFACT
+from finetune_operator.reconcile.mailbox import Mailbox
+from tests.unit.operator.stories import ARTIFACT, START, training
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,27 @@ def test_a_metric_that_is_no_finite_number_is_no_metric(value: str) -> None:
 def test_a_result_that_contradicts_itself_is_refused(result: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         reports.Report.model_validate({"finetune": {"result": result}})
+
+
+def test_where_training_was_saved_and_where_it_went_on() -> None:
+    told = {"checkpoint": {"step": 20, "uri": "s3://b/c/checkpoint-20"}, "resumedFromStep": 10}
+    report = reports.Report.model_validate({"finetune": told})
+    first = reports.checkpoint_of(report, known=None, now=START)
+    assert first is not None
+    assert (first.step, report.finetune.resumed_from_step) == (20, 10)
+    later = reports.checkpoint_of(report, known=first, now=START + timedelta(hours=1))
+    assert later == first, "the time is that of the news"
+    assert reports.checkpoint_of(reports.Report(), known=first, now=START) == first
+
+
+async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> None:
+    mailbox, key = Mailbox(), ("team", "triage")
+    assert mailbox.put(key, attempt=2, report=training(step=3))
+    assert not mailbox.put(key, attempt=1, report=training(step=9))
+    report, _ = mailbox.latest(key, attempt=2)
+    assert report is not None
+    assert report.finetune.step == 3
+    assert mailbox.latest(key, attempt=3) == (None, None)
 
 
 def test_keys_of_newer_trainers_are_ignored() -> None:

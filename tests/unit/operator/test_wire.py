@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -92,5 +93,55 @@ def test_why_a_pod_waits(status: dict[str, Any], reason: str | None) -> None:
 
 def test_a_rayjob_is_ours_by_the_uid_of_its_owner_and_not_by_its_name() -> None:
     rayjob = {"metadata": {"name": "triage-a1", "uid": "r", "ownerReferences": [{"uid": "u"}]}}
-    assert facts.rayjob_facts(rayjob, owner_uid="u").ours
-    assert not facts.rayjob_facts(rayjob, owner_uid="another").ours
+    assert facts.rayjob_facts(rayjob, owner="triage", owner_uid="u").ours
+    assert not facts.rayjob_facts(rayjob, owner="triage", owner_uid="another").ours
+
+
+RAYJOB: dict[str, Any] = {
+    "metadata": {
+        "name": "triage-a1",
+        "uid": "r",
+        "creationTimestamp": "2026-01-01T12:00:00Z",
+        "ownerReferences": [{"kind": "FineTuneJob", "name": "triage", "uid": "former"}],
+    }
+}
+
+
+def test_a_rayjob_of_a_former_job_of_the_same_name_is_told_from_a_strangers() -> None:
+    former = facts.rayjob_facts(RAYJOB, owner="triage", owner_uid="now")
+    assert (former.ours, former.of_a_namesake) == (False, True)
+    stranger = facts.rayjob_facts(RAYJOB, owner="other", owner_uid="now")
+    assert (stranger.ours, stranger.of_a_namesake) == (False, False)
+    assert facts.rayjob_facts(RAYJOB, owner="triage", owner_uid="former").ours
+
+
+def test_a_rayjob_that_kuberay_has_never_looked_at_has_no_finalizer() -> None:
+    found = facts.rayjob_facts(RAYJOB, owner="triage", owner_uid="former")
+    assert (found.known_to_kuberay, found.managed_elsewhere, found.suspended) == (False, False, False)
+    assert found.created == datetime(2026, 1, 1, 12, tzinfo=UTC)
+    kept = RAYJOB | {"metadata": RAYJOB["metadata"] | {"finalizers": ["ray.io/rayjob-finalizer"]}}
+    assert facts.rayjob_facts(kept, owner="triage", owner_uid="former").known_to_kuberay
+
+
+def test_how_a_pod_ended_is_read_from_its_containers() -> None:
+    killed = {"name": "ray-head", "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
+    pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [killed]}}
+    assert facts.pod_facts(pod).out_of_memory
+    submitter = {"name": "ray-job-submitter", "state": {"terminated": {"exitCode": 65}}}
+    pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [submitter]}}
+    assert facts.pod_facts(pod).submitter_exit_code == 65
+    crashing = {"name": "ray-head", "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "5m0s"}}}
+    pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [crashing]}}
+    assert facts.pod_facts(pod).waiting_reason == "CrashLoopBackOff"
+
+
+def test_the_actions_annotation_is_read() -> None:
+    body = {
+        "metadata": {
+            "namespace": "n",
+            "name": "j",
+            "uid": "u",
+            "annotations": {"finetune.dev/action": "cancel"},
+        }
+    }
+    assert facts.job_facts(body).action == "cancel"

@@ -1,0 +1,55 @@
+"""What an attempt did and cost: steps done, saved and lost, seconds of GPUs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_operator.api.finetunejob import Attempt, ResumePolicy
+from finetune_operator.core import statuses
+from finetune_operator.core.conditions import ConditionType
+from finetune_operator.core.facts import Observed
+from finetune_operator.core.reports import Report
+
+
+def with_report(seen: Observed, report: Report) -> list[Attempt]:
+    """The attempts after a report of the last one.
+
+    Where it tells the step that it resumed from, what the attempt before it lost is known exactly. A step below the
+    last one means that the process began again within the attempt (KubeRay does so in HTTPMode when the head is lost).
+    """
+    attempts = list(seen.job.status.attempts)
+    last = attempts[-1]
+    step, resumed = report.finetune.step, report.finetune.resumed_from_step
+    updates: dict[str, int | str | None] = {**statuses.rayjob_uid(seen), "last_step": step}
+    if resumed is not None:
+        updates["resumed_from_step"] = resumed
+        if last.resumed_from_step is None and len(attempts) > 1:
+            before = attempts[-2]
+            if before.last_step is not None:
+                lost = max(0, before.last_step - resumed)
+                attempts[-2] = before.model_copy(update={"lost_steps": lost})
+    if step is not None and last.last_step is not None and step < last.last_step:
+        updates["lost_steps"] = (last.lost_steps or 0) + max(0, last.last_step - (resumed or 0))
+    return statuses.with_last(attempts, **updates)
+
+
+def lost_steps(seen: Observed, *, last_step: int | None) -> int | None:
+    """Steps of the attempt that ends now which no checkpoint holds; None where it did no step."""
+    attempt, checkpoint, spec = seen.job.status.attempts[-1], seen.job.status.checkpoint, seen.job.spec
+    last = last_step if last_step is not None else attempt.last_step
+    if last is None:
+        return None
+    never = spec is not None and spec.checkpoint.resume is ResumePolicy.NEVER
+    told = seen.report.finetune.checkpoint if seen.report else None
+    saved = told.step if told else checkpoint.step if checkpoint else 0
+    return (attempt.lost_steps or 0) + max(0, last - (0 if never else saved))
+
+
+def gpu_seconds(seen: Observed, *, now: datetime) -> int | None:
+    """GPUs times the seconds since the attempt's pod ran; None where it has no GPU."""
+    spec = seen.job.spec
+    if spec is None or not spec.resources.gpus_per_worker:
+        return None
+    since = statuses.holds_since(seen.job.status, ConditionType.RESOURCES_READY)
+    seconds = (now - since).total_seconds() if since else 0.0
+    return spec.resources.gpus_per_worker * max(0, round(seconds))

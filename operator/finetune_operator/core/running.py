@@ -1,0 +1,257 @@
+"""An attempt whose RayJob exists: waiting for room, running, silent, or over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_operator.api.finetunejob import (
+    UNLIMITED,
+    Attempt,
+    ErrorClass,
+    FineTuneJobStatus,
+    Phase,
+    Retries,
+)
+from finetune_operator.core import accounts, attempts, deadlines, failures, reports, statuses, words
+from finetune_operator.core.attempts import Ending
+from finetune_operator.core.conditions import Claim, ConditionType
+from finetune_operator.core.durations import format_duration
+from finetune_operator.core.facts import Observed, Plan, PodFacts, RayJobFacts
+
+RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
+WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
+HEED_SECONDS = 15.0  # KubeRay looks at a new RayJob within this time if it runs
+FRESH_SECONDS = 30.0
+PULL_GRACE = timedelta(minutes=10)  # registries have outages; an image that does not exist stays away longer
+NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
+NOT_PULLED = NEVER_PULLED | {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable"}
+CRASHING = frozenset({"CrashLoopBackOff"})
+
+PHASE_TEXTS = {
+    Phase.VALIDATING: ("Validating", "the trainer checks configuration, model and data"),
+    Phase.RUNNING: ("Training", "optimizer steps are being taken"),
+    Phase.EVALUATING: ("Exporting", "training is over; the artifact is evaluated and written"),
+}
+
+
+def decide(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
+    """The next step of an attempt by what KubeRay, its pods and its trainer tell."""
+    if rayjob.is_over:
+        return _over(seen, attempt, rayjob, now=now)
+    submitter = next((pod for pod in seen.pods if pod.submitter_exit_code), None)
+    if submitter is not None and rayjob.deployment_status in ("", "Initializing"):
+        return _hung_sidecar(seen, submitter, now=now)
+    if rayjob.is_held_back:
+        return _held_back(seen, rayjob, now=now)
+    silent = deadlines.silent_end(seen, attempt)
+    if silent is not None and now >= silent:
+        return _stalled(seen, attempt, now=now)
+    if _is_at_work(seen, rayjob, now=now):
+        return _underway(seen, attempt, rayjob, now=now)
+    return _provisioning(seen, attempt, rayjob, now=now)
+
+
+def _is_at_work(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> bool:
+    """Whether the trainer of this attempt runs. Once it was seen at work, that stands until KubeRay begins anew: the
+    Ray job's own status is empty, pending or over for a moment at the beginning and at the end."""
+    status = seen.job.status
+    if rayjob.deployment_status == "Running":
+        return (
+            seen.report is not None or rayjob.job_status == "RUNNING" or status.phase in PHASE_TEXTS
+        ) and not _is_old(seen)
+    if seen.reported_at is None or _is_old(seen):
+        return False
+    # KubeRay gets a cluster ready: with SidecarMode the trainer may report already; else this is an old report.
+    return (now - seen.reported_at).total_seconds() <= FRESH_SECONDS
+
+
+def _is_old(seen: Observed) -> bool:
+    """Whether the latest report is from before the attempt was held back."""
+    ready = statuses.condition(seen.job.status, ConditionType.RESOURCES_READY)
+    if ready is None or seen.reported_at is None or seen.job.status.phase is not Phase.QUEUED:
+        return False
+    return seen.reported_at <= ready.last_transition_time
+
+
+# ---------------------------------------------------------------- the end of the process
+
+
+def _over(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
+    """The RayJob is over without a report: believe the exit code; where there is none, look for the artifact."""
+    if rayjob.job_status == "STOPPED":
+        stopped = Ending(ErrorClass.CANCELLED, f"Ray job of {rayjob.name} was stopped")
+        return attempts.end(seen, stopped, now=now)
+    if rayjob.deployment_status == "ValidationFailed":
+        return attempts.end(seen, _invalid(seen, attempt, rayjob), now=now)
+    if rayjob.deployment_status == "Complete":
+        silent = "the trainer ended well and did not say what it left"
+        done = Ending(ErrorClass.INTERNAL, silent, exit_code=0, inspect=True)
+        return attempts.end(seen, done, now=now)
+    exit_code = failures.exit_code_of(rayjob.message)
+    error_class, message = failures.class_of(exit_code), failures.message_of(rayjob)
+    if error_class is ErrorClass.LOST:
+        by_pods = failures.class_by_pods(seen.pods)
+        if by_pods is not None:
+            error_class, message = by_pods[0], f"{by_pods[1]} ({message})"
+    begun = attempt.last_step is not None
+    inspect = error_class is ErrorClass.LOST and begun and not attempts.is_far_from_its_end(seen, now=now)
+    return attempts.end(seen, Ending(error_class, message, exit_code=exit_code, inspect=inspect), now=now)
+
+
+def _invalid(seen: Observed, attempt: Attempt, rayjob: RayJobFacts) -> Ending:
+    """KubeRay checks a RayJob each time that it looks: one that ran and is invalid now was changed by somebody."""
+    running = statuses.holds_since(seen.job.status, ConditionType.RESOURCES_READY) is not None
+    if running or rayjob.job_status or attempt.last_step is not None:
+        text = f"RayJob {rayjob.name} was changed while it ran, and KubeRay refuses it now: {rayjob.message}"
+        return Ending(ErrorClass.LOST, text)
+    return Ending(
+        ErrorClass.BAD_CONFIG, f"KubeRay refuses RayJob {rayjob.name}: {rayjob.message}", final=True
+    )
+
+
+def _hung_sidecar(seen: Observed, pod: PodFacts, *, now: datetime) -> Plan:
+    """SidecarMode: a submitter that has ended makes the head pod unready for ever, and KubeRay waits for it."""
+    exit_code = pod.submitter_exit_code
+    text = f"the trainer ended with exit code {exit_code} before the cluster was ready (pod {pod.name})"
+    return attempts.end(seen, Ending(failures.class_of(exit_code), text, exit_code=exit_code), now=now)
+
+
+def _stalled(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
+    heard = deadlines.last_heard(seen, attempt)
+    seconds = seen.job.spec.deadlines.stall_seconds if seen.job.spec else 0
+    last = f"after step {attempt.last_step}" if attempt.last_step is not None else "since its pod runs"
+    if heard is not None and attempt.last_step is None:
+        last = "since it began to check the data"
+    text = f"no report for {format_duration(seconds)} (spec.deadlines.stallSeconds) {last}"
+    inspect = attempt.last_step is not None
+    return attempts.end(seen, Ending(ErrorClass.STALLED, text, inspect=inspect), now=now)
+
+
+# ---------------------------------------------------------------- while it runs
+
+
+def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
+    report, known = seen.report, seen.job.status
+    phase = reports.phase_of(report) if report else _phase_without_report(known)
+    training = phase is Phase.RUNNING
+    reason, message = PHASE_TEXTS[phase]
+    updates: dict[str, Any] = {"attempts": statuses.with_last(known.attempts, uid=rayjob.uid)}
+    claims = [
+        Claim(ConditionType.RESOURCES_READY, True, "PodsRunning", "the training pod runs"),
+        Claim(ConditionType.TRAINING, training, reason, message),
+    ]
+    if report is not None:
+        checkpoint = reports.checkpoint_of(report, known=known.checkpoint, now=now)
+        updates |= {
+            "progress": reports.progress_of(report, at=seen.reported_at),
+            "metrics": reports.metrics_of(report, known=known.metrics),
+            "effective": statuses.merge_effective(known.effective, report.finetune.effective),
+            "attempts": accounts.with_report(seen, report),
+            "checkpoint": checkpoint,
+        }
+        if checkpoint is not None:
+            job = replace(seen.job, status=known.model_copy(update={"checkpoint": checkpoint}))
+            claims.append(words.checkpoint_claim(replace(seen, job=job)))
+    status = statuses.build(seen, phase, reason, message, claims=claims, now=now, **updates)
+    running = replace(seen, job=replace(seen.job, status=status))
+    again = deadlines.next_check(running, attempt, now=now, most=RESYNC_SECONDS)
+    return Plan(status=status, requeue_after=again)
+
+
+def _phase_without_report(status: FineTuneJobStatus) -> Phase:
+    """After a restart of the operator the recorded phase stands until the next report."""
+    return status.phase if status.phase in PHASE_TEXTS else Phase.VALIDATING
+
+
+# ---------------------------------------------------------------- while it waits
+
+
+def _held_back(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Plan:
+    """Somebody suspended the RayJob: a queue, which will let it go on, or a person. It stays the same attempt, and its
+    trainer goes on from the newest checkpoint."""
+    known = seen.job.status
+    retries = known.retries or Retries()
+    taken = statuses.holds_since(known, ConditionType.RESOURCES_READY) is not None
+    if taken:
+        limit = seen.job.spec.retry.preemptions if seen.job.spec else UNLIMITED
+        if limit != UNLIMITED and retries.preemption >= int(limit):
+            text = f"RayJob {rayjob.name} was suspended while it ran"
+            return attempts.end(seen, Ending(ErrorClass.PREEMPTED, text), now=now)
+        retries = retries.model_copy(update={"preemption": retries.preemption + 1})
+    if rayjob.queue:
+        reason, message = "Queued", f"waits in queue {rayjob.queue} until there is room"
+    else:
+        reason = "RayJobSuspended"
+        message = f"RayJob {rayjob.name} was suspended by someone else: set its spec.suspend to false"
+    status = statuses.build(
+        seen,
+        Phase.QUEUED,
+        reason,
+        message,
+        claims=[
+            Claim(ConditionType.RESOURCES_READY, False, reason, message),
+            Claim(ConditionType.TRAINING, False, reason, message),
+        ],
+        now=now,
+        attempts=statuses.with_last(known.attempts, uid=rayjob.uid),
+        retries=retries if retries != Retries() else known.retries,
+    )
+    return Plan(status=status, requeue_after=WAITING_SECONDS)
+
+
+def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
+    """No process yet. An image that cannot be had ends the attempt; anything else waits, and says for what."""
+    hopeless = _hopeless(seen, now=now)
+    if hopeless is not None:
+        return attempts.end(seen, hopeless, now=now)
+    reason, message = _why_it_waits(seen, rayjob, now=now)
+    ready = rayjob.deployment_status == "Running"  # KubeRay says so once every pod of the cluster is ready
+    claim = Claim(ConditionType.RESOURCES_READY, False, reason, message)
+    if ready:
+        reason, message = "Submitting", f"the pods run; KubeRay submits the job of RayJob {rayjob.name}"
+        claim = Claim(ConditionType.RESOURCES_READY, True, "PodsRunning", "the training pod runs")
+    status = statuses.build(
+        seen,
+        Phase.PROVISIONING,
+        reason,
+        message,
+        claims=[claim],
+        now=now,
+        attempts=statuses.with_last(seen.job.status.attempts, uid=rayjob.uid),
+    )
+    waiting = replace(seen, job=replace(seen.job, status=status))
+    again = deadlines.next_check(waiting, attempt, now=now, most=WAITING_SECONDS)
+    return Plan(status=status, requeue_after=again)
+
+
+def _hopeless(seen: Observed, *, now: datetime) -> Ending | None:
+    """Why the attempt cannot start, where waiting does not help."""
+    for pod in seen.pods:
+        reason = pod.waiting_reason or ""
+        waited = pod.scheduled_at is not None and now - pod.scheduled_at >= PULL_GRACE
+        told = f"pod {pod.name}: {reason}: {pod.waiting_message}"
+        if reason in NEVER_PULLED or (reason in NOT_PULLED and waited):
+            text = f"the image cannot be had ({told}): correct spec.resources.image or the pull secret"
+            return Ending(ErrorClass.BAD_CONFIG, text, final=True)
+        if reason in CRASHING and waited:
+            return Ending(ErrorClass.INTERNAL, f"the container ends again and again ({told})")
+    return None
+
+
+def _why_it_waits(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> tuple[str, str]:
+    waiting = next((pod for pod in seen.pods if pod.waiting_reason), None)
+    if waiting is not None and waiting.waiting_reason is not None:
+        return waiting.waiting_reason, f"pod {waiting.name}: {waiting.waiting_message}"
+    if rayjob.cluster_problem:
+        reason = "QuotaExceeded" if "exceeded quota" in rayjob.cluster_problem else "PodsNotCreated"
+        return reason, f"the pods of RayJob {rayjob.name} cannot be created: {rayjob.cluster_problem}"
+    old = rayjob.created is not None and (now - rayjob.created).total_seconds() >= HEED_SECONDS
+    if not rayjob.deployment_status and not rayjob.known_to_kuberay and not rayjob.managed_elsewhere and old:
+        message = f"KubeRay does not look at RayJob {rayjob.name}: see that its operator runs"
+        return "KubeRayUnavailable", message
+    if rayjob.deployment_status in ("Retrying", "Waiting"):
+        message = f"KubeRay starts RayJob {rayjob.name} again by itself: its backoffLimit was changed"
+        return "RayJobRetrying", message
+    return "Provisioning", f"RayJob {rayjob.name} starts"

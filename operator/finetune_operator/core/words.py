@@ -1,0 +1,31 @@
+"""Words and claims about attempts that several decisions share."""
+
+from __future__ import annotations
+
+from finetune_operator.api.finetunejob import Attempt, ResumePolicy
+from finetune_operator.core.conditions import Claim, ConditionType
+from finetune_operator.core.facts import Observed
+
+
+def told(attempt: Attempt) -> str:
+    """How an attempt ended, as the beginning of a sentence."""
+    return f"attempt {attempt.number} ended: {(attempt.message or '').rstrip('.')}"
+
+
+def from_where(seen: Observed) -> str:
+    """Where the next attempt goes on, as the end of a sentence; empty where it begins at the beginning."""
+    checkpoint, spec = seen.job.status.checkpoint, seen.job.spec
+    never = spec is not None and spec.checkpoint.resume is ResumePolicy.NEVER
+    if not seen.job.status.attempts or never or checkpoint is None:
+        return ""
+    return f", from the checkpoint of step {checkpoint.step}"
+
+
+def checkpoint_claim(seen: Observed) -> Claim:
+    """Whether another attempt could go on from somewhere."""
+    checkpoint = seen.job.status.checkpoint
+    if checkpoint is None:
+        message = "no checkpoint was reported yet"
+        return Claim(ConditionType.CHECKPOINT_AVAILABLE, False, "NoCheckpoint", message)
+    message = f"checkpoint of step {checkpoint.step} is at {checkpoint.uri}"
+    return Claim(ConditionType.CHECKPOINT_AVAILABLE, True, "CheckpointSaved", message)

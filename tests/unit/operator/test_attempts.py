@@ -1,0 +1,453 @@
+"""From one attempt to the next, told as stories."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_operator.api.finetunejob import BackoffSpec, ErrorClass, Phase, Retries
+from finetune_operator.core import policies
+from finetune_operator.core.facts import (
+    CreateRayJob,
+    DeleteJob,
+    DeleteRayJob,
+    Plan,
+    PodFacts,
+    RayJobFacts,
+)
+from finetune_operator.core.reports import Report
+from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
+
+QUICK: dict[str, Any] = {"retry": {"backoffSeconds": {"min": 0, "max": 0}}}
+RUNNING = rayjob("Running", "RUNNING")
+OLD_POD = PodFacts("triage-a1-head", True, node="node-7")
+
+
+def second(deployment: str = "Running", job: str = "RUNNING", **more: Any) -> RayJobFacts:
+    """The RayJob of attempt 2."""
+    facts: dict[str, Any] = {"name": "triage-a2", "uid": "ray-uid-2", "ours": True} | more
+    return RayJobFacts(deployment_status=deployment, job_status=job, **facts)
+
+
+def fail(story: Story, error_class: str, code: int, **more: Any) -> Plan:
+    """The trainer reports how it ended; then the RayJob is over and its pods are gone."""
+    plan = story.step(rayjob=RUNNING, report=result(error_class, code, "broken", **more))
+    story.step(rayjob=rayjob("Failed", "FAILED"))
+    return plan
+
+
+def condition(story: Story, kind: str) -> tuple[str, str] | None:
+    return next(((c.status, c.reason) for c in story.job.status.conditions if c.type == kind), None)
+
+
+# ---------------------------------------------------------------- classes and budgets
+
+
+@pytest.mark.parametrize(
+    ("error_class", "code", "budget"),
+    [
+        ("Storage", 74, "infrastructure"),
+        ("Collective", 83, "infrastructure"),
+        ("CheckpointCorrupt", 84, "infrastructure"),
+        ("Internal", 1, "infrastructure"),
+        ("Preempted", 75, "preemption"),
+    ],
+)
+def test_each_kind_of_failure_is_charged_to_its_own_budget(error_class: str, code: int, budget: str) -> None:
+    story = Story(QUICK).trained()
+    plan = fail(story, error_class, code)
+    assert (plan.status.phase, plan.status.reason) == (Phase.RETRYING, error_class)
+    assert plan.status.retries is not None
+    counts = plan.status.retries.model_dump()
+    assert counts == {"user": 0, "infrastructure": 0, "preemption": 0} | {budget: 1}
+    assert [(a.number, a.ray_job) for a in story.job.status.attempts] == [(1, "triage-a1"), (2, "triage-a2")]
+
+
+@pytest.mark.parametrize(
+    ("error_class", "code"), [("BadConfig", 64), ("BadData", 65), ("ModelNotFound", 66), ("NotFinite", 82)]
+)
+def test_a_users_mistake_is_not_retried_unless_the_spec_says_so(error_class: str, code: int) -> None:
+    assert fail(Story().trained(), error_class, code).status.phase is Phase.FAILED
+    story = Story({"retry": {"maxUserRetries": 1, **QUICK["retry"]}}).trained()
+    assert fail(story, error_class, code).status.phase is Phase.RETRYING
+
+
+def test_a_budget_that_is_used_ends_the_job_and_says_so() -> None:
+    story = Story({"retry": {"maxInfraRetries": 1, **QUICK["retry"]}}).trained()
+    fail(story, "Storage", 74)
+    story.step()
+    plan = story.step(rayjob=second(), report=result("Collective", 83, "lost rank 3"))
+    assert (plan.status.phase, plan.status.reason) == (Phase.FAILED, "Collective")
+    assert "lost rank 3; all retries are used (spec.retry.maxInfraRetries is 1)" in (
+        plan.status.message or ""
+    )
+
+
+def test_preemptions_are_unlimited_unless_a_number_says_otherwise() -> None:
+    story = Story({"retry": {"preemptions": 0}}).trained()
+    plan = fail(story, "Preempted", 75)
+    assert plan.status.phase is Phase.FAILED
+    assert "spec.retry.preemptions" in (plan.status.message or "")
+
+
+def test_every_class_has_a_policy() -> None:
+    assert set(policies.BUDGETS) == set(ErrorClass)
+
+
+# ---------------------------------------------------------------- backoff
+
+
+@given(st.integers(0, 100), st.integers(0, 600), st.integers(1, 60), st.text(min_size=1), st.integers(1, 99))
+def test_the_wait_is_within_its_bounds_and_the_same_each_time_one_asks(
+    low: int, more: int, retry: int, uid: str, attempt: int
+) -> None:
+    spec = BackoffSpec(min=low, max=low + more)
+    wait = policies.backoff(spec, retry=retry, uid=uid, attempt=attempt)
+    assert low / 2 <= wait <= spec.max
+    assert wait == policies.backoff(spec, retry=retry, uid=uid, attempt=attempt)
+
+
+def test_jobs_that_failed_together_do_not_come_back_together() -> None:
+    waits = {policies.backoff(BackoffSpec(), retry=3, uid=f"job-{n}", attempt=3) for n in range(50)}
+    assert len(waits) == 50
+    assert all(20 <= wait <= 40 for wait in waits)
+
+
+def test_the_time_of_the_next_attempt_is_stored_and_does_not_move() -> None:
+    story = Story().trained()
+    plan = story.step(rayjob=RUNNING, report=result("Storage", 74, "away"))
+    when = plan.status.next_attempt_time
+    assert when is not None
+    over = rayjob("Failed", "FAILED")
+    for _ in range(3):
+        waiting = story.step(rayjob=over)
+        assert waiting.status.next_attempt_time == when
+        assert waiting.requeue_after is not None
+        assert timedelta(seconds=waiting.requeue_after) <= when - story.now + timedelta(seconds=1)
+    story.now = when
+    story.step(rayjob=over)
+    assert story.attempt.number == 2
+    assert story.job.status.next_attempt_time is None
+
+
+# ---------------------------------------------------------------- the fence
+
+
+def test_no_attempt_starts_while_a_pod_of_the_last_one_is_left() -> None:
+    story = Story(QUICK).trained()
+    story.step(rayjob=RUNNING, report=result("Storage", 74, "away"))
+    over = rayjob("Failed", "FAILED")
+    for _ in range(5):
+        plan = story.step(rayjob=over, pods=[OLD_POD])
+        assert story.attempt.number == 1
+        assert "waits until pod triage-a1-head is gone" in (plan.status.message or "")
+    story.step(rayjob=over, clusters=["triage-a1-x7k2p"])
+    assert story.attempt.number == 1
+    story.step(rayjob=over, pods=[PodFacts("triage-a1-head", False, gone=True)])
+    assert story.attempt.number == 2
+    assert list(story.step().actions) == [CreateRayJob("triage-a2", 2)]
+
+
+def test_a_cluster_that_kuberay_leaves_behind_is_deleted_with_its_rayjob() -> None:
+    story = Story(QUICK).trained()
+    story.step(rayjob=RUNNING, report=result("Storage", 74, "away"))
+    over = rayjob("Failed", "FAILED")
+    assert story.step(rayjob=over, clusters=["x"], after=60).actions == []
+    assert list(story.step(rayjob=over, clusters=["x"]).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
+
+
+def test_a_pod_on_a_node_that_is_gone_is_named_with_what_to_do() -> None:
+    story = Story(QUICK).trained()
+    story.step(rayjob=RUNNING, report=result("Storage", 74, "away"), after=200)
+    pod = PodFacts("triage-a1-head", True, terminating=True, node="node-7")
+    plan = story.step(rayjob=None, pods=[pod])
+    assert "if node node-7 is gone for good, delete its pods with --force" in (plan.status.message or "")
+
+
+def test_a_success_that_is_told_late_counts_while_the_next_attempt_is_due() -> None:
+    story = Story().trained()
+    story.step(rayjob=rayjob("Failed", "RUNNING", reason="SubmissionFailed"), report=training(step=6))
+    assert story.job.status.phase is Phase.RETRYING
+    plan = story.step(rayjob=None, pods=[OLD_POD], report=result("Succeeded", 0, "done", artifact=ARTIFACT))
+    assert (plan.status.phase, plan.status.attempts[-1].error_class) == (
+        Phase.SUCCEEDED,
+        ErrorClass.SUCCEEDED,
+    )
+    assert plan.status.next_attempt_time is None
+    assert plan.actions == ()
+
+
+# ---------------------------------------------------------------- checkpoints and what was lost
+
+
+def test_what_was_saved_what_was_lost_and_where_it_went_on() -> None:
+    story = Story(QUICK).started()
+    story.step(rayjob=RUNNING, report=training(step=10, total=100, saved=10))
+    assert condition(story, "CheckpointAvailable") == ("True", "CheckpointSaved")
+    story.step(rayjob=RUNNING, report=training(step=17, total=100, saved=10))
+    story.step(
+        rayjob=rayjob("Failed", "RUNNING", reason="SubmissionFailed"),
+        report=training(step=17, total=100, saved=10),
+    )
+    assert (story.attempt.last_step, story.attempt.lost_steps) == (17, 7)
+    assert "from the checkpoint of step 10" in (story.job.status.message or "")
+    story.step(rayjob=rayjob("Failed"))
+    story.step(rayjob=second(), report=training(step=9, total=100, saved=8, resumed=8))
+    first, now = story.job.status.attempts
+    assert (first.lost_steps, now.resumed_from_step) == (9, 8), "the newest checkpoint was broken"
+
+
+def test_a_restart_within_an_attempt_is_counted() -> None:
+    story = Story().started()
+    story.step(rayjob=RUNNING, report=training(step=40, total=100, saved=30))
+    story.step(rayjob=RUNNING, report=training(step=31, total=100, saved=30, resumed=30))
+    story.step(rayjob=RUNNING, report=training(step=33, total=100, saved=30, resumed=30))
+    assert (story.attempt.number, story.attempt.lost_steps, story.attempt.resumed_from_step) == (1, 10, 30)
+
+
+def test_gpu_seconds_are_those_in_which_the_pod_ran() -> None:
+    story = Story({**QUICK, "resources": {"gpusPerWorker": 1}}).started()
+    story.step(rayjob=rayjob("Initializing"), after=600)
+    story.step(rayjob=RUNNING, after=100)
+    story.step(rayjob=RUNNING, report=result("Storage", 74, "away"))
+    assert story.job.status.attempts[0].gpu_seconds == 100
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("hyper", "rows"),
+    [
+        ({"globalBatchSize": 16, "microBatchSize": 8}, [4, 2, 1]),
+        ({"globalBatchSize": 12, "microBatchSize": 6}, [3, 1]),
+        ({"globalBatchSize": 15}, [1]),
+        ({"globalBatchSize": 7, "microBatchSize": 1}, []),
+    ],
+)
+def test_too_little_gpu_memory_halves_the_micro_batch_until_it_is_one(
+    hyper: dict[str, int], rows: list[int]
+) -> None:
+    story = Story({**QUICK, "hyperparameters": hyper}).trained()
+    tried: list[int] = []
+    for number in range(1, 9):
+        current = RayJobFacts(f"triage-a{number}", f"u{number}", True, "Running", "RUNNING")
+        plan = story.step(rayjob=current, report=result("GpuOutOfMemory", 80, "out of memory"))
+        if plan.status.phase is Phase.FAILED:
+            break
+        story.step(rayjob=None)
+        overrides = story.attempt.overrides
+        assert overrides is not None
+        assert overrides.micro_batch_size is not None
+        assert hyper["globalBatchSize"] % overrides.micro_batch_size == 0
+        tried.append(overrides.micro_batch_size)
+        story.step()
+    if "microBatchSize" in hyper:
+        assert tried == rows
+    else:
+        assert tried[-1:] == rows
+    assert "1 row per forward pass" in (story.job.status.message or "")
+
+
+def test_a_smaller_batch_stays_for_the_attempts_that_follow() -> None:
+    story = Story(QUICK).trained()
+    fail(story, "GpuOutOfMemory", 80)
+    story.step()
+    story.step(rayjob=second(), report=result("Storage", 74, "away"))
+    story.step(rayjob=None)
+    assert story.attempt.number == 3
+    assert story.attempt.overrides is not None
+    assert story.attempt.overrides.micro_batch_size == 4
+
+
+def test_too_little_memory_of_the_pod_is_doubled_once() -> None:
+    story = Story(QUICK).trained()
+    fail(story, "HostOutOfMemory", 81)
+    assert story.attempt.overrides is not None
+    assert story.attempt.overrides.memory == "8192Mi"
+    story.step()
+    plan = story.step(rayjob=second(), report=result("HostOutOfMemory", 81, "again"))
+    assert (plan.status.phase, "8192Mi already" in (plan.status.message or "")) == (Phase.FAILED, True)
+
+
+def test_a_killed_container_tells_of_its_memory_where_the_trainer_could_not() -> None:
+    story = Story(QUICK).trained()
+    killed = PodFacts("triage-a1-head", False, out_of_memory=True)
+    lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="x")
+    assert story.step(rayjob=lost, pods=[killed]).status.reason == "HostOutOfMemory"
+
+
+@pytest.mark.parametrize("error_class", [("GpuOutOfMemory", 80), ("HostOutOfMemory", 81)])
+def test_out_of_memory_fails_the_job_where_the_spec_says_so(error_class: tuple[str, int]) -> None:
+    story = Story({"retry": {"onOutOfMemory": "Fail"}}).trained()
+    assert fail(story, *error_class).status.phase is Phase.FAILED
+
+
+@pytest.mark.parametrize(
+    ("memory", "doubled"),
+    [("4Gi", "8192Mi"), ("500M", "954Mi"), ("1.5Gi", "3072Mi"), ("1Ti", "2097152Mi"), ("4e9", "7630Mi"),
+     ("134217728000m", "256Mi"), ("1E3M", "1908Mi")],
+)  # fmt: skip
+def test_every_way_to_write_an_amount_of_memory_can_be_doubled(memory: str, doubled: str) -> None:
+    assert policies.grown(memory) == doubled
+
+
+# ---------------------------------------------------------------- suspend, cancel, deadlines
+
+
+def test_suspend_stops_and_resume_goes_on_without_a_retry() -> None:
+    story = Story().started()
+    story.step(rayjob=RUNNING, report=training(step=10, saved=10))
+    story.change(suspend=True)
+    stopping = story.step(rayjob=RUNNING, report=training(step=10, saved=10))
+    assert stopping.status.attempts[-1].error_class is ErrorClass.SUSPENDED
+    assert list(story.step(rayjob=RUNNING, pods=[OLD_POD]).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
+    assert story.step(pods=[OLD_POD]).status.phase is not Phase.SUSPENDED
+    assert story.step().status.phase is Phase.SUSPENDED
+    assert condition(story, "Suspended") == ("True", "Suspended")
+    assert story.step(after=100).requeue_after is None
+    story.change(suspend=False)
+    status = story.step().status
+    assert (story.attempt.number, status.retries) in ((2, None), (2, Retries()))
+    assert "from the checkpoint of step 10" in (status.message or "")
+    assert condition(story, "Suspended") == ("False", "Resumed")
+    assert status.suspended_seconds == 101
+
+
+def test_a_job_that_is_resumed_while_something_is_left_says_what_it_waits_for() -> None:
+    story = Story(QUICK).trained()
+    story.change(suspend=True)
+    story.step(rayjob=RUNNING)
+    story.step()
+    assert story.job.status.phase is Phase.SUSPENDED
+    story.change(suspend=False)
+    status = story.step(pods=[OLD_POD]).status
+    assert (status.phase, story.attempt.number) == (Phase.RETRYING, 1)
+    assert "waits until pod triage-a1-head" in (status.message or "")
+    assert condition(story, "Suspended") == ("False", "Resumed")
+
+
+def test_a_job_that_is_created_suspended_starts_nothing() -> None:
+    story = Story({"suspend": True})
+    assert story.step().status.phase is Phase.SUSPENDED
+    assert story.job.status.attempts == []
+    story.change(suspend=False)
+    story.step()
+    assert [a.number for a in story.job.status.attempts] == [1]
+
+
+def test_cancel_ends_a_job_in_every_phase() -> None:
+    fresh = Story()
+    fresh.act("cancel")
+    assert fresh.step().status.phase is Phase.CANCELLED
+    running = Story().trained()
+    running.act("cancel/1")
+    running.step(rayjob=RUNNING)
+    assert list(running.step(rayjob=RUNNING).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
+    assert running.step(pods=[OLD_POD]).status.phase is not Phase.CANCELLED
+    assert running.step().status.phase is Phase.CANCELLED
+    assert running.job.status.last_action is not None
+    assert not running.job.status.last_action.refused
+    due = Story().trained()
+    fail(due, "Storage", 74)
+    due.act("cancel")
+    due.step(rayjob=None)
+    assert due.step(rayjob=None).status.phase is Phase.CANCELLED
+    assert due.step(rayjob=None, after=9999).actions == ()
+
+
+def test_an_action_that_there_is_not_is_refused_once() -> None:
+    story = Story().started()
+    story.act("explode")
+    told = [event.reason for _ in range(3) for event in story.step(rayjob=RUNNING).events]
+    assert told.count("ActionRefused") == 1
+    assert story.job.status.last_action is not None
+    assert "there is cancel" in story.job.status.last_action.message
+
+
+def test_the_total_deadline_counts_over_attempts_and_not_while_suspended() -> None:
+    story = Story({**QUICK, "deadlines": {"totalSeconds": 100}}).started()
+    fail(story, "Storage", 74)
+    story.change(suspend=True)
+    story.step()
+    story.step(after=1000)
+    story.change(suspend=False)
+    story.step()
+    assert story.attempt.number in (2, 3), story.job.status.message
+    story.step(rayjob=second(name=story.attempt.ray_job), after=100)
+    plan = story.step(rayjob=second(name=story.attempt.ray_job))
+    assert plan.status.attempts[-1].error_class is ErrorClass.DEADLINE_EXCEEDED
+    story.step(rayjob=second(name=story.attempt.ray_job))
+    status = story.step().status
+    assert (status.phase, status.reason) == (Phase.FAILED, "DeadlineExceeded")
+    assert "totalSeconds (100)" in (status.message or "")
+
+
+def test_the_start_deadline_is_over_when_nothing_was_reported_in_time() -> None:
+    story = Story({"deadlines": {"startSeconds": 60}}).started()
+    waits = story.step(rayjob=rayjob("Initializing"), after=60)
+    assert waits.requeue_after is not None
+    story.step(rayjob=rayjob("Initializing"))
+    assert story.attempt.error_class is ErrorClass.DEADLINE_EXCEEDED
+    heard = Story({"deadlines": {"startSeconds": 60}}).started()
+    heard.step(rayjob=RUNNING, report=training(step=1), after=100)
+    assert heard.step(rayjob=RUNNING).status.phase is Phase.RUNNING
+
+
+def test_an_operator_that_has_just_started_gives_trainers_time_to_be_heard() -> None:
+    story = Story().trained()
+    story.now += timedelta(hours=5)
+    assert story.step(rayjob=RUNNING, listening_since=story.now).status.phase is Phase.RUNNING
+    assert story.step(rayjob=RUNNING).status.attempts[-1].error_class is ErrorClass.STALLED
+
+
+# ---------------------------------------------------------------- the end
+
+
+def test_a_trainer_that_hangs_after_its_success_is_taken_down() -> None:
+    story = Story().trained()
+    plan = story.step(rayjob=RUNNING, report=result("Succeeded", 0, "done", artifact=ARTIFACT))
+    assert plan.requeue_after == 60
+    assert story.step(rayjob=RUNNING, after=60).actions == ()
+    assert list(story.step(rayjob=RUNNING).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
+
+
+def test_time_to_live() -> None:
+    story = Story({"ttlSecondsAfterFinished": 100}).trained()
+    plan = story.step(rayjob=rayjob("Complete"), report=result("Succeeded", 0, "done", artifact=ARTIFACT))
+    assert plan.requeue_after == 100
+    assert story.step(after=99).actions == ()
+    assert list(story.step().actions) == [DeleteJob()]
+
+
+def test_a_namesakes_rayjob_is_waited_for_and_a_strangers_is_not() -> None:
+    story = Story().started()
+    former = RayJobFacts("triage-a1", "old", ours=False, of_a_namesake=True)
+    plan = story.step(rayjob=former)
+    assert (plan.status.reason, plan.actions) == ("NameTaken", ())
+    assert list(story.step(rayjob=None).actions) == [CreateRayJob("triage-a1", 1)]
+
+
+def test_the_status_keeps_the_last_ten_attempts() -> None:
+    story = Story({"retry": {"backoffSeconds": {"min": 0, "max": 0}, "maxInfraRetries": 1000}}).started()
+    for number in range(1, 15):
+        current = RayJobFacts(f"triage-a{number}", f"u{number}", True, "Running", "RUNNING")
+        story.step(rayjob=current, report=result("Storage", 74, "away"))
+        story.step()
+        story.step()
+    assert [a.number for a in story.job.status.attempts] == list(range(6, 16))
+
+
+def test_a_report_without_progress_of_ours_is_a_sign_of_life() -> None:
+    story = Story().started()
+    plain = Report.model_validate({"trainerStatus": {"progressPercentage": 10}})
+    story.step(rayjob=RUNNING, report=plain, after=1700)
+    assert (
+        story.step(rayjob=RUNNING, report=plain, reported_at=story.now, after=1700).status.phase
+        is Phase.RUNNING
+    )
+    assert story.step(rayjob=RUNNING).status.phase is Phase.RUNNING
