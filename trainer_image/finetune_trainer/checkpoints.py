@@ -63,6 +63,7 @@ class Store:
             for files in self._entries().values():
                 if COMPLETE not in files and CORRUPT not in files:
                     self._remove(files)
+            self.folder.remove_if_empty()
         except OSError as error:
             text = f"checkpoint.uri {self.folder.uri} cannot be written ({storage.describe_error(error)})"
             if is_storage_trouble(error):

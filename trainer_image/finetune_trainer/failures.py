@@ -92,7 +92,9 @@ class Stopped(BaseException):
 GPU_MEMORY = re.compile(r"(CUDA|HIP|XPU)( error:)? out of memory|CU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED")
 HOST_MEMORY = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory")
 # torch and safetensors raise their own types when a local disk is full.
-STORAGE_TEXT = re.compile(r"No space left on device|os error (28|5|116|122)\b|PytorchStreamWriter failed|unexpected pos \d+ vs")
+STORAGE_TEXT = re.compile(
+    r"No space left on device|os error (28|5|116|122)\b|PytorchStreamWriter failed|unexpected pos \d+ vs"
+)
 COLLECTIVE_TEXT = re.compile(r"\bNCCL\b|ncclRemoteError|\bgloo\b|Connection closed by peer")
 STORAGE_NUMBERS = {
     errno.ENOSPC,

@@ -151,13 +151,20 @@ def test_early_stopping_remembers_its_patience_and_the_best_weights(
     # So large a rate that the best weights are early ones and patience runs out.
     parts: dict[str, Any] = {
         "method": LORA,
-        "hyperparameters": {**HYPER, "maxSteps": 60, "evalSteps": 2, "learningRate": 0.3},
-        "earlyStopping": {"patience": 6},
+        "hyperparameters": {
+            **HYPER,
+            "maxSteps": 60,
+            "evalSteps": 2,
+            "learningRate": 0.3,
+            "scheduler": "Constant",
+            "warmupRatio": 0,
+        },
+        "earlyStopping": {"patience": 3},
     }
     alone = run(tiny_model, chat_file, name="alone", **parts)
     last = alone.manifest["metrics"]["step"]
-    assert 14 < last < 60
-    stop_when(lambda: any(step >= last - 6 for step in whole(folder)))
+    assert 8 < last < 60
+    stop_when(lambda: any(step >= last - 3 for step in whole(folder)))
     stopped = run(tiny_model, chat_file, checkpoint=schedule(folder, everySteps=1), job=job(1), **parts)
     assert stopped.code == 75, stopped.log
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder, everySteps=1), job=job(2), **parts)
@@ -180,7 +187,7 @@ def interrupt(run: Run, model: Path, data: Path, folder: Path | str, at: int = 1
 def test_nothing_is_left_to_train_after_a_stop_at_the_last_step(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path
 ) -> None:
-    parts = {"method": LORA, "hyperparameters": {**HYPER, "evalSteps": STEPS}}
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "evalSteps": STEPS}}
     alone = run(tiny_model, chat_file, name="alone", **parts)
     # The last step is one to save at; the stop comes with it, or while the artifact is made.
     stop_when(lambda: STEPS in whole(folder))
@@ -195,7 +202,7 @@ def test_nothing_is_left_to_train_after_a_stop_at_the_last_step(
 def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path
 ) -> None:
-    parts = {"method": LORA, "hyperparameters": HYPER}
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     alone = run(tiny_model, chat_file, name="alone", **parts)
     newest = interrupt(run, tiny_model, chat_file, folder, **parts)
     before = whole(folder)[-2]
@@ -203,7 +210,9 @@ def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
     content = file.read_bytes()
     file.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
-    assert f"checkpoint-{newest} is corrupt (optimizer.pt differs from manifest.json (SHA-256))" in resumed.log
+    assert (
+        f"checkpoint-{newest} is corrupt (optimizer.pt differs from manifest.json (SHA-256))" in resumed.log
+    )
     assert f"resuming from file://{folder}/checkpoint-{before}" in resumed.log
     assert_same(resumed, alone)
 
@@ -212,7 +221,7 @@ def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
 def test_where_nothing_can_be_trusted_training_begins_anew(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path
 ) -> None:
-    parts = {"method": LORA, "hyperparameters": HYPER}
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     alone = run(tiny_model, chat_file, name="alone", **parts)
     interrupt(run, tiny_model, chat_file, folder, **parts)
     for file in folder.glob("*/adapter_model.safetensors"):
@@ -227,7 +236,7 @@ def test_where_nothing_can_be_trusted_training_begins_anew(
 def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is_not_used_again(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path
 ) -> None:
-    parts = {"method": LORA, "hyperparameters": HYPER}
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     newest = interrupt(run, tiny_model, chat_file, folder, **parts)
     # As another version of the trainer could have left it: every digest is right, the content is not.
     checkpoint = folder / f"checkpoint-{newest}"
@@ -285,7 +294,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.usefixtures("handlers")
 def test_checkpoints_live_in_s3(tiny_model: Path, chat_file: Path, run: Run, bucket: str) -> None:
-    parts = {"method": LORA, "hyperparameters": HYPER}
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     alone = run(tiny_model, chat_file, name="alone", **parts)
     filesystem, _ = storage.open_filesystem(bucket)
 
@@ -351,7 +360,7 @@ def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path
 ) -> None:
     method = {**LORA, "lora": {**LORA["lora"], "dropout": 0.0}}  # type: ignore[dict-item]
-    parts = {"method": method, "hyperparameters": {**HYPER, "microBatchSize": 8}}
+    parts: dict[str, Any] = {"method": method, "hyperparameters": {**HYPER, "microBatchSize": 8}}
     alone = run(tiny_model, chat_file, name="alone", **parts)
     assert alone.manifest["hyperparameters"]["microBatchSize"] == 8
     interrupt(run, tiny_model, chat_file, folder, **parts)
@@ -371,9 +380,71 @@ def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
     mine, theirs = losses(resumed), losses(alone)
     assert [entry["step"] for entry in mine] == [entry["step"] for entry in theirs]
     assert all(
-        math.isclose(a["loss"], b["loss"], rel_tol=1e-4) and math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-2)
+        math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
+        and math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-2)
         for a, b in zip(mine, theirs, strict=True)
     )
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
+    tiny_model: Path, run: Run, folder: Path, tmp_path: Path
+) -> None:
+    data = tiny.write_jsonl(tmp_path / "many.jsonl", tiny.chat_rows(), times=16)
+    parts: dict[str, Any] = {
+        "method": LORA,
+        # 320 rows are held out, one at a time: an evaluation takes far longer than a step.
+        "dataset": {"sources": [{"uri": f"file://{data}"}], "split": {"eval": 0.5, "seed": 1}},
+        "hyperparameters": {**HYPER, "maxSteps": 8, "evalSteps": 4, "microBatchSize": 1},
+    }
+    alone = run(tiny_model, data, name="alone", **parts)
+
+    def evaluating() -> bool:
+        """The checkpoint of step 3 is whole: step 4 and its evaluation follow at once."""
+        if 3 not in whole(folder):
+            return False
+        time.sleep(0.15)
+        return True
+
+    stop_when(evaluating)
+    stopped = run(tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(1), **parts)
+    assert (stopped.code, stopped.result["step"]) == (75, 4), stopped.log
+    assert "eval loss" not in stopped.log
+    resumed = run(tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(2), **parts)
+    assert_same(resumed, alone)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_what_is_newest_and_whole_is_reported(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.unit.trainer.test_progress import serve
+
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    with serve() as server:
+        monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", server.url)
+        monkeypatch.setattr("finetune_trainer.progress.POST_INTERVAL", 0.02)
+        newest = interrupt(run, tiny_model, chat_file, folder, **parts)
+        told = {"step": newest, "uri": f"file://{folder}/checkpoint-{newest}"}
+        last = server.bodies[-1]["finetune"]
+        assert (last["checkpoint"], last["resumedFromStep"]) == (told, 0)
+        assert last["result"]["class"] == "Preempted"
+
+        inspected = run(tiny_model, chat_file, checkpoint=schedule(folder), only_inspect=True, **parts)
+        assert inspected.code == 1  # no artifact
+        assert server.bodies[-1]["finetune"]["checkpoint"] == told
+
+        assert run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts).code == 0
+        last = server.bodies[-1]["finetune"]
+        assert last["resumedFromStep"] == newest
+        assert "checkpoint" not in last  # gone with the commit
+
+
+def test_minutes_make_checkpoints_too(tiny_model: Path, chat_file: Path, run: Run, folder: Path) -> None:
+    by_minutes = {"uri": f"file://{folder}", "everyMinutes": 0.1 / 60, "keep": 1}
+    ended = run(tiny_model, chat_file, method=LORA, hyperparameters=HYPER, checkpoint=by_minutes)
+    assert ended.code == 0
+    assert 1 <= ended.log.count(" saved in ") < STEPS
 
 
 # ---------------------------------------------------------------- processes of their own
@@ -413,7 +484,7 @@ def kill_in_mid_save(process: subprocess.Popen[str], folder: Path, *, after: int
 def test_a_process_killed_in_mid_save_leaves_nothing_that_could_be_taken_for_a_checkpoint(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path, tmp_path: Path
 ) -> None:
-    parts = {"method": LORA, "hyperparameters": {**HYPER, "maxSteps": 30}}
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "maxSteps": 30}}
     often = schedule(folder, everySteps=1)
     alone = run(tiny_model, chat_file, name="alone", **parts)
     document = tiny.run_document(

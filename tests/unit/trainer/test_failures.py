@@ -15,7 +15,7 @@ from finetune_trainer.failures import ErrorClass, NotFinite, StorageFailed, clas
 
 
 def raised(action: Callable[[], Any]) -> Exception:
-    with pytest.raises(Exception) as caught:  # noqa: PT011  which one is what the tests are about
+    with pytest.raises(Exception) as caught:  # which one is what the tests are about
         action()
     return caught.value
 
@@ -40,9 +40,7 @@ def test_no_memory_on_the_gpu() -> None:
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("CUDA error: out of memory"),
-        RuntimeError(
-            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
-        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ):
         assert classify(error)[0] is ErrorClass.GPU_OUT_OF_MEMORY
 
@@ -64,12 +62,15 @@ def test_a_full_disk() -> None:
         error_class, message = classify(raised(action))
         assert error_class is ErrorClass.STORAGE, message
     # safetensors writes to a temporary file beside the target, so a full disk is not to be had here.
-    error = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    error = safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
     assert classify(error)[0] is ErrorClass.STORAGE
 
 
 @pytest.mark.parametrize(
-    "number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT, errno.EROFS, errno.ECONNRESET, errno.ETIMEDOUT]
+    "number",
+    [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT, errno.EROFS, errno.ECONNRESET, errno.ETIMEDOUT],
 )
 def test_a_failing_disk_or_network(number: int) -> None:
     assert classify(OSError(number, os.strerror(number)))[0] is ErrorClass.STORAGE
