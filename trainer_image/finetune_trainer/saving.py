@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from finetune_trainer import finite, signals, storage
+from finetune_trainer import finite, randomness, signals, storage
 from finetune_trainer.checkpoints import Checkpoint, Store
 from finetune_trainer.failures import Preempted, StorageFailed
 from finetune_trainer.progress import Reporter, format_duration
@@ -20,13 +20,15 @@ from finetune_trainer.runfile import Checkpoint as Schedule
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "trainer_state.json")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json")
 BEST = "best"  # the weights that early stopping would export, where they are of an earlier step
+LONG_REST = 5.0  # seconds; a stop waits for the rest of a step that takes no longer than that
 HASTY_PAUSES = (0.5,)  # seconds between tries when the process is about to be killed
 
 
 class Saver(transformers.TrainerCallback):  # type: ignore[misc]
     """Makes the trainer save at the end of a step and copies what it saved into the store.
 
-    After a request to stop it saves after the current step and raises Preempted.
+    After a request to stop it saves after the current step and raises Preempted; where the rest of the step would take
+    long, it gives the step up and saves what was before it.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer: Any = None  # set by attach
         self.saved_step = 0
         self._saved_at = 0.0  # monotonic seconds
+        self._step_began = 0.0
+        self._substeps = 0  # micro batches of the current step that are done
+        self._randomness: Any = None  # as it was when the current step began
         self._reason: str | None = None
 
     def attach(self, trainer: Any) -> None:
@@ -56,6 +61,23 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved_step, self._saved_at = state.global_step, time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_began, self._substeps = time.monotonic(), 0
+        self._randomness = randomness.capture()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._substeps += 1
+        if signals.stop_requested() and self._rest(args) > LONG_REST:
+            # No weight has changed since the last step; with the same random numbers the step is done again.
+            print(f"step {state.global_step + 1} is given up: its rest takes too long", flush=True)
+            randomness.restore(self._randomness)
+            self._save_now(args, state)
+
+    def _rest(self, args: Any) -> float:
+        """Seconds that the current step will still take."""
+        each = (time.monotonic() - self._step_began) / self._substeps
+        return float(each * (args.gradient_accumulation_steps - self._substeps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self._reason = self._due(state.global_step)
@@ -70,20 +92,23 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = False  # the grace time is short; the loss decides nothing
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An evaluation may take longer than the grace time: it is broken off, and done again after the resume."""
-        if not signals.stop_requested() or not self.trainer.is_in_train:
-            return
-        if self.saved_step < state.global_step:
-            self._reason, args.save_only_model = "Preempted", False
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
-            self._upload(args, state)
-        self._stop(state.global_step)
+        """An evaluation may take longer than the grace time: it is broken off, unless early stopping counts on it."""
+        if signals.stop_requested() and self.trainer.is_in_train and not self.keep_best:
+            self._save_now(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._reason is not None:
             self._upload(args, state)
         if signals.stop_requested() and self.saved_step == state.global_step:
             self._stop(state.global_step)
+
+    def _save_now(self, args: Any, state: Any) -> None:
+        """Saves the state after the last whole step, unless that is done. Raises Preempted."""
+        if self.saved_step < state.global_step:
+            self._reason, args.save_only_model = "Preempted", False
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            self._upload(args, state)
+        self._stop(state.global_step)
 
     def _due(self, step: int) -> str | None:
         """Why a checkpoint is to be made after this step, None when it is not."""
@@ -126,6 +151,8 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
             print(f"{error}; training goes on", flush=True)
 
     def _stop(self, step: int) -> None:
+        if self.saved_step == 0:
+            raise Preempted(f"stopped by SIGTERM after step {step}; there was nothing to save yet")
         uri = f"{self.store.folder.uri.rstrip('/')}/checkpoint-{self.saved_step}"
         raise Preempted(f"stopped by SIGTERM after step {step}; {uri} is complete")
 

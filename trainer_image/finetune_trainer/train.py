@@ -69,10 +69,27 @@ def train(
             run.checkpoint,
             config_digest=resume.digest_config(run, checked),
             reporter=reporter,
-            facts=lambda: {**callback.to_facts(), "microBatchSize": chosen.micro_batch},
+            facts=callback.to_facts,
             keep_best=run.early_stopping is not None,
         ).attach(trainer)
     _run(trainer, resumption, store)
+    return _export(
+        run, checked, encoded, trainer=trainer, callback=callback, chosen=chosen, folder=work / "artifact"
+    )
+
+
+def _export(
+    run: RunFile,
+    checked: Checked,
+    encoded: Encoded,
+    *,
+    trainer: trl.SFTTrainer,
+    callback: ProgressCallback,
+    chosen: settings.Settings,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluates what was trained and writes the artifact's files; returns the manifest without their list."""
+    reporter = callback.reporter
 
     reporter.update(phase=Phase.EVALUATING, remaining_seconds=0)
     eval_loss = _evaluate(run, trainer) if encoded.held_out else None
@@ -83,7 +100,7 @@ def train(
     manifest = export.build_manifest(
         run, checked, hyperparameters=settings.describe(run, chosen), metrics=metrics
     )
-    export.write_files(trainer, encoded.tokenizer, run=run, manifest=manifest, folder=work / "artifact")
+    export.write_files(trainer, encoded.tokenizer, run=run, manifest=manifest, folder=folder)
     return manifest
 
 

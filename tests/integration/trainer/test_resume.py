@@ -55,9 +55,11 @@ def stop_when(condition: Callable[[], bool]) -> None:
 
     def watch() -> None:
         deadline = time.monotonic() + 60
-        while not condition() and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if condition():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -411,6 +413,33 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
     assert (stopped.code, stopped.result["step"]) == (75, 4), stopped.log
     assert "eval loss" not in stopped.log
     resumed = run(tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(2), **parts)
+    assert_same(resumed, alone)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_stop_in_a_long_step_gives_that_step_up(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    class Stop(transformers.TrainerCallback):  # type: ignore[misc]
+        """Sends SIGTERM between two micro batches of step 13."""
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "microBatchSize": 1}}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune_trainer.saving.LONG_REST", 0.0)  # every step is long
+        patch.setattr("finetune_trainer.train._early_stopping", lambda run: [Stop()])
+        stopped = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
+    assert (stopped.code, stopped.result["step"]) == (75, 12), stopped.log
+    assert "step 13 is given up" in stopped.log
+    assert max(whole(folder)) == 12
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert "(from 12)" in resumed.log
     assert_same(resumed, alone)
 
 
