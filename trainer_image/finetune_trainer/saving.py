@@ -79,14 +79,12 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
         each = (time.monotonic() - self._step_began) / self._substeps
         return float(each * (args.gradient_accumulation_steps - self._substeps))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._reason = self._due(state.global_step)
         # Best weights alone are saved without optimizer, which would triple them.
         args.save_only_model = self._reason is None
         if self._reason is None:
             return
-        finite.check_weights(parts["model"], step=state.global_step)
-        finite.check_optimizer(parts["optimizer"], step=state.global_step)
         control.should_save = True
         if signals.stop_requested() and not self.keep_best:
             control.should_evaluate = False  # the grace time is short; the loss decides nothing
@@ -122,7 +120,10 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
         return None
 
     def _upload(self, args: Any, state: Any) -> None:
+        """Copies what the trainer saved into the store. Raises NotFinite instead of replacing what is finite."""
         started, step = time.monotonic(), state.global_step
+        finite.check_weights(self.trainer.model, step=step)
+        finite.check_optimizer(self.trainer.optimizer, step=step)
         folder = Path(args.output_dir) / f"checkpoint-{step}"
         files = collect(folder, best=_best_folder(state) if self.keep_best else None)
         hasty = {"pauses": HASTY_PAUSES} if signals.stop_requested() else {}
