@@ -9,13 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from finetune_trainer import signals, storage
 from tests import tiny
@@ -50,18 +50,39 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def stop_when(condition: Callable[[], bool]) -> None:
-    """Sends this process a SIGTERM as soon as the condition holds."""
+class StopAt(transformers.TrainerCallback):  # type: ignore[misc]
+    """Sends this process a SIGTERM during a step: a real signal, at a place that no load of the machine moves."""
 
-    def watch() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if condition():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            time.sleep(0.002)
+    def __init__(self, step: int, *, during: str = "step_end") -> None:
+        self.step = step
+        self.during = during
 
-    threading.Thread(target=watch, daemon=True).start()
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.during == "substep" and state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.during == "step_end" and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.during == "evaluation" and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def run_stopped(run: Run, handlers: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Runs a run file as `run` does, with a SIGTERM in the step that is named first."""
+    from finetune_trainer import train
+
+    own = train._early_stopping
+
+    def run_stopped(stop: StopAt, model: Path, data: Path, **parts: Any) -> Ended:
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "_early_stopping", lambda run: [*own(run), stop])
+            return run(model, data, **parts)
+
+    return run_stopped
 
 
 def schedule(folder: Path | str, **parts: Any) -> dict[str, Any]:
@@ -100,7 +121,6 @@ def assert_same(resumed: Ended, alone: Ended) -> None:
     assert weights(resumed) == weights(alone)
 
 
-@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
     "parts",
     [
@@ -126,17 +146,23 @@ def assert_same(resumed: Ended, alone: Ended) -> None:
     ids=["lora", "full", "qlora", "packing-neftune-sgd", "adamw8bit"],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, parts: dict[str, Any]
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    run_stopped: Callable[..., Ended],
+    folder: Path,
+    parts: dict[str, Any],
 ) -> None:
     parts = {"hyperparameters": HYPER, **parts}
     alone = run(tiny_model, chat_file, name="alone", **parts)
-    stop_when(lambda: 10 in whole(folder))
-    stopped = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
+    step = 12
+    stopped = run_stopped(
+        StopAt(step), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
+    )
     assert (stopped.code, stopped.result["class"]) == (75, "Preempted"), stopped.log
-    step = stopped.result["step"]
-    assert 10 <= step < STEPS
+    assert stopped.result["step"] == step
     assert f"stopped by SIGTERM after step {step}" in stopped.result["message"]
-    assert max(whole(folder)) == step
+    assert whole(folder) == [5, 10, step]  # the oldest is left where time is short
     assert not stopped.output.exists()
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert f"resuming from file://{folder}/checkpoint-{step}" in resumed.log
@@ -146,9 +172,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert not folder.exists()  # the artifact is committed: nothing is left to go back to
 
 
-@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("back", [0, 2, 3])
 def test_early_stopping_remembers_its_patience_and_the_best_weights(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path
+    tiny_model: Path, chat_file: Path, run: Run, run_stopped: Callable[..., Ended], folder: Path, back: int
 ) -> None:
     # So large a rate that the best weights are early ones and patience runs out.
     parts: dict[str, Any] = {
@@ -166,47 +192,51 @@ def test_early_stopping_remembers_its_patience_and_the_best_weights(
     alone = run(tiny_model, chat_file, name="alone", **parts)
     last = alone.manifest["metrics"]["step"]
     assert 8 < last < 60
-    stop_when(lambda: any(step >= last - 3 for step in whole(folder)))
-    stopped = run(tiny_model, chat_file, checkpoint=schedule(folder, everySteps=1), job=job(1), **parts)
+    stop = StopAt(last - back)
+    stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
     assert stopped.code == 75, stopped.log
-    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder, everySteps=1), job=job(2), **parts)
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert_same(resumed, alone)
     assert resumed.manifest["metrics"] | {"trainSeconds": 0, "tokensPerSecond": 0} == alone.manifest[
         "metrics"
     ] | {"trainSeconds": 0, "tokensPerSecond": 0}
 
 
-def interrupt(run: Run, model: Path, data: Path, folder: Path | str, at: int = 10, **parts: Any) -> int:
-    """Leaves the checkpoints of a run that was stopped at or after step `at`; returns the newest one's step."""
-    if isinstance(folder, Path):
-        stop_when(lambda: at in whole(folder))
-    stopped = run(model, data, checkpoint=schedule(folder), job=job(1), **parts)
-    assert stopped.code == 75, stopped.log
-    return int(stopped.result["step"])
+@pytest.fixture
+def interrupted(
+    tiny_model: Path, chat_file: Path, run_stopped: Callable[..., Ended], folder: Path
+) -> Callable[..., int]:
+    """Leaves the checkpoints 5, 10 and 12 of a run that was stopped; returns the newest one's step."""
+
+    def interrupted(**parts: Any) -> int:
+        stopped = run_stopped(
+            StopAt(12), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
+        )
+        assert stopped.code == 75, stopped.log
+        return int(stopped.result["step"])
+
+    return interrupted
 
 
-@pytest.mark.usefixtures("handlers")
 def test_nothing_is_left_to_train_after_a_stop_at_the_last_step(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, run_stopped: Callable[..., Ended]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "evalSteps": STEPS}}
     alone = run(tiny_model, chat_file, name="alone", **parts)
-    # The last step is one to save at; the stop comes with it, or while the artifact is made.
-    stop_when(lambda: STEPS in whole(folder))
-    stopped = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
+    stop = StopAt(STEPS)
+    stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
     assert stopped.code == 75, stopped.log
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert f"trained to step {STEPS} (from {STEPS})" in resumed.log
     assert_same(resumed, alone)
 
 
-@pytest.mark.usefixtures("handlers")
 def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     alone = run(tiny_model, chat_file, name="alone", **parts)
-    newest = interrupt(run, tiny_model, chat_file, folder, **parts)
+    newest = interrupted(**parts)
     before = whole(folder)[-2]
     file = folder / f"checkpoint-{newest}/optimizer.pt"
     content = file.read_bytes()
@@ -219,13 +249,12 @@ def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
     assert_same(resumed, alone)
 
 
-@pytest.mark.usefixtures("handlers")
 def test_where_nothing_can_be_trusted_training_begins_anew(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     alone = run(tiny_model, chat_file, name="alone", **parts)
-    interrupt(run, tiny_model, chat_file, folder, **parts)
+    interrupted(**parts)
     for file in folder.glob("*/adapter_model.safetensors"):
         file.write_bytes(b"garbage")
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
@@ -234,12 +263,11 @@ def test_where_nothing_can_be_trusted_training_begins_anew(
     assert_same(resumed, alone)
 
 
-@pytest.mark.usefixtures("handlers")
 def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is_not_used_again(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
-    newest = interrupt(run, tiny_model, chat_file, folder, **parts)
+    newest = interrupted(**parts)
     # As another version of the trainer could have left it: every digest is right, the content is not.
     checkpoint = folder / f"checkpoint-{newest}"
     (checkpoint / "optimizer.pt").write_bytes(b"of another world")
@@ -259,7 +287,6 @@ def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is
     assert f"(from {newest})" not in resumed.log
 
 
-@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
     "change",
     [
@@ -271,10 +298,16 @@ def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is
     ids=["uid", "settings", "never", "data"],
 )
 def test_no_other_runs_checkpoint_is_taken(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, tmp_path: Path, change: dict[str, Any]
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    folder: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    interrupted: Callable[..., int],
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
-    interrupt(run, tiny_model, chat_file, folder, **parts)
+    interrupted(**parts)
     data = chat_file
     if "data" in change:
         data = tiny.write_jsonl(tmp_path / "other.jsonl", tiny.chat_rows(shift=1))
@@ -294,19 +327,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "s3://training"
 
 
-@pytest.mark.usefixtures("handlers")
-def test_checkpoints_live_in_s3(tiny_model: Path, chat_file: Path, run: Run, bucket: str) -> None:
+def test_checkpoints_live_in_s3(
+    tiny_model: Path, chat_file: Path, run: Run, bucket: str, run_stopped: Callable[..., Ended]
+) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     alone = run(tiny_model, chat_file, name="alone", **parts)
     filesystem, _ = storage.open_filesystem(bucket)
-
-    def saved() -> bool:
-        filesystem.invalidate_cache()
-        return bool(filesystem.exists("training/ck/checkpoint-10/complete"))
-
-    stop_when(saved)
     uri = f"{bucket}/ck"
-    stopped = run(tiny_model, chat_file, checkpoint=schedule(uri), job=job(1), **parts)
+    stopped = run_stopped(StopAt(12), tiny_model, chat_file, checkpoint=schedule(uri), job=job(1), **parts)
     assert stopped.code == 75, stopped.log
     newest = stopped.result["step"]
     filesystem.invalidate_cache()
@@ -357,15 +385,14 @@ def test_a_run_that_is_not_finite_keeps_its_last_finite_checkpoint(
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
 
 
-@pytest.mark.usefixtures("handlers")
 def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     method = {**LORA, "lora": {**LORA["lora"], "dropout": 0.0}}  # type: ignore[dict-item]
     parts: dict[str, Any] = {"method": method, "hyperparameters": {**HYPER, "microBatchSize": 8}}
     alone = run(tiny_model, chat_file, name="alone", **parts)
     assert alone.manifest["hyperparameters"]["microBatchSize"] == 8
-    interrupt(run, tiny_model, chat_file, folder, **parts)
+    interrupted(**parts)
     resumed = run(
         tiny_model,
         chat_file,
@@ -388,53 +415,39 @@ def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
     )
 
 
-@pytest.mark.usefixtures("handlers")
 def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
-    tiny_model: Path, run: Run, folder: Path, tmp_path: Path
+    tiny_model: Path, run: Run, folder: Path, tmp_path: Path, run_stopped: Callable[..., Ended]
 ) -> None:
-    data = tiny.write_jsonl(tmp_path / "many.jsonl", tiny.chat_rows(), times=16)
+    data = tiny.write_jsonl(tmp_path / "many.jsonl", tiny.chat_rows())
     parts: dict[str, Any] = {
         "method": LORA,
-        # 320 rows are held out, one at a time: an evaluation takes far longer than a step.
         "dataset": {"sources": [{"uri": f"file://{data}"}], "split": {"eval": 0.5, "seed": 1}},
         "hyperparameters": {**HYPER, "maxSteps": 8, "evalSteps": 4, "microBatchSize": 1},
     }
     alone = run(tiny_model, data, name="alone", **parts)
-
-    def evaluating() -> bool:
-        """The checkpoint of step 3 is whole: step 4 and its evaluation follow at once."""
-        if 3 not in whole(folder):
-            return False
-        time.sleep(0.15)
-        return True
-
-    stop_when(evaluating)
-    stopped = run(tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(1), **parts)
+    stop = StopAt(4, during="evaluation")
+    stopped = run_stopped(
+        stop, tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(1), **parts
+    )
     assert (stopped.code, stopped.result["step"]) == (75, 4), stopped.log
     assert "eval loss" not in stopped.log
     resumed = run(tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(2), **parts)
     assert_same(resumed, alone)
 
 
-@pytest.mark.usefixtures("handlers")
 def test_a_stop_in_a_long_step_gives_that_step_up(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_stopped: Callable[..., Ended],
 ) -> None:
-    import transformers
-
-    class Stop(transformers.TrainerCallback):  # type: ignore[misc]
-        """Sends SIGTERM between two micro batches of step 13."""
-
-        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 12:
-                os.kill(os.getpid(), signal.SIGTERM)
-
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "microBatchSize": 1}}
     alone = run(tiny_model, chat_file, name="alone", **parts)
-    with monkeypatch.context() as patch:
-        patch.setattr("finetune_trainer.saving.LONG_REST", 0.0)  # every step is long
-        patch.setattr("finetune_trainer.train._early_stopping", lambda run: [Stop()])
-        stopped = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
+    monkeypatch.setattr("finetune_trainer.saving.LONG_REST", 0.0)  # every step is long
+    stop = StopAt(13, during="substep")
+    stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
     assert (stopped.code, stopped.result["step"]) == (75, 12), stopped.log
     assert "step 13 is given up" in stopped.log
     assert max(whole(folder)) == 12
@@ -443,9 +456,13 @@ def test_a_stop_in_a_long_step_gives_that_step_up(
     assert_same(resumed, alone)
 
 
-@pytest.mark.usefixtures("handlers")
 def test_what_is_newest_and_whole_is_reported(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: Callable[..., int],
 ) -> None:
     from tests.unit.trainer.test_progress import serve
 
@@ -453,7 +470,7 @@ def test_what_is_newest_and_whole_is_reported(
     with serve() as server:
         monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", server.url)
         monkeypatch.setattr("finetune_trainer.progress.POST_INTERVAL", 0.02)
-        newest = interrupt(run, tiny_model, chat_file, folder, **parts)
+        newest = interrupted(**parts)
         told = {"step": newest, "uri": f"file://{folder}/checkpoint-{newest}"}
         last = server.bodies[-1]["finetune"]
         assert (last["checkpoint"], last["resumedFromStep"]) == (told, 0)
