@@ -1,4 +1,4 @@
-"""finetune-trainer run | inspect | compare."""
+"""finetune-trainer run | inspect | compare | stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 EPILOG = """\
 run and inspect read the run file named by FINETUNE_RUN_FILE (or --run-file) and end with one of these exit codes:
-0 Succeeded, 64 BadConfig, 65 BadData, 66 ModelNotFound, 82 NotFinite, 1 Internal.
+0 Succeeded, 64 BadConfig, 65 BadData, 66 ModelNotFound, 74 Storage, 75 Preempted, 80 GpuOutOfMemory,
+81 HostOutOfMemory, 82 NotFinite, 83 Collective, 84 CheckpointCorrupt, 1 Internal.
 """
 
 
@@ -19,10 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
         from finetune_trainer.evaluation import command
 
         return command.run(options)
+    from finetune_trainer import signals
+
+    if options.command == "stop":
+        return 0 if signals.stop_running(patience=options.wait) else 1
     from finetune_trainer import lifecycle
 
-    lifecycle.stop_on_signals()
-    return lifecycle.run_job(options.run_file, only_inspect=options.command == "inspect")
+    signals.install()
+    if options.command == "run":
+        with signals.known_process():
+            return lifecycle.run_job(options.run_file)
+    return lifecycle.run_job(options.run_file, only_inspect=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,6 +51,15 @@ def make_parser() -> argparse.ArgumentParser:
         )
     _add_compare(
         commands.add_parser("compare", help="compare the base model with an artifact on rows it never saw")
+    )
+    stop = commands.add_parser(
+        "stop",
+        help="ask the run in this container to save a checkpoint and end",
+        description="Sends SIGTERM to the run in this container and waits until it ended: for a preStop hook. "
+        "Ends with 0 when none runs any more, with 1 when it still runs.",
+    )
+    stop.add_argument(
+        "--wait", type=float, default=30.0, metavar="SECONDS", help="how long to wait (default 30)"
     )
     return parser
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune_trainer import storage
-from finetune_trainer.failures import BadConfig, TrainerError
+from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
 from finetune_trainer.runfile import Job
 
 MANIFEST = "manifest.json"
@@ -84,10 +85,10 @@ def claim_folder(folder: storage.Folder, job: Job) -> Artifact | None:
             if name != OWNER_MARK:
                 folder.remove(name)
     except OSError as error:
-        raise BadConfig(
-            f"output.uri {folder.uri} cannot be written ({storage.describe_error(error)}); "
-            "choose a folder that the training process may write to"
-        ) from error
+        text = f"output.uri {folder.uri} cannot be written ({storage.describe_error(error)})"
+        if is_storage_trouble(error):
+            raise StorageFailed(text) from error
+        raise BadConfig(f"{text}; choose a folder that the training process may write to") from error
     return None
 
 
@@ -109,22 +110,23 @@ def release_folder(folder: storage.Folder, job: Job) -> None:
 def commit(folder: storage.Folder, work: Path, manifest: dict[str, Any], job: Job) -> Artifact:
     """Copies the files of `work` into the folder and writes the manifest last.
 
-    Raises BadConfig if another job took the folder meanwhile.
+    Raises BadConfig if another job took the folder meanwhile, StorageFailed after a few tries.
     """
+    persist = partial(storage.persist, what=f"output.uri {folder.uri} could not be written")
     files = sorted(path for path in work.rglob("*") if path.is_file())
     listed = []
     for path in files:
         name = path.relative_to(work).as_posix()
-        folder.put(path, name)
+        persist(partial(folder.put, path, name))
         listed.append({"path": name, "sha256": hash_file(path), "size": path.stat().st_size})
-    mark = folder.read(OWNER_MARK)
+    mark = persist(lambda: folder.read(OWNER_MARK))
     if mark is None or _uid_of(mark) != job.uid:
         raise BadConfig(
             f"output.uri {folder.uri} was taken over by another job while this one was training; choose another"
         )
     content = _to_json({**manifest, "files": listed})
-    folder.write(MANIFEST, content)
-    folder.remove(OWNER_MARK)
+    persist(lambda: folder.write(MANIFEST, content))
+    persist(lambda: folder.remove(OWNER_MARK))
     return describe(folder.uri, content)
 
 

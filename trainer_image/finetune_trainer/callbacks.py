@@ -17,20 +17,24 @@ REPORTED = ("loss", "eval_loss", "learning_rate", "grad_norm")
 class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
     """Reports every logged step and raises NotFinite instead of letting a broken run look like a success."""
 
-    def __init__(self, reporter: Reporter, *, eval_steps: int | None, learning_rate: float) -> None:
+    def __init__(
+        self, reporter: Reporter, *, eval_steps: int | None, learning_rate: float, before: dict[str, Any]
+    ) -> None:
         self.reporter = reporter
         self.eval_steps = eval_steps  # None: no held-out rows
         self.learning_rate = learning_rate
         self.clock = Clock()
-        self.train_seconds = 0.0
-        self.tokens = 0.0
+        # Of the whole job: what earlier attempts did up to the checkpoint counts.
+        self.train_seconds = float(before.get("trainSeconds", 0.0))
+        self.tokens = self._tokens_before = float(before.get("trainTokens", 0.0))
         self._step_started = 0.0
         self._step_ended = 0.0
         self._steps_at_log = 0
         self._tokens_per_step: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.reporter.update(phase=Phase.TRAINING, total_steps=state.max_steps, step=0)
+        self._steps_at_log = state.global_step
+        self.reporter.update(phase=Phase.TRAINING, total_steps=state.max_steps, step=state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_started = time.monotonic()
@@ -67,6 +71,10 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         )
         print(self._describe(metrics, state), flush=True)
 
+    def to_facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this run, for `before` of the next one."""
+        return {"trainSeconds": round(self.train_seconds, 2), "trainTokens": self.tokens}
+
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens of training rows, padding not counted, per second of training, lately."""
@@ -77,10 +85,11 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def _count_tokens(self, logs: dict[str, Any], state: Any) -> None:
         steps = state.global_step - self._steps_at_log
         if "num_tokens" in logs and steps > 0:
-            latest = (logs["num_tokens"] - self.tokens) / steps
+            tokens = self._tokens_before + logs["num_tokens"]  # the trainer counts from its own start
+            latest = (tokens - self.tokens) / steps
             previous = latest if self._tokens_per_step is None else self._tokens_per_step
             self._tokens_per_step = previous + Clock.SMOOTHING * (latest - previous)
-            self.tokens, self._steps_at_log = logs["num_tokens"], state.global_step
+            self.tokens, self._steps_at_log = tokens, state.global_step
 
     def _remaining(self, state: Any) -> int | None:
         evaluations = 0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import signal
+import sys
+from collections.abc import Iterator
 from enum import StrEnum
 
 
@@ -13,7 +17,13 @@ class ErrorClass(StrEnum):
     MODEL_NOT_FOUND = (
         "ModelNotFound"  # the base model is not where model.uri says, or cannot be used as it is
     )
+    STORAGE = "Storage"  # a disk or an object store failed or is full, also after a few tries
+    PREEMPTED = "Preempted"  # asked to stop (SIGTERM) before training was over
+    GPU_OUT_OF_MEMORY = "GpuOutOfMemory"
+    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     NOT_FINITE = "NotFinite"  # loss or gradient became NaN or infinite
+    COLLECTIVE = "Collective"  # NCCL or gloo: processes lost one another
+    CHECKPOINT_CORRUPT = "CheckpointCorrupt"  # a checkpoint could not be loaded and is not used again
     INTERNAL = "Internal"  # everything else: a defect, or the machine
 
 
@@ -22,7 +32,13 @@ EXIT_CODES = {
     ErrorClass.BAD_CONFIG: 64,
     ErrorClass.BAD_DATA: 65,
     ErrorClass.MODEL_NOT_FOUND: 66,
+    ErrorClass.STORAGE: 74,
+    ErrorClass.PREEMPTED: 75,
+    ErrorClass.GPU_OUT_OF_MEMORY: 80,
+    ErrorClass.HOST_OUT_OF_MEMORY: 81,
     ErrorClass.NOT_FINITE: 82,
+    ErrorClass.COLLECTIVE: 83,
+    ErrorClass.CHECKPOINT_CORRUPT: 84,
     ErrorClass.INTERNAL: 1,
 }
 
@@ -51,24 +67,104 @@ class NotFinite(TrainerError):  # noqa: N818  named as users read it
     error_class = ErrorClass.NOT_FINITE
 
 
+class StorageFailed(TrainerError):  # noqa: N818  named as users read it
+    error_class = ErrorClass.STORAGE
+
+
+class Preempted(TrainerError):  # noqa: N818  named as users read it
+    error_class = ErrorClass.PREEMPTED
+
+
+class CheckpointCorrupt(TrainerError):  # noqa: N818  named as users read it
+    error_class = ErrorClass.CHECKPOINT_CORRUPT
+
+
 class Stopped(BaseException):
     """A signal asked the process to end. Not an Exception, so that no library handler swallows it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_code = 128 + signal_number
+        self.signal_number = signal_number
+
+
+# ---------------------------------------------------------------- classes of other people's errors
+
+GPU_MEMORY = re.compile(r"(CUDA|HIP|XPU)( error:)? out of memory|CU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED")
+HOST_MEMORY = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory")
+# torch and safetensors raise their own types when a local disk is full.
+STORAGE_TEXT = re.compile(
+    r"No space left on device|os error (28|5|116|122)\b|PytorchStreamWriter failed|unexpected pos \d+ vs"
+)
+COLLECTIVE_TEXT = re.compile(r"\bNCCL\b|ncclRemoteError|\bgloo\b|Connection closed by peer")
+STORAGE_NUMBERS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EROFS,
+    errno.ETIMEDOUT,
+    errno.EBUSY,
+}
+STORAGE_LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"}
 
 
 def classify(error: Exception) -> tuple[ErrorClass, str]:
-    """Returns class and message of an error. A cause that we raised ourselves wins over what a library made of it."""
+    """Returns class and message of an error.
+
+    A cause that we raised ourselves wins over what a library made of it; lack of memory wins over what it broke; lost
+    connections between processes come last, because they are only what the others see of a cause elsewhere.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, TrainerError):
+            return cause.error_class, shorten(str(cause))
+    for error_class, matches in (
+        (ErrorClass.GPU_OUT_OF_MEMORY, _lacks_gpu_memory),
+        (ErrorClass.HOST_OUT_OF_MEMORY, _lacks_host_memory),
+        (ErrorClass.STORAGE, is_storage_trouble),
+        (ErrorClass.COLLECTIVE, _lost_a_process),
+    ):
+        for cause in causes:
+            if matches(cause):
+                return error_class, shorten(f"{type(cause).__name__}: {cause}")
+    return ErrorClass.INTERNAL, shorten(f"{type(error).__name__}: {error}")
+
+
+def is_storage_trouble(error: BaseException) -> bool:
+    """Whether a disk or store failed in a way that may pass; a wrong path or missing rights are not of that kind."""
+    if isinstance(error, OSError):
+        return error.errno in STORAGE_NUMBERS or isinstance(error, (ConnectionError, TimeoutError))
+    if type(error).__module__.partition(".")[0] in STORAGE_LIBRARIES:
+        return True
+    return STORAGE_TEXT.search(str(error)) is not None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
-        if isinstance(cause, TrainerError):
-            return cause.error_class, shorten(str(cause))
+        yield cause
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
-    return ErrorClass.INTERNAL, shorten(f"{type(error).__name__}: {error}")
+
+
+def _lacks_gpu_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: it takes seconds
+    return (torch is not None and isinstance(error, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and GPU_MEMORY.search(str(error)) is not None
+    )
+
+
+def _lacks_host_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and HOST_MEMORY.search(str(error)) is not None
+
+
+def _lost_a_process(error: BaseException) -> bool:
+    return type(error).__name__ == "DistBackendError" or (
+        isinstance(error, RuntimeError) and COLLECTIVE_TEXT.search(str(error)) is not None
+    )
 
 
 def shorten(text: str, *, limit: int = MAX_MESSAGE) -> str:

@@ -11,12 +11,13 @@ import tempfile
 import traceback
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from finetune_trainer import artifacts, preflight, runfile, storage
-from finetune_trainer.failures import EXIT_CODES, ErrorClass, Stopped, TrainerError, classify
-from finetune_trainer.progress import Endpoint, Phase, Reporter
+from finetune_trainer import artifacts, checkpoints, preflight, runfile, storage
+from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
+from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
+
+PREEMPTED_PATIENCE = 3.0  # seconds: the process is about to be killed, and its exit code says the same
 
 
 def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
@@ -27,29 +28,39 @@ def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
         artifact = _inspect(run, reporter) if only_inspect else _train(run, reporter)
         result = _succeeded(artifact)
     except Stopped as stopped:
-        print(f"{stopped} at step {reporter.step}; nothing was committed", file=sys.stderr, flush=True)
-        return stopped.exit_code
+        text = f"{stopped} at step {reporter.step}; nothing was committed"
+        if stopped.signal_number != signal.SIGTERM:
+            print(text, file=sys.stderr, flush=True)
+            return 128 + stopped.signal_number  # a person's Ctrl-C
+        result = _failed(Preempted(text), reporter)
     except Exception as error:
-        result = _failed(error, step=reporter.step)
+        result = _failed(error, reporter)
     print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
-    reporter.finish(result)
+    preempted = result["class"] is ErrorClass.PREEMPTED
+    reporter.finish(result, patience=PREEMPTED_PATIENCE if preempted else RESULT_PATIENCE)
     return int(result["exitCode"])
 
 
-def stop_on_signals() -> None:
-    """Makes SIGTERM and SIGINT end the process with Stopped, from the main thread, wherever it is."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
-
-
-def _stop(signal_number: int, frame: FrameType | None) -> None:
-    raise Stopped(signal_number)
-
-
 def _inspect(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
-    artifact = artifacts.inspect(storage.open_folder(run.output.uri), run.job)
+    """Reports the artifact; where there is none, the newest checkpoint that is whole."""
+    folder = storage.open_folder(run.output.uri)
+    if run.checkpoint is not None and folder.read(artifacts.MANIFEST) is None:
+        _tell_checkpoint(checkpoints.Store(storage.open_folder(run.checkpoint.uri), run.job), reporter)
+    artifact = artifacts.inspect(folder, run.job)
     _tell_committed(reporter, artifact)
     return artifact
+
+
+def _tell_checkpoint(store: checkpoints.Store, reporter: Reporter) -> None:
+    for checkpoint in store.find():
+        try:
+            store.verify(checkpoint)
+        except checkpoints.Corrupt as finding:
+            store.mark_corrupt(checkpoint.step, str(finding))
+            continue
+        print(f"{checkpoint.uri} is whole", flush=True)
+        reporter.update(checkpoint=checkpoint.to_report(), step=checkpoint.step)
+        return
 
 
 def _tell_committed(reporter: Reporter, artifact: artifacts.Artifact) -> None:
@@ -69,22 +80,35 @@ def _train(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
     """Claims the output, checks, trains, commits. A claim that did not end in a commit is taken back."""
     prepare_environment(run.uris())
     folder = storage.open_folder(run.output.uri)
+    store = None
+    if run.checkpoint is not None:
+        store = checkpoints.Store(storage.open_folder(run.checkpoint.uri), run.job)
     committed = artifacts.claim_folder(folder, run.job)
     if committed is not None:
         artifacts.inspect(folder, run.job)
         print(f"{folder.uri} holds the whole artifact of this job already", flush=True)
         _tell_committed(reporter, committed)
+        _clear(store)
         return committed
     try:
+        if store is not None:
+            store.claim()
         with tempfile.TemporaryDirectory(prefix="finetune-") as name:
-            return _train_into(folder, run, Path(name), reporter)
+            artifact = _train_into(folder, run, Path(name), reporter, store)
     except BaseException:
         _release(folder, run.job)
         raise
+    reporter.update(checkpoint=None)
+    _clear(store)
+    return artifact
 
 
 def _train_into(
-    folder: storage.Folder, run: runfile.RunFile, work: Path, reporter: Reporter
+    folder: storage.Folder,
+    run: runfile.RunFile,
+    work: Path,
+    reporter: Reporter,
+    store: checkpoints.Store | None,
 ) -> artifacts.Artifact:
     reporter.update(phase=Phase.VALIDATING)
     checked = preflight.check(run, work)
@@ -99,10 +123,20 @@ def _train_into(
     )
     from finetune_trainer import train  # seconds of imports; everything cheap has been checked
 
-    manifest = train.train(run, checked, work=work, reporter=reporter)
+    manifest = train.train(run, checked, work=work, reporter=reporter, store=store)
     artifact = artifacts.commit(folder, work / "artifact", manifest, run.job)
     print(f"committed {artifact.uri} ({artifact.size_bytes} bytes, {artifact.digest})", flush=True)
     return artifact
+
+
+def _clear(store: checkpoints.Store | None) -> None:
+    """Removes the checkpoints of a committed artifact; the job has succeeded, whether that works or not."""
+    if store is None:
+        return
+    try:
+        store.clear()
+    except Exception as error:  # any store's own types; nothing after the commit may fail the job
+        print(f"{store.folder.uri} could not be removed: {error}", file=sys.stderr, flush=True)
 
 
 def _release(folder: storage.Folder, job: runfile.Job) -> None:
@@ -144,9 +178,17 @@ def _succeeded(artifact: artifacts.Artifact) -> dict[str, Any]:
     }
 
 
-def _failed(error: Exception, *, step: int) -> dict[str, Any]:
+def _failed(error: Exception, reporter: Reporter) -> dict[str, Any]:
     error_class, message = classify(error)
     if error_class is ErrorClass.INTERNAL and not isinstance(error, TrainerError):
         traceback.print_exception(error)  # nothing that we know of: its place tells more than its message
+    last = reporter.checkpoint
+    if error_class is ErrorClass.NOT_FINITE and last is not None:
+        message = f"{message}. The last finite checkpoint is {last['uri']}"
     print(f"{error_class}: {message}", file=sys.stderr, flush=True)
-    return {"class": error_class, "exitCode": EXIT_CODES[error_class], "message": message, "step": step}
+    return {
+        "class": error_class,
+        "exitCode": EXIT_CODES[error_class],
+        "message": message,
+        "step": reporter.step,
+    }

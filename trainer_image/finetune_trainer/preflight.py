@@ -12,7 +12,14 @@ from typing import Any
 
 from finetune_trainer import artifacts, model_files, storage
 from finetune_trainer.data import files, formats, splits
-from finetune_trainer.failures import BadConfig, BadData, ModelNotFound, TrainerError
+from finetune_trainer.failures import (
+    BadConfig,
+    BadData,
+    ModelNotFound,
+    StorageFailed,
+    TrainerError,
+    is_storage_trouble,
+)
 from finetune_trainer.methods import targets
 from finetune_trainer.runfile import MethodType, RunFile, Source
 
@@ -98,9 +105,7 @@ def find_source(source: Source, folder: Path) -> Path:
             "check the file's permissions or the credentials in dataset.secretRef"
         ) from error
     except (OSError, ValueError) as error:
-        raise TrainerError(
-            f"dataset.sources: {source.uri} cannot be read ({storage.describe_error(error)})"
-        ) from error
+        raise _unreadable(f"dataset.sources: {source.uri}", error) from error
     if empty:
         raise BadData(f"dataset.sources: {source.uri} is empty; it needs at least one row")
     return path
@@ -134,7 +139,12 @@ def _fetch_model(uri: str, folder: Path) -> Path:
             f"model.uri: {uri} may not be read; check the credentials in model.secretRef"
         ) from error
     except (OSError, ValueError) as error:
-        raise TrainerError(f"model.uri: {uri} cannot be read ({storage.describe_error(error)})") from error
+        raise _unreadable(f"model.uri: {uri}", error) from error
+
+
+def _unreadable(what: str, error: Exception) -> TrainerError:
+    kind = StorageFailed if is_storage_trouble(error) else TrainerError
+    return kind(f"{what} cannot be read ({storage.describe_error(error)})")
 
 
 def check_template(run: RunFile, examples: list[formats.Example], *, has_template: bool) -> None:

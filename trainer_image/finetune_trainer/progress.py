@@ -45,6 +45,8 @@ class State:
     remaining_seconds: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     effective: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] | None = None  # {"step", "uri"} of the newest whole one
+    resumed_from_step: int | None = None  # 0: began anew; None: not known, or no checkpoints are kept
 
     def to_body(self, result: dict[str, Any] | None = None) -> dict[str, Any]:
         """The body of one report: Kubeflow's part, and ours beside it."""
@@ -57,6 +59,10 @@ class State:
             ours["tokensPerSecond"] = round(self.tokens_per_second, 1)
         if self.effective:
             ours["effective"] = dict(self.effective)
+        if self.checkpoint is not None:
+            ours["checkpoint"] = dict(self.checkpoint)
+        if self.resumed_from_step is not None:
+            ours["resumedFromStep"] = self.resumed_from_step
         if result is not None:
             ours["result"] = result
         status: dict[str, Any] = {
@@ -125,6 +131,10 @@ class Reporter:
     def step(self) -> int:
         return self._state.step
 
+    @property
+    def checkpoint(self) -> dict[str, Any] | None:
+        return self._state.checkpoint
+
     def update(
         self,
         *,
@@ -146,7 +156,7 @@ class Reporter:
         self._changed.set()
         if self._endpoint is None:
             return False
-        self._thread.join(timeout=POST_TIMEOUT + 1)
+        self._thread.join(timeout=min(POST_TIMEOUT + 1, patience))
         with self._lock:
             body = self._state.to_body(result)
         return self._send_result(self._endpoint, body, patience)

@@ -138,6 +138,27 @@ class Output(Part):
     uri: Annotated[str, Field(min_length=1)]
 
 
+class Resume(StrEnum):
+    AUTO = "Auto"  # from the newest checkpoint that is whole and this job's own
+    NEVER = "Never"
+
+
+class Checkpoint(Part):
+    """Without both intervals only a stop (SIGTERM) makes a checkpoint."""
+
+    uri: Annotated[str, Field(min_length=1)]
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    keep: Annotated[int, Field(ge=1)] = 2
+    resume: Resume = Resume.AUTO
+
+
+class Overrides(Part):
+    """What the operator changed after a failed attempt; the spec's values stay as the user wrote them."""
+
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+
+
 class RunFile(Part):
     api_version: Literal["trainer/v1"]
     job: Job
@@ -148,6 +169,8 @@ class RunFile(Part):
     hyperparameters: Hyperparameters = Hyperparameters()
     early_stopping: EarlyStopping | None = None
     output: Output
+    checkpoint: Checkpoint | None = None
+    overrides: Overrides = Overrides()
 
     @property
     def lora(self) -> Lora:
@@ -155,7 +178,8 @@ class RunFile(Part):
         return self.method.lora or Lora()
 
     def uris(self) -> list[str]:
-        return [self.model.uri, *(source.uri for source in self.dataset.sources), self.output.uri]
+        uris = [self.model.uri, *(source.uri for source in self.dataset.sources), self.output.uri]
+        return uris if self.checkpoint is None else [*uris, self.checkpoint.uri]
 
 
 def load(path: Path) -> RunFile:
@@ -199,7 +223,17 @@ def find_contradictions(run: RunFile) -> list[str]:
         problems.append(
             f"model.revision: {run.model.revision!r} has a meaning only for hf:// (model.uri is {run.model.uri})"
         )
+    if run.checkpoint is not None and _overlap(run.checkpoint.uri, run.output.uri):
+        problems.append(
+            f"checkpoint.uri: {run.checkpoint.uri} and output.uri {run.output.uri} lie in one another; "
+            "choose folders that are apart, such as output.uri with -checkpoints at its end"
+        )
     return problems
+
+
+def _overlap(one: str, other: str) -> bool:
+    first, second = (uri.rstrip("/") + "/" for uri in (one, other))
+    return first.startswith(second) or second.startswith(first)
 
 
 def _check_method(method: Method) -> list[str]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from finetune_trainer.failures import BadConfig, TrainerError
+from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
 
 REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
+PAUSES = (1.0, 4.0)  # seconds before a failed transfer is tried again
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+
+
+T = TypeVar("T")
 
 
 def local_path(uri: str) -> Path | None:
@@ -152,12 +157,13 @@ class LocalFolder:
             _sync(writer)
 
     def write(self, name: str, content: bytes) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        part = self.path / f".{name}.part"
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
         with part.open("wb") as writer:
             writer.write(content)
             _sync(writer)
-        part.replace(self.path / name)
+        part.replace(target)
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -223,3 +229,21 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def persist(action: Callable[[], T], *, what: str, pauses: Sequence[float] = PAUSES) -> T:
+    """Does a transfer, again after each pause while storage fails. Raises StorageFailed, which begins with `what`."""
+    waits = list(pauses)
+    while True:
+        try:
+            return action()
+        except (
+            Exception
+        ) as error:  # stores raise their client's own types; what is not storage passes through
+            if not (isinstance(error, OSError) or is_storage_trouble(error)):
+                raise
+            if not waits:
+                raise StorageFailed(f"{what} ({describe_error(error)})") from error
+            pause = waits.pop(0)
+            print(f"{what} ({describe_error(error)}); trying again in {pause:g}s", flush=True)
+            time.sleep(pause)

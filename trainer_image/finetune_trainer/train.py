@@ -5,6 +5,7 @@ Importing this module takes seconds (torch, transformers, trl); everything that 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +16,27 @@ import torch
 import transformers
 import trl
 
-from finetune_trainer import export
+from finetune_trainer import checkpoints, export, finite, resume, saving, signals
 from finetune_trainer.callbacks import ProgressCallback
 from finetune_trainer.data import tokens
-from finetune_trainer.failures import NotFinite
 from finetune_trainer.methods import adapters, choices, models, packing, settings
 from finetune_trainer.preflight import Checked
 from finetune_trainer.progress import Phase, Reporter, format_duration
 from finetune_trainer.runfile import MethodType, RunFile
 
 
-def train(run: RunFile, checked: Checked, *, work: Path, reporter: Reporter) -> dict[str, Any]:
+def train(
+    run: RunFile, checked: Checked, *, work: Path, reporter: Reporter, store: checkpoints.Store | None = None
+) -> dict[str, Any]:
     """Trains and writes the artifact's files to work/artifact. Returns the manifest without its list of files.
 
-    Raises TrainerError's subclasses; after NotFinite nothing was written.
+    With a store it begins at the newest checkpoint and makes others. Raises TrainerError's subclasses; after NotFinite
+    nothing was written.
     """
     device = models.find_device(threads=_prepare_libraries())
+    resumption = (
+        None if store is None else _find_checkpoint(run, checked, store, work=work, reporter=reporter)
+    )
     encoded = _encode(run, checked)
     precision = choices.choose_precision(
         run.hyperparameters.precision, device=device.name, gpu_has_bfloat16=device.has_bfloat16
@@ -49,22 +55,71 @@ def train(run: RunFile, checked: Checked, *, work: Path, reporter: Reporter) -> 
     )
     reporter.update(effective=chosen.to_report())
 
-    callback = ProgressCallback(reporter, eval_steps=chosen.eval_steps, learning_rate=chosen.learning_rate)
+    callback = ProgressCallback(
+        reporter,
+        eval_steps=chosen.eval_steps,
+        learning_rate=chosen.learning_rate,
+        before={} if resumption is None else resumption.checkpoint.manifest,
+    )
     arguments = settings.build_arguments(run, chosen, work)
     trainer = _build_trainer(run, model, train_set, encoded, arguments, callback)
-    _run(trainer)
+    if store is not None and run.checkpoint is not None:
+        saving.Saver(
+            store,
+            run.checkpoint,
+            config_digest=resume.digest_config(run, checked),
+            reporter=reporter,
+            facts=callback.to_facts,
+            keep_best=run.early_stopping is not None,
+        ).attach(trainer)
+    _run(trainer, resumption, store)
+    return _export(
+        run, checked, encoded, trainer=trainer, callback=callback, chosen=chosen, folder=work / "artifact"
+    )
+
+
+def _export(
+    run: RunFile,
+    checked: Checked,
+    encoded: Encoded,
+    *,
+    trainer: trl.SFTTrainer,
+    callback: ProgressCallback,
+    chosen: settings.Settings,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluates what was trained and writes the artifact's files; returns the manifest without their list."""
+    reporter = callback.reporter
 
     reporter.update(phase=Phase.EVALUATING, remaining_seconds=0)
     eval_loss = _evaluate(run, trainer) if encoded.held_out else None
-    _check_weights(trainer.model)
+    finite.check_weights(trainer.model, step=trainer.state.global_step)
 
     reporter.update(phase=Phase.EXPORTING)
     metrics = _summarize(trainer, callback, eval_loss=eval_loss)
     manifest = export.build_manifest(
         run, checked, hyperparameters=settings.describe(run, chosen), metrics=metrics
     )
-    export.write_files(trainer, encoded.tokenizer, run=run, manifest=manifest, folder=work / "artifact")
+    export.write_files(trainer, encoded.tokenizer, run=run, manifest=manifest, folder=folder)
     return manifest
+
+
+def _find_checkpoint(
+    run: RunFile, checked: Checked, store: checkpoints.Store, *, work: Path, reporter: Reporter
+) -> resume.Resumption | None:
+    found = resume.find(
+        run,
+        store,
+        config_digest=resume.digest_config(run, checked),
+        output_dir=work / settings.CHECKPOINTS,
+    )
+    if found is None:
+        reporter.update(resumed_from_step=0)
+    else:
+        reporter.update(
+            resumed_from_step=found.step, step=found.step, checkpoint=found.checkpoint.to_report()
+        )
+    return found
 
 
 def _prepare_libraries() -> int:
@@ -185,11 +240,15 @@ def _use_float32_adapter(model: Any) -> None:
                 parameter.data = parameter.data.float()
 
 
-def _run(trainer: trl.SFTTrainer) -> None:
+def _run(
+    trainer: trl.SFTTrainer, resumption: resume.Resumption | None, store: checkpoints.Store | None
+) -> None:
     started = time.monotonic()
-    trainer.train()
+    with signals.deferred() if store is not None else contextlib.nullcontext():
+        resume.train(trainer, resumption, store)
     seconds = format_duration(time.monotonic() - started)
-    print(f"trained {trainer.state.global_step} steps in {seconds}", flush=True)
+    since = "" if resumption is None else f" (from {resumption.step})"
+    print(f"trained to step {trainer.state.global_step}{since} in {seconds}", flush=True)
 
 
 # ---------------------------------------------------------------- after training
@@ -201,16 +260,6 @@ def _evaluate(run: RunFile, trainer: trl.SFTTrainer) -> float:
     if run.early_stopping is None and latest is not None and latest["step"] == trainer.state.global_step:
         return float(latest["eval_loss"])  # these very weights were just evaluated
     return float(trainer.evaluate()["eval_loss"])
-
-
-def _check_weights(model: Any) -> None:
-    """The last step's update is in no logged loss. Raises NotFinite."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise NotFinite(
-                f"weight {name} is not finite after the last step; "
-                "halve hyperparameters.learningRate. Nothing was exported"
-            )
 
 
 def _summarize(

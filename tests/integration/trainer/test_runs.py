@@ -195,7 +195,10 @@ def test_model_data_and_artifact_may_live_in_s3(
     assert not filesystem.find("training/o2")
 
 
-def test_a_stopped_run_says_so_and_commits_nothing(tiny_model: Path, chat_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_so_and_commits_nothing(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     document = tiny.run_document(
         tiny_model, chat_file, tmp_path / "out", hyperparameters={**FEW, "maxSteps": 100_000}
     )
@@ -211,13 +214,13 @@ def test_a_stopped_run_says_so_and_commits_nothing(tiny_model: Path, chat_file: 
     for line in process.stdout:
         if line.startswith("step 1/"):
             break
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     started = time.monotonic()
     output, errors = process.communicate(timeout=30)
-    assert process.returncode == 143
+    assert process.returncode == code
     assert time.monotonic() - started < 10
-    assert "stopped by SIGTERM at step" in errors
-    assert "TRAINER_RESULT" not in output
+    assert f"stopped by {number.name} at step" in errors
+    assert ('TRAINER_RESULT {"class": "Preempted"' in output) == (code == 75)
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,19 @@ def test_micro_batch_is_the_largest_divisor_up_to_eight(total: int, expected: in
     assert f"globalBatchSize {total}" in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("total", "given", "override", "expected"),
+    [(16, 8, 4, 4), (24, 6, 5, 4), (6, None, 4, 3), (7, 7, 3, 1), (4, None, 9, 4)],
+)
+def test_an_overridden_micro_batch_still_divides_the_global_batch(
+    total: int, given: int | None, override: int, expected: int
+) -> None:
+    hyper = Hyperparameters(global_batch_size=total, micro_batch_size=given)
+    choice = choices.choose_micro_batch(hyper, override=override)
+    assert choice.value == expected
+    assert choice.reason == f"override, at most {override}"
+
+
 def test_learning_rate_depends_on_the_method() -> None:
     assert choices.choose_learning_rate(Hyperparameters(), MethodType.QLORA).value == 2e-4
     assert choices.choose_learning_rate(Hyperparameters(), MethodType.FULL).value == 2e-5

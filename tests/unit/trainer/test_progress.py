@@ -91,6 +91,16 @@ def test_an_early_stop_is_100_percent_only_with_the_result() -> None:
     assert state.to_body(failed)["trainerStatus"]["progressPercentage"] == 30
 
 
+def test_a_checkpoint_and_where_the_run_began_are_told_once_known() -> None:
+    ours = State(step=6).to_body()["finetune"]
+    assert "checkpoint" not in ours
+    assert "resumedFromStep" not in ours
+    state = State(step=6, checkpoint={"step": 5, "uri": "s3://b/ck/checkpoint-5"}, resumed_from_step=0)
+    ours = state.to_body()["finetune"]
+    assert ours["checkpoint"] == {"step": 5, "uri": "s3://b/ck/checkpoint-5"}
+    assert ours["resumedFromStep"] == 0
+
+
 def test_the_result_is_sent_with_a_freshly_read_token(operator: Operator, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("first\n")

@@ -52,6 +52,13 @@ def test_a_full_run_file_is_read() -> None:
         ({"dataset": {"sources": []}}, ["dataset.sources", "at least 1"]),
         ({"output": {}}, ["output.uri: Field required"]),
         ({"secret": "x"}, ["secret: Extra inputs"]),
+        ({"checkpoint": {"uri": "file:///out"}}, ["checkpoint.uri", "lie in one another", "-checkpoints"]),
+        ({"checkpoint": {"uri": "file:///out/deep/er"}}, ["lie in one another"]),
+        ({"checkpoint": {"uri": "file:///"}}, ["lie in one another"]),
+        ({"checkpoint": {"uri": "file:///ck", "keep": 0}}, ["checkpoint.keep", "0"]),
+        ({"checkpoint": {"uri": "file:///ck", "everyMinutes": 0}}, ["checkpoint.everyMinutes", "0"]),
+        ({"checkpoint": {"uri": "file:///ck", "resume": "Maybe"}}, ["checkpoint.resume", "Auto", "Maybe"]),
+        ({"overrides": {"microBatchSize": 0}}, ["overrides.microBatchSize", "0"]),
     ],
 )
 def test_a_wrong_run_file_names_field_value_and_remedy(parts: dict[str, Any], expected: list[str]) -> None:
@@ -76,3 +83,14 @@ def test_text_that_is_no_json_and_a_file_that_is_not_there(tmp_path: Path) -> No
         runfile.parse("{")
     with pytest.raises(BadConfig, match="FINETUNE_RUN_FILE"):
         runfile.load(tmp_path / "none.json")
+
+
+def test_checkpoints_and_overrides_are_read() -> None:
+    checkpoint = {"uri": "file:///out-checkpoints", "everySteps": 5, "everyMinutes": 0.5, "resume": "Never"}
+    run = runfile.parse(json.dumps(document(checkpoint=checkpoint, overrides={"microBatchSize": 2})))
+    assert run.checkpoint is not None
+    assert (run.checkpoint.every_steps, run.checkpoint.every_minutes, run.checkpoint.keep) == (5, 0.5, 2)
+    assert run.checkpoint.resume is runfile.Resume.NEVER
+    assert run.overrides.micro_batch_size == 2
+    assert run.uris()[-1] == "file:///out-checkpoints"
+    assert runfile.parse(json.dumps(document())).checkpoint is None

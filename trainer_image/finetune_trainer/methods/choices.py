@@ -35,13 +35,22 @@ def choose_learning_rate(hyper: Hyperparameters, method: MethodType) -> Choice[f
     return Choice(LEARNING_RATES[method], f"default for {method}")
 
 
-def choose_micro_batch(hyper: Hyperparameters) -> Choice[int]:
-    """Returns rows per forward pass; the run file's check made sure that a given one divides the global batch."""
+def choose_micro_batch(hyper: Hyperparameters, *, override: int | None = None) -> Choice[int]:
+    """Returns rows per forward pass, which always divide the global batch (the run file's check saw to a given one).
+
+    An override comes from the operator after a GPU ran out of memory: fewer rows at once, the same global batch.
+    """
+    total = hyper.global_batch_size
+    if override is not None:
+        return Choice(_largest_divisor(total, limit=override), f"override, at most {override}")
     if hyper.micro_batch_size is not None:
         return Choice(hyper.micro_batch_size, "as given")
-    total = hyper.global_batch_size
-    value = max(size for size in range(1, LARGEST_MICRO_BATCH + 1) if total % size == 0)
+    value = _largest_divisor(total, limit=LARGEST_MICRO_BATCH)
     return Choice(value, f"largest divisor of globalBatchSize {total} up to {LARGEST_MICRO_BATCH}")
+
+
+def _largest_divisor(total: int, *, limit: int) -> int:
+    return max(size for size in range(1, min(limit, total) + 1) if total % size == 0)
 
 
 def choose_precision(asked: Precision, *, device: str, gpu_has_bfloat16: bool) -> Choice[Precision]:

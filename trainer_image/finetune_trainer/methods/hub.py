@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
-from finetune_trainer.failures import BadConfig, ModelNotFound, TrainerError
+from finetune_trainer.failures import BadConfig, ModelNotFound, StorageFailed
 from finetune_trainer.model_files import check_model_files
 from finetune_trainer.storage import MODEL_FILES
 
@@ -32,7 +32,7 @@ def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
             f"model.uri: {uri} does not exist, or is private and needs HF_TOKEN in model.secretRef"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise TrainerError(
+        raise StorageFailed(
             f"model.uri: the hub cannot be reached for {uri}, and it is not in the cache; "
             "check the network, or copy the model to a volume and use pvc:// or file://"
         ) from error

@@ -11,6 +11,8 @@ import trl
 from finetune_trainer.methods import choices, models
 from finetune_trainer.runfile import Optimizer, Precision, RunFile, Scheduler
 
+CHECKPOINTS = "checkpoints"  # in the work folder: where the trainer saves before anything is uploaded
+
 SCHEDULERS = {
     Scheduler.LINEAR: "linear",
     Scheduler.COSINE: "cosine",
@@ -45,7 +47,7 @@ def choose(
     """Chooses what the run file leaves open and prints the reasons. Of packed `rows` each sequence counts as one."""
     hyper = run.hyperparameters
     learning_rate = choices.choose_learning_rate(hyper, run.method.type)
-    micro_batch = choices.choose_micro_batch(hyper)
+    micro_batch = choices.choose_micro_batch(hyper, override=run.overrides.micro_batch_size)
     total_steps = choices.choose_total_steps(hyper, rows=rows)
     eval_steps = choices.choose_eval_steps(hyper, total_steps=total_steps.value)
     choices.explain("learningRate", learning_rate)
@@ -70,11 +72,12 @@ def build_arguments(run: RunFile, settings: Settings, work: Path) -> trl.SFTConf
     on_cpu = settings.device.name == "cpu"
     keep_best = run.early_stopping is not None
     return trl.SFTConfig(
-        output_dir=str(work / "checkpoints"),
+        output_dir=str(work / CHECKPOINTS),
         max_steps=settings.total_steps,
         per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=hyper.global_batch_size // settings.micro_batch,
+        gradient_accumulation_steps=hyper.global_batch_size
+        // settings.micro_batch,  # the global batch is kept
         learning_rate=settings.learning_rate,
         lr_scheduler_type=SCHEDULERS[hyper.scheduler],
         warmup_steps=hyper.warmup_ratio,  # transformers 5: a float below 1 is a share of the steps
@@ -91,7 +94,7 @@ def build_arguments(run: RunFile, settings: Settings, work: Path) -> trl.SFTConf
         save_strategy="steps" if keep_best else "no",
         save_steps=settings.eval_steps or settings.total_steps,
         save_total_limit=1,
-        save_only_model=True,
+        save_only_model=True,  # for the best weights; Saver wants more, and says so when it saves
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,
         greater_is_better=False if keep_best else None,

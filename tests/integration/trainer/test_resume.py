@@ -1,0 +1,576 @@
+"""A run that was stopped, killed or robbed of a checkpoint ends exactly as one that was left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from finetune_trainer import signals, storage
+from tests import tiny
+from tests.buckets import serve_bucket
+from tests.integration.trainer.conftest import Ended, Run
+
+pytestmark = pytest.mark.integration
+
+# Dropout, so that the state of the random numbers counts; an odd number of rows, so that epochs end in a short step.
+LORA = {"type": "LoRA", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targetModules": ["all-linear"]}}
+STEPS = 40
+HYPER = {"maxSteps": STEPS, "globalBatchSize": 8, "microBatchSize": 4, "maxLength": 64, "evalSteps": 7}
+MEASURED = ("loss", "grad_norm", "learning_rate", "eval_loss")  # of history.jsonl; the rest are times
+
+
+def job(attempt: int) -> dict[str, Any]:
+    return {"namespace": "default", "name": "tiny", "uid": "uid-1", "attempt": attempt}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "ck"
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The signal handlers of the command; pytest's own come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class StopAt(transformers.TrainerCallback):  # type: ignore[misc]
+    """Sends this process a SIGTERM during a step: a real signal, at a place that no load of the machine moves."""
+
+    def __init__(self, step: int, *, during: str = "step_end") -> None:
+        self.step = step
+        self.during = during
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.during == "substep" and state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.during == "step_end" and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.during == "evaluation" and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def run_stopped(run: Run, handlers: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Runs a run file as `run` does, with a SIGTERM in the step that is named first."""
+    from finetune_trainer import train
+
+    own = train._early_stopping
+
+    def run_stopped(stop: StopAt, model: Path, data: Path, **parts: Any) -> Ended:
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "_early_stopping", lambda run: [*own(run), stop])
+            return run(model, data, **parts)
+
+    return run_stopped
+
+
+def schedule(folder: Path | str, **parts: Any) -> dict[str, Any]:
+    uri = folder if isinstance(folder, str) else f"file://{folder}"
+    return {"uri": uri, "everySteps": 5, "keep": 2, **parts}
+
+
+def history(ended: Ended) -> list[dict[str, Any]]:
+    """The measured course: one entry per logged step and per evaluation."""
+    lines = [json.loads(line) for line in (ended.output / "history.jsonl").read_text().splitlines()]
+    return [
+        {"step": line["step"], **{name: line[name] for name in MEASURED if name in line}}
+        for line in lines
+        if "loss" in line or "eval_loss" in line
+    ]
+
+
+def losses(ended: Ended) -> list[dict[str, Any]]:
+    return [entry for entry in history(ended) if "loss" in entry]
+
+
+def weights(ended: Ended) -> str:
+    [file] = list(ended.output.glob("*.safetensors"))
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def whole(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob("*/complete"))
+
+
+def assert_same(resumed: Ended, alone: Ended) -> None:
+    assert resumed.code == alone.code == 0, resumed.log
+    assert losses(resumed) == losses(alone)
+    evaluations = [entry for entry in history(alone) if "eval_loss" in entry]
+    assert all(entry in evaluations for entry in history(resumed) if "eval_loss" in entry)
+    assert weights(resumed) == weights(alone)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"method": LORA},
+        {"method": {"type": "Full"}},
+        {"method": {**LORA, "type": "QLoRA", "quantization": {}}},
+        {
+            "method": LORA,
+            "hyperparameters": {
+                **HYPER,
+                "packing": True,
+                "neftuneAlpha": 5.0,
+                "scheduler": "Linear",
+                "optimizer": "SGD",
+                "learningRate": 0.1,
+            },
+        },
+        {
+            "method": LORA,
+            "hyperparameters": {**HYPER, "optimizer": "AdamW8bit", "gradientCheckpointing": True},
+        },
+    ],
+    ids=["lora", "full", "qlora", "packing-neftune-sgd", "adamw8bit"],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    run_stopped: Callable[..., Ended],
+    folder: Path,
+    parts: dict[str, Any],
+) -> None:
+    parts = {"hyperparameters": HYPER, **parts}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    step = 12
+    stopped = run_stopped(
+        StopAt(step), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
+    )
+    assert (stopped.code, stopped.result["class"]) == (75, "Preempted"), stopped.log
+    assert stopped.result["step"] == step
+    assert f"stopped by SIGTERM after step {step}" in stopped.result["message"]
+    assert whole(folder) == [5, 10, step]  # the oldest is left where time is short
+    assert not stopped.output.exists()
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert f"resuming from file://{folder}/checkpoint-{step}" in resumed.log
+    assert f"trained to step {STEPS} (from {step})" in resumed.log
+    assert_same(resumed, alone)
+    assert resumed.manifest["metrics"]["trainSeconds"] > 0
+    assert not folder.exists()  # the artifact is committed: nothing is left to go back to
+
+
+@pytest.mark.parametrize("back", [0, 2, 3])
+def test_early_stopping_remembers_its_patience_and_the_best_weights(
+    tiny_model: Path, chat_file: Path, run: Run, run_stopped: Callable[..., Ended], folder: Path, back: int
+) -> None:
+    # So large a rate that the best weights are early ones and patience runs out.
+    parts: dict[str, Any] = {
+        "method": LORA,
+        "hyperparameters": {
+            **HYPER,
+            "maxSteps": 60,
+            "evalSteps": 2,
+            "learningRate": 0.3,
+            "scheduler": "Constant",
+            "warmupRatio": 0,
+        },
+        "earlyStopping": {"patience": 3},
+    }
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    last = alone.manifest["metrics"]["step"]
+    assert 8 < last < 60
+    stop = StopAt(last - back)
+    stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
+    assert stopped.code == 75, stopped.log
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert_same(resumed, alone)
+    assert resumed.manifest["metrics"] | {"trainSeconds": 0, "tokensPerSecond": 0} == alone.manifest[
+        "metrics"
+    ] | {"trainSeconds": 0, "tokensPerSecond": 0}
+
+
+@pytest.fixture
+def interrupted(
+    tiny_model: Path, chat_file: Path, run_stopped: Callable[..., Ended], folder: Path
+) -> Callable[..., int]:
+    """Leaves the checkpoints 5, 10 and 12 of a run that was stopped; returns the newest one's step."""
+
+    def interrupted(**parts: Any) -> int:
+        stopped = run_stopped(
+            StopAt(12), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
+        )
+        assert stopped.code == 75, stopped.log
+        return int(stopped.result["step"])
+
+    return interrupted
+
+
+def test_nothing_is_left_to_train_after_a_stop_at_the_last_step(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, run_stopped: Callable[..., Ended]
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "evalSteps": STEPS}}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    stop = StopAt(STEPS)
+    stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
+    assert stopped.code == 75, stopped.log
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert f"trained to step {STEPS} (from {STEPS})" in resumed.log
+    assert_same(resumed, alone)
+
+
+def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    newest = interrupted(**parts)
+    before = whole(folder)[-2]
+    file = folder / f"checkpoint-{newest}/optimizer.pt"
+    content = file.read_bytes()
+    file.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert (
+        f"checkpoint-{newest} is corrupt (optimizer.pt differs from manifest.json (SHA-256))" in resumed.log
+    )
+    assert f"resuming from file://{folder}/checkpoint-{before}" in resumed.log
+    assert_same(resumed, alone)
+
+
+def test_where_nothing_can_be_trusted_training_begins_anew(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    interrupted(**parts)
+    for file in folder.glob("*/adapter_model.safetensors"):
+        file.write_bytes(b"garbage")
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert resumed.log.count("is corrupt") == 2 or resumed.log.count("is corrupt") == 3
+    assert "resuming" not in resumed.log
+    assert_same(resumed, alone)
+
+
+def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is_not_used_again(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    newest = interrupted(**parts)
+    # As another version of the trainer could have left it: every digest is right, the content is not.
+    checkpoint = folder / f"checkpoint-{newest}"
+    (checkpoint / "optimizer.pt").write_bytes(b"of another world")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for file in manifest["files"]:
+        if file["path"] == "optimizer.pt":
+            file["sha256"] = hashlib.sha256(b"of another world").hexdigest()
+    content = json.dumps(manifest).encode()
+    (checkpoint / "manifest.json").write_bytes(content)
+    (checkpoint / "complete").write_text(f"sha256:{hashlib.sha256(content).hexdigest()}")
+    failed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert (failed.code, failed.result["class"]) == (84, "CheckpointCorrupt"), failed.log
+    assert f"checkpoint-{newest} cannot be loaded" in failed.result["message"]
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(3), **parts)
+    assert resumed.code == 0
+    assert "resuming from" in resumed.log
+    assert f"(from {newest})" not in resumed.log
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"job": {**job(2), "uid": "uid-2"}},
+        {"hyperparameters": {**HYPER, "learningRate": 1e-3}},
+        {"checkpoint": {"resume": "Never"}},
+        {"data": 1},
+    ],
+    ids=["uid", "settings", "never", "data"],
+)
+def test_no_other_runs_checkpoint_is_taken(
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    folder: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    interrupted: Callable[..., int],
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    interrupted(**parts)
+    data = chat_file
+    if "data" in change:
+        data = tiny.write_jsonl(tmp_path / "other.jsonl", tiny.chat_rows(shift=1))
+    parts = {"job": job(2), **parts, **{key: value for key, value in change.items() if key != "data"}}
+    parts["checkpoint"] = schedule(folder, **change.get("checkpoint", {}))
+    again = run(tiny_model, data, **parts)
+    assert again.code == 0, again.log
+    assert "resuming" not in again.log
+    assert len(losses(again)) == STEPS
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with serve_bucket("training") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield "s3://training"
+
+
+def test_checkpoints_live_in_s3(
+    tiny_model: Path, chat_file: Path, run: Run, bucket: str, run_stopped: Callable[..., Ended]
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    filesystem, _ = storage.open_filesystem(bucket)
+    uri = f"{bucket}/ck"
+    stopped = run_stopped(StopAt(12), tiny_model, chat_file, checkpoint=schedule(uri), job=job(1), **parts)
+    assert stopped.code == 75, stopped.log
+    newest = stopped.result["step"]
+    filesystem.invalidate_cache()
+    filesystem.pipe_file(f"training/ck/checkpoint-{newest}/rng_state.pth", b"broken")
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(uri), job=job(2), **parts)
+    assert f"{uri}/checkpoint-{newest} is corrupt" in resumed.log
+    assert f"resuming from {uri}/checkpoint-" in resumed.log
+    assert_same(resumed, alone)
+    filesystem.invalidate_cache()
+    assert filesystem.find("training/ck") == []
+
+
+def test_a_store_that_goes_away_is_storage_trouble(
+    tiny_model: Path, chat_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    with serve_bucket("training") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+        ended = run(tiny_model, chat_file, checkpoint=schedule("s3://training/ck"), hyperparameters=HYPER)
+    assert (ended.code, ended.result["class"]) == (74, "Storage"), ended.log
+    assert not ended.output.exists()
+
+
+@pytest.mark.parametrize("steps", [20, 900], ids=["every step is logged", "every second step is logged"])
+def test_a_run_that_is_not_finite_keeps_its_last_finite_checkpoint(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, steps: int
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    broken = {**HYPER, "maxSteps": steps, "learningRate": 1e25, "warmupRatio": 0.9, "evalSteps": steps}
+    ended = run(
+        tiny_model,
+        chat_file,
+        method=LORA,
+        hyperparameters=broken,
+        checkpoint=schedule(folder, everySteps=1, keep=1),
+    )
+    assert (ended.code, ended.result["class"]) == (82, "NotFinite"), ended.log
+    [step] = whole(folder)
+    assert f"The last finite checkpoint is file://{folder}/checkpoint-{step}" in ended.result["message"]
+    assert step < ended.result["step"]
+    state = load_file(folder / f"checkpoint-{step}/adapter_model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+
+
+def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+) -> None:
+    method = {**LORA, "lora": {**LORA["lora"], "dropout": 0.0}}  # type: ignore[dict-item]
+    parts: dict[str, Any] = {"method": method, "hyperparameters": {**HYPER, "microBatchSize": 8}}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    assert alone.manifest["hyperparameters"]["microBatchSize"] == 8
+    interrupted(**parts)
+    resumed = run(
+        tiny_model,
+        chat_file,
+        checkpoint=schedule(folder),
+        overrides={"microBatchSize": 3},  # 2 is the largest divisor of 8 up to it
+        job=job(2),
+        **parts,
+    )
+    assert resumed.code == 0, resumed.log
+    assert "resuming from" in resumed.log
+    assert "microBatchSize: 2 (override, at most 3)" in resumed.log
+    used = resumed.manifest["hyperparameters"]
+    assert (used["microBatchSize"], used["globalBatchSize"]) == (2, 8)
+    mine, theirs = losses(resumed), losses(alone)
+    assert [entry["step"] for entry in mine] == [entry["step"] for entry in theirs]
+    assert all(
+        math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
+        and math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-2)
+        for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
+    tiny_model: Path, run: Run, folder: Path, tmp_path: Path, run_stopped: Callable[..., Ended]
+) -> None:
+    data = tiny.write_jsonl(tmp_path / "many.jsonl", tiny.chat_rows())
+    parts: dict[str, Any] = {
+        "method": LORA,
+        "dataset": {"sources": [{"uri": f"file://{data}"}], "split": {"eval": 0.5, "seed": 1}},
+        "hyperparameters": {**HYPER, "maxSteps": 8, "evalSteps": 4, "microBatchSize": 1},
+    }
+    alone = run(tiny_model, data, name="alone", **parts)
+    stop = StopAt(4, during="evaluation")
+    stopped = run_stopped(
+        stop, tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(1), **parts
+    )
+    assert (stopped.code, stopped.result["step"]) == (75, 4), stopped.log
+    assert "eval loss" not in stopped.log
+    resumed = run(tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(2), **parts)
+    assert_same(resumed, alone)
+
+
+def test_a_stop_in_a_long_step_gives_that_step_up(
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_stopped: Callable[..., Ended],
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "microBatchSize": 1}}
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    monkeypatch.setattr("finetune_trainer.saving.LONG_REST", 0.0)  # every step is long
+    stop = StopAt(13, during="substep")
+    stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
+    assert (stopped.code, stopped.result["step"]) == (75, 12), stopped.log
+    assert "step 13 is given up" in stopped.log
+    assert max(whole(folder)) == 12
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert "(from 12)" in resumed.log
+    assert_same(resumed, alone)
+
+
+def test_what_is_newest_and_whole_is_reported(
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: Callable[..., int],
+) -> None:
+    from tests.unit.trainer.test_progress import serve
+
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    with serve() as server:
+        monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", server.url)
+        monkeypatch.setattr("finetune_trainer.progress.POST_INTERVAL", 0.02)
+        newest = interrupted(**parts)
+        told = {"step": newest, "uri": f"file://{folder}/checkpoint-{newest}"}
+        last = server.bodies[-1]["finetune"]
+        assert (last["checkpoint"], last["resumedFromStep"]) == (told, 0)
+        assert last["result"]["class"] == "Preempted"
+
+        inspected = run(tiny_model, chat_file, checkpoint=schedule(folder), only_inspect=True, **parts)
+        assert inspected.code == 1  # no artifact
+        assert server.bodies[-1]["finetune"]["checkpoint"] == told
+
+        assert run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts).code == 0
+        last = server.bodies[-1]["finetune"]
+        assert last["resumedFromStep"] == newest
+        assert "checkpoint" not in last  # gone with the commit
+
+
+def test_minutes_make_checkpoints_too(tiny_model: Path, chat_file: Path, run: Run, folder: Path) -> None:
+    by_minutes = {"uri": f"file://{folder}", "everyMinutes": 0.1 / 60, "keep": 1}
+    ended = run(tiny_model, chat_file, method=LORA, hyperparameters=HYPER, checkpoint=by_minutes)
+    assert ended.code == 0
+    assert 1 <= ended.log.count(" saved in ") < STEPS
+
+
+# ---------------------------------------------------------------- processes of their own
+
+
+def start(document: dict[str, Any], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(document))
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune_trainer", "run", "--run-file", str(folder / "run.json")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_in_mid_save(process: subprocess.Popen[str], folder: Path, *, after: int) -> list[str]:
+    """Kills the process while a checkpoint later than `after` is half written; returns the names of that half."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        for entry in folder.glob("checkpoint-*"):
+            if int(entry.name.removeprefix("checkpoint-")) <= after or (entry / "complete").exists():
+                continue
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.01)
+            names = sorted(path.name for path in entry.iterdir())
+            if names and "complete" not in names and len(whole(folder)) > 0:
+                process.kill()
+                process.wait()
+                return names
+            process.send_signal(signal.SIGCONT)
+    process.kill()
+    raise AssertionError("no save was caught half way")
+
+
+def test_a_process_killed_in_mid_save_leaves_nothing_that_could_be_taken_for_a_checkpoint(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, tmp_path: Path
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "maxSteps": 30}}
+    often = schedule(folder, everySteps=1)
+    alone = run(tiny_model, chat_file, name="alone", **parts)
+    document = tiny.run_document(
+        tiny_model, chat_file, tmp_path / "out", checkpoint=often, job=job(1), **parts
+    )
+    half = kill_in_mid_save(start(document, tmp_path / "p"), folder, after=8)
+    assert "complete" not in half
+    newest = max(whole(folder))
+    resumed = run(tiny_model, chat_file, checkpoint=often, job=job(2), **parts)
+    assert f"resuming from file://{folder}/checkpoint-{newest}" in resumed.log
+    assert_same(resumed, alone)
+    assert not folder.exists()
+
+
+def test_the_stop_command_of_a_pod_waits_for_the_checkpoint(
+    tiny_model: Path, chat_file: Path, folder: Path, tmp_path: Path
+) -> None:
+    document = tiny.run_document(
+        tiny_model,
+        chat_file,
+        tmp_path / "out",
+        method=LORA,
+        hyperparameters={**HYPER, "maxSteps": 100_000, "evalSteps": 100_000},
+        checkpoint={"uri": f"file://{folder}"},  # no interval: only a stop makes one
+        job=job(1),
+    )
+    process = start(document, tmp_path / "p")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    command = [sys.executable, "-m", "finetune_trainer", "stop", "--wait", "30"]
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path / "p")}
+    # The pipe is read while the process ends: nobody waits for a reader.
+    asked = subprocess.Popen(command, env={**os.environ, **environment})
+    output, _ = process.communicate(timeout=60)
+    assert asked.wait(timeout=30) == 0
+    assert process.returncode == 75, output
+    [step] = whole(folder)
+    result = json.loads(output.strip().splitlines()[-1].removeprefix("TRAINER_RESULT "))
+    assert result["class"] == "Preempted"
+    assert result["step"] == step
+    assert subprocess.run(command, env={**os.environ, **environment}, check=False).returncode == 0

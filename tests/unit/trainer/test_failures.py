@@ -1,0 +1,139 @@
+"""Classes of failure, found in the errors that the libraries really raise."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer.failures import ErrorClass, NotFinite, StorageFailed, classify
+
+
+def raised(action: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as caught:  # which one is what the tests are about
+        action()
+    return caught.value
+
+
+def test_no_memory_on_the_host() -> None:
+    import numpy as np
+    import torch
+
+    for action in (
+        lambda: torch.empty(1 << 60),
+        lambda: np.empty(1 << 50),
+        lambda: bytearray(1 << 62),
+    ):
+        error_class, message = classify(raised(action))
+        assert error_class is ErrorClass.HOST_OUT_OF_MEMORY, message
+
+
+def test_no_memory_on_the_gpu() -> None:
+    import torch
+
+    # Texts of PyTorch 2.13 on a GPU; the first is what the allocator raises, the others come from its libraries.
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):
+        assert classify(error)[0] is ErrorClass.GPU_OUT_OF_MEMORY
+
+
+def test_a_full_disk() -> None:
+    import safetensors.torch
+    import torch
+
+    def write_all() -> None:
+        with Path("/dev/full").open("wb") as file:
+            file.write(b"x" * 100_000)
+
+    tensors = {"a": torch.zeros(100_000)}
+    for action in (
+        write_all,
+        lambda: torch.save(tensors, "/dev/full"),
+        lambda: torch.save(tensors, "/dev/full", _use_new_zipfile_serialization=False),
+    ):
+        error_class, message = classify(raised(action))
+        assert error_class is ErrorClass.STORAGE, message
+    # safetensors writes to a temporary file beside the target, so a full disk is not to be had here.
+    error = safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+    assert classify(error)[0] is ErrorClass.STORAGE
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT, errno.EROFS, errno.ECONNRESET, errno.ETIMEDOUT],
+)
+def test_a_failing_disk_or_network(number: int) -> None:
+    assert classify(OSError(number, os.strerror(number)))[0] is ErrorClass.STORAGE
+
+
+def test_a_missing_file_is_no_storage_trouble() -> None:
+    assert classify(raised(lambda: Path("/nowhere/at/all").read_text()))[0] is ErrorClass.INTERNAL
+
+
+def test_an_object_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    filesystem = fsspec.filesystem(
+        "s3", key="a", secret="b", endpoint_url="http://127.0.0.1:9", skip_instance_cache=True
+    )
+    monkeypatch.setattr(filesystem, "retries", 1)
+    assert classify(raised(lambda: filesystem.pipe_file("bucket/x", b"y")))[0] is ErrorClass.STORAGE
+
+
+def test_processes_that_lost_one_another(tmp_path: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    def join(rank: int) -> None:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{tmp_path}/rendezvous",
+            rank=rank,
+            world_size=2,
+            timeout=timedelta(seconds=20),
+        )
+        dist.all_reduce(torch.zeros(1))
+
+    child = os.fork()
+    if child == 0:
+        join(1)
+        os._exit(0)  # gone before the second exchange
+    try:
+        join(0)
+        os.waitpid(child, 0)
+        error_class, message = classify(raised(lambda: dist.all_reduce(torch.zeros(1 << 20))))
+        assert error_class is ErrorClass.COLLECTIVE, message
+    finally:
+        dist.destroy_process_group()
+
+
+def test_our_own_class_wins_over_what_a_library_made_of_it() -> None:
+    def wrap() -> None:
+        try:
+            raise NotFinite("loss is nan")
+        except NotFinite as error:
+            raise RuntimeError("CUDA out of memory") from error
+
+    assert classify(raised(wrap)) == (ErrorClass.NOT_FINITE, "loss is nan")
+    assert classify(StorageFailed("disk"))[0] is ErrorClass.STORAGE
+
+
+def test_memory_wins_over_the_connection_that_it_broke() -> None:
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:2345")
+    assert classify(error)[0] is ErrorClass.COLLECTIVE
+    error.__context__ = RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    assert classify(error)[0] is ErrorClass.GPU_OUT_OF_MEMORY
+
+
+def test_everything_else_is_internal() -> None:
+    assert classify(KeyError("x")) == (ErrorClass.INTERNAL, "KeyError: 'x'")

@@ -1,0 +1,101 @@
+"""SIGTERM: at once where there is nothing to save, after the current step where there is.
+
+Kubernetes, Ray and `finetune-trainer stop` all ask a process to end with SIGTERM and kill it after a grace time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from finetune_trainer.failures import Stopped
+
+POLL = 0.1  # seconds
+
+_deferred = False
+_requested = False
+
+
+def install() -> None:
+    """Makes SIGTERM and SIGINT end the process with Stopped, from the main thread, wherever it is."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """While inside, SIGTERM only sets `stop_requested`: somebody looks at it after each step, and saves first.
+
+    A stop that nobody looked at any more takes effect at the end. SIGINT, a person's Ctrl-C, is never deferred.
+    """
+    global _deferred, _requested
+    _deferred, _requested = True, False
+    try:
+        yield
+    finally:
+        _deferred = False
+    if _requested:
+        raise Stopped(signal.SIGTERM)
+
+
+def stop_requested() -> bool:
+    return _requested
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    global _requested
+    if signal_number == signal.SIGTERM and _deferred:
+        _requested = True
+    else:
+        raise Stopped(signal_number)
+
+
+# ---------------------------------------------------------------- finetune-trainer stop
+
+
+def pid_file() -> Path:
+    return Path(tempfile.gettempdir()) / "finetune-trainer.pid"
+
+
+@contextlib.contextmanager
+def known_process() -> Iterator[None]:
+    """Leaves this process' number where `stop_running` of the same container finds it."""
+    path = pid_file()
+    path.write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def stop_running(*, patience: float) -> bool:
+    """Asks the trainer in this container to stop; says whether none runs any more, after `patience` seconds at most.
+
+    For a preStop hook: where a pod is deleted, Ray kills what runs in it within a second, too soon for a checkpoint.
+    The hook runs before that, within the pod's grace time.
+    """
+    deadline, asked = time.monotonic() + patience, False
+    while (pid := _running()) is not None:
+        if not asked:
+            os.kill(pid, signal.SIGTERM)
+            asked = True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL)
+    return True
+
+
+def _running() -> int | None:
+    """The trainer's process; None when it ended, also when it was killed and its number is another process' now."""
+    try:
+        pid = int(pid_file().read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if b"finetune" in command else None
