@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from finetune_operator.core import endpoints
+from finetune_operator.core.endpoints import AllowList
 
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "finetune-system"
@@ -53,6 +56,8 @@ class OperatorConfig:
     agent_url: str | None
     """Its agent, where that is not on the engine's host at spec.serving.agentPort."""
     agent_token_file: Path | None
+    engine_endpoints: AllowList
+    """Engines and agents that deployments may name: nobody else gets the agents' token."""
     alert_providers_file: Path | None
     """JSON {name: URL}."""
     drain_seconds: float
@@ -117,6 +122,13 @@ def _url(environ: Mapping[str, str], name: str) -> str | None:
     return urls[0] if urls else None
 
 
+def _engine_endpoints(environ: Mapping[str, str], name: str, *, configured: Sequence[str | None]) -> AllowList:
+    try:
+        return endpoints.parse(environ.get(name, ""), configured=[url for url in configured if url])
+    except ValueError as error:
+        raise ConfigurationError(f"{name}={environ[name]!r}: {error}") from error
+
+
 def _own_namespace(environ: Mapping[str, str]) -> str:
     if named := environ.get("FINETUNE_NAMESPACE"):
         return named
@@ -134,6 +146,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
     if (certificate is None) != (key is None):
         raise ConfigurationError("FINETUNE_STATUS_TLS_CERT and FINETUNE_STATUS_TLS_KEY: set both or none")
     scheme = "https" if certificate else "http"
+    engine_url, agent_url = _url(environ, "FINETUNE_ENGINE_URL"), _url(environ, "FINETUNE_AGENT_URL")
     return OperatorConfig(
         namespaces=tuple(n.strip() for n in environ.get("FINETUNE_NAMESPACES", "").split(",") if n.strip()),
         submission_mode=_choice(
@@ -157,9 +170,12 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         namespace=_own_namespace(environ),
         router_admin_urls=_urls(environ, "FINETUNE_ROUTER_ADMIN_URLS"),
         router_token_file=_file(environ, "FINETUNE_ROUTER_TOKEN_FILE"),
-        engine_url=_url(environ, "FINETUNE_ENGINE_URL"),
-        agent_url=_url(environ, "FINETUNE_AGENT_URL"),
+        engine_url=engine_url,
+        agent_url=agent_url,
         agent_token_file=_file(environ, "FINETUNE_AGENT_TOKEN_FILE"),
+        engine_endpoints=_engine_endpoints(
+            environ, "FINETUNE_ENGINE_ENDPOINTS", configured=(engine_url, agent_url)
+        ),
         alert_providers_file=_file(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
         drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
     )

@@ -20,6 +20,8 @@ from finetune_operator.adapters.webhooks import Alerts, Webhooks
 from finetune_operator.api.adapterdeployment import KIND
 from finetune_operator.config import OperatorConfig
 from finetune_operator.reconcile.adapterdeployment import AdapterDeploymentReconciler
+from finetune_operator.reconcile.announcements import Announcer
+from finetune_operator.reconcile.emergencies import Emergencies
 from finetune_operator.reconcile.engines import Engines
 from finetune_operator.reconcile.errands import Errands
 from finetune_operator.reconcile.evidence import EvidenceBook
@@ -76,6 +78,13 @@ async def build_rollouts(
         publisher = Publisher(
             kube=kube, fleet=fleet, namespace=settings.namespace, served=settings.namespaces, wake=wake
         )
+        errands = Errands(
+            prometheus=Prometheus(session),
+            webhooks=Webhooks(session),
+            alerts=Alerts(session, settings.alert_providers_file),
+            wake=wake,
+        )
+        book = EvidenceBook(kube, fleet)
         reconciler = AdapterDeploymentReconciler(
             kube=kube,
             telemetry=telemetry,
@@ -83,19 +92,17 @@ async def build_rollouts(
                 kube,
                 agents,
                 resolver,
+                settings.engine_endpoints,
                 default_url=settings.engine_url,
                 default_agent_url=settings.agent_url,
             ),
             agents=agents,
             publisher=publisher,
-            book=EvidenceBook(kube, fleet),
-            errands=Errands(
-                prometheus=Prometheus(session),
-                webhooks=Webhooks(session),
-                alerts=Alerts(session, settings.alert_providers_file),
-                wake=wake,
-            ),
+            book=book,
+            errands=errands,
             watchlist=watchlist,
+            announcer=Announcer(kube=kube, errands=errands),
+            emergencies=Emergencies(publisher, book),
         )
         depth = telemetry.queue_depth.labels(KIND)
         queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, on_depth=depth.set))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from finetune_operator.api.adapterdeployment_strategy import Severity
 from finetune_operator.api.base import Condition, Message, StatusModel
 from finetune_operator.api.rules import keyed_list
 
@@ -98,6 +99,8 @@ class Weights(StatusModel):
     """Version of the route snapshot that says so."""
     verified: bool = False
     """Whether every router replica applies that version."""
+    pending_since: datetime | None = None
+    """Since when the routers have been asked for it; absent once all of them apply it."""
 
 
 class PauseCondition(StatusModel):
@@ -269,6 +272,21 @@ class TakenAction(StatusModel):
     """What was done."""
 
 
+class Announcement(StatusModel):
+    """A transition that was worth telling."""
+
+    name: Annotated[str, Field(max_length=253)]
+    """Name of its Event. Whoever finds that Event there does not tell it again."""
+    time: datetime
+    """When it happened."""
+    severity: Severity
+    """How bad it is: info, warn or error."""
+    reason: Annotated[str, Field(max_length=64)]
+    """One word."""
+    message: Annotated[str, Field(max_length=1000)]
+    """What happened."""
+
+
 class AdapterDeploymentStatus(StatusModel):
     """What serves, what is under way, and why."""
 
@@ -326,8 +344,13 @@ class AdapterDeploymentStatus(StatusModel):
     """The last action that was asked for by annotation."""
     history: Annotated[list[HistoryEntry], Field(max_length=100)] = Field(default_factory=list)
     """Rollouts that are over, newest first; at most revisionHistoryLimit."""
+    announcements: Annotated[
+        list[Announcement], Field(max_length=16, json_schema_extra=keyed_list("name"))
+    ] = Field(default_factory=list)
+    """Transitions that the operator tells by Events and alerts, in the same write as the transition itself, so that an
+    operator that is killed leaves them to the next one. What was told goes with the next write."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=keyed_list("type"))] = (
         Field(default_factory=list)
     )
     """Available, Progressing, Paused, Promoted, AdaptersLoaded, TrafficRouted, MetricsAvailable, AnalysisPassing,
-    SampleRatioOK, BaseModelCompatible, CapacityOK, InvalidSpec."""
+    SampleRatioOK, BaseModelCompatible, CapacityOK, RoutesStored, InvalidSpec."""

@@ -45,19 +45,13 @@ class EvalGateStep(ApiModel):
     amount."""
 
 
-class Judge(StrEnum):
-    HEURISTIC = "heuristic"
-
-
 class SetMirrorStep(ApiModel):
-    """The candidate gets copies of requests; its answers are counted and thrown away."""
+    """The candidate gets copies of requests; its answers are counted, by the guardrails too, and thrown away."""
 
     percent: Annotated[int, Field(ge=1, le=100)]
     """Share of the stable revision's requests that is copied, in percent."""
     duration: Duration
     """How long; then the next step follows."""
-    judge: Judge = Judge.HEURISTIC
-    """heuristic (default): the guardrails are applied to the copied answers."""
 
 
 class PauseStep(ApiModel):

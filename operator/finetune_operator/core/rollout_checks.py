@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from finetune_operator.api.adapterdeployment_analysis import OnMetricsUnavailable
 from finetune_operator.api.adapterdeployment_status import (
     AbortReason,
+    AdapterDeploymentStatus,
     Check,
     CheckKind,
     CheckPhase,
@@ -19,6 +20,7 @@ from finetune_operator.api.adapterdeployment_status import (
 from finetune_operator.core import rollout_metrics as metrics
 from finetune_operator.core import rollout_pauses as pauses
 from finetune_operator.core.durations import parse_duration
+from finetune_operator.core.rollout_facts import Withdrawal
 from finetune_operator.core.rollout_turns import Turn, clock
 
 LEAST_SILENCE_SECONDS = 15.0  # a router that restarts is silent for a few seconds
@@ -112,6 +114,9 @@ def harm(turn: Turn) -> Harm | None:
     """Proof that the candidate does harm, or a policy that asks to go back without evidence."""
     if not turn.exposed or turn.first:
         return None
+    withdrawn = turn.seen.withdrawal
+    if withdrawn is not None and concerns(withdrawn, turn.status):
+        return Harm(withdrawn.reason, withdrawn.message)
     for kind, reason in HARM.items():
         for check in turn.status.analysis:
             if check.kind is kind and check.phase is CheckPhase.FAILED and not check.dry_run:
@@ -121,6 +126,14 @@ def harm(turn: Turn) -> Harm | None:
         if missing is not None:
             return Harm(AbortReason.METRICS_UNAVAILABLE, missing)
     return None
+
+
+def concerns(withdrawn: Withdrawal, status: AdapterDeploymentStatus) -> bool:
+    """Whether the rollout under way is the one whose candidate was withdrawn."""
+    return (withdrawn.revision, withdrawn.rollout_start_time) == (
+        status.candidate_revision,
+        status.rollout_start_time,
+    )
 
 
 # ---------------------------------------------------------------- wait

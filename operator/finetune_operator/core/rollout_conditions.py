@@ -15,8 +15,9 @@ from finetune_operator.api.adapterdeployment_status import (
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core import rollout_checks as checks
 from finetune_operator.core.conditions import Claim
-from finetune_operator.core.rollout_turns import OVER, Turn, engines
+from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
 
+LATE_SECONDS = 15.0  # routers answer within milliseconds, and a restart takes a few seconds
 
 class RolloutCondition(StrEnum):
     AVAILABLE = "Available"  # requests for the alias are answered
@@ -32,6 +33,7 @@ class RolloutCondition(StrEnum):
         "BaseModelCompatible"  # the engines serve the base model, and take the adapter's rank
     )
     CAPACITY_OK = "CapacityOK"  # the engines have room for what they should load
+    ROUTES_STORED = "RoutesStored"  # a router that starts finds the newest routes, also while the operator is away
     INVALID_SPEC = "InvalidSpec"  # the operator cannot act on the spec
 
 
@@ -46,7 +48,8 @@ def claims(turn: Turn) -> Iterator[Claim]:
     yield from _evidence(turn)
     yield _compatible(turn)
     yield _capacity(turn)
-    yield Claim(RolloutCondition.INVALID_SPEC, False, "Accepted", "the spec is understood")
+    yield _routes_stored(turn)
+    yield _invalid_spec(turn)
 
 
 def available(turn: Turn) -> Claim:
@@ -136,14 +139,41 @@ def traffic_routed(turn: Turn) -> Claim:
             f"no engine has {candidate.served_name}; everybody gets {stable.served_name} meanwhile",
         )
     if not weights.verified:
-        routers = f"{routing.applied} of {routing.replicas}" if routing.replicas else "no"
-        return Claim(kind, False, "RoutersBehind", f"{routers} routers apply the weights by now")
+        return Claim(kind, False, *behind(turn))
     return Claim(
         kind,
         True,
         "Routed",
         f"every router sends {weights.candidate:g}% of the users to the candidate (snapshot {weights.version})",
     )
+
+
+def behind(turn: Turn) -> tuple[str, str]:
+    """Why the weights are not verified: they were published just now, or routers do not take them."""
+    since, routing = turn.weights.pending_since, turn.seen.routing
+    told = f"{routing.applied} of {routing.replicas} routers apply them"
+    if not routing.replicas:
+        return "RoutersBehind", "no router is known: is FINETUNE_ROUTER_ADMIN_URLS of the operator right?"
+    if since is None or turn.elapsed(since) < LATE_SECONDS:
+        return "Publishing", f"the weights are being published: {told}"
+    others = "; ".join(routing.behind[:3]) or "a router"
+    more = f" and {len(routing.behind) - 3} more" if len(routing.behind) > 3 else ""
+    return "RoutersBehind", (
+        f"{told} since {clock(since)}; not so {others}{more}: restart it, or remove it from the Service"
+    )
+
+
+def _routes_stored(turn: Turn) -> Claim:
+    kind, problem = RolloutCondition.ROUTES_STORED, turn.seen.routing.not_stored
+    if problem is not None:
+        return Claim(kind, False, "NotStored", problem)
+    return Claim(kind, True, "Stored", "the ConfigMap finetune-routes has the newest routes")
+
+
+def _invalid_spec(turn: Turn) -> Claim:
+    if turn.seen.refusal is not None:
+        return Claim(RolloutCondition.INVALID_SPEC, True, "EndpointNotAllowed", turn.seen.refusal)
+    return Claim(RolloutCondition.INVALID_SPEC, False, "Accepted", "the spec is understood")
 
 
 def _evidence(turn: Turn) -> Iterator[Claim]:

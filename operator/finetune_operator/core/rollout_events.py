@@ -1,30 +1,37 @@
-"""Events and alerts: what a change of the status is worth telling, and to whom.
+"""Announcements: what a change of the status is worth telling, as an Event for `kubectl describe` and as alerts.
 
-Everything follows from the stored status and the new one, so each transition is told once.
+Everything follows from the stored status and the new one, so each transition is announced once. It is announced in
+the status itself, so it is told once too: see `reconcile.announcements`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_operator.api.adapterdeployment_status import (
     AdapterDeploymentStatus,
+    Announcement,
     CompletionStatus,
     PauseReason,
     Stage,
 )
 from finetune_operator.api.adapterdeployment_strategy import Severity
-from finetune_operator.core.facts import Event
-from finetune_operator.core.rollout_facts import Alert
+from finetune_operator.core.rollout_facts import DeploymentFacts
 
+MAX_ANNOUNCEMENTS = 16
+MAX_MESSAGE = 1000
 CONDITIONS = {
     # Conditions whose fall is told, with how bad that is for whom; the others only explain.
     "Available": Severity.ERROR,
     "CapacityOK": Severity.WARN,
     "BaseModelCompatible": Severity.WARN,
     "MetricsAvailable": Severity.INFO,
+    "RoutesStored": Severity.WARN,
 }
-LOSSES = frozenset({"CandidateLost"})
+TRAFFIC_ALARMS = frozenset({"CandidateLost", "RoutersBehind"})
+"""Reasons of a TrafficRouted that is False that are told; the others are ordinary and over in a moment."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +43,35 @@ class Happening:
     message: str
 
 
-def events(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Event]:
-    """For `kubectl describe`; Warning from the severity warn on."""
+def announce(
+    deployment: DeploymentFacts, new: AdapterDeploymentStatus, *, now: datetime
+) -> list[Announcement]:
+    """What the change from the stored status to the new one is worth telling."""
     return [
-        Event(warning=h.severity is not Severity.INFO, reason=h.reason, message=h.message[:1000])
-        for h in happenings(old, new)
+        Announcement(
+            name=_event_name(deployment, happening, now=now),
+            time=now,
+            severity=happening.severity,
+            reason=happening.reason,
+            message=happening.message[:MAX_MESSAGE],
+        )
+        for happening in happenings(deployment.status, new)
     ]
 
 
-def alerts(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Alert]:
-    """For people who are not looking."""
-    return [Alert(h.severity, f"{h.reason}: {h.message}") for h in happenings(old, new)]
+def outbox(
+    stored: AdapterDeploymentStatus, fresh: list[Announcement], *, told: frozenset[str]
+) -> list[Announcement]:
+    """What is not told yet, oldest first. Of more than the status may hold the newest count."""
+    waiting = {item.name: item for item in stored.announcements if item.name not in told}
+    waiting |= {item.name: item for item in fresh}
+    return list(waiting.values())[-MAX_ANNOUNCEMENTS:]
+
+
+def _event_name(deployment: DeploymentFacts, happening: Happening, *, now: datetime) -> str:
+    """The same for the same transition, whoever tells it."""
+    what = "\0".join((deployment.uid, now.isoformat(), happening.reason, happening.message))
+    return f"{deployment.name[:200]}.{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 
 def happenings(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[Happening]:
@@ -111,8 +136,8 @@ def _conditions(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> l
     for condition in new.conditions:
         known = before.get(condition.type)
         fell = condition.status == "False" and known is not None and known.status != "False"
-        lost = condition.reason in LOSSES and (known is None or known.reason != condition.reason)
-        if condition.type == "TrafficRouted" and lost:
+        alarm = condition.reason in TRAFFIC_ALARMS and (known is None or known.reason != condition.reason)
+        if condition.type == "TrafficRouted" and alarm:
             told.append(Happening(Severity.WARN, condition.reason, condition.message))
         severity = CONDITIONS.get(condition.type)
         if severity is not None and fell:

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
-from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, Check
-from finetune_operator.api.adapterdeployment_strategy import EvaluationSpec, Severity, WebhookType
+from finetune_operator.api.adapterdeployment_status import (
+    AbortReason,
+    AdapterDeploymentStatus,
+    Announcement,
+    Check,
+)
+from finetune_operator.api.adapterdeployment_strategy import EvaluationSpec, WebhookType
 from finetune_operator.api.routes import Route
-from finetune_operator.core.facts import Event
 
 BASE = "base"  # revision of the model without an adapter
 
@@ -95,8 +99,12 @@ class RoutingFacts:
     """Routers that are known."""
     applied: int = 0
     """Routers that said that they apply that version."""
+    behind: Sequence[str] = ()
+    """URLs of the others, and what is wrong with each where that is known."""
     alias_taken_by: str | None = None
     """`namespace/name` of the deployment that owns the alias, when it is not us."""
+    not_stored: str | None = None
+    """Why the newest snapshot is in the routers only and not in its ConfigMap, and what to do."""
 
     @property
     def verified(self) -> bool:
@@ -143,12 +151,24 @@ class EvaluationFacts:
 
 
 @dataclass(frozen=True)
+class Withdrawal:
+    """A candidate that was taken out of the route before its abort could be stored."""
+
+    revision: str
+    rollout_start_time: datetime | None
+    reason: AbortReason
+    message: str
+
+
+@dataclass(frozen=True)
 class Observed:
     deployment: DeploymentFacts
     wanted: Wanted = Wanted()
     engines: Sequence[EngineFacts] = ()
     engines_problem: str | None = None
     """Why no engine is known, when none is."""
+    refusal: str | None = None
+    """Why the operator does not talk to the engines that spec names: field, value and remedy."""
     routing: RoutingFacts = RoutingFacts()
     evidence: EvidenceFacts | None = None
     """None: nothing is compared now."""
@@ -157,6 +177,10 @@ class Observed:
     webhooks: Mapping[str, WebhookAnswer] = field(default_factory=dict)
     """Answers since the last pass, by name."""
     evaluation: EvaluationFacts | None = None
+    withdrawal: Withdrawal | None = None
+    """What was done to the route while the status could not be written."""
+    told: frozenset[str] = frozenset()
+    """Names of the announcements that were told."""
 
 
 @dataclass(frozen=True)
@@ -197,26 +221,20 @@ class ClearAction:
     value: str
 
 
-@dataclass(frozen=True)
-class Alert:
-    severity: Severity
-    message: str
-
-
 Action = Load | Unload | Evaluate | AskWebhooks | ClearAction
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Carried out in this order: status, route, actions, events and alerts. So whatever is done was recorded first, and
+    """Carried out in this order: status, route, actions, announcements. So whatever is done was recorded first, and
     whoever repeats a pass does the same again."""
 
     status: AdapterDeploymentStatus
     route: Route | None = None
     """Route that the snapshot should have for us; None: none."""
     actions: Sequence[Action] = ()
-    events: Sequence[Event] = ()
-    alerts: Sequence[Alert] = ()
+    announcements: Sequence[Announcement] = ()
+    """Those of this pass; the status has them too, with those of former passes that were not told yet."""
     measure: bool = False
     """Whether the Prometheus metrics are due."""
     collect: bool = False

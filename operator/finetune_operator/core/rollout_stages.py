@@ -46,7 +46,7 @@ def _load_problem(turn: Turn, found: adapters.Coverage) -> tuple[str, str] | Non
         text = (
             turn.seen.engines_problem or "no engine is known: set spec.serving, or start the default engine"
         )
-        return "NoEngines", text
+        return ("EndpointNotAllowed" if turn.seen.refusal else "NoEngines"), text
     if found.complete:
         return None
     engines = [e for e in turn.seen.engines if e.reachable and e.ready]

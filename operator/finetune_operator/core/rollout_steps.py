@@ -9,6 +9,7 @@ from finetune_operator.api.adapterdeployment_status import AbortReason, LoadedAd
 from finetune_operator.api.adapterdeployment_strategy import OnTimeout, Step, WebhookType
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core import rollout_checks as checks
+from finetune_operator.core import rollout_conditions as conditions
 from finetune_operator.core import rollout_endings as endings
 from finetune_operator.core import rollout_gates as gates
 from finetune_operator.core import rollout_pauses as pauses
@@ -107,13 +108,7 @@ def _missing(turn: Turn, adapter: LoadedAdapter) -> tuple[str, str] | None:
 def _behind(turn: Turn) -> tuple[str, str] | None:
     if turn.first or turn.weights.verified:
         return None
-    routing = turn.seen.routing
-    told = (
-        f"{routing.applied} of {routing.replicas} routers apply them"
-        if routing.replicas
-        else "no router is known"
-    )
-    return "RoutersBehind", f"the weights are being published: {told}"
+    return conditions.behind(turn)
 
 
 def wait_for(turn: Turn, held: tuple[str, str]) -> Turn:

@@ -18,6 +18,7 @@ from finetune_operator.api.adapterdeployment_status import (
     Stage,
 )
 from finetune_operator.api.adapterdeployment_strategy import WebhookType
+from finetune_operator.api.routes import Route
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core import rollout_checks as checks
 from finetune_operator.core import rollout_endings as endings
@@ -28,8 +29,8 @@ from finetune_operator.core import rollout_stages as stages
 from finetune_operator.core import rollout_statuses as statuses
 from finetune_operator.core import rollout_steps as steps
 from finetune_operator.core import rollout_verbs as verbs
-from finetune_operator.core.rollout_facts import AskWebhooks, Observed, Plan
-from finetune_operator.core.rollout_turns import Turn
+from finetune_operator.core.rollout_facts import AskWebhooks, Observed, Plan, Withdrawal
+from finetune_operator.core.rollout_turns import Turn, clock
 
 WATCH_SECONDS = (
     15.0  # engines tell of nothing by themselves: an adapter that one lost is noticed within this time
@@ -45,15 +46,34 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
         return Plan(status=deployment.status)
     if deployment.spec is None:
         status = statuses.unreadable(seen, now=now)
-        return _told(seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS))
+        return _announced(seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS), now)
     if seen.routing.alias_taken_by is not None:
         status = statuses.alias_taken(seen, seen.routing.alias_taken_by, now=now)
-        return _told(seen, Plan(status=status, requeue_after=WATCH_SECONDS))
+        return _announced(seen, Plan(status=status, requeue_after=WATCH_SECONDS), now)
     turn = _look(Turn(seen, deployment.spec, now, deployment.status))
     turn = _go_on(turn)
     turn = adapters.settle(turn)
     turn = statuses.sum_up(turn)
-    return _told(seen, _plan(turn, deployment.spec))
+    return _announced(seen, _plan(turn, deployment.spec), now)
+
+
+def withdraw(seen: Observed, *, now: datetime) -> tuple[Withdrawal, Route] | None:
+    """The route without a candidate that is proved to do harm, for when the status cannot be written; None where
+    nothing is proved. Nothing else may be done before it is recorded: whatever needs a record waits for it.
+    """
+    spec = seen.deployment.spec
+    if spec is None or seen.deployment.deleting or seen.routing.alias_taken_by is not None:
+        return None
+    turn = checks.refresh(Turn(seen, spec, now, seen.deployment.status))
+    harm = checks.harm(turn)
+    route = None if harm is None else routes.build(endings.abort(turn, harm.reason, harm.message))
+    if harm is None or route is None:
+        return None
+    text = f"{harm.message}; found at {clock(now)}, when the status could not be written"
+    found = Withdrawal(
+        turn.status.candidate_revision or "", turn.status.rollout_start_time, harm.reason, text
+    )
+    return found, route
 
 
 # ---------------------------------------------------------------- facts into the status
@@ -79,7 +99,10 @@ def _confirm_weights(turn: Turn) -> Turn:
         version, verified = None, False
     elif weights.verified:
         return turn
-    return turn.update(weights=weights.model_copy(update={"version": version, "verified": verified}))
+    asked = version is not None and not verified
+    pending = (weights.pending_since or turn.now) if asked else None
+    update = {"version": version, "verified": verified, "pending_since": pending}
+    return turn.update(weights=weights.model_copy(update=update))
 
 
 def _notice_loss(turn: Turn) -> Turn:
@@ -245,7 +268,10 @@ def _rollback_heard(turn: Turn) -> bool:
     return any(h.name in turn.seen.webhooks for h in turn.spec.webhooks if h.type is WebhookType.ROLLBACK)
 
 
-def _told(seen: Observed, plan: Plan) -> Plan:
-    """Events and alerts follow from what the pass changed, so that a repeated pass repeats none."""
-    old = seen.deployment.status
-    return replace(plan, events=events.events(old, plan.status), alerts=events.alerts(old, plan.status))
+def _announced(seen: Observed, plan: Plan, now: datetime) -> Plan:
+    """With what the pass changed in the status's outbox, so that a repeated pass announces nothing anew."""
+    fresh = events.announce(seen.deployment, plan.status, now=now)
+    waiting = events.outbox(seen.deployment.status, fresh, told=seen.told)
+    return replace(
+        plan, status=plan.status.model_copy(update={"announcements": waiting}), announcements=fresh
+    )

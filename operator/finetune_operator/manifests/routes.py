@@ -12,6 +12,8 @@ from finetune_operator.manifests import naming
 NAME = "finetune-routes"
 ROUTES_KEY = "routes.json"
 ENGINES_KEY = "engines.json"
+MAX_BYTES = 1 << 20
+"""Of all values of a ConfigMap together (k8s.io/api/core/v1 MaxSecretSize, which ConfigMaps share)."""
 
 
 def build_snapshot(
@@ -29,7 +31,7 @@ def build_snapshot(
 
 
 def to_text(snapshot: Snapshot) -> str:
-    """The snapshot as routers read it, without nulls: a thousand aliases stay below the 1 MiB of a ConfigMap."""
+    """The snapshot as routers read it, without nulls: a thousand aliases stay below MAX_BYTES."""
     return snapshot.model_dump_json(by_alias=True, exclude_none=True)
 
 
@@ -51,3 +53,22 @@ def build_config_map(
         },
         "data": {ROUTES_KEY: routes, ENGINES_KEY: json.dumps(engines, sort_keys=True)},
     }
+
+
+def why_too_large(config_map: Mapping[str, Any], snapshot: Snapshot) -> str | None:
+    """What to tell when the durable copy cannot hold the snapshot; None when it can."""
+    size = sum(len(value.encode()) for value in config_map["data"].values())
+    if size <= MAX_BYTES:
+        return None
+    largest = max(snapshot.routes, key=_size_of, default=None)
+    biggest = f", the largest {_size_of(largest)} for alias {largest.alias}" if largest else ""
+    return (
+        f"the routes of all {len(snapshot.routes)} aliases take {size} bytes{biggest}, and the ConfigMap {NAME} holds "
+        f"{MAX_BYTES}: the routers have them, but one that starts while the operator is away gets older ones; shorten "
+        "spec.traffic.outputSchema or match, delete AdapterDeployments, or serve some namespaces "
+        "(FINETUNE_NAMESPACES) by another operator with routers of its own"
+    )
+
+
+def _size_of(route: Route) -> int:
+    return len(route.model_dump_json(by_alias=True, exclude_none=True).encode())

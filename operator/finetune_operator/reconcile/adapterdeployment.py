@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_operator.adapters.agents import Agents, Unheard
 from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
@@ -21,7 +21,6 @@ from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.routes import Route
 from finetune_operator.core import rollouts
 from finetune_operator.core.durations import parse_duration
-from finetune_operator.core.facts import Event
 from finetune_operator.core.rollout_facts import (
     Action,
     AskWebhooks,
@@ -37,7 +36,9 @@ from finetune_operator.core.rollout_facts import (
     Wanted,
 )
 from finetune_operator.reconcile import deployment_facts, facts, messages
-from finetune_operator.reconcile.engines import Engines
+from finetune_operator.reconcile.announcements import Announcer, Subject
+from finetune_operator.reconcile.emergencies import Emergencies
+from finetune_operator.reconcile.engines import Engines, Sight
 from finetune_operator.reconcile.errands import Errands
 from finetune_operator.reconcile.evidence import EvidenceBook
 from finetune_operator.reconcile.finetunejob import merge_diff
@@ -53,8 +54,13 @@ CONFLICT_SECONDS = 0.05
 UNAVAILABLE_SECONDS = (1.0, 3.0)  # between, at random: not all at once when the API server is back
 LONGEST_SECONDS = 30.0  # engines tell nothing by themselves
 WRITE_SECONDS = 1.0  # between two writes that only bring numbers up to date
-NUMBERS = frozenset({"analysis", "message", "conditions", "evaluation"})
+# A candidate that does harm is withdrawn from memory when the API server takes longer than this.
+READ_SECONDS = 4.0
+OBSERVE_SECONDS = 12.0  # lookups, agents and the stored evidence, one after the other in the worst case
+OUTBOX = "announcements"
+NUMBERS = frozenset({"analysis", "message", "conditions", "evaluation", OUTBOX})
 """Fields of the status that may be written a little later."""
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class AdapterDeploymentReconciler:
     book: EvidenceBook
     errands: Errands
     watchlist: Watchlist
+    announcer: Announcer
+    emergencies: Emergencies
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     _written: dict[Key, float] = field(default_factory=dict)
     """When each status was last written, by the clock of the event loop."""
@@ -78,19 +86,24 @@ class AdapterDeploymentReconciler:
                 return await self._pass(key)
             except ConflictError:  # the object moved on while we looked; what we saw is stale
                 return CONFLICT_SECONDS
-            except UnavailableError as error:  # routers go on with what they have
+            except UnavailableError as error:  # routers go on with what they have, unless it does harm
                 logger.warning("%s/%s: %s", *key, error)
+                await self.emergencies.look(key)
                 return random.uniform(*UNAVAILABLE_SECONDS)  # noqa: S311 - spreads load, protects nothing
+            except ApiError:
+                await self.emergencies.look(key)
+                self.telemetry.reconcile_errors.labels(KIND).inc()
+                raise
             except Exception:
                 self.telemetry.reconcile_errors.labels(KIND).inc()
                 raise
 
     async def _pass(self, key: Key) -> float | None:
-        body = await self.kube.get(API_VERSION, KIND, *key)
+        body = await _within(READ_SECONDS, self.kube.get(API_VERSION, KIND, *key))
         if body is None or "deletionTimestamp" in body["metadata"]:
             await self._forget(key)
             return None
-        seen = await self._observe(key, body)
+        seen = await _within(OBSERVE_SECONDS, self._observe(key, body))
         # Whole seconds, as the status stores them: what is decided on is what is stored.
         plan = rollouts.decide(seen, now=self.clock().replace(microsecond=0))
         later = await self._write(key, body, seen, plan)
@@ -99,7 +112,7 @@ class AdapterDeploymentReconciler:
         await self.book.begin(seen.deployment, plan.status, plan.route)
         await self._publish(body, seen, plan)
         await self._act(key, seen, plan)
-        await self._tell(key, body, seen, plan)
+        self.announcer.announce(Subject(key, body, seen.deployment, plan.status), plan.announcements)
         self.watchlist.collect(key, self._interval(seen) if plan.collect else None)
         wishes = [plan.requeue_after] if plan.requeue_after is not None else []
         return min([*wishes, LONGEST_SECONDS * random.uniform(0.8, 1.0)])  # noqa: S311 - spreads load
@@ -110,6 +123,8 @@ class AdapterDeploymentReconciler:
         self.errands.forget(key)
         self.book.forget(key)
         self.watchlist.forget(key)
+        self.announcer.forget(key)
+        self.emergencies.forget(key)
         self.telemetry.rollouts.forget(*key)
         self._written.pop(key, None)
 
@@ -125,21 +140,25 @@ class AdapterDeploymentReconciler:
                 deployment=deployment,
                 engines_problem="spec cannot be read, so the engines are not known",
                 routing=self.publisher.facts(claim),
+                told=self.announcer.told(key),
             )
-        wanted, (engines, problem) = await asyncio.gather(
+        wanted, sight = await asyncio.gather(
             self._wanted(key, deployment), self.engines.observe(deployment.namespace, deployment.spec.serving)
         )
         routing = self.publisher.facts(claim)
         return Observed(
             deployment=deployment,
             wanted=wanted,
-            engines=engines,
-            engines_problem=problem,
+            engines=sight.engines,
+            engines_problem=sight.problem,
+            refusal=sight.refusal,
             routing=routing,
             evidence=await self.book.look(deployment, routing.published),
             measurements=self.errands.measurements(key),
             webhooks=self.errands.answers(key),
-            evaluation=await self._evaluation(deployment.status, engines),
+            evaluation=await self._evaluation(deployment.status, sight),
+            withdrawal=self.emergencies.withdrawal(key),
+            told=self.announcer.told(key),
         )
 
     async def _wanted(self, key: Key, deployment: DeploymentFacts) -> Wanted:
@@ -153,11 +172,11 @@ class AdapterDeploymentReconciler:
             return deployment_facts.wanted_by_job(reference.name, job)
         return deployment_facts.wanted_by_source(adapter.source) if adapter.source else Wanted()
 
-    async def _evaluation(self, status: AdapterDeploymentStatus, engines: Any) -> EvaluationFacts | None:
+    async def _evaluation(self, status: AdapterDeploymentStatus, sight: Sight) -> EvaluationFacts | None:
         evaluation = status.evaluation
         if evaluation is None or evaluation.phase is not CheckPhase.INCONCLUSIVE:
             return None
-        return await self.engines.evaluation(evaluation.id, engines)
+        return await self.engines.evaluation(evaluation.id, sight.engines)
 
     # -- write
 
@@ -166,14 +185,18 @@ class AdapterDeploymentReconciler:
         brings numbers up to date comes too soon; nothing of the plan may then be carried out."""
         patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
         now = asyncio.get_running_loop().time()
+        if patch.keys() == {OUTBOX} and not plan.announcements:
+            patch = {}  # what was told goes with the next write that there is a reason for
         if patch:
             wait = self._written.get(key, float("-inf")) + WRITE_SECONDS - now
-            only_numbers = patch.keys() <= NUMBERS and not (plan.actions or plan.events or plan.alerts)
+            only_numbers = patch.keys() <= NUMBERS and not (plan.actions or plan.announcements)
             if wait > 0 and only_numbers and plan.route == seen.routing.published:
                 return wait
             version = body["metadata"]["resourceVersion"]
-            await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+            write = self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+            await _within(READ_SECONDS, write)
             self._written[key] = now
+        self.emergencies.remember(key, body, plan.status)
         self.errands.settle(key, seen.measurements, seen.webhooks)
         self.telemetry.rollouts.show(*key, before=seen.deployment.status, status=plan.status)
         self.telemetry.rollouts.show_engines(*key, adapters=plan.status.adapters, engines=_loaded(seen))
@@ -254,36 +277,18 @@ class AdapterDeploymentReconciler:
             if is_of(name, alias) and name not in known
         ]
 
-    # -- tell
-
-    async def _tell(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
-        """Events, event webhooks and alerts, after the status that they tell about is stored."""
-        spec = seen.deployment.spec
-        for event in plan.events:
-            logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
-            if spec is not None:
-                told = [webhook for webhook in spec.webhooks if webhook.type is WebhookType.EVENT]
-                payload = messages.webhook_payload(
-                    seen.deployment, plan.status, WebhookType.EVENT, event=event
-                )
-                self.errands.tell(key, told, payload)
-            await self._post(body, event)
-        for alert in plan.alerts:
-            payload = messages.alert_payload(seen.deployment, plan.status, alert)
-            for recipient in spec.alerts if spec is not None else ():
-                if messages.is_for(alert, recipient):
-                    self.errands.alert(key, recipient.provider_ref.name, payload)
-
-    async def _post(self, body: Json, event: Event) -> None:
-        """Post an event; one that cannot be posted is lost, as the status already says the same."""
-        try:
-            await self.kube.create(facts.event_body(body, event, now=self.clock(), kind=KIND))
-        except ApiError as error:
-            logger.warning("event %s could not be posted: %s", event.reason, error)
-
     def _interval(self, seen: Observed) -> float:
         spec = seen.deployment.spec
         return parse_duration(spec.analysis.interval) if spec is not None else LONGEST_SECONDS
+
+
+async def _within(seconds: float, request: Awaitable[Answer]) -> Answer:
+    """The answer, or UnavailableError: an API server that does not answer in time counts as away."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await request
+    except TimeoutError:
+        raise UnavailableError(f"the API server does not answer within {seconds:g} s") from None
 
 
 def _served_names(route: Route | None) -> set[str]:

@@ -11,6 +11,7 @@ from finetune_operator.adapters.addresses import Resolver, UnknownHostError
 from finetune_operator.adapters.agents import Agents, AgentStatus, Evaluation, Missing, Unheard
 from finetune_operator.adapters.kube import Json, Kube
 from finetune_operator.api.adapterdeployment_traffic import ServingSpec
+from finetune_operator.core.endpoints import AllowList
 from finetune_operator.core.rollout_facts import EngineFacts, EvaluationFacts
 from finetune_operator.reconcile import deployment_facts
 
@@ -29,11 +30,27 @@ class NoEnginesError(Exception):
     """There is no engine; `str()` says why and what to do."""
 
 
+class RefusedError(NoEnginesError):
+    """spec names engines that the operator does not talk to."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The engines of a deployment, and why there is none, where there is none."""
+
+    engines: Sequence[EngineFacts] = ()
+    problem: str | None = None
+    refusal: str | None = None
+    """The same, where spec asks for engines that are not allowed."""
+
+
 @dataclass(frozen=True)
 class Engines:
     kube: Kube
     agents: Agents
     resolver: Resolver
+    allowed: AllowList
+    """Who may be asked: every request carries the operator's token."""
     default_url: str | None = None
     """Engine of deployments that name none."""
     default_agent_url: str | None = None
@@ -43,17 +60,21 @@ class Engines:
     _asked: dict[str, tuple[float, asyncio.Task[AgentStatus | Unheard]]] = field(default_factory=dict)
     """Agent -> when it was last asked, and its answer."""
 
-    async def observe(self, namespace: str, serving: ServingSpec) -> tuple[Sequence[EngineFacts], str | None]:
-        """All engines of a deployment at once; and why there is none, where there is none."""
+    async def observe(self, namespace: str, serving: ServingSpec) -> Sight:
+        """All engines of a deployment at once."""
         try:
             places = await self._places(namespace, serving)
+        except RefusedError as error:
+            return Sight(problem=str(error), refusal=str(error))
         except NoEnginesError as error:
-            return (), str(error)
+            return Sight(problem=str(error))
         told = await asyncio.gather(*(self._status(place.agent_url) for place in places))
-        return tuple(
-            deployment_facts.engine_facts(place.url, place.agent_url, answer)
-            for place, answer in zip(places, told, strict=True)
-        ), None
+        return Sight(
+            tuple(
+                deployment_facts.engine_facts(place.url, place.agent_url, answer)
+                for place, answer in zip(places, told, strict=True)
+            )
+        )
 
     async def evaluation(self, identity: str, engines: Sequence[EngineFacts]) -> EvaluationFacts | None:
         """What is known of an evaluation; None where the agents that could tell do not answer."""
@@ -90,6 +111,7 @@ class Engines:
         if serving.endpoint is None and self.default_agent_url is not None:
             return [Place(endpoint.rstrip("/"), self.default_agent_url.rstrip("/"))]
         try:
+            self._check(endpoint, serving)
             urls = await self.resolver.spread(endpoint)
             return [Place(url.rstrip("/"), _with_port(url, serving.agent_port)) for url in urls]
         except UnknownHostError as error:
@@ -97,7 +119,19 @@ class Engines:
         except ValueError as error:
             raise NoEnginesError(f"spec.serving.endpoint {endpoint!r} is no URL: {error}") from error
 
+    def _check(self, endpoint: str, serving: ServingSpec) -> None:
+        """Raises RefusedError, and ValueError where it is no URL. Names are checked, before they become addresses."""
+        if serving.endpoint is None:
+            return
+        agent = _with_port(endpoint, serving.agent_port)
+        if not self.allowed.allows(endpoint):
+            raise RefusedError(self.allowed.refuse("spec.serving.endpoint", endpoint))
+        if not self.allowed.allows(agent):
+            raise RefusedError(self.allowed.refuse("spec.serving.agentPort", agent))
+
     async def _pods(self, namespace: str, serving: ServingSpec) -> list[Place]:
+        if not self.allowed.allows_pods_of(namespace):
+            raise RefusedError(self.allowed.refuse("spec.serving.podSelector", f"pods/{namespace}"))
         labels = serving.pod_selector.match_labels if serving.pod_selector else {}
         pods = await self.kube.find("v1", "Pod", namespace, labels=labels)
         hosts = sorted(_host(pod["status"]["podIP"]) for pod in pods if _is_ready(pod))

@@ -86,13 +86,15 @@ class Errands:
         if webhooks:
             self._run(key, f"ask {webhooks[0].type}", self._ask(key, webhooks, payload))
 
-    def tell(self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]) -> None:
-        """Tell these webhooks of an event; nothing waits for their answers."""
-        for webhook in webhooks:
-            self._start(self._tell(key, webhook, payload))
+    def tell(
+        self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]
+    ) -> list[asyncio.Task[None]]:
+        """Tell these webhooks of an event, each once."""
+        return [self._start(self._tell(key, webhook, payload)) for webhook in webhooks]
 
-    def alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> None:
-        self._start(self._alert(key, provider, payload))
+    def alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> asyncio.Task[None]:
+        """Tell a provider, in several attempts."""
+        return self._start(self._alert(key, provider, payload))
 
     async def _measure(self, metric: MetricSpec, values: Mapping[str, str]) -> Measurement:
         query = metric.prometheus.query

@@ -29,6 +29,8 @@ class Page:
     resource_version: str | None
     polls: int = -1
     """The poll that was folded last."""
+    stored: bool = True
+    """Whether it is what the ConfigMap says: not so for what was folded while the API server was away."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,48 @@ class EvidenceBook:
         self._pages: dict[Key, Page] = {}
 
     async def look(self, deployment: DeploymentFacts, route: Route | None) -> EvidenceFacts | None:
-        """What the evidence says by now; None while nothing is compared. New evidence is stored first.
+        """What the evidence says by now; None while nothing is compared. New evidence is stored first, with what
+        `peek` has gathered.
 
         Raises ApiError; ConflictError when the stored evidence is not what we knew, so that the pass starts over.
         """
         if deployment.spec is None or route is None or not _is_exposed(deployment.status, route):
             return None
         page = await self._page(deployment)
-        plan = plan_of(deployment.spec)
         comparison = Comparison(route, _rollout(deployment.status))
-        # Without a candidate in the route (no engine has it just now) what was counted before still stands.
-        if route.candidate is not None and (page.polls != self._fleet.polls or page.evidence is None):
-            page = await self._fold(deployment, page, comparison, plan)
-        elif page.evidence is not None and page.evidence.rollout != comparison.rollout:
+        if self._has_news(page, comparison):
+            page = await self._fold(deployment, page, comparison)
+        return self._assess(deployment, page, comparison)
+
+    def peek(self, deployment: DeploymentFacts, route: Route | None) -> EvidenceFacts | None:
+        """The same without the API server: what was known before it went away, and what the routers have told since."""
+        if deployment.spec is None or route is None or not _is_exposed(deployment.status, route):
             return None
-        if page.evidence is None:
+        page = self._pages.get((deployment.namespace, deployment.name))
+        if page is None or page.uid != deployment.uid:
             return None
-        assessment = statistics.assess(page.evidence, plan, weight=route.weight)
+        comparison = Comparison(route, _rollout(deployment.status))
+        if page.evidence is not None and self._has_news(page, comparison):
+            folded = self._folded(page.evidence, comparison, plan_of(deployment.spec))
+            page = Page(page.uid, folded, page.resource_version, self._fleet.polls, stored=False)
+            self._pages[deployment.namespace, deployment.name] = page
+        return self._assess(deployment, page, comparison)
+
+    def _has_news(self, page: Page, comparison: Comparison) -> bool:
+        """Whether there is something to fold or to store. Without a candidate in the route (no engine has it just now)
+        what was counted before still stands."""
+        if comparison.route.candidate is None:
+            return not page.stored
+        return page.polls != self._fleet.polls or page.evidence is None or not page.stored
+
+    def _assess(
+        self, deployment: DeploymentFacts, page: Page, comparison: Comparison
+    ) -> EvidenceFacts | None:
+        if deployment.spec is None or page.evidence is None or page.evidence.rollout != comparison.rollout:
+            return None
+        assessment = statistics.assess(
+            page.evidence, plan_of(deployment.spec), weight=comparison.route.weight
+        )
         return EvidenceFacts(checks=assessment.checks, last_heard=self._fleet.last_heard())
 
     async def begin(
@@ -91,7 +118,7 @@ class EvidenceBook:
         if page.evidence is not None and comparison.holds(page.evidence):
             return
         await self._fleet.poll()
-        await self._fold(deployment, page, comparison, plan_of(deployment.spec))
+        await self._fold(deployment, page, comparison)
 
     def forget(self, key: Key) -> None:
         self._pages.pop(key, None)
@@ -118,15 +145,27 @@ class EvidenceBook:
             return Page(deployment.uid, None, version)
         return Page(deployment.uid, evidence, version)
 
-    async def _fold(
-        self, deployment: DeploymentFacts, page: Page, comparison: Comparison, plan: statistics.AnalysisPlan
-    ) -> Page:
-        route = comparison.route
-        if route.stable is None or route.candidate is None:
+    async def _fold(self, deployment: DeploymentFacts, page: Page, comparison: Comparison) -> Page:
+        if deployment.spec is None:
             return page
         polls = self._fleet.polls
-        evidence = statistics.fold(
-            page.evidence,
+        evidence = self._folded(page.evidence, comparison, plan_of(deployment.spec))
+        version = page.resource_version
+        if evidence is not None and (evidence != page.evidence or not page.stored):
+            version = await self._store(deployment, evidence, page)
+        page = Page(deployment.uid, evidence, version, polls)
+        self._pages[deployment.namespace, deployment.name] = page
+        return page
+
+    def _folded(
+        self, evidence: statistics.Evidence | None, comparison: Comparison, plan: statistics.AnalysisPlan
+    ) -> statistics.Evidence | None:
+        """With what the routers have counted since; as it is where the route names no candidate to compare."""
+        route = comparison.route
+        if route.stable is None or route.candidate is None:
+            return evidence
+        return statistics.fold(
+            evidence,
             self._fleet.counters(),
             alias=route.alias,
             stable_revision=route.stable.revision,
@@ -136,12 +175,6 @@ class EvidenceBook:
             comparison=route.comparison,
             rollout=comparison.rollout,
         )
-        version = page.resource_version
-        if evidence != page.evidence:
-            version = await self._store(deployment, evidence, page)
-        page = Page(deployment.uid, evidence, version, polls)
-        self._pages[deployment.namespace, deployment.name] = page
-        return page
 
     async def _store(self, deployment: DeploymentFacts, evidence: statistics.Evidence, page: Page) -> str:
         body = manifests.build_config_map(

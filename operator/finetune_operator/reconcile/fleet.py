@@ -90,6 +90,14 @@ class Fleet:
             replica.applied is not None and replica.applied >= version for replica in self._replicas.values()
         )
 
+    def behind(self, version: int) -> tuple[str, ...]:
+        """The other replicas: URL, and what is wrong with it where that is known."""
+        return tuple(
+            f"{replica.url} ({replica.problem})" if replica.problem else replica.url
+            for replica in self._replicas.values()
+            if replica.applied is None or replica.applied < version
+        )
+
     def counters(self) -> list[RouterCounters]:
         """What each replica told last; a replica that is known by two addresses counts once."""
         told = {r.counters.instance: r.counters for r in self._replicas.values() if r.counters is not None}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
+from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, Announcement
 from finetune_operator.api.adapterdeployment_strategy import AlertSpec, Severity, WebhookType
-from finetune_operator.core.facts import Event
-from finetune_operator.core.rollout_facts import Alert, DeploymentFacts
+from finetune_operator.core.rollout_facts import DeploymentFacts
 
 LEVELS = (Severity.INFO, Severity.WARN, Severity.ERROR)
 COLORS = {Severity.INFO: "good", Severity.WARN: "warning", Severity.ERROR: "danger"}
@@ -18,7 +17,7 @@ def webhook_payload(
     status: AdapterDeploymentStatus,
     kind: WebhookType,
     *,
-    event: Event | None = None,
+    announcement: Announcement | None = None,
 ) -> dict[str, Any]:
     """The document for a webhook: who it is about, where the rollout is, and the event if there is one."""
     weights = status.weights
@@ -38,21 +37,21 @@ def webhook_payload(
         "weight": weights.candidate if weights else 0,
         "completionStatus": status.completion_status,
     }
-    if event is not None:
+    if announcement is not None:
         payload["event"] = {
-            "type": "Warning" if event.warning else "Normal",
-            "reason": event.reason,
-            "message": event.message,
+            "type": "Normal" if announcement.severity is Severity.INFO else "Warning",
+            "reason": announcement.reason,
+            "message": announcement.message,
         }
     return {name: str(v) if isinstance(v, str) else v for name, v in payload.items() if v is not None}
 
 
-def is_for(alert: Alert, spec: AlertSpec) -> bool:
-    return LEVELS.index(alert.severity) >= LEVELS.index(spec.severity)
+def is_for(severity: Severity, spec: AlertSpec) -> bool:
+    return LEVELS.index(severity) >= LEVELS.index(spec.severity)
 
 
 def alert_payload(
-    deployment: DeploymentFacts, status: AdapterDeploymentStatus, alert: Alert
+    deployment: DeploymentFacts, status: AdapterDeploymentStatus, announcement: Announcement
 ) -> dict[str, Any]:
     """A message as Slack's incoming webhooks take it (https://api.slack.com/messaging/webhooks)."""
     name = f"{deployment.namespace}/{deployment.name}"
@@ -65,10 +64,10 @@ def alert_payload(
         "Weight": f"{status.weights.candidate:g}%" if status.weights else None,
     }
     return {
-        "text": f"AdapterDeployment {name}: {alert.message}",
+        "text": f"AdapterDeployment {name}: {announcement.reason}: {announcement.message}",
         "attachments": [
             {
-                "color": COLORS[alert.severity],
+                "color": COLORS[announcement.severity],
                 "fields": [
                     {"title": title, "value": str(value), "short": True}
                     for title, value in fields.items()

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
-from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube
+from finetune_operator.adapters.kube import ApiError, ConflictError, Kube
 from finetune_operator.api.adapterdeployment import KIND
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.routes import Route, Snapshot
@@ -24,6 +21,7 @@ from finetune_operator.core.rollout_facts import RoutingFacts
 from finetune_operator.manifests import routes as manifests
 from finetune_operator.reconcile import deployment_facts
 from finetune_operator.reconcile.aliases import Aliases, Claim, key_of
+from finetune_operator.reconcile.durable_routes import Contents, DurableCopy
 from finetune_operator.reconcile.fleet import Fleet
 from finetune_operator.reconcile.queue import Key
 
@@ -52,7 +50,7 @@ class Publisher:
     ) -> None:
         self._kube = kube
         self._fleet = fleet
-        self._namespace = namespace
+        self._copy = DurableCopy(kube, namespace)
         self._served = served
         self._wake = wake
         self._aliases = Aliases()
@@ -61,8 +59,6 @@ class Publisher:
         self._engines: dict[str, set[str]] = {}
         self._snapshot = Snapshot()
         self._since: dict[Key, int] = {}
-        self._resource_version: str | None = None
-        self._stored = ""
         self._silent: set[Key] = set()
         self._hold_until = 0.0
         self._free = asyncio.Event()
@@ -85,20 +81,20 @@ class Publisher:
         server."""
         while True:
             try:
-                body = await self._kube.get("v1", "ConfigMap", self._namespace, manifests.NAME)
+                found = await self._copy.read()
                 deployments = await self._kube.list_all(API_VERSION, KIND, self._served)
                 break
             except ApiError as error:
                 logger.warning("the routes cannot be read yet: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
-        self._adopt(body)
+        self._adopt(found or Contents())
         self._begin([deployment_facts.claim(item) for item in deployments])
         await self._fleet.poll()
         if self._fleet.highest > self._snapshot.version:
             # Routers got what could not be stored: our base is older than what they apply. Wait for all deployments.
             self._hold_until = asyncio.get_running_loop().time() + HOLD_SECONDS
             self._free.clear()
-        elif body is not None:
+        elif found is not None:
             self._fleet.offer(self._snapshot.version, manifests.to_text(self._snapshot).encode())
         self._started.set()
         self._flush_soon()
@@ -121,6 +117,11 @@ class Publisher:
             self._engines[claim.alias] = known | set(agents)
         await asyncio.shield(self._flush_soon())
 
+    async def replace(self, claim: Claim, route: Route) -> None:
+        """Another route for a deployment, everything else as it is."""
+        share = self._shares.get(claim.key, Share(None))
+        await self.publish(claim, Share(route, share.base_models), agents=())
+
     async def withdraw(self, key: Key) -> None:
         """A deployment is gone: so are its route and its claim. Where its adapters are stays known (`left_behind`)."""
         await self._started.wait()
@@ -142,6 +143,8 @@ class Publisher:
             version=version,
             replicas=len(self._fleet.replicas),
             applied=self._fleet.count_applying(version) if version is not None else 0,
+            behind=self._fleet.behind(version) if version is not None else (),
+            not_stored=self._copy.problem,
             alias_taken_by="/".join(holder) if taken and holder else None,
         )
 
@@ -166,18 +169,10 @@ class Publisher:
             self._engines.pop(alias, None)
         self._flush_soon()
 
-    def _adopt(self, body: Json | None) -> None:
-        """Begin with the durable copy. One that cannot be read is replaced; routers keep theirs until then."""
-        if body is None:
-            return
-        data = body.get("data", {})
-        self._resource_version = body["metadata"]["resourceVersion"]
-        try:
-            self._snapshot = Snapshot.model_validate_json(data.get(manifests.ROUTES_KEY, ""))
-            engines = json.loads(data.get(manifests.ENGINES_KEY, "{}"))
-            self._engines = {str(alias): set(map(str, agents)) for alias, agents in engines.items()}
-        except (ValidationError, ValueError, AttributeError, TypeError) as error:
-            logger.error("ConfigMap %s/%s cannot be read: %s", self._namespace, manifests.NAME, error)
+    def _adopt(self, found: Contents) -> None:
+        """Begin with the durable copy."""
+        self._snapshot = found.snapshot
+        self._engines = {alias: set(agents) for alias, agents in found.engines.items()}
         for route in self._snapshot.routes:
             self._shares[key_of(route.owner)] = Share(route)
             self._since[key_of(route.owner)] = self._snapshot.version
@@ -230,14 +225,14 @@ class Publisher:
         for _ in range(ATTEMPTS):
             snapshot = self._numbered(snapshot)
             try:
-                await self._store(snapshot)
+                await self._copy.store(Contents(snapshot, self._engines))
                 break
             except ConflictError:
-                if not await self._reread():
-                    continue
+                await self._reread()
             except ApiError as error:
                 logger.error("the routes could not be stored, and are pushed all the same: %s", error)
-                self._retry_later()
+                if self._copy.miss(error):
+                    self._retry_later()
                 break
         before = {key_of(route.owner): route for route in self._snapshot.routes}
         after = {key_of(route.owner): route for route in snapshot.routes}
@@ -269,47 +264,15 @@ class Publisher:
             update={"version": max(self._snapshot.version, self._fleet.highest, snapshot.version) + 1}
         )
 
-    async def _store(self, snapshot: Snapshot) -> None:
-        """Raises ConflictError when somebody else has written."""
-        text = self._text(snapshot)
-        if text == self._stored and self._resource_version is not None:
-            return
-        body = manifests.build_config_map(
-            namespace=self._namespace,
-            routes=manifests.to_text(snapshot),
-            engines={alias: sorted(agents) for alias, agents in self._engines.items()},
-            resource_version=self._resource_version,
-        )
-        write = self._kube.create if self._resource_version is None else self._kube.apply
-        answer = await write(body)
-        self._resource_version = answer["metadata"]["resourceVersion"]
-        self._stored = text
-
-    async def _reread(self) -> bool:
-        """After a conflict: the version to write on, and no version number twice. False: not even that was possible."""
-        try:
-            body = await self._kube.get("v1", "ConfigMap", self._namespace, manifests.NAME)
-        except ApiError:
-            return False
-        if body is None:
-            self._resource_version = None
-            return True
-        self._resource_version = body["metadata"]["resourceVersion"]
-        self._stored = ""
-        try:
-            theirs = Snapshot.model_validate_json(body.get("data", {}).get(manifests.ROUTES_KEY, ""))
-        except ValidationError:
-            return True
-        if theirs.version > self._snapshot.version:
-            self._snapshot = self._snapshot.model_copy(update={"version": theirs.version})
-        return True
+    async def _reread(self) -> None:
+        """After a conflict: no version number twice, whoever wrote the other one."""
+        with contextlib.suppress(ApiError):
+            theirs = await self._copy.reread()
+            if theirs is not None and theirs > self._snapshot.version:
+                self._snapshot = self._snapshot.model_copy(update={"version": theirs})
 
     def _is_stored(self) -> bool:
-        return self._flush is None and self._stored == self._text(self._snapshot)
-
-    def _text(self, snapshot: Snapshot) -> str:
-        engines = {alias: sorted(agents) for alias, agents in self._engines.items()}
-        return manifests.to_text(snapshot) + json.dumps(engines, sort_keys=True)
+        return self._flush is None and self._copy.is_settled(Contents(self._snapshot, self._engines))
 
     def _retry_later(self) -> None:
         if self._retry is not None:

@@ -42,6 +42,14 @@ class SimulatedRouting:
     def applied(self) -> int:
         return sum(router.reachable and router.version == self.version for router in self.routers)
 
+    @property
+    def behind(self) -> tuple[str, ...]:
+        return tuple(
+            f"http://r{number}:8081"
+            for number, router in enumerate(self.routers)
+            if not (router.reachable and router.version == self.version)
+        )
+
     def sends_to(self, name: str, url: str) -> bool:
         """Whether any router sends requests for this adapter to that engine."""
         for router in self.routers:

@@ -69,7 +69,7 @@ def test_a_candidate_that_all_engines_lost_gets_no_requests_and_its_time_does_no
     assert world.status.weights is not None
     assert world.status.weights.candidate == 10, "what is meant is kept"
     assert world.condition("TrafficRouted") == ("False", "CandidateLost")
-    assert any(event.reason == "CandidateLost" for event in world.events)
+    assert any(item.reason == "CandidateLost" for item in world.announced)
     world.run(50)
     assert world.routing.weight() == 10
     moved = world.status.step_start_time
@@ -105,7 +105,7 @@ def test_a_stable_revision_on_no_engine_is_said_loudly_and_nobody_else_answers_f
     assert (world.status.phase, world.status.reason) == ("Degraded", "StableLost")
     assert world.condition("Available") == ("False", "StableLost")
     assert "503" in (world.status.message or "")
-    assert [alert.severity for alert in world.alerts if alert.message.startswith("StableLost")] == ["error"]
+    assert [item.severity for item in world.announced if item.reason == "StableLost"] == ["error"]
     assert world.status.abort is None, "there is nothing to go back to"
     world.run(60)
     assert targets(world) == ({"e1", "e2"}, {"e1", "e2"})

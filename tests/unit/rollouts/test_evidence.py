@@ -106,7 +106,7 @@ def test_an_alarm_pauses_until_somebody_has_looked(alarm: str, reason: str) -> N
     setattr(world.evidence, alarm, True)
     world.run(30)
     assert pauses(world) == [reason]
-    assert [alert.severity for alert in world.alerts if alert.message.startswith(reason)] == ["warn"]
+    assert [item.severity for item in world.announced if item.reason == reason] == ["warn"]
     setattr(world.evidence, alarm, False)
     world.run(200)
     assert pauses(world) == [reason], "not by itself"

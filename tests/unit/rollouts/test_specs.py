@@ -30,7 +30,7 @@ def test_the_first_deployment_waits_for_its_job() -> None:
     status = world.status
     assert (status.phase, status.stage, status.reason) == ("Pending", "Initializing", "WaitingForFineTuneJob")
     assert status.message == "FineTuneJob job-b is Running"
-    assert [event.reason for event in world.events] == ["WaitingForFineTuneJob"]
+    assert [item.reason for item in world.announced] == ["WaitingForFineTuneJob"]
     world.wanted = Wanted(reason="FineTuneJobFailed", message="FineTuneJob job-b is Failed: no data")
     world.run(10)
     assert world.status.reason == "FineTuneJobFailed"
@@ -175,10 +175,10 @@ def test_an_alias_that_another_one_has_is_not_routed() -> None:
     assert world.status.phase == "Pending"
     assert world.condition("InvalidSpec") == ("True", "AliasConflict")
     assert "team/first" in (world.status.message or "")
-    assert [event.reason for event in plan.events] == ["AliasConflict"]
+    assert [item.reason for item in plan.announcements] == ["AliasConflict"]
     again = world.step()
     assert again is not None
-    assert again.events == []
+    assert again.announcements == []
     world.alias_taken_by = None
     world.run(30)
     assert world.everybody_gets() == revision("a")

@@ -215,7 +215,7 @@ def test_an_analysis_without_verdict_pauses_and_goes_on_by_itself_when_there_is_
     world.run(400)
     assert world.status.reason == "InconclusiveAnalysis"
     assert world.status.phase == "Paused"
-    assert [alert.severity for alert in world.alerts if "InconclusiveAnalysis" in alert.message] == ["warn"]
+    assert [item.severity for item in world.announced if item.reason == "InconclusiveAnalysis"] == ["warn"]
     world.evidence.mode = "fine"
     world.run(10)
     assert world.routing.weight() == 50

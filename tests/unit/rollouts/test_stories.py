@@ -53,7 +53,7 @@ def test_a_bad_adapter_is_rolled_back() -> None:
     assert (status.abort.revision, status.abort.weight) == (revision("b"), 5)
     assert world.history() == [("b", "Aborted"), ("a", "Promoted")]
     assert [adapter.revision for adapter in status.adapters] == [revision("a")]
-    assert [alert.severity for alert in world.alerts if "GuardrailBreached" in alert.message] == ["error"]
+    assert [item.severity for item in world.announced if item.reason == "GuardrailBreached"] == ["error"]
 
 
 def test_reached_waits_for_the_routers() -> None:

@@ -102,7 +102,7 @@ def test_a_verb_that_makes_no_sense_is_refused_with_a_reason(verb: str) -> None:
     assert world.annotation is None
     changed = {"last_action", "conditions"}
     assert world.status.model_dump(exclude=changed) == before.model_dump(exclude=changed)
-    assert any(event.reason == "ActionRefused" and event.warning for event in world.events)
+    assert any(item.reason == "ActionRefused" and item.severity == "warn" for item in world.announced)
 
 
 def test_promote_is_refused_while_the_spec_says_paused() -> None:

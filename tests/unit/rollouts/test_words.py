@@ -69,9 +69,9 @@ def test_a_first_deployment_is_promoted_only_when_every_router_serves_it() -> No
 
 def test_each_transition_is_told_once() -> None:
     world = serving(steps=STEPS).deploy("b")
-    world.events, world.alerts = [], []
+    world.announced = []
     world.run(200)
-    told = [event.reason for event in world.events]
+    told = [item.reason for item in world.announced]
     assert told == [
         "RolloutStarted",
         "Canary",
@@ -80,8 +80,7 @@ def test_each_transition_is_told_once() -> None:
         "Promoting",
         "Promoted",
     ]
-    assert not any(event.warning for event in world.events)
-    assert {alert.severity for alert in world.alerts} == {"info"}
+    assert {item.severity for item in world.announced} == {"info"}
 
 
 def test_alerts_have_the_severity_of_what_happened() -> None:
@@ -90,11 +89,11 @@ def test_alerts_have_the_severity_of_what_happened() -> None:
     world.run(10)
     world.evidence.bad = {revision("b")}
     world.run(10)
-    severities = {alert.message.split(":")[0]: str(alert.severity) for alert in world.alerts}
+    severities = {item.reason: str(item.severity) for item in world.announced}
     assert severities["SampleRatioMismatch"] == "warn"
     assert severities["GuardrailBreached"] == "error"
     assert severities["RolloutStarted"] == "info"
-    reasons = [event.reason for event in world.events]
+    reasons = [item.reason for item in world.announced]
     assert reasons.count("GuardrailBreached") == reasons.count("SampleRatioMismatch") == 1
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import (
     AdapterDeploymentStatus,
+    Announcement,
     Check,
     CheckKind,
     CheckPhase,
@@ -22,10 +23,8 @@ from finetune_operator.api.adapterdeployment_status import (
 )
 from finetune_operator.api.adapterdeployment_strategy import WebhookType
 from finetune_operator.core import rollouts
-from finetune_operator.core.facts import Event
 from finetune_operator.core.rollout_facts import (
     Action,
-    Alert,
     ArtifactFacts,
     AskWebhooks,
     ClearAction,
@@ -41,6 +40,7 @@ from finetune_operator.core.rollout_facts import (
     Unload,
     Wanted,
     WebhookAnswer,
+    Withdrawal,
 )
 from tests.unit.rollouts import invariants
 from tests.unit.rollouts.engines import SimulatedEngine
@@ -123,11 +123,18 @@ class World:
     killed: Callable[[str], bool] = lambda point: False
     """Whether the operator dies at this point of a pass."""
     # What happened.
-    events: list[Event] = field(default_factory=list)
-    alerts: list[Alert] = field(default_factory=list)
+    announced: list[Announcement] = field(default_factory=list)
+    """What was told, by Events and alerts."""
     plans: list[Plan] = field(default_factory=list)
     asked: list[WebhookType] = field(default_factory=list)
     kills: int = 0
+    withdrawal: Withdrawal | None = None
+    refusal: str | None = None
+    not_stored: str | None = None
+    _posted: set[str] = field(default_factory=set)
+    """Names of the Events."""
+    _heard: set[str] = field(default_factory=set)
+    """Those that this life of the operator knows of."""
     _told: dict[str, WebhookAnswer] = field(default_factory=dict)
     _measured: list[Measurement] = field(default_factory=list)
     _evaluations: dict[str, EvaluationFacts] = field(default_factory=dict)
@@ -166,10 +173,17 @@ class World:
         if plan.measure and self.spec is not None:
             value, error = self.metric()
             self._measured = [Measurement(m.name, value, error) for m in self.spec.analysis.metrics]
-        self.events += plan.events
-        self.alerts += plan.alerts
+        self._announce(plan)
         self.plans.append(plan)
         return True
+
+    def _announce(self, plan: Plan) -> None:
+        """As the reconciler does: what has no Event yet is told."""
+        for item in plan.status.announcements:
+            if item.name not in self._posted:
+                self.announced.append(item)
+            self._posted.add(item.name)
+            self._heard.add(item.name)
 
     def _unload_strays(self, plan: Plan) -> None:
         """As the reconciler does: what an engine kept while it was silent, and nobody knows of any more."""
@@ -187,6 +201,7 @@ class World:
             # Whatever the operator only remembered is gone; routers tell anew within an interval.
             self.kills += 1
             self._told, self._measured, self.evidence.heard = {}, [], None
+            self._heard = set()
         return died
 
     def _act(self, action: Action) -> None:
@@ -274,12 +289,17 @@ class World:
                 version=self.routing.version,
                 replicas=len(self.routing.routers),
                 applied=self.routing.applied,
+                behind=self.routing.behind,
                 alias_taken_by=self.alias_taken_by,
+                not_stored=self.not_stored,
             ),
             evidence=self._evidence(status),
             measurements=tuple(self._measured),
             webhooks=dict(self._told),
             evaluation=self._evaluations.get(status.evaluation.id) if status.evaluation else None,
+            refusal=self.refusal,
+            withdrawal=self.withdrawal,
+            told=frozenset(self._heard),
         )
 
     def _evidence(self, status: AdapterDeploymentStatus) -> EvidenceFacts | None:
