@@ -58,6 +58,8 @@ class Server:
     def __init__(self, loop: Loop, token: str) -> None:
         self._loop = loop
         self._token = token
+        self.asked = 0
+        """Requests so far, whatever their token."""
         self._runner: web.AppRunner | None = None
         self.port = 0
 
@@ -89,6 +91,7 @@ class Server:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.asked += 1
         if request.headers.get("Authorization") != f"Bearer {self._token}":
             return web.json_response({"error": "no token"}, status=401)
         answer: web.StreamResponse = await handler(request)

@@ -91,6 +91,15 @@ class Lab:
             self._process.wait(timeout=10)
             self._process = None
 
+    def stop_api_server(self) -> None:
+        """SIGKILL; `start_api_server` brings it back with all that it stored."""
+        (pid,) = [part.pid for part in self.cluster.status() if part.name == "kube-apiserver"]
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    def start_api_server(self) -> None:
+        self.cluster.up(PARTS)
+
     def close(self) -> None:
         self._stop.set()
         for thread in self._traffic:
@@ -111,6 +120,10 @@ class Lab:
         line = next(line for line in self.log().splitlines() if re.search(pattern, line))
         stamp = datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f").astimezone()
         return time.monotonic() - (datetime.now().astimezone() - stamp).total_seconds()
+
+    def told(self, name: str = "bot") -> list[str]:
+        """Reasons of all Events of a deployment, each as often as there are Events."""
+        return sorted(event["reason"] for event in self.kubectl.events(name))
 
     def metrics(self) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['metrics']}/metrics", timeout=5) as answer:
@@ -152,6 +165,13 @@ class Lab:
         deadline = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < deadline, f"{self.status()}\n{self.log()[-6000:]}"
+            time.sleep(0.05)
+
+    def eventually_offline(self, holds: Callable[[], bool], *, seconds: float = 20) -> None:
+        """The same while nothing can be asked of the API server."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, self.log()[-6000:]
             time.sleep(0.05)
 
     def annotate(self, action: str, *, name: str = "bot") -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from finetune_local.cluster import Cluster
 from finetune_operator.api.routes import Route, Snapshot
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_lab import Router
-from tests.integration.rollout_operator import BAD, BETTER, GOOD, PARTS, Lab, api_server, serves
+from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, api_server, serves
 
 pytestmark = pytest.mark.integration
 
@@ -139,6 +137,11 @@ def test_the_operator_may_be_killed_at_any_moment(lab: Lab) -> None:
         assert versions == sorted(set(versions))
         aliases = [[route.alias for route in snapshot.routes] for _, snapshot in router.applied]
         assert aliases[next(i for i, a in enumerate(aliases) if a) :].count([]) == 0, "an alias was lost"
+    lab.eventually(lambda: lab.told().count("Promoted") == 2)
+    told = lab.told()
+    assert {reason: told.count(reason) for reason in ("RolloutStarted", "Promoting", "Promoted", "CanaryPauseStep")} == {
+        "RolloutStarted": 2, "Promoting": 2, "Promoted": 2, "CanaryPauseStep": 1,
+    }  # fmt: skip
     assert lab.failed_requests == 0
 
 
@@ -209,13 +212,11 @@ def test_traffic_goes_on_while_the_api_server_is_away(lab: Lab) -> None:
     lab.deploy(BETTER, strategy={"canary": {"steps": [{"setWeight": 30}, {"pause": {"duration": "3s"}}]}})
     lab.wait(lambda s: s.get("weights", {}).get("candidate") == 30 and s["weights"]["verified"])
     routes = [router.route("bot") for router in lab.routers]
-    (server,) = [part.pid for part in lab.cluster.status() if part.name == "kube-apiserver"]
-    assert server is not None
-    os.kill(server, signal.SIGKILL)
+    lab.stop_api_server()
     time.sleep(15)
     assert [router.route("bot") for router in lab.routers] == routes
     assert lab.is_alive(), lab.log()[-3000:]
-    lab.cluster.up(PARTS)
+    lab.start_api_server()
     lab.wait(serves(BETTER), seconds=60)
     assert lab.failed_requests == 0
 

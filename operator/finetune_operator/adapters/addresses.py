@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 FRESH_SECONDS = 2.0  # within which a name is not looked up again; a headless Service changes with its pods
 LOOKUP_SECONDS = 5.0
+
+
+Lookup: TypeAlias = Callable[[str, int], Awaitable[list[tuple[int, str]]]]
+"""From host and port to (address family, address) pairs. Raises OSError."""
 
 
 class UnknownHostError(Exception):
@@ -28,7 +34,9 @@ class Resolver:
     certificates are for names. What was known stays known while a lookup fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lookup: Lookup | None = None) -> None:
+        """`lookup`: a resolver in place of the system's."""
+        self._lookup = lookup or _system_lookup
         self._known: dict[str, _Known] = {}
 
     async def spread(self, url: str) -> tuple[str, ...]:
@@ -42,14 +50,19 @@ class Resolver:
             return (url,)
         try:
             async with asyncio.timeout(LOOKUP_SECONDS):
-                found = await loop.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+                found = await self._lookup(parts.hostname, parts.port or 80)
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
             if known is not None:
                 return known.urls
             raise UnknownHostError(f"{parts.hostname}: {error or 'the lookup takes too long'}") from error
-        urls = urls_of(url, [(family, str(address[0])) for family, _, _, _, address in found])
+        urls = urls_of(url, found)
         self._known[url] = _Known(urls, loop.time() + FRESH_SECONDS)
         return urls
+
+
+async def _system_lookup(host: str, port: int) -> list[tuple[int, str]]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(family, str(address[0])) for family, _, _, _, address in found]
 
 
 def urls_of(url: str, found: list[tuple[int, str]]) -> tuple[str, ...]:
