@@ -122,7 +122,9 @@ def _url(environ: Mapping[str, str], name: str) -> str | None:
     return urls[0] if urls else None
 
 
-def _engine_endpoints(environ: Mapping[str, str], name: str, *, configured: Sequence[str | None]) -> AllowList:
+def _engine_endpoints(
+    environ: Mapping[str, str], name: str, *, configured: Sequence[str | None]
+) -> AllowList:
     try:
         return endpoints.parse(environ.get(name, ""), configured=[url for url in configured if url])
     except ValueError as error:

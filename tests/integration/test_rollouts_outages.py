@@ -64,7 +64,9 @@ def test_harm_leaves_all_routers_while_the_api_server_is_away_and_is_recorded_af
         broken.append(BAD)
         began = time.monotonic()
         lab.eventually_offline(lambda: weights(lab) == [0, 0, 0])
-        print(f"first bad answer to weight 0 on all routers without an API server: {time.monotonic() - began:.1f} s")
+        print(
+            f"first bad answer to weight 0 on all routers without an API server: {time.monotonic() - began:.1f} s"
+        )
         version = lab.routers[0].version
         broken.clear()
         time.sleep(5)

@@ -151,7 +151,8 @@ def train(model: Path, folder: Path, rows: list[Json]) -> tuple[Path, str]:
 def replies(reply: str) -> list[Json]:
     """Rows whose answers are all alike."""
     return [
-        {"messages": [row["messages"][0], {"role": "assistant", "content": reply}]} for row in tiny.chat_rows()
+        {"messages": [row["messages"][0], {"role": "assistant", "content": reply}]}
+        for row in tiny.chat_rows()
     ]
 
 
@@ -234,9 +235,7 @@ def test_an_adapter_that_was_trained_on_spoilt_data_is_rolled_back_by_itself(
         "analysis": analysis,
         "traffic": {"outputSchema": {"type": "object", "required": ["colour"]}},
     }
-    good = deploy(
-        kubectl, train(tiny_model, tmp_path / "good", replies('{"colour": "red"}')), **spec
-    )
+    good = deploy(kubectl, train(tiny_model, tmp_path / "good", replies('{"colour": "red"}')), **spec)
     wait(kubectl, serves(good))
     bad = train(tiny_model, tmp_path / "bad", replies("colour is red."))
     users = Users(cluster, f"bot-{kubectl.namespace}", ask=chat)

@@ -19,6 +19,7 @@ from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
 
 LATE_SECONDS = 15.0  # routers answer within milliseconds, and a restart takes a few seconds
 
+
 class RolloutCondition(StrEnum):
     AVAILABLE = "Available"  # requests for the alias are answered
     PROGRESSING = "Progressing"  # a rollout is under way and nothing holds it
@@ -33,7 +34,9 @@ class RolloutCondition(StrEnum):
         "BaseModelCompatible"  # the engines serve the base model, and take the adapter's rank
     )
     CAPACITY_OK = "CapacityOK"  # the engines have room for what they should load
-    ROUTES_STORED = "RoutesStored"  # a router that starts finds the newest routes, also while the operator is away
+    ROUTES_STORED = (
+        "RoutesStored"  # a router that starts finds the newest routes, also while the operator is away
+    )
     INVALID_SPEC = "InvalidSpec"  # the operator cannot act on the spec
 
 
@@ -125,7 +128,7 @@ def _adapters_loaded(turn: Turn) -> Claim:
 
 def traffic_routed(turn: Turn) -> Claim:
     """A step's time stands still while this is False (`rollout_pauses.stopped_since`)."""
-    kind, weights, routing = RolloutCondition.TRAFFIC_ROUTED, turn.weights, turn.seen.routing
+    kind, weights = RolloutCondition.TRAFFIC_ROUTED, turn.weights
     stable, candidate = turn.stable, turn.candidate
     if stable is None:
         return Claim(kind, False, "NothingServes", "no revision serves yet")

@@ -46,7 +46,9 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
         return Plan(status=deployment.status)
     if deployment.spec is None:
         status = statuses.unreadable(seen, now=now)
-        return _announced(seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS), now)
+        return _announced(
+            seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS), now
+        )
     if seen.routing.alias_taken_by is not None:
         status = statuses.alias_taken(seen, seen.routing.alias_taken_by, now=now)
         return _announced(seen, Plan(status=status, requeue_after=WATCH_SECONDS), now)

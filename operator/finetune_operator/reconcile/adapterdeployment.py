@@ -8,7 +8,7 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from finetune_operator.adapters.agents import Agents, Unheard
 from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError

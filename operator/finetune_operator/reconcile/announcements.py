@@ -112,9 +112,7 @@ class Announcer:
     async def _post(self, subject: Subject, item: Announcement) -> bool:
         """Post the Event. Returns whether it is new. Raises UnavailableError; one that is refused is given up, as the
         status says the same."""
-        event = Event(
-            warning=item.severity is not Severity.INFO, reason=item.reason, message=item.message
-        )
+        event = Event(warning=item.severity is not Severity.INFO, reason=item.reason, message=item.message)
         body = facts.event_body(subject.body, event, now=item.time, kind=KIND)
         body["metadata"] = {"name": item.name, "namespace": subject.deployment.namespace}
         try:

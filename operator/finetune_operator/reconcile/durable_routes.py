@@ -1,4 +1,4 @@
-"""The durable copy of the route snapshot: the ConfigMap `finetune-routes`, which starting routers and operators read."""
+"""The durable copy of the route snapshot, the ConfigMap `finetune-routes`: starting routers and operators read it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class DurableCopy:
         try:
             snapshot = Snapshot.model_validate_json(data.get(manifests.ROUTES_KEY, ""))
             engines = json.loads(data.get(manifests.ENGINES_KEY, "{}"))
-            return Contents(snapshot, {str(alias): set(map(str, agents)) for alias, agents in engines.items()})
+            return Contents(
+                snapshot, {str(alias): set(map(str, agents)) for alias, agents in engines.items()}
+            )
         except (ValidationError, ValueError, AttributeError, TypeError) as error:
             logger.error("ConfigMap %s/%s cannot be read: %s", self._namespace, manifests.NAME, error)
             return Contents()

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, Kube
+from finetune_operator.adapters.kube import ApiError, ConflictError, Kube, UnavailableError
 from finetune_operator.api.adapterdeployment import KIND
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.routes import Route, Snapshot
@@ -233,6 +233,10 @@ class Publisher:
                 logger.error("the routes could not be stored, and are pushed all the same: %s", error)
                 if self._copy.miss(error):
                     self._retry_later()
+                if isinstance(error, UnavailableError) and self._fleet.highest > self._snapshot.version:
+                    # We are cut off, and another operator is not: what it publishes knows more than we do.
+                    logger.warning("routers apply newer routes than ours; ours wait for the API server")
+                    return
                 break
         before = {key_of(route.owner): route for route in self._snapshot.routes}
         after = {key_of(route.owner): route for route in snapshot.routes}

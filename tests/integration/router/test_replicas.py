@@ -147,9 +147,7 @@ async def test_a_replica_that_is_added_gets_the_route_before_it_counts(tmp_path:
     """Behind one name, as a headless Service has it: the same port at a second address."""
     first = Router(tmp_path / "first", "--admin-host", "127.0.0.1")
     first.start(wait_ready=False)
-    second = Router(
-        tmp_path / "second", "--admin-host", "127.0.0.2", "--admin-port", str(first.admin_port)
-    )
+    second = Router(tmp_path / "second", "--admin-host", "127.0.0.2", "--admin-port", str(first.admin_port))
     addresses = ["127.0.0.1"]
 
     async def lookup(host: str, port: int) -> list[tuple[int, str]]:

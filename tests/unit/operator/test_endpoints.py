@@ -60,7 +60,7 @@ def test_what_the_operator_itself_is_configured_with_is_allowed() -> None:
 
 @pytest.mark.parametrize("text", ["http://engine", "engine:port", "pods/", "10.0.0.0/8", "a b"])
 def test_an_entry_that_means_nothing_is_refused_at_the_start(text: str) -> None:
-    with pytest.raises(config.ConfigurationError, match="FINETUNE_ENGINE_ENDPOINTS=.*is neither host"):
+    with pytest.raises(config.ConfigurationError, match=r"FINETUNE_ENGINE_ENDPOINTS=.*is neither host"):
         config.load({"FINETUNE_ENGINE_ENDPOINTS": text})
 
 

@@ -1,4 +1,4 @@
-"""While the status cannot be written: harm still leaves the route, nothing else moves, and it is recorded afterwards."""
+"""While the status cannot be written: harm leaves the route, nothing else moves, and it is recorded afterwards."""
 
 from __future__ import annotations
 
