@@ -1,5 +1,5 @@
 """What `finetune rollout plan` tells before anything starts. Held against the real process in
-test_guardrail_calibration.py."""
+tests/calibration/test_guardrails.py."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import pytest
 
 from finetune_operator.api.adapterdeployment_status import CheckPhase
 from finetune_operator.core import eprocesses, sequences, thresholds
+from tests.calibration.shares import evidence_with_share, observed_share
 from tests.unit.statistics import traffic
-from tests.unit.statistics.test_guardrail_calibration import evidence_with_share, observed_share
 from tests.unit.statistics.traffic import Floats
 
 

@@ -15,9 +15,10 @@ from finetune_operator.api.routes import Arm
 from finetune_operator.core import eprocesses, power
 from finetune_operator.core.power import Harm
 from finetune_operator.core.statistics import AnalysisPlan, GuardrailPlan, assess
+from tests.calibration.shares import evidence_with_share, observed_share
 from tests.unit.statistics import traffic
 from tests.unit.statistics.fleets import Router, folded
-from tests.unit.statistics.traffic import Floats, Requests
+from tests.unit.statistics.traffic import Floats
 
 ROLLOUTS = 2_000
 STEPS = (0.05, 0.25, 0.5, 0.1)  # the weight falls in the end, as after an abort that somebody resumed
@@ -177,21 +178,6 @@ def test_a_candidate_that_breaks_late_is_caught_as_well() -> None:
             needed.append(traffic.watch([*good, *bad], log_needed=log_needed)[2] - before[2])
     print(f"seed {seed}: median {np.median(needed):.0f}, most {max(needed)} answers of the candidate")
     assert np.quantile(needed, 0.95) <= 120
-
-
-def evidence_with_share(rollout: Requests, share: Floats) -> float:
-    """Largest log e-value of the same mixture over risks, but failure by failure and with shares told beforehand."""
-    risks = np.array(eprocesses.RELATIVE_RISKS)
-    at_failure, exposed = share[rollout.failed][:, None], rollout.candidate[rollout.failed][:, None]
-    logs = np.cumsum(exposed * np.log(risks) - np.log1p(at_failure * (risks - 1)), axis=0)
-    high = logs.max(axis=1)
-    return float(np.max(high + np.log(np.exp(logs - high[:, None]).mean(axis=1)), initial=0.0))
-
-
-def observed_share(rollout: Requests) -> Floats:
-    """Share of the candidate among all requests before each one, drawn to the nominal one by 20 requests."""
-    before: Floats = (np.cumsum(rollout.candidate) - rollout.candidate).astype(float)
-    return np.asarray((before + 20 * rollout.weights) / (np.arange(len(before)) + 20), float)
 
 
 def test_why_the_share_is_the_batchs_own() -> None:
