@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,7 @@ from tests.integration.rollout_lab import AGENT_TOKEN, ROUTER_TOKEN, Engine, Loo
 
 ROOT = Path(__file__).parents[2]
 GOOD, BETTER, BAD = "a" * 8, "b" * 8, "c" * 8
-
-
-PARTS = ("etcd", "kube-apiserver", "kube-controller-manager")
-
-
-@contextlib.contextmanager
-def api_server(folder: Path) -> Iterator[Cluster]:
-    """An API server and its garbage collector."""
-    running = Cluster(folder)
-    try:
-        running.up(PARTS)
-        yield running
-    finally:
-        running.down()
+COLLECTOR = "kube-controller-manager"  # of garbage
 
 
 class Lab:

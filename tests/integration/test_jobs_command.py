@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
+from tests.api_servers import API_SERVER, api_server
 from tests.clients import Kubectl
 from tests.integration.bad_jobs import GOOD
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-API_SERVER = ("etcd", "kube-apiserver")
 COMMAND = [sys.executable, "-c", "from finetune_cli.jobs import app; app(prog_name='finetune jobs')"]
 ARTIFACT = {
     "uri": "s3://b/good",
@@ -35,12 +35,8 @@ ARTIFACT = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server without the operator."""
-    running = Cluster(tmp_path_factory.mktemp("api-server"), files=ROOT)
-    try:
-        running.up(API_SERVER)
+    with api_server(tmp_path_factory.mktemp("api-server")) as running:
         yield running
-    finally:
-        running.down()
 
 
 class Jobs:

@@ -16,6 +16,7 @@ import yaml
 
 from finetune_local.cluster import Cluster
 from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
+from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
 from tests.unit.cli.rollouts import aborted, canary, paused, promoted
 
@@ -34,12 +35,8 @@ BOT: Json = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server without the operator."""
-    running = Cluster(tmp_path_factory.mktemp("api-server"), files=ROOT)
-    try:
-        running.up(("etcd", "kube-apiserver"))
+    with api_server(tmp_path_factory.mktemp("api-server")) as running:
         yield running
-    finally:
-        running.down()
 
 
 class Rollouts:

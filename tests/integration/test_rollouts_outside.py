@@ -15,8 +15,9 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
+from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
-from tests.integration.rollout_operator import BETTER, GOOD, Lab, api_server, serves
+from tests.integration.rollout_operator import BETTER, COLLECTOR, GOOD, Lab, serves
 from tests.prometheus_program import find_prometheus
 
 pytestmark = pytest.mark.integration
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server")) as running:
+    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
         yield running
 
 
