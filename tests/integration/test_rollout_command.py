@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,12 +14,11 @@ from finetune_local.cluster import Cluster
 from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
+from tests.commands import Command
 from tests.unit.cli.rollouts import aborted, canary, paused, promoted
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "finetune_cli", "rollout"]
 BOT: Json = {
     "apiVersion": "finetune.dev/v1alpha1",
     "kind": "AdapterDeployment",
@@ -39,34 +34,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-class Rollouts:
+class Rollouts(Command):
     """Runs `finetune rollout` in the test's namespace, and plays the operator."""
-
-    def __init__(self, kubectl: Kubectl) -> None:
-        self.kubectl = kubectl
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "FORCE_COLOR"},
-            "KUBECONFIG": str(kubectl.kubeconfig),
-            "PYTHONPATH": str(ROOT / "operator"),
-            "COLUMNS": "200",
-        }
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*COMMAND, *arguments, "-n", self.kubectl.namespace],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *arguments: str, text: str = "", code: int = 0) -> str:
-        """Standard output and error, after checking the exit code."""
-        process = self.start(*arguments)
-        out, err = process.communicate(text, timeout=60)
-        assert process.returncode == code, out + err
-        return out + err
 
     def bot(self) -> Json:
         found = self.kubectl.get("adep", "bot")
@@ -96,7 +65,7 @@ class Rollouts:
 @pytest.fixture
 def rollouts(kubectl: Kubectl) -> Rollouts:
     kubectl.apply(BOT)
-    return Rollouts(kubectl)
+    return Rollouts("rollout", kubectl)
 
 
 def test_watch_follows_to_the_promotion(rollouts: Rollouts) -> None:
