@@ -20,6 +20,7 @@ from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
 from tests.clients import Json, Kubectl, KubectlError
 from tests.integration.rollout_lab import AGENT_TOKEN, ROUTER_TOKEN, Engine, Loop, Router
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 GOOD, BETTER, BAD = "a" * 8, "b" * 8, "c" * 8
@@ -135,10 +136,7 @@ class Lab:
             time.sleep(0.1)
 
     def eventually(self, holds: Callable[[], bool], *, seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, f"{self.status()}\n{self.log()[-6000:]}"
-            time.sleep(0.05)
+        wait_until(holds, seconds=seconds, what=lambda: f"{self.status()}\n{self.log()[-6000:]}")
 
     def annotate(self, action: str, *, name: str = "bot") -> None:
         self.kubectl("annotate", "adep", name, f"finetune.dev/action={action}", "--overwrite")

@@ -16,6 +16,7 @@ from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
 from tests.commands import Command
 from tests.unit.cli.rollouts import aborted, canary, paused, promoted
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -50,16 +51,15 @@ class Rollouts(Command):
 
     def answer(self, *, refused: bool, message: str, seconds: float = 20) -> str:
         """Wait for a wish, answer it as the operator does, take the annotation away; return the wish."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            wish = (self.bot()["metadata"].get("annotations") or {}).get(ACTION_ANNOTATION)
-            if wish:
-                taken = {"value": wish, "pending": True, "refused": refused, "message": message}
-                self.set_status({"lastAction": taken})
-                self.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}-")
-                return str(wish)
-            time.sleep(0.1)
-        raise AssertionError("nobody asked for anything")
+        wish = wait_until(
+            lambda: (self.bot()["metadata"].get("annotations") or {}).get(ACTION_ANNOTATION),
+            seconds=seconds,
+            what="a wish",
+        )
+        taken = {"value": wish, "pending": True, "refused": refused, "message": message}
+        self.set_status({"lastAction": taken})
+        self.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}-")
+        return str(wish)
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import wait_until
 
 COMMAND = [sys.executable, "-m", "finetune_server"]
 TRAINER_IMAGE = Path(__file__).parents[3] / "trainer_image"
@@ -43,19 +44,6 @@ def call(
         return status, {"text": content.decode()}
 
 
-def wait_until(check: Callable[[], Any], *, seconds: float = 60, what: str = "") -> Any:
-    """Returns the first true result of `check`; connections that fail meanwhile are no error."""
-    deadline = time.monotonic() + seconds
-    found: Any = None
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            found = check()
-            if found:
-                return found
-        time.sleep(0.05)
-    raise AssertionError(f"{what or check} did not come true within {seconds} s; last: {found}")
-
-
 @dataclass
 class Process:
     """A finetune-server process with its ports."""
@@ -82,7 +70,7 @@ class Process:
             )
 
     def wait_healthy(self) -> None:
-        wait_until(self._is_healthy, what=f"health of {self.url}\n{self.log.read_text()[-3000:]}")
+        wait_until(self._is_healthy, what=lambda: f"health of {self.url}\n{self.log.read_text()[-3000:]}")
 
     def _is_healthy(self) -> bool:
         assert self.process is not None

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import tiny
-from tests.integration.server.processes import COMMAND, Process, call, engine, free_port, wait_until
+from tests.integration.server.processes import COMMAND, Process, call, engine, free_port
+from tests.waiting import wait_until
 
 QUESTION = [{"role": "user", "content": "What colour is cup 3?"}]
 
