@@ -45,7 +45,7 @@ class Lab:
         self.environment: dict[str, str] = {}
         (folder / "router-token").write_text(ROUTER_TOKEN)
         (folder / "agent-token").write_text(AGENT_TOKEN)
-        self.ports = choose(("metrics", "status"), known={}, in_use_by_us=[])
+        self.ports = choose(("metrics", "status"), known={})
 
     def start(self) -> None:
         """Start the operator; it is not waited for."""

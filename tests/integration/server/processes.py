@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -15,16 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_local.ports import pick
 from tests.waiting import wait_until
 
 COMMAND = [sys.executable, "-m", "finetune_server"]
 TRAINER_IMAGE = Path(__file__).parents[3] / "trainer_image"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def call(
@@ -92,7 +86,7 @@ class Process:
 @contextlib.contextmanager
 def engine(model: Path, folder: Path, *more: str) -> Iterator[Process]:
     """An engine with its agent, started but not waited for."""
-    port, agent_port = free_port(), free_port()
+    port, agent_port = pick(2)
     arguments = ["--model", str(model), "--served-model-name", "tiny", "--port", str(port)]
     arguments += ["--agent-port", str(agent_port), "--cache-dir", str(folder / "cache"), *more]
     made = Process(arguments, folder / "engine.log", port, agent_port)
