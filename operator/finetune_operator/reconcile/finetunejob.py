@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, ForbiddenError, InvalidError, Json, Kube
+from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, Json, Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
@@ -19,7 +18,6 @@ from finetune_operator.core.facts import (
     Defaults,
     DeleteJob,
     DeleteRayJob,
-    Event,
     JobFacts,
     Observed,
     Plan,
@@ -27,7 +25,7 @@ from finetune_operator.core.facts import (
     UpstreamFacts,
 )
 from finetune_operator.manifests import naming, rayjobs, runfiles
-from finetune_operator.reconcile import facts
+from finetune_operator.reconcile import events, facts, patches
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
 
@@ -50,14 +48,11 @@ class FineTuneJobReconciler:
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
-        with self.telemetry.reconcile_seconds.labels(KIND).time():
+        with self.telemetry.measured_pass(KIND):
             try:
                 return await self._pass(key)
             except ConflictError:  # the object moved on while we looked; what we saw is stale
                 return CONFLICT_SECONDS
-            except Exception:
-                self.telemetry.reconcile_errors.labels(KIND).inc()
-                raise
 
     async def _pass(self, key: Key) -> float | None:
         body = await self.kube.get(API_VERSION, KIND, *key)
@@ -198,7 +193,7 @@ class FineTuneJobReconciler:
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""
-        patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
+        patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
         if patch:
             version = body["metadata"]["resourceVersion"]
             await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
@@ -209,25 +204,4 @@ class FineTuneJobReconciler:
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()
         for event in plan.events:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
-            await self._post(body, event)
-
-    async def _post(self, body: Json, event: Event) -> None:
-        """Post an event; one that cannot be posted is lost, as the status already says the same."""
-        try:
-            await self.kube.create(facts.event_body(body, event, now=self.clock()))
-        except ApiError as error:
-            logger.warning("event %s could not be posted: %s", event.reason, error)
-
-
-def merge_diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The smallest JSON merge patch (RFC 7386) from old to new; empty when they are equal. None removes a key."""
-    diff: dict[str, Any] = {}
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if before == after:
-            continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            diff[name] = merge_diff(before, after)
-        else:
-            diff[name] = after
-    return diff
+            await events.post(self.kube, body, event, now=self.clock())
