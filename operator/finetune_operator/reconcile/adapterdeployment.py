@@ -206,7 +206,7 @@ class AdapterDeploymentReconciler:
         spec = seen.deployment.spec
         if plan.measure and spec is not None:
             values = {
-                "alias": messages.alias_of(seen.deployment),
+                "alias": seen.deployment.alias,
                 "stable": plan.status.stable_revision or "",
                 "candidate": plan.status.candidate_revision or "",
             }
@@ -237,7 +237,7 @@ class AdapterDeploymentReconciler:
         own withdrawal), once no router sends requests to them."""
         if not seen.routing.verified or seen.routing.published is None or seen.deployment.spec is None:
             return []
-        alias = messages.alias_of(seen.deployment)
+        alias = seen.deployment.alias
         known = {adapter.served_name for adapter in plan.status.adapters}
         for route in (seen.routing.published, plan.route):
             known |= _served_names(route)
