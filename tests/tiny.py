@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported; the trainer sets the same (see prepare_environment).
+# Before torch is imported. The trainer spins for a while (see finetune_trainer.machine); here processes share the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 CHAT_TEMPLATE = (
