@@ -243,8 +243,7 @@ def _wait_for_inspection(seen: Observed, attempt: Attempt, *, now: datetime) -> 
     if attempt.error_class is ErrorClass.INTERNAL and attempt.exit_code == 0:
         message = f"the trainer ended well but left no committed artifact: {found}"
         attempts = statuses.with_last(seen.job.status.attempts, message=message)
-        updated = seen.job.status.model_copy(update={"attempts": attempts})
-        seen = replace(seen, job=replace(seen.job, status=updated))
+        seen = seen.with_status(seen.job.status.model_copy(update={"attempts": attempts}))
     verdict = _judge(seen, Ending(attempt.error_class or ErrorClass.LOST, ""))
     return retrying(seen, verdict, now=now) if verdict.retry else last(seen, verdict, now=now)
 

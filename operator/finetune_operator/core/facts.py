@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TypeAlias
 
@@ -112,6 +112,10 @@ class Observed:
     """Since when reports are taken; before that, silence says nothing."""
     kuberay_installed: bool = True
     upstream: UpstreamFacts | None = None
+
+    def with_status(self, status: FineTuneJobStatus) -> Observed:
+        """The same facts after a part of the decision."""
+        return replace(self, job=replace(self.job, status=status))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _with_action(seen: Observed) -> Observed:
     message = f"{value[:60]!r} is no action of a FineTuneJob; there is {CANCEL}" if refused else "cancelled"
     taken = LastAction(value=value[:128], refused=refused, message=message)
     status = seen.job.status.model_copy(update={"last_action": taken})
-    return replace(seen, job=replace(seen.job, status=status))
+    return seen.with_status(status)
 
 
 def verb_of(value: str) -> str:
