@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finetune_local.cluster import Cluster
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
+from finetune_operator.api.base import ACTION_ANNOTATION
 from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
 from tests.commands import Command

@@ -14,10 +14,9 @@ from finetune_operator.adapters.agents import Agents, Unheard
 from finetune_operator.adapters.kube import ConflictError, Json, Kube, UnavailableError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api import adapterdeployment, finetunejob
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, CheckPhase
 from finetune_operator.api.adapterdeployment_strategy import WebhookType
-from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.base import ACTION_ANNOTATION, API_VERSION
 from finetune_operator.api.routes import Route
 from finetune_operator.core import rollouts
 from finetune_operator.core.durations import parse_duration

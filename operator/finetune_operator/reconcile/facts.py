@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_operator.adapters.kube import Json
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
-from finetune_operator.api.base import StatusModel
+from finetune_operator.api.base import ACTION_ANNOTATION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, UpstreamFacts
 from finetune_operator.manifests import naming
