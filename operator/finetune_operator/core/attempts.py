@@ -22,7 +22,7 @@ from finetune_operator.core import (
     suspensions,
     words,
 )
-from finetune_operator.core.conditions import Claim, ConditionType
+from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
 from finetune_operator.core.facts import CreateRayJob, Observed, Plan
 
 KEPT = 10  # attempts in the status
@@ -195,7 +195,7 @@ def record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         Phase.RETRYING,
         "Starting",
         f"attempt {number} starts as RayJob {name}{words.from_where(seen)}",
-        claims=[Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")],
+        claims=[SPEC_IS_COMPLETE],
         now=now,
         attempts=[*seen.job.status.attempts, new][-KEPT:],
         next_attempt_time=None,

@@ -21,7 +21,7 @@ from finetune_operator.api.finetunejob import (
 )
 from finetune_operator.core import attempts, chains, deadlines, endings, running, statuses, suspensions
 from finetune_operator.core.attempts import Ending
-from finetune_operator.core.conditions import Claim, ConditionType
+from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
 from finetune_operator.core.facts import CreateRayJob, Defaults, DeleteJob, DeleteRayJob, Observed, Plan
 
 WAITING_SECONDS = running.WAITING_SECONDS
@@ -191,7 +191,7 @@ def _record_first_attempt(
         Phase.PENDING,
         "Accepted",
         f"attempt 1 starts as RayJob {name}",
-        claims=[Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")],
+        claims=[SPEC_IS_COMPLETE],
         now=now,
         attempts=[Attempt(number=1, ray_job=name, start_time=now)],
         start_time=now,
@@ -240,7 +240,7 @@ def _without_rayjob(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         "Provisioning",
         message,
         claims=[
-            Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete"),
+            SPEC_IS_COMPLETE,
             Claim(ConditionType.RESOURCES_READY, False, "Provisioning", message),
         ],
         now=now,
