@@ -13,7 +13,7 @@ Found = TypeVar("Found")
 def wait_until(
     check: Callable[[], Found | None], *, seconds: float = 60, what: str | Callable[[], str] = ""
 ) -> Found:
-    """The first true result of `check`; a connection that fails meanwhile is no error. `what` is for the failure."""
+    """The first true result of `check`; a file or server that is not there yet is no error. `what` is for people."""
     deadline = time.monotonic() + seconds
     last: object = None
     while time.monotonic() < deadline:

@@ -162,7 +162,7 @@ def test_deleting_a_running_job_ends_its_processes_before_its_pod(
     # The program takes SIGTERM calmly and needs a second to go: the pod must wait for it.
     code = f"trap 'sleep 1; exit 0' TERM; echo $$ > {pid_file}; while true; do sleep 0.1; done"
     submit(client, rayjob("deleted", code))
-    pid = int(wait_until(lambda: pid_file.exists() and pid_file.read_text().strip(), what="the job's pid"))
+    pid = int(wait_until(lambda: pid_file.read_text().strip(), what="the job's pid"))
     assert psutil.pid_exists(pid)
     client.call("DELETE", f"{RAY_JOBS}/deleted")
 

@@ -37,7 +37,7 @@ def start(layout: layouts.Layout, script: str, identity: str = "me") -> processe
 
 
 def read_pid(path: Path) -> int:
-    return int(wait_until(lambda: path.exists() and path.read_text().strip(), seconds=5, what=str(path)))
+    return int(wait_until(lambda: path.read_text().strip(), seconds=5, what=str(path)))
 
 
 def is_alive(pid: int) -> bool:
