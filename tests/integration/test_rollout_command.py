@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -43,6 +42,11 @@ class Rollouts(Command):
         assert found is not None
         return found
 
+    def wish(self) -> str | None:
+        """What the operator is asked for."""
+        annotations: dict[str, str] = self.bot()["metadata"].get("annotations") or {}
+        return annotations.get(ACTION_ANNOTATION)
+
     def set_status(self, status: Json) -> None:
         """All of the status, about the spec as it is."""
         generation = self.bot()["metadata"]["generation"]
@@ -51,15 +55,11 @@ class Rollouts(Command):
 
     def answer(self, *, refused: bool, message: str, seconds: float = 20) -> str:
         """Wait for a wish, answer it as the operator does, take the annotation away; return the wish."""
-        wish = wait_until(
-            lambda: (self.bot()["metadata"].get("annotations") or {}).get(ACTION_ANNOTATION),
-            seconds=seconds,
-            what="a wish",
-        )
+        wish = wait_until(self.wish, seconds=seconds, what="somebody asks for something")
         taken = {"value": wish, "pending": True, "refused": refused, "message": message}
         self.set_status({"lastAction": taken})
         self.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}-")
-        return str(wish)
+        return wish
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_wish_waits_for_the_one_before_and_an_abort_does_not(rollouts: Rollout
     assert out.startswith("bot: promoted\n")
     rollouts.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}=pause/1")
     process = rollouts.start("abort", "bot")
-    time.sleep(2)
+    wait_until(lambda: rollouts.wish() != "pause/1", seconds=20, what="an abort overtakes a pause")
     assert rollouts.answer(refused=False, message="aborted").startswith("abort/")
     assert process.wait(timeout=60) == 0
 
