@@ -25,6 +25,7 @@ from tests.observers import Observer
 pytestmark = pytest.mark.integration
 
 INTERVAL = 40  # steps between checkpoints
+INVALID = '{"spec": {"suspend": true, "shutdownAfterJobFinishes": false}}'  # for KubeRay, not for the API server
 QUICK = {"backoffSeconds": {"min": 0, "max": 1}}
 
 
@@ -163,10 +164,16 @@ def test_what_happens_to_its_objects_and_how_the_job_goes_on(
     assert ended(kubectl, "tossed", 3)["class"] in ("Lost", "Preempted")
 
     kubectl.wait_job("tossed", training(4))
-    kubectl("delete", "pod", "-l", label, "--timeout=60s")
-    assert ended(kubectl, "tossed", 4)["class"] in ("Lost", "Preempted")
+    evict(kubectl, label)
+    assert ended(kubectl, "tossed", 4)["class"] == "Preempted"
 
     kubectl.wait_job("tossed", training(5))
+    kubectl("patch", "rayjob", "tossed-a5", "--type=merge", "-p", INVALID)
+    edited = ended(kubectl, "tossed", 5)
+    assert edited["class"] == "Lost"
+    assert "RayJob tossed-a5 was changed while it ran, and KubeRay refuses it now" in edited["message"]
+
+    kubectl.wait_job("tossed", training(6))
     change(kubectl, "tossed", deadlines={"totalSeconds": 1})
     status = kubectl.finished("tossed")
     assert (status["phase"], status["reason"]) == ("Failed", "DeadlineExceeded")
@@ -191,7 +198,8 @@ def test_a_killed_job_comes_to_its_end_and_time_to_live_removes_all_but_the_arti
     assert first["lostSteps"] <= INTERVAL
     assert second["resumedFromStep"] >= INTERVAL
     assert status["progress"]["step"] == 500
-    change(kubectl, "hardy", ttlSecondsAfterFinished=1)
+    kubectl("delete", "rayjob", "hardy-a2", "--timeout=60s")
+    change(kubectl, "hardy", ttlSecondsAfterFinished=2)
     kubectl("wait", "--for=delete", "ftj", "hardy", "--timeout=60s")
     for kind in ("rayjob", "raycluster", "pod"):
         kubectl("wait", "--for=delete", kind, "--all", "--timeout=60s")
@@ -222,6 +230,7 @@ def test_jobs_that_cannot_start_say_why_and_end_as_they_must(
     kubectl.apply(job("no-model", tmp_path / "none", tiny_rows, retry={**QUICK, "maxUserRetries": 1}))
     kubectl.apply(job("no-room", tiny_model, tiny_rows, resources=huge, deadlines={"startSeconds": 5}))
     kubectl.apply(job("too-late", tiny_model, tiny_rows, resources=huge, deadlines={"totalSeconds": 5}))
+    kubectl.apply(job("refused", tiny_model, tiny_rows, resources=huge))
     kubectl.apply(job("held", tiny_model, tiny_rows, suspend=True, resources=huge))
 
     assert kubectl.wait_job("held", lambda s: s.get("phase") == "Suspended", seconds=20)
@@ -232,6 +241,11 @@ def test_jobs_that_cannot_start_say_why_and_end_as_they_must(
     kubectl.wait_job("held", lambda s: s["phase"] == "Suspended", seconds=40)
     kubectl("annotate", "ftj", "held", "finetune.dev/action=cancel")
     assert kubectl.finished("held", seconds=30)["phase"] == "Cancelled"
+
+    kubectl("patch", "rayjob", "refused-a1", "--type=merge", "-p", INVALID)
+    status = kubectl.finished("refused", seconds=60)
+    assert (status["phase"], status["reason"], len(status["attempts"])) == ("Failed", "BadConfig", 1)
+    assert "KubeRay refuses RayJob refused-a1" in status["message"]
 
     for name, field in (("no-room", "startSeconds"), ("too-late", "totalSeconds")):
         status = kubectl.finished(name, seconds=60)
@@ -248,7 +262,7 @@ def test_jobs_that_cannot_start_say_why_and_end_as_they_must(
     assert "all retries are used (spec.retry.maxUserRetries is 1)" in status["message"]
     assert status["retries"]["user"] == 1
     assert "\n" not in status["message"]
-    for name in ("no-room", "too-late", "held"):
+    for name in ("no-room", "too-late", "held", "refused"):
         kubectl("wait", "--for=delete", "pod", "-l", f"finetune.dev/job={name}", "--timeout=60s")
 
 
@@ -283,6 +297,56 @@ def test_a_chain_waits_for_its_model_and_fails_with_it(
     second = kubectl.finished("second")
     assert second["phase"] == "Succeeded", second["message"]
     assert second["artifact"]["baseModel"] == first["artifact"]["uri"]
+
+
+def test_a_quota_is_named_and_waited_for(
+    kubectl: Kubectl, seen: Observer, tiny_model: Path, tiny_rows: Path
+) -> None:
+    kubectl("create", "quota", "small", "--hard=pods=0")
+    kubectl.apply(job("poor", tiny_model, tiny_rows))
+    status = kubectl.wait_job("poor", lambda s: s.get("reason") == "QuotaExceeded", seconds=30)["status"]
+    assert "exceeded quota: small" in status["message"]
+    assert status["phase"] == "Provisioning"
+    kubectl("delete", "quota", "small")
+    kubectl.wait_job("poor", lambda s: s.get("phase") in ("Validating", "Running"), seconds=60)
+    kubectl("annotate", "ftj", "poor", "finetune.dev/action=cancel")
+    assert kubectl.finished("poor", seconds=60)["phase"] == "Cancelled"
+
+
+def test_kuberay_is_away_when_it_is_needed(
+    cluster: Cluster, kubectl: Kubectl, seen: Observer, tiny_model: Path, tiny_rows: Path
+) -> None:
+    """A RayJob is deleted and cannot go; a job is applied and nobody looks at it; both go on when KubeRay is back."""
+    kubectl.apply(job("stuck", tiny_model, tiny_rows))
+    kubectl.wait_job("stuck", training(1))
+    (kuberay,) = [status.pid for status in cluster.status() if status.name == "kuberay"]
+    assert kuberay is not None
+    os.kill(kuberay, signal.SIGKILL)
+    kubectl("delete", "rayjob", "stuck-a1", "--wait=false")
+    kubectl.apply(job("unseen", tiny_model, tiny_rows, resources={"cpu": "1000", "memory": "1Gi"}))
+    status = kubectl.wait_job("unseen", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=40)["status"]
+    assert "KubeRay does not look at RayJob unseen-a1" in status["message"]
+    assert kubectl.job("stuck")["status"]["attempts"][-1]["number"] == 1, "its trainer still runs"
+    cluster.up(parts.TRAINING)
+    assert ended(kubectl, "stuck", 1)["class"] in ("Lost", "Preempted")
+    kubectl.wait_job("unseen", lambda s: s.get("reason") == "Unschedulable", seconds=40)
+    for name in ("stuck", "unseen"):
+        kubectl("annotate", "ftj", name, "finetune.dev/action=cancel")
+    for name in ("stuck", "unseen"):
+        assert kubectl.finished(name, seconds=60)["phase"] == "Cancelled"
+
+
+def evict(kubectl: Kubectl, label: str) -> None:
+    """As a drained node does: the pod gets the condition DisruptionTarget and is deleted with its grace."""
+    (pod,) = kubectl.items("pod", "-l", label)
+    name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
+    body = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": name, "namespace": namespace},
+    }
+    path = f"/api/v1/namespaces/{namespace}/pods/{name}/eviction"
+    kubectl("create", f"--raw={path}", "-f", "-", body=body)
 
 
 def waits(kubectl: Kubectl, name: str, reason: str) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -155,25 +155,31 @@ class FineTuneJobReconciler:
         """Carry out the plan's actions. An object that the API server refuses for good ends the job."""
         for action in plan.actions:
             try:
-                await self._do(seen.job, action)
+                if uid := await self._do(seen.job, action):
+                    attempts = statuses.with_last(plan.status.attempts, uid=uid)
+                    plan = replace(plan, status=plan.status.model_copy(update={"attempts": attempts}))
             except InvalidError as error:
                 return jobs.refused(seen, str(error), now=self._now(seen.job))
             except ForbiddenError as error:
                 return jobs.forbidden(seen, str(error), now=self._now(seen.job))
         return plan
 
-    async def _do(self, job: JobFacts, action: Action) -> None:
+    async def _do(self, job: JobFacts, action: Action) -> str | None:
+        """Returns the UID of the RayJob of an attempt that was created. It is stored in the same pass, so that one which
+        somebody deletes at once is not created again while its pods are still there."""
         match action:
             case CreateRayJob():
-                await self._create(job, action)
+                created = await self._create(job, action)
+                return None if action.inspect or created is None else str(created["metadata"]["uid"])
             case DeleteRayJob(name, uid):
                 await self.kube.delete("ray.io/v1", "RayJob", job.namespace, name, uid=uid)
             case DeleteJob():
                 await self.kube.delete(API_VERSION, KIND, job.namespace, job.name, uid=job.uid)
+        return None
 
-    async def _create(self, job: JobFacts, action: CreateRayJob) -> None:
+    async def _create(self, job: JobFacts, action: CreateRayJob) -> Json | None:
         if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
-            return  # the decision never asks for it: an attempt is recorded together with these
+            return None  # the decision never asks for it: an attempt is recorded together with these
         owner = rayjobs.Owner(job.namespace, job.name, job.uid)
         effective, overrides = job.status.effective, job.status.attempts[-1].overrides
         places = runfiles.Places(
@@ -206,7 +212,7 @@ class FineTuneJobReconciler:
         )
         await self.kube.apply(config_map)  # first: a pod that cannot mount it would wait for it
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
-        await self.kube.create(rayjob)
+        return await self.kube.create(rayjob)
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""
