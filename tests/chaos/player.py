@@ -42,7 +42,7 @@ FORSAKEN = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """A trainer, or an inspection."""
 
@@ -204,7 +204,8 @@ class Player:
         owner = metadata["ownerReferences"][0]["uid"]
         path = f"/api/v1/namespaces/{self._namespace}/serviceaccounts/default/token"
         request = {"spec": {"audiences": [naming.audience(owner)], "expirationSeconds": 3600}}
-        answer = await self._insist("POST", path, request)
+        while (answer := await self._insist("POST", path, request)) is None:
+            await asyncio.sleep(0.2)  # the account of a new namespace comes a moment later
         return Process(
             job=metadata["labels"][naming.LABEL_JOB],
             uid=owner,

@@ -20,6 +20,8 @@ def with_report(seen: Observed, report: Report) -> list[Attempt]:
     attempts = list(seen.job.status.attempts)
     last = attempts[-1]
     step, resumed = report.finetune.step, report.finetune.resumed_from_step
+    if last.last_step is not None and not report.knows_its_step:
+        step = last.last_step
     updates: dict[str, int | str | None] = {**statuses.rayjob_uid(seen), "last_step": step}
     if resumed is not None:
         updates["resumed_from_step"] = resumed

@@ -51,7 +51,7 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     """Record the end of the last attempt and what follows."""
     seen = with_news(seen, now=now)
     attempts = seen.job.status.attempts
-    last_step = ending.step if ending.step is not None else attempts[-1].last_step
+    last_step = ending.step or attempts[-1].last_step  # 0: it ended before it knew where it goes on
     attempts = statuses.with_last(
         attempts,
         end_time=now,

@@ -16,7 +16,7 @@ from finetune_operator.core.facts import RELEASED, DeleteRayJob, Observed, RayJo
 
 FENCE_SECONDS = 2.0
 PATIENCE_SECONDS = 60.0  # for KubeRay to take down the cluster of a process that has ended
-TOLD_SECONDS = 20.0  # ... to notice that it has; after that, KubeRay may be starting it again (HTTPMode)
+TOLD_SECONDS = 10.0  # ... to notice that it has; after that, KubeRay may be starting it again (HTTPMode)
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})  # of a Ray job
 STUCK_SECONDS = 120.0
 NAMED = 3  # leftovers that are named in a message

@@ -157,10 +157,10 @@ def _order_to_end(seen: Observed) -> str | None:
     if _is_cancelled(seen):
         return "cancelled by the annotation finetune.dev/action"
     rayjob, attempt = seen.rayjob, seen.job.status.attempts[-1]
-    stopped = rayjob is not None and rayjob.ours and rayjob.job_status == "STOPPED"
-    if stopped and rayjob.deleting_since is None and attempt.error_class is ErrorClass.PREEMPTED:
-        return f"Ray job of {rayjob.name} was stopped"
-    return None
+    if rayjob is None or not rayjob.ours or rayjob.deleting_since is not None:
+        return None
+    stopped = rayjob.job_status == "STOPPED" and attempt.error_class is ErrorClass.PREEMPTED
+    return f"Ray job of {rayjob.name} was stopped" if stopped else None
 
 
 # ---------------------------------------------------------------- before anything runs

@@ -77,8 +77,8 @@ class FineTuneJobReconciler:
 
     def _now(self, job: JobFacts) -> datetime:
         """The time, but never one before what the job has recorded: an earlier operator's clock may have been ahead."""
-        recorded = statuses.latest_time(job.status)
-        return max(self.clock(), recorded) if recorded else self.clock()
+        recorded, time = statuses.latest_time(job.status), self.clock()
+        return max(time, recorded) if recorded else time
 
     async def _observe(self, key: Key, job: JobFacts) -> Observed:
         """Everything that the decision needs, read from the API server: a cache could be behind our own writes."""
@@ -92,6 +92,7 @@ class FineTuneJobReconciler:
         attempt = job.status.attempts[-1]
         ended = attempt.end_time is not None
         rayjob = await self._rayjob(job, attempt.ray_job)
+        recorded = statuses.latest_time(job.status)
         report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
@@ -108,7 +109,7 @@ class FineTuneJobReconciler:
             report=report,
             reported_at=reported_at,
             listening_since=self.clock.listening_since(),
-            clock_is_behind=self.clock() < self._now(job),
+            clock_is_behind=recorded is not None and self.clock() < recorded,
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
         )
 

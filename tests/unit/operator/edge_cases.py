@@ -189,7 +189,7 @@ EDGE_CASES = (
              step=2),
     EdgeCase("17b", "the RayCluster or its head pod is deleted, and the trainer has time to say goodbye (HTTPMode)",
              RUNNING, "Retrying/Preempted -> deleted, attempt 2",
-             "The checkpoint was saved just in time. KubeRay begins the same RayJob anew: after 20 s it is deleted.",
+             "The checkpoint was saved just in time. KubeRay begins the same RayJob anew: after 10 s it is deleted.",
              goodbye=True),
     EdgeCase("18", "a quota forbids the pods",
              status("Initializing", rayClusterStatus={

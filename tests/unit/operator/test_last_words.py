@@ -79,7 +79,11 @@ def test_a_rayjob_that_others_suspend_stays_the_same_attempt_though_its_trainer_
     assert story.job.status.checkpoint.step == 9
     assert plan.status.retries is not None
     assert plan.status.retries.preemption == 1
-    again = story.step(rayjob=RUNNING, report=training(step=10, saved=9, resumed=9), after=0)
+    checking = Report.model_validate({"finetune": {"phase": "Validating", "step": 0}})
+    again = story.step(rayjob=RUNNING, report=checking)
+    assert again.status.progress is not None
+    assert again.status.progress.step == 5, "until it knows where it goes on, the job is where it was"
+    again = story.step(rayjob=RUNNING, report=training(step=10, saved=9, resumed=9))
     assert again.status.phase is Phase.RUNNING
     assert (story.attempt.resumed_from_step, story.attempt.lost_steps or 0) == (9, 0)
 
@@ -107,13 +111,13 @@ def test_a_trainer_that_kuberay_starts_again_after_its_last_word_is_stopped_soon
     story = Story(QUICK).trained()
     story.step(rayjob=RUNNING, report=goodbye(step=9, saved=9))
     again = rayjob("Running", job)
-    assert story.step(rayjob=again, pods=[POD], after=20).actions == []
+    assert story.step(rayjob=again, pods=[POD], after=10).actions == []
     assert list(story.step(rayjob=again, pods=[POD]).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
 
 
 def test_a_job_that_has_failed_does_not_run_on_in_a_new_head_pod() -> None:
     story = Story({"retry": {"preemptions": 0}}).trained()
     plan = story.step(rayjob=RUNNING, report=goodbye(step=9, saved=9))
-    assert (plan.status.phase, plan.requeue_after) == (Phase.FAILED, 20)
-    assert story.step(rayjob=RUNNING, after=20).actions == ()
+    assert (plan.status.phase, plan.requeue_after) == (Phase.FAILED, 10)
+    assert story.step(rayjob=RUNNING, after=10).actions == ()
     assert list(story.step(rayjob=RUNNING).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
