@@ -157,11 +157,13 @@ def test_what_happens_to_its_objects_and_how_the_job_goes_on(
     assert status["retries"]["preemption"] == 1
 
     kubectl("delete", "rayjob", "tossed-a2", "--timeout=60s")
-    assert ended(kubectl, "tossed", 2)["class"] in ("Lost", "Preempted")
+    deleted = ended(kubectl, "tossed", 2)
+    assert deleted["class"] == "Lost"
+    assert "RayJob tossed-a2 was deleted before it finished" in deleted["message"]
 
     kubectl.wait_job("tossed", training(3))
     kubectl("delete", "raycluster", "-l", label, "--timeout=60s")
-    assert ended(kubectl, "tossed", 3)["class"] in ("Lost", "Preempted")
+    assert ended(kubectl, "tossed", 3)["class"] == "Preempted"
 
     kubectl.wait_job("tossed", training(4))
     evict(kubectl, label)
@@ -328,7 +330,7 @@ def test_kuberay_is_away_when_it_is_needed(
     assert "KubeRay does not look at RayJob unseen-a1" in status["message"]
     assert kubectl.job("stuck")["status"]["attempts"][-1]["number"] == 1, "its trainer still runs"
     cluster.up(parts.TRAINING)
-    assert ended(kubectl, "stuck", 1)["class"] in ("Lost", "Preempted")
+    assert ended(kubectl, "stuck", 1)["class"] == "Lost"
     kubectl.wait_job("unseen", lambda s: s.get("reason") == "Unschedulable", seconds=40)
     for name in ("stuck", "unseen"):
         kubectl("annotate", "ftj", name, "finetune.dev/action=cancel")

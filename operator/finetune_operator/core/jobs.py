@@ -126,8 +126,7 @@ def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         seen = attempts.with_news(seen, now=now)
         attempt = seen.job.status.attempts[-1]
     elif result is not None:
-        told = Ending(result.error_class, result.message, exit_code=result.exit_code, step=result.step)
-        return attempts.end(seen, told, now=now)
+        return attempts.end(seen, _ending_of(seen, attempt, result), now=now)
     if _is_cancelled(seen):
         order = Ending(ErrorClass.CANCELLED, "cancelled by the annotation finetune.dev/action")
         return attempts.end(seen, order, now=now)
@@ -144,6 +143,17 @@ def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         taken = f"RayJob {rayjob.name} exists and belongs to someone else: delete it or choose another name"
         return attempts.end(seen, Ending(ErrorClass.BAD_CONFIG, taken, final=True), now=now)
     return running.decide(seen, attempt, rayjob, now=now)
+
+
+def _ending_of(seen: Observed, attempt: Attempt, result: Result) -> Ending:
+    """How the attempt ended in the trainer's words, but for what it cannot know: that its RayJob was deleted."""
+    rayjob = seen.rayjob
+    gone = attempt.uid is not None if rayjob is None else rayjob.ours and rayjob.deleting_since is not None
+    if gone and result.error_class is ErrorClass.PREEMPTED:
+        error_class, message = ErrorClass.LOST, f"RayJob {attempt.ray_job} was deleted before it finished"
+    else:
+        error_class, message = result.error_class, result.message
+    return Ending(error_class, message, exit_code=result.exit_code, step=result.step)
 
 
 def _was_held_back(rayjob: RayJobFacts, result: Result) -> bool:

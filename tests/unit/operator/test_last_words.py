@@ -88,6 +88,16 @@ def test_a_rayjob_that_others_suspend_stays_the_same_attempt_though_its_trainer_
     assert (story.attempt.resumed_from_step, story.attempt.lost_steps or 0) == (9, 0)
 
 
+@pytest.mark.parametrize("left", [True, False], ids=["going", "gone"])
+def test_a_rayjob_that_was_deleted_is_told_though_its_trainer_calls_itself_preempted(left: bool) -> None:
+    story = Story(QUICK).trained()
+    going = rayjob("Running", "RUNNING", deleting_since=story.now)
+    plan = story.step(rayjob=going if left else None, report=goodbye(step=9, saved=9))
+    assert (plan.status.phase, plan.status.reason) == (Phase.RETRYING, "Lost")
+    assert "RayJob triage-a1 was deleted before it finished" in (plan.status.message or "")
+    assert (story.attempt.exit_code, story.attempt.lost_steps) == (75, 0)
+
+
 def test_other_last_words_of_a_suspended_rayjob_count() -> None:
     story = Story(QUICK).trained()
     held = rayjob("Suspending", "RUNNING", suspended=True)
