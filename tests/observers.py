@@ -1,4 +1,4 @@
-"""Eyes on a running cluster: every stored status of every FineTuneJob, every pod and process, and what must always hold.
+"""Eyes on a running cluster: every stored status of every job, every pod and process, and what must always hold.
 
 Used around the whole course of a test. What it reads are watches, so no state that was stored is missed, however short.
 """
@@ -193,12 +193,8 @@ async def _watch(
     async with kubeaio.AsyncApi(server, kubeapi.client_context(cluster.layout.pki, "admin")) as api:
         listed = [asyncio.Event(), asyncio.Event()]
         tasks = [
-            asyncio.create_task(
-                _follow(api, JOBS.format(observer.namespace), observer.note_job, listed[0])
-            ),
-            asyncio.create_task(
-                _follow(api, PODS.format(observer.namespace), observer.note_pod, listed[1])
-            ),
+            asyncio.create_task(_follow(api, JOBS.format(observer.namespace), observer.note_job, listed[0])),
+            asyncio.create_task(_follow(api, PODS.format(observer.namespace), observer.note_pod, listed[1])),
         ]
         try:
             for event in listed:

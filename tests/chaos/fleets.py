@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import aiohttp
 
@@ -153,7 +153,7 @@ class Fleet:
 class RealFleet(Fleet):
     """Real KubeRay, Ray and trainers of the tiny model."""
 
-    WEIGHTS = {
+    WEIGHTS: ClassVar[dict[str, float]] = {
         "trainer killed": 5, "trainer terminated": 5, "suspend": 2, "resume": 4, "cancel": 0.3, "job deleted": 0.3,
         "rayjob deleted": 2, "rayjob held": 1, "rayjob released": 3, "raycluster deleted": 2, "pod deleted": 2,
         "operator killed": 2, "operator stands still": 1, "kuberay killed": 1, "gateway killed": 1,
@@ -202,7 +202,7 @@ class RealFleet(Fleet):
 class PlayedFleet(Fleet):
     """Real API server, garbage collection and KWOK; KubeRay and the trainers are played in a thread."""
 
-    WEIGHTS = {
+    WEIGHTS: ClassVar[dict[str, float]] = {
         "killed": 6, "term": 5, "hang": 2, "code 74": 3, "code 83": 2, "code 84": 2, "code 1": 2, "code 80": 1,
         "code 81": 1, "code 65": 1, "forsaken": 5, "suspend": 4, "resume": 8, "cancel": 1, "job deleted": 1,
         "rayjob deleted": 4, "rayjob held": 3, "rayjob released": 8, "silence": 2, "operator killed": 3,
@@ -213,7 +213,9 @@ class PlayedFleet(Fleet):
         super().__init__(*args, **more)
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._play(seed)), daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: self._loop.run_until_complete(self._play(seed)), daemon=True
+        )
         self._stop = asyncio.Event()
         self.player: Player
 

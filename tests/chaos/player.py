@@ -79,7 +79,9 @@ class _Played:
 class Player:
     """Use `run` in an event loop of its own; the other public methods may be called from it only."""
 
-    def __init__(self, api: kubeaio.AsyncApi, session: aiohttp.ClientSession, namespace: str, seed: int) -> None:
+    def __init__(
+        self, api: kubeaio.AsyncApi, session: aiohttp.ClientSession, namespace: str, seed: int
+    ) -> None:
         self._api = api
         self._session = session
         self._namespace = namespace
@@ -266,7 +268,11 @@ class Player:
     async def _end(self, process: Process, code: int) -> int:
         """Offer the result as long as there is patience, or until somebody kills."""
         body = self._report(process)
-        result: Json = {"class": CLASSES.get(code, "Succeeded"), "exitCode": code, "message": f"played {code}"}
+        result: Json = {
+            "class": CLASSES.get(code, "Succeeded"),
+            "exitCode": code,
+            "message": f"played {code}",
+        }
         if process.step is not None:
             result["step"] = process.step
         if code == 0:
@@ -342,7 +348,7 @@ def _ending(code: int) -> Json:
     """What KubeRay shows of a process that has ended."""
     if code == 0:
         return {"jobStatus": "SUCCEEDED", "jobDeploymentStatus": "Complete", "succeeded": 1}
-    told = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\nplayed"
+    told = f"Job entrypoint command failed with exit code {code}, last available logs (truncated):\nplayed"
     return {
         "jobStatus": "FAILED",
         "jobDeploymentStatus": "Failed",

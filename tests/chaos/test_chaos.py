@@ -27,7 +27,10 @@ SEED = int(os.environ.get("FINETUNE_CHAOS_SEED") or secrets.randbelow(10**6))
 FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS") or 60)
 PLAYED = (*parts.CONTROL_PLANE, "operator")
 HEALING_SECONDS = 240.0
-OUT_OF_MEMORY = ("GpuOutOfMemory", "HostOutOfMemory")  # more than once in one job: there is nothing left to give
+OUT_OF_MEMORY = (
+    "GpuOutOfMemory",
+    "HostOutOfMemory",
+)  # more than once in one job: there is nothing left to give
 
 
 def let_loose(fleet: Fleet, weights: dict[str, float], *, count: int, pause: float) -> None:
@@ -111,9 +114,7 @@ def test_a_fleet_of_played_trainers(quick_cluster: Cluster) -> None:
 def test_a_fleet_of_real_trainers(
     cluster: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
 ) -> None:
-    fleet = RealFleet(
-        cluster, kubectl, parts.TRAINING, size=2, model=tiny_model, data=tiny_rows, steps=300
-    )
+    fleet = RealFleet(cluster, kubectl, parts.TRAINING, size=2, model=tiny_model, data=tiny_rows, steps=300)
     with observers.observe(cluster, kubectl.namespace):
         let_loose(fleet, fleet.WEIGHTS, count=max(4, FAULTS // 10), pause=6.0)
         check_end(fleet, fleet.jobs())

@@ -25,7 +25,9 @@ from tests.observers import Observer
 pytestmark = pytest.mark.integration
 
 INTERVAL = 40  # steps between checkpoints
-INVALID = '{"spec": {"suspend": true, "shutdownAfterJobFinishes": false}}'  # for KubeRay, not for the API server
+INVALID = (
+    '{"spec": {"suspend": true, "shutdownAfterJobFinishes": false}}'  # for KubeRay, not for the API server
+)
 QUICK = {"backoffSeconds": {"min": 0, "max": 1}}
 
 
@@ -127,7 +129,7 @@ def test_what_ends_a_process_and_how_the_job_goes_on(
 def test_what_happens_to_its_objects_and_how_the_job_goes_on(
     kubectl: Kubectl, seen: Observer, tiny_model: Path, tiny_rows: Path
 ) -> None:
-    """spec.suspend; its RayJob suspended by a person; RayJob, RayCluster and head pod deleted; at last its time is up."""
+    """spec.suspend; RayJob suspended by a person; RayJob, RayCluster, head pod deleted; at last its time is up."""
     kubectl.apply(job("tossed", tiny_model, tiny_rows))
     kubectl.wait_job("tossed", training(1))
     label = "finetune.dev/job=tossed"
@@ -326,7 +328,9 @@ def test_kuberay_is_away_when_it_is_needed(
     os.kill(kuberay, signal.SIGKILL)
     kubectl("delete", "rayjob", "stuck-a1", "--wait=false")
     kubectl.apply(job("unseen", tiny_model, tiny_rows, resources={"cpu": "1000", "memory": "1Gi"}))
-    status = kubectl.wait_job("unseen", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=40)["status"]
+    status = kubectl.wait_job("unseen", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=40)[
+        "status"
+    ]
     assert "KubeRay does not look at RayJob unseen-a1" in status["message"]
     assert kubectl.job("stuck")["status"]["attempts"][-1]["number"] == 1, "its trainer still runs"
     cluster.up(parts.TRAINING)

@@ -166,7 +166,7 @@ class FineTuneJobReconciler:
         return plan
 
     async def _do(self, job: JobFacts, action: Action) -> str | None:
-        """Returns the UID of the RayJob of an attempt that was created. It is stored in the same pass, so that one which
+        """Returns the UID of an attempt's RayJob that was created. It is stored in the same pass, so that one which
         somebody deletes at once is not created again while its pods are still there."""
         match action:
             case CreateRayJob():

@@ -133,7 +133,8 @@ class Play:
             if status.retries and status.retries.preemption:
                 self.words.append(f"preemption {status.retries.preemption}")
             return True
-        if "waits until" in (status.message or "") and "deleted" not in self.words:
+        waits = "waits until" in (status.message or "") and not self.case.goodbye
+        if waits and "deleted" not in self.words:
             self.words.append("fenced")
             if "finalizer" in (status.message or ""):
                 self.words.append("names the finalizer")
@@ -200,7 +201,7 @@ def render_page() -> str:
         "*seen*: recorded from KubeRay 1.6.2 with real pods; *read*: from the source of KubeRay 1.7.",
         "",
         f"{len(PROVOKED)} of the {len(EDGE_CASES)} are also brought about on the laptop cluster, with a real KubeRay,",
-        "Ray and trainer, by the test in the last column; the others need real pods, Kueue, or a rare moment of KubeRay.",
+        "Ray and trainer, by the test in the last column; the others need real pods, Kueue, or a rare moment.",
         "",
         "| # | what happens | KubeRay shows | what becomes of the job | why | `.status.message` | provoked by |",
         "|---|---|---|---|---|---|---|",

@@ -101,7 +101,8 @@ def test_a_rayjob_that_was_deleted_is_told_though_its_trainer_calls_itself_preem
 def test_other_last_words_of_a_suspended_rayjob_count() -> None:
     story = Story(QUICK).trained()
     held = rayjob("Suspending", "RUNNING", suspended=True)
-    assert story.step(rayjob=held, report=result("BadData", 65, "no")).status.reason == "BadData"
+    story.step(rayjob=held, report=result("BadData", 65, "no"))
+    assert story.attempt.error_class is ErrorClass.BAD_DATA
 
 
 def test_a_ray_job_that_a_person_stopped_is_cancelled_though_its_trainer_calls_itself_preempted() -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import durations, reports
 from finetune_operator.reconcile.mailbox import Mailbox
-from tests.unit.operator.stories import START, result, training
+from tests.unit.operator.stories import ARTIFACT, START, result, training
 
 
 @pytest.mark.parametrize(
