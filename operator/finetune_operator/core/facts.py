@@ -110,6 +110,8 @@ class Observed:
     reported_at: datetime | None = None
     listening_since: datetime | None = None
     """Since when reports are taken; before that, silence says nothing."""
+    clock_is_behind: bool = False
+    """Whether the clock was set back behind what the job has recorded: its time stands still until then."""
     kuberay_installed: bool = True
     upstream: UpstreamFacts | None = None
 

@@ -78,8 +78,9 @@ def _cluster_problem(status: Mapping[str, Any]) -> str:
     return str(status.get("reason", ""))
 
 
-def pod_facts(body: Json) -> PodFacts:
-    """Whether a pod runs and, if not, why: what the scheduler says, or what its containers wait for."""
+def pod_facts(body: Json, *, attempt_start: datetime | None = None) -> PodFacts:
+    """Whether a pod runs and, if not, why: what the scheduler says, or what its containers wait for. It was not
+    scheduled before the attempt began, whatever another machine's clock says."""
     metadata, status = body["metadata"], body.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
     containers = status.get("containerStatuses", [])
@@ -92,9 +93,7 @@ def pod_facts(body: Json) -> PodFacts:
         running=running,
         waiting_reason=reason,
         waiting_message=message,
-        scheduled_at=_time(scheduled.get("lastTransitionTime"))
-        if scheduled.get("status") == "True"
-        else None,
+        scheduled_at=_scheduled_at(scheduled, attempt_start),
         gone=status.get("phase") in ("Succeeded", "Failed"),
         terminating="deletionTimestamp" in metadata,
         node=body.get("spec", {}).get("nodeName"),
@@ -102,6 +101,11 @@ def pod_facts(body: Json) -> PodFacts:
         out_of_memory=any(_ended(container).get("reason") == "OOMKilled" for container in containers),
         disruption=_disruption(disrupted),
     )
+
+
+def _scheduled_at(scheduled: Mapping[str, Any], attempt_start: datetime | None) -> datetime | None:
+    time = _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
+    return max(time, attempt_start) if time and attempt_start else time
 
 
 def _waiting(scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:

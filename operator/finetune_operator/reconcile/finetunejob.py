@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, Json, Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
-from finetune_operator.core import jobs
+from finetune_operator.core import jobs, statuses
 from finetune_operator.core.facts import (
     Action,
     CreateRayJob,
@@ -25,7 +25,8 @@ from finetune_operator.core.facts import (
     UpstreamFacts,
 )
 from finetune_operator.manifests import naming, rayjobs, runfiles
-from finetune_operator.reconcile import events, facts, patches
+from finetune_operator.reconcile import clocks, events, facts, patches
+from finetune_operator.reconcile.followers import Followers
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
 
@@ -42,9 +43,8 @@ class FineTuneJobReconciler:
     telemetry: Telemetry
     defaults: Defaults
     platform: rayjobs.Platform
-    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    """Since when trainers' reports are taken."""
+    clock: clocks.SteadyClock = clocks.CLOCK
+    followers: Followers = field(default_factory=Followers)
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
@@ -59,24 +59,35 @@ class FineTuneJobReconciler:
         if body is None:
             self.mailbox.forget(key)
             self.telemetry.forget_job(*key)
+            self.followers.follow(key, ())
+            self.followers.changed(key)
             return None
         seen = await self._observe(key, facts.job_facts(body))
-        plan = jobs.decide(seen, defaults=self.defaults, now=self.clock())
+        plan = jobs.decide(seen, defaults=self.defaults, now=self._now(seen.job))
         plan = await self._act(seen, plan)
         await self._write(key, body, seen, plan)
+        if plan.status.phase != seen.job.status.phase:
+            self.followers.changed(key)
         return plan.requeue_after
+
+    def _now(self, job: JobFacts) -> datetime:
+        """The time, but never one before what the job has recorded: an earlier operator's clock may have been ahead."""
+        recorded, time = statuses.latest_time(job.status), self.clock()
+        return max(time, recorded) if recorded else time
 
     async def _observe(self, key: Key, job: JobFacts) -> Observed:
         """Everything that the decision needs, read from the API server: a cache could be behind our own writes."""
         if job.deleting:
             return Observed(job=job)
+        if not jobs.is_finished(job.status) and not job.status.attempts:
+            return await self._observe_new(key, job)
+        self.followers.follow(key, ())
         if jobs.is_finished(job.status):
             return await self._observe_finished(job)
-        if not job.status.attempts:
-            return await self._observe_new(job)
         attempt = job.status.attempts[-1]
         ended = attempt.end_time is not None
         rayjob = await self._rayjob(job, attempt.ray_job)
+        recorded = statuses.latest_time(job.status)
         report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
@@ -88,16 +99,18 @@ class FineTuneJobReconciler:
             job=job,
             rayjob=rayjob,
             inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
-            pods=[facts.pod_facts(body) for body in pods],
+            pods=[facts.pod_facts(body, attempt_start=attempt.start_time) for body in pods],
             clusters=[body["metadata"]["name"] for body in clusters],
             report=report,
             reported_at=reported_at,
-            listening_since=self.started,
+            listening_since=self.clock.listening_since(),
+            clock_is_behind=recorded is not None and self.clock() < recorded,
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
         )
 
-    async def _observe_new(self, job: JobFacts) -> Observed:
+    async def _observe_new(self, key: Key, job: JobFacts) -> Observed:
         wanted = job.spec.model.fine_tune_job_ref if job.spec else None
+        self.followers.follow(key, [(job.namespace, wanted.name)] if wanted else ())
         return Observed(
             job=job,
             upstream=await self._upstream(job, wanted.name) if wanted else None,
@@ -105,7 +118,7 @@ class FineTuneJobReconciler:
         )
 
     async def _observe_finished(self, job: JobFacts) -> Observed:
-        if not jobs.has_cleanup_left(job.status, now=self.clock()):
+        if not jobs.has_cleanup_left(job.status, now=self._now(job)):
             return Observed(job=job)
         attempt = job.status.attempts[-1]
         return Observed(
@@ -138,25 +151,31 @@ class FineTuneJobReconciler:
         """Carry out the plan's actions. An object that the API server refuses for good ends the job."""
         for action in plan.actions:
             try:
-                await self._do(seen.job, action)
+                if uid := await self._do(seen.job, action):
+                    attempts = statuses.with_last(plan.status.attempts, uid=uid)
+                    plan = replace(plan, status=plan.status.model_copy(update={"attempts": attempts}))
             except InvalidError as error:
-                return jobs.refused(seen, str(error), now=self.clock())
+                return jobs.refused(seen, str(error), now=self._now(seen.job))
             except ForbiddenError as error:
-                return jobs.forbidden(seen, str(error), now=self.clock())
+                return jobs.forbidden(seen, str(error), now=self._now(seen.job))
         return plan
 
-    async def _do(self, job: JobFacts, action: Action) -> None:
+    async def _do(self, job: JobFacts, action: Action) -> str | None:
+        """Returns the UID of an attempt's RayJob that was created. It is stored in the same pass, so that one which
+        somebody deletes at once is not created again while its pods are still there."""
         match action:
             case CreateRayJob():
-                await self._create(job, action)
+                created = await self._create(job, action)
+                return None if action.inspect or created is None else str(created["metadata"]["uid"])
             case DeleteRayJob(name, uid):
                 await self.kube.delete("ray.io/v1", "RayJob", job.namespace, name, uid=uid)
             case DeleteJob():
                 await self.kube.delete(API_VERSION, KIND, job.namespace, job.name, uid=job.uid)
+        return None
 
-    async def _create(self, job: JobFacts, action: CreateRayJob) -> None:
+    async def _create(self, job: JobFacts, action: CreateRayJob) -> Json | None:
         if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
-            return  # the decision never asks for it: an attempt is recorded together with these
+            return None  # the decision never asks for it: an attempt is recorded together with these
         owner = rayjobs.Owner(job.namespace, job.name, job.uid)
         effective, overrides = job.status.effective, job.status.attempts[-1].overrides
         places = runfiles.Places(
@@ -189,7 +208,7 @@ class FineTuneJobReconciler:
         )
         await self.kube.apply(config_map)  # first: a pod that cannot mount it would wait for it
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
-        await self.kube.create(rayjob)
+        return await self.kube.create(rayjob)
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""
@@ -199,6 +218,8 @@ class FineTuneJobReconciler:
             await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
         if seen.report is not None:
             self.mailbox.mark_written(key, seen.report)
+            if seen.report.result is not None and plan.status.attempts[-1].end_time is None:
+                self.mailbox.drop(key, seen.report)  # the attempt goes on, and its trainer reports again
         self.telemetry.show_job(*key, plan.status)
         if jobs.is_finished(plan.status) and not jobs.is_finished(seen.job.status):
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()
