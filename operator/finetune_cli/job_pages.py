@@ -34,7 +34,8 @@ REMEDIES = {
     "UpstreamFailed": "See the job that the message names, " + AGAIN,
     "UpstreamIsAnAdapter": "Set spec.method.type to LoRA or QLoRA, which go on with the adapter, " + AGAIN,
     "UpstreamIsARewardModel": "Change spec.model.fineTuneJobRef to a job whose model writes, " + AGAIN,
-    "UpstreamIsNoRewardModel": "Change spec.reward.fineTuneJobRef to a job of objective RewardModel, " + AGAIN,
+    "UpstreamIsNoRewardModel": "Change spec.reward.fineTuneJobRef to a job of objective RewardModel, "
+    + AGAIN,
     "ChainIsACircle": "Change the fineTuneJobRef that the message names, " + AGAIN,
     "Cancelled": "It was cancelled, or somebody stopped the Ray job. To train after all, "
     "delete the job and apply it again: kubectl delete ftj {name} -n {namespace}",

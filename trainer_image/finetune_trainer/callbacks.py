@@ -48,7 +48,9 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         # Of the whole job: what earlier attempts did up to the checkpoint counts.
         self.train_seconds = float(before.get("trainSeconds", 0.0))
         self.tokens = float(before.get("trainTokens", 0.0))
-        self._tokens_before = 0.0 if counts_on else self.tokens  # the trainer goes on with its count, or begins anew
+        self._tokens_before = (
+            0.0 if counts_on else self.tokens
+        )  # the trainer goes on with its count, or begins anew
         self._step_started = 0.0
         self._step_ended = 0.0
         self._steps_at_log = 0

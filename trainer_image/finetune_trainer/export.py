@@ -27,7 +27,9 @@ ROWS = {
     Objective.RLOO: "prompts",
     Objective.GRPO: "prompts",
 }
-_ACCURACY = "`accuracy` is the share of pairs in which the chosen answer is ahead, `margin` by how much on average."
+_ACCURACY = (
+    "`accuracy` is the share of pairs in which the chosen answer is ahead, `margin` by how much on average."
+)
 _REWARD = (
     "`reward` is the mean reward of sampled answers, `kl` how far a token is from the reference on average (nats), "
     "`completionLength` the mean length of answers in tokens."
@@ -170,7 +172,8 @@ def build_card(run: RunFile, manifest: dict[str, Any]) -> str:
 # {run.job.name}
 
 {run.method.type} fine-tuning of `{run.model.uri}`{_revision(manifest)}
-by FineTuneJob `{run.job.namespace}/{run.job.name}` on {rows["trainRows"]} rows of {ROWS[run.objective]} ({run.objective}).
+by FineTuneJob `{run.job.namespace}/{run.job.name}`
+on {rows["trainRows"]} rows of {ROWS[run.objective]} ({run.objective}).
 `manifest.json` lists every file with its SHA-256.
 
 ## Use

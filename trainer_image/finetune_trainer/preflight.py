@@ -137,8 +137,8 @@ def _check_prompts(run: RunFile, contents: Sequence[str]) -> None:
     if len(contents) < wanted:
         raise BadData(
             f"hyperparameters.globalBatchSize {run.hyperparameters.global_batch_size} with "
-            f"generation.numGenerations {run.sampling.num_generations} answers {wanted} prompts in each step, and there "
-            f"are {len(contents)} to train on; add rows or lower globalBatchSize"
+            f"generation.numGenerations {run.sampling.num_generations} answers {wanted} prompts in each step, and "
+            f"there are {len(contents)} to train on; add rows or lower globalBatchSize"
         )
 
 

@@ -103,7 +103,7 @@ class Lora(Part):
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: Annotated[int, Field(ge=1, le=4096)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[list[str], Field(min_length=1)] = ["all-linear"]
+    target_modules: Annotated[list[str], Field(min_length=1)] = Field(default=["all-linear"])
 
 
 class Quantization(Part):
@@ -187,7 +187,9 @@ class Overrides(Part):
 
 def _read_objective(value: Any) -> Any:
     if isinstance(value, str) and value.upper() == "PPO":
-        raise ValueError("PPO is not offered, because TRL removed its PPO trainer; use its successors RLOO or GRPO")
+        raise ValueError(
+            "PPO is not offered, because TRL removed its PPO trainer; use its successors RLOO or GRPO"
+        )
     return value
 
 

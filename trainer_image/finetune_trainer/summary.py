@@ -24,12 +24,9 @@ RECENT = 10  # logged steps that an average of noisy metrics goes over
 def evaluate(run: RunFile, trainer: Any) -> dict[str, float]:
     """Returns the metrics of the held-out rows, without their prefix, for the weights that are exported."""
     latest = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
-    fresh = latest is not None and latest["step"] == trainer.state.global_step
-    if run.early_stopping is None and latest is not None and fresh:
-        found = latest  # these very weights were just evaluated
-    else:
-        found = trainer.evaluate()
-    return {name.removeprefix("eval_"): value for name, value in found.items() if name.startswith("eval_")}
+    if run.early_stopping is not None or latest is None or latest["step"] != trainer.state.global_step:
+        latest = trainer.evaluate()  # else these very weights were just evaluated
+    return {name.removeprefix("eval_"): value for name, value in latest.items() if name.startswith("eval_")}
 
 
 def summarize(trainer: Any, callback: ProgressCallback, evaluation: dict[str, float]) -> dict[str, Any]:

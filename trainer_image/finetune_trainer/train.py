@@ -159,7 +159,7 @@ def _check_model(model: Any, run: RunFile, encoded: prepared.Encoded) -> None:
 
 
 def _adapt(model: Any, run: RunFile, checked: Checked, *, head: Head) -> tuple[Any, Any | None]:
-    """The model with an earlier job's adapter; or the model and the configuration of a new one; or, for Full, as it is."""
+    """The model with an earlier job's adapter; or with the configuration of a new one; or, for Full, as it is."""
     if checked.lora is None:
         return model, None
     if checked.adapter is None:
@@ -199,9 +199,7 @@ def _early_stopping(run: RunFile) -> list[transformers.TrainerCallback]:
     ]
 
 
-def _run(
-    trainer: Any, resumption: resume.Resumption | None, store: checkpoints.Store | None
-) -> None:
+def _run(trainer: Any, resumption: resume.Resumption | None, store: checkpoints.Store | None) -> None:
     started = time.monotonic()
     with signals.deferred() if store is not None else contextlib.nullcontext():
         resume.train(trainer, resumption, store)

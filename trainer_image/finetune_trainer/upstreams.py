@@ -58,7 +58,9 @@ def find(uri: str, folder: Path, *, field: str, digest: str | None = None) -> Ar
     file = path / artifacts.MANIFEST
     if not file.is_file():
         if digest is not None:
-            raise ModelNotFound(f"{field}: {uri} holds no {artifacts.MANIFEST}; the artifact was removed, train it again")
+            raise ModelNotFound(
+                f"{field}: {uri} holds no {artifacts.MANIFEST}; the artifact was removed, train it again"
+            )
         return Artifact(uri, path, None, {})
     content = file.read_bytes()
     found = f"sha256:{hashlib.sha256(content).hexdigest()}"
@@ -72,7 +74,9 @@ def find(uri: str, folder: Path, *, field: str, digest: str | None = None) -> Ar
         files = {str(one["path"]): str(one["sha256"]) for one in manifest["files"]}
         manifest["baseModel"]["uri"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelNotFound(f"{field}: {artifacts.MANIFEST} in {uri} is not one of ours; name an artifact's folder") from error
+        raise ModelNotFound(
+            f"{field}: {artifacts.MANIFEST} in {uri} is not one of ours; name an artifact's folder"
+        ) from error
     _verify(path, files, uri=uri, field=field)
     return Artifact(uri, path, found, manifest)
 
@@ -92,7 +96,9 @@ def _fetch(uri: str, folder: Path, *, field: str) -> Path:
     except FileNotFoundError as error:
         raise ModelNotFound(f"{field}: there is nothing at {uri}; check bucket and path") from error
     except PermissionError as error:
-        raise ModelNotFound(f"{field}: {uri} may not be read; check the credentials of the job's Secrets") from error
+        raise ModelNotFound(
+            f"{field}: {uri} may not be read; check the credentials of the job's Secrets"
+        ) from error
     except (OSError, ValueError) as error:
         kind = StorageFailed if is_storage_trouble(error) else TrainerError
         raise kind(f"{field}: {uri} cannot be read ({storage.describe_error(error)})") from error
@@ -105,7 +111,9 @@ def _verify(path: Path, files: dict[str, str], *, uri: str, field: str) -> None:
         if not (path / name).is_file():
             raise ModelNotFound(f"{field}: {name} is missing in {uri}; train that artifact again")
         if artifacts.hash_file(path / name) != expected:
-            raise ModelNotFound(f"{field}: {name} in {uri} differs from its manifest (SHA-256); train that artifact again")
+            raise ModelNotFound(
+                f"{field}: {name} in {uri} differs from its manifest (SHA-256); train that artifact again"
+            )
 
 
 def find_adapter(run: RunFile, work: Path) -> tuple[Artifact, Lora] | None:
@@ -118,7 +126,9 @@ def find_adapter(run: RunFile, work: Path) -> tuple[Artifact, Lora] | None:
     field = "model.adapter"
     found = find(run.model.adapter.uri, work / "adapter", field=field, digest=run.model.adapter.digest)
     if not found.is_adapter or not (found.path / ADAPTER_WEIGHTS).is_file() or not found.manifest:
-        raise ModelNotFound(f"{field}: {found.uri} holds no adapter of ours; name the folder of a LoRA artifact")
+        raise ModelNotFound(
+            f"{field}: {found.uri} holds no adapter of ours; name the folder of a LoRA artifact"
+        )
     if found.base()[0] != run.model.uri:
         raise BadConfig(
             f"{field}: the adapter in {found.uri} fits {found.base()[0]}, and model.uri is {run.model.uri}; "
@@ -131,7 +141,9 @@ def _continued(run: RunFile, found: Artifact) -> Lora:
     try:
         trained = Lora.model_validate(found.manifest["lora"])
     except (KeyError, ValueError) as error:
-        raise ModelNotFound(f"model.adapter: the manifest in {found.uri} names no LoRA settings; train it again") from error
+        raise ModelNotFound(
+            f"model.adapter: the manifest in {found.uri} names no LoRA settings; train it again"
+        ) from error
     asked = run.method.lora
     if asked is None:
         return trained

@@ -212,9 +212,9 @@ class FineTuneJobSpec(ApiModel):
         )
     )
 
-    objective: Annotated[
-        str, Field(min_length=1, max_length=64, json_schema_extra=rules(OBJECTIVE_RULE))
-    ] = Objective.SFT.value
+    objective: Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=rules(OBJECTIVE_RULE))] = (
+        Objective.SFT.value
+    )
     """What is learnt. SFT (default): demonstrations. DPO: preferences between answers. RewardModel: a model that scores
     answers, from preferences. RLOO and GRPO: sampled answers are reinforced by their rewards."""
     model: ModelSpec

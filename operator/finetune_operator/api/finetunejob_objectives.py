@@ -70,15 +70,18 @@ class RewardFunctionSpec(ApiModel):
     """A Python function that says what answers are worth."""
 
     config_map_ref: ConfigMapKeyReference
-    """ConfigMap of the same namespace that holds the file. It is mounted into the training pod and runs there, with what
-    the training process may see; the pod holds no token of the cluster."""
+    """ConfigMap of the same namespace that holds the file. It is mounted into the training pod and runs there, with
+    what the training process may see; the pod holds no token of the cluster."""
     entry: Annotated[
         str,
         Field(
             min_length=1,
             max_length=128,
             json_schema_extra=rules(
-                rule("self.matches('^[A-Za-z_][A-Za-z0-9_]*$')", "must be the name of a Python function in the file")
+                rule(
+                    "self.matches('^[A-Za-z_][A-Za-z0-9_]*$')",
+                    "must be the name of a Python function in the file",
+                )
             ),
         ),
     ]
@@ -211,7 +214,7 @@ def objective_rules() -> tuple[dict[str, str], ...]:
         ),
         *(
             rule(
-                f"self.objective != '{objective}' || self.dataset.sources.all(s, s.format in "
+                f"self.objective != '{objective}' || self.dataset.sources.all(s, !has(s.format) || s.format in "
                 f"{one_of(['Auto', *(str(one) for one in formats)])})",
                 f"{objective} reads the format {' or '.join(formats)}; change format, or leave it out",
                 fieldPath=".dataset.sources",

@@ -52,7 +52,7 @@ def encode_preferences(
 
 
 def _end_with_answer(row: TokenRow) -> TokenRow:
-    """Cuts what the template writes behind the last answer: nothing there is learnt, and rewards are read at the end."""
+    """Cuts what the template writes behind the last answer: nothing there is learnt; rewards are read at the end."""
     learnt = [index for index, label in enumerate(row.labels) if label != IGNORED]
     end = learnt[-1] + 1 if learnt else len(row.labels)
     return TokenRow(row.input_ids[:end], row.labels[:end], row.where)
@@ -91,7 +91,9 @@ def answer(prompt: Prompt, completion: str, *, turns: tuple[Turn, ...] | None) -
     return Chat(turns=(*turns, assistant), context=len(turns), where=prompt.where)
 
 
-def encode_scored(example: Example, tokenizer: Any, *, max_length: int, choice: ApplyChatTemplate) -> list[int]:
+def encode_scored(
+    example: Example, tokenizer: Any, *, max_length: int, choice: ApplyChatTemplate
+) -> list[int]:
     """Returns the tokens that a reward model scores, as it saw them in its own training."""
     row = tokens.encode_example(example, tokenizer, choice=choice)
     return _end_with_answer(row).input_ids[:max_length]

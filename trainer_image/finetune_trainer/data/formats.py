@@ -115,7 +115,9 @@ def _parse_demonstration(
         case DataFormat.ALPACA:
             return _parse_alpaca(row, columns)
         case _:
-            return Pair(prompt="", completion=read_text(row, columns["text"]), chat_prompt=None, where=row.where)
+            return Pair(
+                prompt="", completion=read_text(row, columns["text"]), chat_prompt=None, where=row.where
+            )
 
 
 def _parse_messages(row: Row, column: str) -> Chat:

@@ -42,7 +42,9 @@ def parse_preference(row: Row, columns: dict[str, str]) -> Preference:
 
 def _preferred_turns(row: Row, columns: dict[str, str], prompt: Any) -> Preference:
     """Lists of messages: answers to the prompt, or two whole conversations whose shared beginning is the prompt."""
-    better, worse = (read_turns(row, columns[name], row.values[columns[name]]) for name in ("chosen", "rejected"))
+    better, worse = (
+        read_turns(row, columns[name], row.values[columns[name]]) for name in ("chosen", "rejected")
+    )
     for name, turns in (("chosen", better), ("rejected", worse)):
         if turns[-1]["role"] != "assistant":
             raise BadData(
@@ -67,9 +69,7 @@ def _preferred_turns(row: Row, columns: dict[str, str], prompt: Any) -> Preferen
             f"{row.where}: the conversations in {columns['chosen']!r} and {columns['rejected']!r} begin differently; "
             "both must begin with the same prompt"
         )
-    return Preference(
-        *(_answered(turns[:shared], turns[shared:], row) for turns in (better, worse))
-    )
+    return Preference(*(_answered(turns[:shared], turns[shared:], row) for turns in (better, worse)))
 
 
 def _count_shared(better: tuple[Turn, ...], worse: tuple[Turn, ...]) -> int:

@@ -15,7 +15,10 @@ from finetune_trainer.methods import targets
 from finetune_trainer.methods.models import CLASSIFIER_HEADS, Head
 from finetune_trainer.runfile import Lora
 
-TASKS = {Head.LANGUAGE: "CAUSAL_LM", Head.REWARD: "SEQ_CLS"}  # with SEQ_CLS the head is trained and saved as a whole
+TASKS = {
+    Head.LANGUAGE: "CAUSAL_LM",
+    Head.REWARD: "SEQ_CLS",
+}  # with SEQ_CLS the head is trained and saved as a whole
 NAME = "default"
 
 

@@ -128,7 +128,9 @@ def _load(
             path, trust_remote_code=False, use_safetensors=True, device_map={"": device.name}, **options
         )
     except (OSError, safetensors.SafetensorError) as error:
-        raise ModelNotFound(f"{field}: the weights of {uri} cannot be loaded ({_first_line(error)})") from error
+        raise ModelNotFound(
+            f"{field}: the weights of {uri} cannot be loaded ({_first_line(error)})"
+        ) from error
     except (ValueError, KeyError) as error:
         raise BadConfig(
             f"{field}: {uri} is no {head} that transformers knows ({_first_line(error)}); "

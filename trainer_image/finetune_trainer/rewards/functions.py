@@ -73,7 +73,9 @@ def _check_entry(source: Source) -> None:
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise BadConfig(f"{source.place}: {error.msg}, {source.file} line {error.lineno}: {line}") from error
-    defined = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    defined = [
+        node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    ]
     named = next((node for node in defined if node.name == source.entry), None)
     if isinstance(named, ast.AsyncFunctionDef):
         raise BadConfig(f"{source.place}: {source.entry} is async; write it as a plain function")
@@ -87,7 +89,9 @@ def _check_entry(source: Source) -> None:
 
 def _is_assigned(tree: ast.Module, name: str) -> bool:
     """Whether the module binds the name in another way: an import, an assignment, a condition."""
-    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    stored = {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     imported = {
         (alias.asname or alias.name)
         for node in ast.walk(tree)
@@ -126,7 +130,9 @@ class Function:
         self, prompts: list[Any], completions: list[Any], columns: Mapping[str, list[Any]]
     ) -> list[float]:
         """Returns one finite number per completion. Raises BadConfig for everything else."""
-        given = {name: value for name, value in columns.items() if self.accepts is None or name in self.accepts}
+        given = {
+            name: value for name, value in columns.items() if self.accepts is None or name in self.accepts
+        }
         try:
             values = self.call(prompts, completions, **given)
         except (Exception, SystemExit) as error:  # a user's code raises what it likes
@@ -167,7 +173,11 @@ def _accepted(source: Source, call: Callable[..., Any]) -> frozenset[str] | None
 
 def _failed(source: Source, error: BaseException) -> BadConfig:
     """Names the line of the user's file in which it went wrong, also where a library raised."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith("<" + source.file)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith("<" + source.file)
+    ]
     place = f", {source.file} line {frames[-1].lineno}: {(frames[-1].line or '').strip()}" if frames else ""
     last = traceback.format_exception_only(error)[-1].strip()
     return BadConfig(f"{source.place}: {source.entry} failed with {last}{place}")
@@ -178,7 +188,9 @@ def _check_values(source: Source, values: Any, *, count: int) -> list[float]:
     try:
         items = list(values)
     except TypeError:
-        raise BadConfig(f"{where} returned {values!r:.80}; return a list with one number per completion") from None
+        raise BadConfig(
+            f"{where} returned {values!r:.80}; return a list with one number per completion"
+        ) from None
     if len(items) != count:
         raise BadConfig(f"{where} returned {len(items)} rewards for {count} completions; return one for each")
     numbers = []

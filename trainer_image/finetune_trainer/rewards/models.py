@@ -65,7 +65,9 @@ def load(
             raise BadConfig(
                 f"reward: the adapter in {uri} does not fit its base model: {str(error).splitlines()[0]}"
             ) from error
-    tokenizer = models.load_tokenizer(source.artifact.path if source.artifact.has_tokenizer else path, uri=uri)
+    tokenizer = models.load_tokenizer(
+        source.artifact.path if source.artifact.has_tokenizer else path, uri=uri
+    )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     limit = getattr(model.config, "max_position_embeddings", None) or max_length
     return Scorer(source.name, model.eval(), tokenizer, min(max_length, limit), batch_size)
