@@ -156,13 +156,14 @@ def _content_of(example: shapes.AnyExample) -> str:
     match example:
         case shapes.Chat():
             return json.dumps(example.turns, sort_keys=True, default=str)
-        case shapes.Preference(chosen=shapes.Chat() as chat):
-            return json.dumps(chat.turns[: chat.context], sort_keys=True, default=str)
-        case shapes.Preference(chosen=shapes.Pair() as pair):
-            return pair.prompt
+        case shapes.Preference():
+            chosen = example.chosen
+            if isinstance(chosen, shapes.Pair):
+                return chosen.prompt
+            return json.dumps(chosen.turns[: chosen.context], sort_keys=True, default=str)
         case shapes.Prompt():
             return json.dumps(example.given, sort_keys=True, default=str)
-        case _:
+        case shapes.Pair():
             return f"{example.prompt}\0{example.completion}"
 
 

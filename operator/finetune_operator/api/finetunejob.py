@@ -226,7 +226,7 @@ class FineTuneJobSpec(ApiModel):
     preference: PreferenceSpec | None = None
     """How preferences are learnt; only for DPO. Absent: beta 0.1."""
     reward: RewardSpec | None = None
-    """What answers are worth. Required by RLOO and GRPO, refused for the others."""
+    """What answers are worth. Required by RLOO and GRPO, refused for the others. Absent: the objective needs none."""
     generation: GenerationSpec | None = None
     """How answers are sampled; only for RLOO and GRPO. Absent: 4 answers to each prompt, at most 128 tokens each."""
     hyperparameters: HyperparameterSpec = HyperparameterSpec()

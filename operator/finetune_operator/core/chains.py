@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_operator.api.finetunejob import (
     Artifact,
@@ -72,10 +72,8 @@ def settle(
     if missing is not None:
         return missing
     artifacts = [answer for answer in answers if isinstance(answer, Artifact)]
-    return Ready(
-        **(_as_model(artifacts[0]) if wanted is not None else {}),
-        reward=_as_upstream(artifacts[-1]) if judge is not None else None,
-    )
+    ready = Ready() if wanted is None else _as_model(artifacts[0])
+    return ready if judge is None else replace(ready, reward=_as_upstream(artifacts[-1]))
 
 
 def _resolve(
@@ -137,11 +135,11 @@ def _refuse_as_reward(upstream: UpstreamFacts | None, artifact: Artifact) -> Art
     return artifact
 
 
-def _as_model(artifact: Artifact) -> dict[str, str | Upstream]:
+def _as_model(artifact: Artifact) -> Ready:
     """An adapter is put on its own base model, so that what is trained fits the same base model in the end."""
     if artifact.rank is None:
-        return {"model_uri": artifact.uri}
-    return {"model_uri": artifact.base_model, "adapter": _as_upstream(artifact)}
+        return Ready(model_uri=artifact.uri)
+    return Ready(model_uri=artifact.base_model, adapter=_as_upstream(artifact))
 
 
 def _as_upstream(artifact: Artifact) -> Upstream:

@@ -172,7 +172,7 @@ def test_an_adapter_is_trained_further_and_fits_the_same_base_model(
     files = {"SFT": None, "DPO": "preferences.jsonl", "RewardModel": "preferences.jsonl"}
     name = files.get(objective, "prompts.jsonl")
     rows = data / name if name else tiny.write_jsonl(first.output.parent / "c.jsonl", tiny.chat_rows())
-    quantization = {"quantization": {}} if kind == "QLoRA" else {}
+    quantization: dict[str, Any] = {"quantization": {}} if kind == "QLoRA" else {}
     ended = run(
         taught,
         data,

@@ -18,7 +18,8 @@ from finetune_trainer.rewards import functions
 from finetune_trainer.rewards.models import Scorer
 from finetune_trainer.runfile import Objective
 
-Rows = Sequence[TokenRow] | Sequence[PreferenceRow] | Sequence[PromptRow]
+Row = TokenRow | PreferenceRow | PromptRow
+Rows = Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def to_dataset(rows: Rows, *, first: int = 0) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
-def _cells(row: TokenRow | PreferenceRow | PromptRow, number: int) -> dict[str, Any]:
+def _cells(row: Row, number: int) -> dict[str, Any]:
     match row:
         case TokenRow():
             return {"input_ids": row.input_ids, "labels": row.labels}
