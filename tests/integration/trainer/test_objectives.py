@@ -318,3 +318,31 @@ def test_rows_that_do_not_fit_are_told(
     )
     assert ended.code == 65
     assert expected in ended.result["message"]
+
+
+@pytest.mark.parametrize("objective", ["DPO", "RewardModel", "RLOO", "GRPO"])
+def test_settings_train_with_every_objective(
+    taught: Path, data: Path, run: Run, functions_mounted: None, objective: str
+) -> None:
+    """Micro batches that are smaller than a group of answers, recomputed activations, bfloat16, early stopping."""
+    sampling = objective in ("RLOO", "GRPO")
+    ended = run(
+        taught,
+        data,
+        objective=objective,
+        method={"type": "LoRA"},
+        dataset=dataset(data / ("prompts.jsonl" if sampling else "preferences.jsonl")),
+        hyperparameters={
+            **STILL,
+            "maxSteps": 3,
+            "microBatchSize": 2,
+            "precision": "BFloat16",
+            "gradientCheckpointing": True,
+            "optimizer": "AdamW8bit",
+        },
+        earlyStopping={"patience": 1},
+        **({"reward": FUNCTIONS, "generation": {**GENERATION, "topP": 0.9}} if sampling else {}),
+    )
+    assert ended.code == 0, ended.log
+    assert ended.manifest["hyperparameters"]["microBatchSize"] == 2
+    assert ("evalReward" in ended.manifest["metrics"]) == sampling

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_trainer.methods import sampling
 from finetune_trainer.rewards import functions
 from tests.integration.trainer.conftest import Ended, Run
 from tests.integration.trainer.objectives import FUNCTIONS, RED, dataset, write_preferences, write_prompts
@@ -98,3 +101,42 @@ def test_another_reward_function_begins_anew(
     ended = run(taught, rows, checkpoint=checkpoints, job=job(2), **parts)
     assert ended.code == 0, ended.log
     assert "resuming" not in ended.log
+
+
+@pytest.mark.parametrize("objective", ["RLOO", "GRPO"])
+def test_a_stop_breaks_off_the_sampling_of_a_step_which_is_done_again(
+    taught: Path,
+    rows: Path,
+    run: Run,
+    handlers: None,
+    tmp_path: Path,
+    objective: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts: dict[str, Any] = {
+        "objective": objective,
+        "method": LORA,
+        "dataset": dataset(rows / "prompts.jsonl"),
+        "hyperparameters": {**HYPER, "maxSteps": 8, "evalSteps": 8},
+        **SAMPLED,
+    }
+    alone = run(taught, rows, name="alone", **parts)
+    begun = 0
+    look_up = sampling.Book.tokens
+
+    def stop_at_the_sixth(book: sampling.Book, prompts: list[str]) -> list[list[int]]:
+        nonlocal begun
+        begun += 1
+        if begun == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look_up(book, prompts)
+
+    checkpoints = schedule(tmp_path / "ck")
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling.Book, "tokens", stop_at_the_sixth)
+        stopped = run(taught, rows, checkpoint=checkpoints, job=job(1), **parts)
+    assert (stopped.code, stopped.result["step"]) == (75, 5), stopped.log
+    assert "step 6 is given up" in stopped.log
+    resumed = run(taught, rows, checkpoint=checkpoints, job=job(2), **parts)
+    assert "(from 5)" in resumed.log
+    assert_same(resumed, alone)

@@ -93,6 +93,8 @@ def _load_tuned(model: Any, adapter: Path, device: models.Device) -> Any:
     if _is_adapter(adapter):
         import peft
 
+        if peft.PeftConfig.from_pretrained(str(adapter)).task_type != "CAUSAL_LM":
+            raise BadConfig(f"--adapter {adapter} is a reward model, which writes no answers to compare")
         try:
             return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
         except (RuntimeError, ValueError) as error:  # torch reports shapes that do not fit as RuntimeError

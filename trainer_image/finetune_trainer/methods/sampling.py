@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 import trl
 from trl.trainer.utils import RepeatSampler
 
-from finetune_trainer import finite, randomness
+from finetune_trainer import finite, randomness, signals
 from finetune_trainer.data import encoding
 from finetune_trainer.data.cells import Turn
 from finetune_trainer.data.encoding import PromptRow
@@ -96,6 +97,7 @@ class _Sampled:
     """What both trainers get. The methods that begin with an underscore are TRL 1.16's own hooks."""
 
     book: Book
+    give_up_step: Callable[[], None] | None = None  # set where there are checkpoints
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return self.book.tokens(prompts), None, {}
@@ -112,15 +114,34 @@ class _Sampled:
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         step = self.state.global_step  # type: ignore[attr-defined]
-        finite.check_weights(self.model, step=step)  # type: ignore[attr-defined]
+        model: Any = self.model  # type: ignore[attr-defined]
+        finite.check_weights(model, step=step)
         try:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+            with self._watching(model):
+                return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         except RuntimeError as error:
             if BROKEN_PROBABILITIES in str(error):
                 raise NotFinite(
                     f"the probabilities of the next token are not finite after step {step}; {finite.ADVICE}"
                 ) from error
             raise
+
+    @contextlib.contextmanager
+    def _watching(self, model: Any) -> Iterator[None]:
+        """Lets a request to stop break off the sampling of a step, which may take longer than the grace time."""
+        if not model.training or self.give_up_step is None:
+            yield
+            return
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        handle = inner.register_forward_pre_hook(self._stop_if_asked)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _stop_if_asked(self, *_: Any) -> None:
+        if signals.stop_requested() and self.give_up_step is not None:
+            self.give_up_step()
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Draws the same random numbers each time, so that evaluations can be compared, and leaves training's alone."""
