@@ -156,14 +156,15 @@ def upstream_facts(body: Json | None, *, name: str, waits_for: Sequence[str] = (
         reason=status.reason,
         artifact=status.artifact,
         waits_for=tuple(waits_for),
+        objective=body.get("spec", {}).get("objective"),
     )
 
 
-def upstream_name(body: Json) -> str | None:
-    """The job whose artifact a FineTuneJob asks for as its base model."""
-    reference = body.get("spec", {}).get("model", {}).get("fineTuneJobRef") or {}
-    name = reference.get("name")
-    return str(name) if name else None
+def upstream_names(body: Json) -> list[str]:
+    """The jobs whose artifacts a FineTuneJob asks for: as its model, and as its reward model."""
+    spec = body.get("spec", {})
+    references = [(spec.get(part) or {}).get("fineTuneJobRef") or {} for part in ("model", "reward")]
+    return [str(reference["name"]) for reference in references if reference.get("name")]
 
 
 def _time(text: str | None) -> datetime | None:
