@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -12,32 +11,21 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
+from tests.api_servers import API_SERVER
 from tests.clients import Json, Kubectl, KubectlError
 from tests.integration.rollout_lab import AGENT_TOKEN, ROUTER_TOKEN, Engine, Loop, Router
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 GOOD, BETTER, BAD = "a" * 8, "b" * 8, "c" * 8
-
-
-PARTS = ("etcd", "kube-apiserver", "kube-controller-manager")
-
-
-@contextlib.contextmanager
-def api_server(folder: Path) -> Iterator[Cluster]:
-    """An API server and its garbage collector."""
-    running = Cluster(folder)
-    try:
-        running.up(PARTS)
-        yield running
-    finally:
-        running.down()
+COLLECTOR = "kube-controller-manager"  # of garbage
 
 
 class Lab:
@@ -58,7 +46,7 @@ class Lab:
         self.environment: dict[str, str] = {}
         (folder / "router-token").write_text(ROUTER_TOKEN)
         (folder / "agent-token").write_text(AGENT_TOKEN)
-        self.ports = choose(("metrics", "status"), known={}, in_use_by_us=[])
+        self.ports = choose(("metrics", "status"), known={})
 
     def start(self) -> None:
         """Start the operator; it is not waited for."""
@@ -98,7 +86,7 @@ class Lab:
         os.kill(pid, signal.SIGKILL)
 
     def start_api_server(self) -> None:
-        self.cluster.up(PARTS)
+        self.cluster.up((*API_SERVER, COLLECTOR))
 
     def close(self) -> None:
         self._stop.set()
@@ -162,17 +150,11 @@ class Lab:
             time.sleep(0.1)
 
     def eventually(self, holds: Callable[[], bool], *, seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, f"{self.status()}\n{self.log()[-6000:]}"
-            time.sleep(0.05)
+        wait_until(holds, seconds=seconds, what=lambda: f"{self.status()}\n{self.log()[-6000:]}")
 
-    def eventually_offline(self, holds: Callable[[], bool], *, seconds: float = 20) -> None:
+    def eventually_offline(self, holds: Callable[[], bool], *, seconds: float = 30) -> None:
         """The same while nothing can be asked of the API server."""
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, self.log()[-6000:]
-            time.sleep(0.05)
+        wait_until(holds, seconds=seconds, what=lambda: self.log()[-6000:])
 
     def annotate(self, action: str, *, name: str = "bot") -> None:
         self.kubectl("annotate", "adep", name, f"finetune.dev/action={action}", "--overwrite")

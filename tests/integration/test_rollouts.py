@@ -12,16 +12,17 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from finetune_operator.api.routes import Route, Snapshot
+from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_lab import Router
-from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, api_server, serves
+from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, serves
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server")) as running:
+    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
         yield running
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
+from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_lab import Engine
-from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, api_server, deployment, serves
+from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, deployment, serves
 
 pytestmark = pytest.mark.integration
 
@@ -23,7 +24,7 @@ WAITS = {"canary": {"steps": [{"setWeight": 30}, {"pause": {}}]}}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server")) as running:
+    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
         yield running
 
 

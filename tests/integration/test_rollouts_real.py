@@ -21,6 +21,7 @@ from finetune_trainer import lifecycle
 from tests import tiny
 from tests.adapters import commit_artifact, write_adapter
 from tests.clients import Json, Kubectl
+from tests.integration.rollout_operator import serves
 
 pytestmark = pytest.mark.integration
 
@@ -164,12 +165,6 @@ def wait(kubectl: Kubectl, until: Callable[[Json], bool], *, seconds: float = 60
             return status
         assert time.monotonic() < deadline, json.dumps(status, indent=1)
         time.sleep(0.2)
-
-
-def serves(revision: str) -> Callable[[Json], bool]:
-    return lambda s: (
-        s.get("stableRevision") == revision and s.get("phase") == "Healthy" and s["weights"]["verified"]
-    )
 
 
 def pid_of(cluster: Cluster, part: str) -> int:

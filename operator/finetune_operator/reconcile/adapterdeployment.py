@@ -14,10 +14,9 @@ from finetune_operator.adapters.agents import Agents, Unheard
 from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api import adapterdeployment, finetunejob
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, CheckPhase
 from finetune_operator.api.adapterdeployment_strategy import WebhookType
-from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.base import ACTION_ANNOTATION, API_VERSION
 from finetune_operator.api.routes import Route
 from finetune_operator.core import rollouts
 from finetune_operator.core.durations import parse_duration
@@ -35,13 +34,12 @@ from finetune_operator.core.rollout_facts import (
     Unload,
     Wanted,
 )
-from finetune_operator.reconcile import deployment_facts, facts, messages
+from finetune_operator.reconcile import deployment_facts, facts, messages, patches
 from finetune_operator.reconcile.announcements import Announcer, Subject
 from finetune_operator.reconcile.emergencies import Emergencies
 from finetune_operator.reconcile.engines import Engines, Sight
 from finetune_operator.reconcile.errands import Errands
 from finetune_operator.reconcile.evidence import EvidenceBook
-from finetune_operator.reconcile.finetunejob import merge_diff
 from finetune_operator.reconcile.orphans import is_of
 from finetune_operator.reconcile.queue import Key
 from finetune_operator.reconcile.routes import Publisher, Share
@@ -81,7 +79,7 @@ class AdapterDeploymentReconciler:
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
-        with self.telemetry.reconcile_seconds.labels(KIND).time():
+        with self.telemetry.measured_pass(KIND):
             try:
                 return await self._pass(key)
             except ConflictError:  # the object moved on while we looked; what we saw is stale
@@ -90,12 +88,8 @@ class AdapterDeploymentReconciler:
                 logger.warning("%s/%s: %s", *key, error)
                 await self.emergencies.look(key)
                 return random.uniform(*UNAVAILABLE_SECONDS)  # noqa: S311 - spreads load, protects nothing
-            except ApiError:
+            except ApiError:  # its status cannot be written either
                 await self.emergencies.look(key)
-                self.telemetry.reconcile_errors.labels(KIND).inc()
-                raise
-            except Exception:
-                self.telemetry.reconcile_errors.labels(KIND).inc()
                 raise
 
     async def _pass(self, key: Key) -> float | None:
@@ -183,7 +177,7 @@ class AdapterDeploymentReconciler:
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> float | None:
         """The only place that writes an AdapterDeployment's status. Returns the seconds to wait where a write that only
         brings numbers up to date comes too soon; nothing of the plan may then be carried out."""
-        patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
+        patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
         now = asyncio.get_running_loop().time()
         if patch.keys() == {OUTBOX} and not plan.announcements:
             patch = {}  # what was told goes with the next write that there is a reason for
@@ -234,7 +228,7 @@ class AdapterDeploymentReconciler:
         spec = seen.deployment.spec
         if plan.measure and spec is not None:
             values = {
-                "alias": messages.alias_of(seen.deployment),
+                "alias": seen.deployment.alias,
                 "stable": plan.status.stable_revision or "",
                 "candidate": plan.status.candidate_revision or "",
             }
@@ -265,7 +259,7 @@ class AdapterDeploymentReconciler:
         own withdrawal), once no router sends requests to them."""
         if not seen.routing.verified or seen.routing.published is None or seen.deployment.spec is None:
             return []
-        alias = messages.alias_of(seen.deployment)
+        alias = seen.deployment.alias
         known = {adapter.served_name for adapter in plan.status.adapters}
         for route in (seen.routing.published, plan.route):
             known |= _served_names(route)

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
-from finetune_operator.api.adapterdeployment import KIND
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, Announcement
 from finetune_operator.api.adapterdeployment_strategy import Severity, WebhookType
 from finetune_operator.core.facts import Event
 from finetune_operator.core.rollout_facts import DeploymentFacts
-from finetune_operator.reconcile import facts, messages
+from finetune_operator.reconcile import events, messages
 from finetune_operator.reconcile.errands import Errands
 from finetune_operator.reconcile.queue import Key
 
@@ -113,7 +112,7 @@ class Announcer:
         """Post the Event. Returns whether it is new. Raises UnavailableError; one that is refused is given up, as the
         status says the same."""
         event = Event(warning=item.severity is not Severity.INFO, reason=item.reason, message=item.message)
-        body = facts.event_body(subject.body, event, now=item.time, kind=KIND)
+        body = events.build(subject.body, event, now=item.time)
         body["metadata"] = {"name": item.name, "namespace": subject.deployment.namespace}
         try:
             await self._kube.create(body)

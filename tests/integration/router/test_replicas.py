@@ -6,7 +6,7 @@ import asyncio
 import re
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from finetune_operator.reconcile.fleet import Fleet
 from finetune_router import assignment
 from tests.integration.router import engines
 from tests.integration.router.routers import ADMIN_TOKEN, Router, route, target
+from tests.waiting import until
 
 CANDIDATE = "ab12cd34"
 USERS = 10_000
@@ -137,12 +138,6 @@ async def test_ten_thousand_users_have_one_side_at_every_replica_and_move_one_wa
         print(f"{USERS} users at 3 routers: {dict(counted)} at 20%, {len(after)} at 60%")
 
 
-async def until(holds: Callable[[], bool], *, seconds: float = 20) -> None:
-    async with asyncio.timeout(seconds):
-        while not holds():
-            await asyncio.sleep(0.02)
-
-
 async def test_a_replica_that_is_added_gets_the_route_before_it_counts(tmp_path: Path) -> None:
     """Behind one name, as a headless Service has it: the same port at a second address."""
     first = Router(tmp_path / "first", "--admin-host", "127.0.0.1")
@@ -164,7 +159,7 @@ async def test_a_replica_that_is_added_gets_the_route_before_it_counts(tmp_path:
         try:
             snapshot = Snapshot(version=7, routes=(bot,))
             fleet.offer(7, to_text(snapshot).encode())
-            await until(lambda: fleet.count_applying(7) == 1 and len(fleet.replicas) == 1)
+            await until(lambda: fleet.count_applying(7) == 1 and len(fleet.replicas) == 1, seconds=60)
             await asyncio.to_thread(second.start, wait_ready=False)
             addresses.append("127.0.0.2")
             moments = []
@@ -174,7 +169,7 @@ async def test_a_replica_that_is_added_gets_the_route_before_it_counts(tmp_path:
                 moments.append((known, fleet.count_applying(7), heard))
                 return (known, heard) == (2, 2)
 
-            await until(whole)
+            await until(whole, seconds=60)
             # Nobody's counters are taken before the replica applies the routes.
             assert all(heard <= max(applied, 1) for _, applied, heard in moments), moments
             assert {told.version for told in fleet.counters()} == {7}

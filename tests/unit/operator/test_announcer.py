@@ -27,7 +27,7 @@ from finetune_operator.reconcile.errands import Errands
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KEY = ("team", "bot")
-BODY = {"metadata": {"namespace": "team", "name": "bot", "uid": "u"}}
+BODY = {"kind": "AdapterDeployment", "metadata": {"namespace": "team", "name": "bot", "uid": "u"}}
 
 
 @dataclass
