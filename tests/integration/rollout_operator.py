@@ -135,7 +135,7 @@ class Lab:
         status: Json = found.get("status", {})
         return status
 
-    def wait(self, until: Callable[[Json], bool], *, name: str = "bot", seconds: float = 30) -> Json:
+    def wait(self, until: Callable[[Json], bool], *, name: str = "bot", seconds: float = 90) -> Json:
         """The status as soon as it satisfies `until`; fails with the last status when that takes too long."""
         deadline = time.monotonic() + seconds
         status: Json = {}

@@ -30,7 +30,7 @@ from finetune_operator.api.routes import (
 )
 
 ADMIN_TOKEN = "admin-token-of-the-tests"
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 _PORTS = re.compile(r"data port \S+?:(\d+), admin port \S+?:(\d+)")
 _versions = itertools.count(1)
 _starts = itertools.count(1)
