@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q --no-header
 
-.PHONY: help setup demo test test-unit lint format crds bench up down clean
+.PHONY: help setup demo test test-unit e2e-cluster lint format crds bench up down clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -21,6 +21,9 @@ test: setup ## every test: unit, integration (real API server, KubeRay, Ray), en
 test-unit: setup ## the tests that need no cluster and train nothing
 	@$(PYTEST) tests/unit
 
+e2e-cluster: setup ## real pods: install the chart on the cluster that KUBECONFIG names, and break things (docs/install.md)
+	@FINETUNE_E2E=1 $(PYTEST) -x -s tests/cluster
+
 lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
@@ -30,16 +33,18 @@ lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/python -m finetune_operator.api.reference --check
 	@$(BIN)/python -m finetune_cli.reference --check
 	@$(BIN)/python -m tests.unit.operator.edge_pages --check
+	@$(BIN)/python -m tools.chart_pages --check
 
 format: setup ## rewrite the code in the one format
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
-crds: setup ## generate crds/, docs/reference/ and docs/failure-modes.md from models and tables
+crds: setup ## generate crds/, docs/reference/, docs/failure-modes.md and what follows from the chart's rules and values
 	@$(BIN)/python -m finetune_operator.api.crds --write crds
 	@$(BIN)/python -m finetune_operator.api.reference --write
 	@$(BIN)/python -m finetune_cli.reference --write
 	@$(BIN)/python -m tests.unit.operator.edge_pages --write
+	@$(BIN)/python -m tools.chart_pages --write
 
 bench: up ## measure refusals, and FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.refusals

@@ -53,6 +53,7 @@ async def run(settings: config.OperatorConfig) -> None:
             status_url=settings.status_url,
             authority_pem=settings.authority_pem(),
             termination_grace_seconds=settings.termination_grace_seconds,
+            pod_defaults=settings.pod_defaults,
         ),
     )
     queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)

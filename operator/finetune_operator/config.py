@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
+from finetune_operator.manifests.pods import PodDefaults
+
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "finetune-system"
 
@@ -40,6 +44,8 @@ class OperatorConfig:
     """Where /metrics and /healthz are served."""
     termination_grace_seconds: int
     """Time that training pods have between SIGTERM and SIGKILL, in seconds."""
+    pod_defaults: PodDefaults
+    """What every training pod gets."""
     progress_seconds: float
     """Least time between two status writes for progress of one job, in seconds."""
     json_logs: bool
@@ -97,6 +103,18 @@ def _file(environ: Mapping[str, str], name: str) -> Path | None:
     return Path(text)
 
 
+def _pod_defaults(environ: Mapping[str, str], name: str) -> PodDefaults:
+    file = _file(environ, name)
+    if file is None:
+        return PodDefaults()
+    try:
+        return PodDefaults.model_validate_json(file.read_text())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigurationError(f"{name}={str(file)!r}: {where}: {first['msg']}") from error
+
+
 def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
     urls = [url.strip().rstrip("/") for url in environ.get(name, "").split(",") if url.strip()]
     for url in urls:
@@ -152,6 +170,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         termination_grace_seconds=int(
             _number(environ, "FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600)
         ),
+        pod_defaults=_pod_defaults(environ, "FINETUNE_POD_DEFAULTS_FILE"),
         progress_seconds=_number(environ, "FINETUNE_PROGRESS_SECONDS", 10, low=0.1, high=3600),
         json_logs=_choice(environ, "FINETUNE_LOG_FORMAT", "json", ("json", "plain")) == "json",
         namespace=_own_namespace(environ),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_operator.api.base import API_VERSION, SecretReference
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec
-from finetune_operator.manifests import naming
+from finetune_operator.manifests import naming, pods
+from finetune_operator.manifests.pods import PodDefaults
 from finetune_operator.manifests.runfiles import Places
 
 RAY_VERSION = "2.60.0"
@@ -45,6 +46,7 @@ class Platform:
     status_url: str
     authority_pem: str | None
     termination_grace_seconds: int
+    pod_defaults: PodDefaults = field(default_factory=PodDefaults)
 
 
 def build_config_map(
@@ -85,7 +87,7 @@ def build_rayjob(
             "resources": _resources(spec, memory=memory, inspect=inspect),
         },
         config_map=name,
-        grace_seconds=platform.termination_grace_seconds,
+        platform=platform,
     )
     rayjob_spec: dict[str, Any] = {
         "entrypoint": INSPECTION_ENTRYPOINT if inspect else ENTRYPOINT,
@@ -97,13 +99,17 @@ def build_rayjob(
             "rayVersion": RAY_VERSION,
             "headGroupSpec": {
                 "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - KubeRay connects from its own pod
-                "template": {"metadata": {"labels": naming.labels(owner.name, attempt)}, "spec": pod_spec},
+                "template": {
+                    "metadata": pods.metadata(naming.labels(owner.name, attempt), platform.pod_defaults),
+                    "spec": pod_spec,
+                },
             },
         },
     }
     if platform.submission_mode == "K8sJobMode":
         # With a second try the submitter would start the same job again from its beginning.
         rayjob_spec["submitterConfig"] = {"backoffLimit": 0}
+        rayjob_spec["submitterPodTemplate"] = pods.submitter_template(image, platform.pod_defaults)
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -127,7 +133,7 @@ def _pod_spec(
     claims: Sequence[str],
     container: dict[str, Any],
     config_map: str,
-    grace_seconds: int,
+    platform: Platform,
 ) -> dict[str, Any]:
     mounts = [
         {"name": f"claim-{i}", "mountPath": f"{naming.VOLUMES_FOLDER}/{c}"} for i, c in enumerate(claims)
@@ -137,13 +143,9 @@ def _pod_spec(
     ]
     return {
         "automountServiceAccountToken": False,
-        "terminationGracePeriodSeconds": grace_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": 1000,
-            "fsGroup": 1000,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "terminationGracePeriodSeconds": platform.termination_grace_seconds,
+        "securityContext": platform.pod_defaults.pod_security(),
+        **platform.pod_defaults.head_fields(),
         "containers": [
             {
                 **container,
@@ -168,12 +170,10 @@ def _container(
     return {
         "name": naming.HEAD_CONTAINER,
         "image": image,
-        "env": _environment(owner, attempt, platform),
+        "env": [*_environment(owner, attempt, platform), *platform.pod_defaults.env],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets(spec)],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": platform.pod_defaults.container_security(),
+        **pods.lifecycle(platform.termination_grace_seconds),
     }
 
 

@@ -42,3 +42,18 @@ def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
     certificate.touch()
     with pytest.raises(config.ConfigurationError, match="set both or none"):
         config.load({"FINETUNE_STATUS_TLS_CERT": str(certificate)})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"hostNetwork": true}', "hostNetwork: Extra inputs are not permitted"),
+        ('{"env": [{"name": "FINETUNE_RUN_FILE"}]}', "remove it"),
+        ("nodeSelector: {}", "the file: Invalid JSON"),
+    ],
+)
+def test_bad_pod_defaults_are_named(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "defaults.json"
+    file.write_text(text)
+    with pytest.raises(config.ConfigurationError, match=f"FINETUNE_POD_DEFAULTS_FILE=.*{complaint}"):
+        config.load({"FINETUNE_POD_DEFAULTS_FILE": str(file)})

@@ -1,0 +1,45 @@
+{{/* The operator's environment as YAML; finetune_operator/config.py reads it. */}}
+{{- define "finetune.operatorEnvironment" -}}
+{{- $files := "/etc/finetune-operator" -}}
+{{- $tls := ne .Values.statusEndpoint.tls.mode "Disabled" -}}
+FINETUNE_LEADER_ELECTION: {{ .Values.operator.leaderElection | toString | quote }}
+FINETUNE_LOG_FORMAT: {{ .Values.operator.logFormat }}
+FINETUNE_PROGRESS_SECONDS: {{ .Values.operator.progressSeconds | quote }}
+FINETUNE_DRAIN_SECONDS: {{ .Values.operator.drainSeconds | quote }}
+FINETUNE_SUBMISSION_MODE: {{ .Values.trainer.submissionMode }}
+FINETUNE_TRAINER_IMAGE: {{ default (printf "finetune-trainer:%s" .Chart.AppVersion) .Values.trainer.image }}
+FINETUNE_TERMINATION_GRACE_SECONDS: {{ .Values.trainer.terminationGracePeriodSeconds | quote }}
+FINETUNE_STATUS_PORT: {{ .Values.statusEndpoint.port | quote }}
+FINETUNE_STATUS_URL: {{ printf "%s://%s:%d" (ternary "https" "http" $tls) (include "finetune.statusHost" .) (int .Values.statusEndpoint.port) }}
+FINETUNE_METRICS_PORT: {{ .Values.metrics.port | quote }}
+{{- with .Values.trainer.outputUri }}
+FINETUNE_OUTPUT_URI: {{ . }}
+{{- end }}
+{{- with .Values.watchNamespaces }}
+FINETUNE_NAMESPACES: {{ join "," . | quote }}
+{{- end }}
+{{- if $tls }}
+FINETUNE_STATUS_TLS_CERT: {{ $files }}/tls/tls.crt
+FINETUNE_STATUS_TLS_KEY: {{ $files }}/tls/tls.key
+FINETUNE_STATUS_TLS_CA: {{ $files }}/tls/ca.crt
+{{- end }}
+{{- if .Values.router.enabled }}
+FINETUNE_ROUTER_ADMIN_URLS: http://{{ include "finetune.router" . }}-admin.{{ .Release.Namespace }}.svc:8081
+FINETUNE_ROUTER_TOKEN_FILE: {{ $files }}/router/token
+{{- end }}
+{{- with .Values.engine.url }}
+FINETUNE_ENGINE_URL: {{ . }}
+{{- end }}
+{{- with .Values.engine.agentUrl }}
+FINETUNE_AGENT_URL: {{ . }}
+{{- end }}
+{{- if .Values.engine.agentTokenSecret }}
+FINETUNE_AGENT_TOKEN_FILE: {{ $files }}/agent/token
+{{- end }}
+{{- if .Values.alerts.existingSecret }}
+FINETUNE_ALERT_PROVIDERS_FILE: {{ $files }}/alerts/providers.json
+{{- end }}
+{{- if .Values.trainer.podDefaults }}
+FINETUNE_POD_DEFAULTS_FILE: {{ $files }}/pods/defaults.json
+{{- end }}
+{{- end -}}
