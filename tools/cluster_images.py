@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,9 +59,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cluster", type=Path, required=True, help="folder with mkimage.py and settings.sh")
-    parser.add_argument(
-        "--folder", type=Path, default=Path(os.environ.get("E2E_DIR", "/tmp/e2e")), help="E2E_DIR"
-    )  # noqa: S108 - the default of the cluster's own settings
+    default = Path(os.environ.get("E2E_DIR") or Path(tempfile.gettempdir()) / "e2e")
+    parser.add_argument("--folder", type=Path, default=default, help="the cluster's E2E_DIR")
     parser.add_argument("--only", choices=[image.name for image in IMAGES], help="one of them")
     options = parser.parse_args()
     try:
