@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from finetune_operator.core.elections import Terms
 from finetune_operator.manifests.pods import PodDefaults
 
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -38,7 +38,7 @@ class OperatorConfig:
     status_certificate: Path | None
     status_key: Path | None
     status_authority: Path | None
-    """PEM files; with them the endpoint speaks TLS, and pods get the authority to verify it."""
+    """PEM files, which may be renewed; with them the endpoint speaks TLS, and pods get the authority to verify it."""
     metrics_host: str
     metrics_port: int
     """Where /metrics and /healthz are served."""
@@ -63,17 +63,13 @@ class OperatorConfig:
     """JSON {name: URL}."""
     drain_seconds: float
     """Time between the withdrawal of a deleted deployment's route and the unloading of its adapters, in seconds."""
+    leader_election: bool
+    """Whether a Lease decides which of several replicas acts."""
+    terms: Terms
+    """Its times."""
+    pod_ip: str | None
+    """Address under which other replicas reach this one; None: what the host name means."""
 
-    def status_tls(self) -> ssl.SSLContext | None:
-        """The server side of TLS, or None where no certificate is configured."""
-        if self.status_certificate is None:
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.status_certificate, self.status_key)
-        return context
-
-    def authority_pem(self) -> str | None:
-        return self.status_authority.read_text() if self.status_authority else None
 
 
 def _number(environ: Mapping[str, str], name: str, default: float, *, low: float, high: float) -> float:
@@ -144,13 +140,27 @@ def _own_namespace(environ: Mapping[str, str]) -> str:
         return DEFAULT_NAMESPACE
 
 
+def _terms(environ: Mapping[str, str]) -> Terms:
+    terms = Terms(
+        lease_seconds=_number(environ, "FINETUNE_LEASE_SECONDS", Terms.lease_seconds, low=1, high=3600),
+        renew_seconds=_number(environ, "FINETUNE_LEASE_RENEW_SECONDS", Terms.renew_seconds, low=0.5, high=3600),
+        retry_seconds=_number(environ, "FINETUNE_LEASE_RETRY_SECONDS", Terms.retry_seconds, low=0.1, high=600),
+    )
+    if not terms.lease_seconds > terms.renew_seconds > terms.retry_seconds:
+        raise ConfigurationError(
+            "FINETUNE_LEASE_SECONDS, FINETUNE_LEASE_RENEW_SECONDS, FINETUNE_LEASE_RETRY_SECONDS"
+            f" ({terms.lease_seconds:g}, {terms.renew_seconds:g}, {terms.retry_seconds:g}): each must be less than the one before"
+        )
+    return terms
+
+
 def load(environ: Mapping[str, str]) -> OperatorConfig:
     """Read the configuration. Raises ConfigurationError."""
     port = int(_number(environ, "FINETUNE_STATUS_PORT", 8090, low=1, high=65535))
-    certificate = _file(environ, "FINETUNE_STATUS_TLS_CERT")
-    key = _file(environ, "FINETUNE_STATUS_TLS_KEY")
+    certificate = _file(environ, "FINETUNE_TLS_CERT_FILE")
+    key = _file(environ, "FINETUNE_TLS_KEY_FILE")
     if (certificate is None) != (key is None):
-        raise ConfigurationError("FINETUNE_STATUS_TLS_CERT and FINETUNE_STATUS_TLS_KEY: set both or none")
+        raise ConfigurationError("FINETUNE_TLS_CERT_FILE and FINETUNE_TLS_KEY_FILE: set both or none")
     scheme = "https" if certificate else "http"
     return OperatorConfig(
         namespaces=tuple(n.strip() for n in environ.get("FINETUNE_NAMESPACES", "").split(",") if n.strip()),
@@ -164,7 +174,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         status_url=(environ.get("FINETUNE_STATUS_URL") or f"{scheme}://finetune-operator:{port}").rstrip("/"),
         status_certificate=certificate,
         status_key=key,
-        status_authority=_file(environ, "FINETUNE_STATUS_TLS_CA"),
+        status_authority=_file(environ, "FINETUNE_TLS_CA_FILE"),
         metrics_host=environ.get("FINETUNE_METRICS_HOST") or "0.0.0.0",  # noqa: S104
         metrics_port=int(_number(environ, "FINETUNE_METRICS_PORT", 8080, low=1, high=65535)),
         termination_grace_seconds=int(
@@ -181,4 +191,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         agent_token_file=_file(environ, "FINETUNE_AGENT_TOKEN_FILE"),
         alert_providers_file=_file(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
         drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
+        leader_election=_choice(environ, "FINETUNE_LEADER_ELECTION", "false", ("true", "false")) == "true",
+        terms=_terms(environ),
+        pod_ip=environ.get("FINETUNE_POD_IP") or None,
     )

@@ -7,7 +7,7 @@ every object that exists.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kopf
@@ -16,6 +16,17 @@ from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import GROUP, VERSION
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile.queue import Key
+
+
+async def watch(
+    namespaces: Sequence[str], *, job_changed: Callable[[Key], None], deployment_changed: Callable[[Key], None]
+) -> None:
+    """Watch these namespaces, or the whole cluster where none is named, until a signal arrives."""
+    await kopf.operator(
+        registry=build_registry(job_changed=job_changed, deployment_changed=deployment_changed),
+        clusterwide=not namespaces,
+        namespaces=namespaces,
+    )
 
 
 def build_registry(
@@ -55,7 +66,7 @@ def build_registry(
 def configure_kopf(settings: kopf.OperatorSettings) -> None:
     """Our choices, each with its reason."""
     settings.persistence.finalizer = f"{GROUP}/finalizer"  # never shared with another Kopf operator
-    settings.peering.standalone = True  # one replica; a Lease decides who leads when there are more
+    settings.peering.standalone = True  # a Lease decides who leads: peering has no fence
     settings.posting.enabled = False  # events are ours: posted after the status that they tell about
     settings.networking.connect_timeout = 10
     settings.networking.request_timeout = 30  # the default of 300 s is too patient for a controller

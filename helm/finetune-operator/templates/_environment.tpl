@@ -3,6 +3,9 @@
 {{- $files := "/etc/finetune-operator" -}}
 {{- $tls := ne .Values.statusEndpoint.tls.mode "Disabled" -}}
 FINETUNE_LEADER_ELECTION: {{ .Values.operator.leaderElection | toString | quote }}
+FINETUNE_LEASE_SECONDS: {{ .Values.operator.lease.seconds | quote }}
+FINETUNE_LEASE_RENEW_SECONDS: {{ .Values.operator.lease.renewSeconds | quote }}
+FINETUNE_LEASE_RETRY_SECONDS: {{ .Values.operator.lease.retrySeconds | quote }}
 FINETUNE_LOG_FORMAT: {{ .Values.operator.logFormat }}
 FINETUNE_PROGRESS_SECONDS: {{ .Values.operator.progressSeconds | quote }}
 FINETUNE_DRAIN_SECONDS: {{ .Values.operator.drainSeconds | quote }}
@@ -19,9 +22,9 @@ FINETUNE_OUTPUT_URI: {{ . }}
 FINETUNE_NAMESPACES: {{ join "," . | quote }}
 {{- end }}
 {{- if $tls }}
-FINETUNE_STATUS_TLS_CERT: {{ $files }}/tls/tls.crt
-FINETUNE_STATUS_TLS_KEY: {{ $files }}/tls/tls.key
-FINETUNE_STATUS_TLS_CA: {{ $files }}/tls/ca.crt
+FINETUNE_TLS_CERT_FILE: {{ $files }}/tls/tls.crt
+FINETUNE_TLS_KEY_FILE: {{ $files }}/tls/tls.key
+FINETUNE_TLS_CA_FILE: {{ $files }}/tls/ca.crt
 {{- end }}
 {{- if .Values.router.enabled }}
 FINETUNE_ROUTER_ADMIN_URLS: http://{{ include "finetune.router" . }}-admin.{{ .Release.Namespace }}.svc:8081

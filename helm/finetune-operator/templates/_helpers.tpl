@@ -81,6 +81,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and (gt (int .Values.operator.replicas) 1) (not .Values.operator.leaderElection) -}}
 {{- fail (printf "operator.replicas: %d replicas without operator.leaderElection would both act; set operator.leaderElection=true or operator.replicas=1" (int .Values.operator.replicas)) -}}
 {{- end -}}
+{{- $lease := .Values.operator.lease -}}
+{{- if not (and (gt (float64 $lease.seconds) (float64 $lease.renewSeconds)) (gt (float64 $lease.renewSeconds) (float64 $lease.retrySeconds))) -}}
+{{- fail (printf "operator.lease: seconds %v, renewSeconds %v, retrySeconds %v: each must be less than the one before" $lease.seconds $lease.renewSeconds $lease.retrySeconds) -}}
+{{- end -}}
 {{- if eq (int .Values.statusEndpoint.port) (int .Values.metrics.port) -}}
 {{- fail (printf "metrics.port: %d is statusEndpoint.port as well; choose another one" (int .Values.metrics.port)) -}}
 {{- end -}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ PLURALS = {
     ("v1", "ConfigMap"): "configmaps",
     ("v1", "Event"): "events",
     ("v1", "Pod"): "pods",
+    ("coordination.k8s.io/v1", "Lease"): "leases",
     ("ray.io/v1", "RayCluster"): "rayclusters",
     ("ray.io/v1", "RayJob"): "rayjobs",
     (API_VERSION, finetunejob.KIND): finetunejob.PLURAL,
@@ -56,6 +57,10 @@ class UnavailableError(ApiError):
     """The server is away or busy (429, 5xx, no connection, timeout): try again later."""
 
 
+class FencedError(UnavailableError):
+    """Another operator may lead by now: the request was not sent."""
+
+
 @dataclass(frozen=True)
 class TokenOwner:
     """Whose a verified token is."""
@@ -64,20 +69,22 @@ class TokenOwner:
 
 
 class Kube:
-    """A client with the few requests that the operator makes."""
+    """A client with the few requests that the operator makes. Each write first asks `may_write`, the last moment at
+    which a process that was stopped for a while can learn that it leads no more."""
 
-    def __init__(self, client: aio.client.ApiClient) -> None:
+    def __init__(self, client: aio.client.ApiClient, *, may_write: Callable[[], bool] = lambda: True) -> None:
         self._client = client
+        self._may_write = may_write
 
     @classmethod
-    async def connect(cls) -> Kube:
+    async def connect(cls, *, may_write: Callable[[], bool] = lambda: True) -> Kube:
         """A client by the pod's service account or the kubeconfig, without a request yet."""
         configuration = aio.client.Configuration()
         if IN_CLUSTER_TOKEN.is_file():  # noqa: ASYNC240 - once, at the start
             aio.config.load_incluster_config(client_configuration=configuration)
         else:
             await aio.config.load_kube_config(client_configuration=configuration)
-        return cls(aio.client.ApiClient(configuration))
+        return cls(aio.client.ApiClient(configuration), may_write=may_write)
 
     async def close(self) -> None:
         await self._client.close()
@@ -126,6 +133,12 @@ class Kube:
     async def create(self, body: Json) -> Json:
         path = _path(body["apiVersion"], body["kind"], body["metadata"]["namespace"])
         return await self._request("POST", path, body=body) or {}
+
+    async def replace(self, body: Json) -> Json:
+        """PUT the whole object. Raises ConflictError if it is not at the body's metadata.resourceVersion any more."""
+        metadata = body["metadata"]
+        path = _path(body["apiVersion"], body["kind"], metadata["namespace"], metadata["name"])
+        return await self._request("PUT", path, body=body) or {}
 
     async def delete(self, api_version: str, kind: str, namespace: str, name: str, *, uid: str) -> None:
         """Delete the object if it still is the one with this UID; what it owns follows in the background. Safe to
@@ -196,6 +209,8 @@ class Kube:
         query: list[tuple[str, str]] | None = None,
         missing_ok: bool = False,
     ) -> Json | None:
+        if method != "GET" and not self._may_write():
+            raise FencedError(f"{method} {path}: not sent, as this process leads no more")
         try:
             request = await self._client.param_serialize(
                 method,

@@ -48,6 +48,12 @@ class Telemetry:
             ["namespace", "class"],
             registry=registry,
         )
+        self.leads = Gauge(
+            "finetune_leader", "1 in the replica that holds the Lease, else 0.", registry=registry
+        )
+        self.loop_lag = Gauge(
+            "finetune_event_loop_lag_seconds", "How late the event loop was last.", registry=registry
+        )
         self._phase = Gauge(
             "finetune_job_phase",
             "1 for the phase that a job is in.",

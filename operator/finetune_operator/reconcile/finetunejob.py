@@ -43,7 +43,8 @@ class FineTuneJobReconciler:
     mailbox: Mailbox
     telemetry: Telemetry
     defaults: Defaults
-    platform: rayjobs.Platform
+    platform: Callable[[], rayjobs.Platform]
+    """Asked for each attempt: certificates are renewed."""
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     """Since when trainers' reports are taken."""
@@ -82,7 +83,7 @@ class FineTuneJobReconciler:
         attempt = job.status.attempts[-1]
         ended = attempt.end_time is not None
         rayjob = await self._rayjob(job, attempt.ray_job)
-        report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
+        report, reported_at = self.mailbox.latest(key, uid=job.uid, attempt=attempt.number)
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
         )
@@ -163,6 +164,7 @@ class FineTuneJobReconciler:
         if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
             return  # the decision never asks for it: an attempt is recorded together with these
         owner = rayjobs.Owner(job.namespace, job.name, job.uid)
+        platform = self.platform()
         effective, overrides = job.status.effective, job.status.attempts[-1].overrides
         places = runfiles.Places(
             output_uri=job.status.effective.output_uri,
@@ -179,7 +181,7 @@ class FineTuneJobReconciler:
             overrides=overrides,
         )
         config_map = rayjobs.build_config_map(
-            owner, name=action.name, attempt=action.attempt, run_file=run_file, platform=self.platform
+            owner, name=action.name, attempt=action.attempt, run_file=run_file, platform=platform
         )
         rayjob = rayjobs.build_rayjob(
             owner,
@@ -188,7 +190,7 @@ class FineTuneJobReconciler:
             spec=job.spec,
             image=effective.image or self.defaults.image,
             places=places,
-            platform=self.platform,
+            platform=platform,
             memory=overrides.memory if overrides else None,
             inspect=action.inspect,
         )
@@ -203,7 +205,7 @@ class FineTuneJobReconciler:
             version = body["metadata"]["resourceVersion"]
             await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
         if seen.report is not None:
-            self.mailbox.mark_written(key, seen.report)
+            self.mailbox.mark_written(key, seen.report, uid=seen.job.uid)
         self.telemetry.show_job(*key, plan.status)
         if jobs.is_finished(plan.status) and not jobs.is_finished(seen.job.status):
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()

@@ -38,6 +38,7 @@ class KeyedQueue:
         self._order = itertools.count()
         self._failures: dict[Key, int] = {}
         self._started: dict[Key, float] = {}
+        self._moved = float("-inf")
         self._changed = asyncio.Event()
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
 
@@ -55,6 +56,12 @@ class KeyedQueue:
         """Seconds since the start of the longest pass that is under way; 0 when none is."""
         now = asyncio.get_running_loop().time()
         return max((now - started for started in self._started.values()), default=0.0)
+
+    def standing_still(self) -> float:
+        """Seconds for which a key has been due while no pass began or ended; 0 when nothing is due."""
+        now = asyncio.get_running_loop().time()
+        due = min((when for key, when in self._due.items() if key not in self._started), default=now)
+        return max(0.0, now - max(due, self._moved))
 
     async def run(self) -> None:
         """Serve the queue until cancelled; passes under way are cancelled with it."""
@@ -85,7 +92,7 @@ class KeyedQueue:
                 blocked.append((when, order, key))
                 continue
             del self._due[key]
-            self._started[key] = now
+            self._started[key] = self._moved = now
             group.create_task(self._serve(key))
         for item in blocked:
             heapq.heappush(self._heap, item)
@@ -102,6 +109,7 @@ class KeyedQueue:
             self._failures.pop(key, None)
         finally:
             self._started.pop(key, None)
+            self._moved = asyncio.get_running_loop().time()
             self._changed.set()
         if again is not None:
             self.add(key, after=again)

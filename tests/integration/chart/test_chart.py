@@ -108,6 +108,7 @@ def test_pods_of_the_chart_are_accepted_where_restricted_is_enforced(
         ({"operator": {"replicaCount": 2}}, "replicaCount"),
         ({"operator": {"replicas": "two"}}, "replicas"),
         ({"operator": {"replicas": 2, "leaderElection": False}}, "set operator.leaderElection=true"),
+        ({"operator": {"lease": {"renewSeconds": 20}}}, "each must be less than the one before"),
         ({"operator": {"progressSeconds": 0}}, "progressSeconds"),
         ({"operator": {"logFormat": "xml"}}, "logFormat"),
         ({"operator": {"resources": {"limits": {"memory": "lots"}}}}, "memory"),

@@ -75,12 +75,12 @@ def test_where_training_was_saved_and_where_it_went_on() -> None:
 
 async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> None:
     mailbox, key = Mailbox(), ("team", "triage")
-    assert mailbox.put(key, attempt=2, report=training(step=3))
-    assert not mailbox.put(key, attempt=1, report=training(step=9))
-    report, _ = mailbox.latest(key, attempt=2)
+    assert mailbox.put(key, uid="u", attempt=2, report=training(step=3))
+    assert not mailbox.put(key, uid="u", attempt=1, report=training(step=9))
+    report, _ = mailbox.latest(key, uid="u", attempt=2)
     assert report is not None
     assert report.finetune.step == 3
-    assert mailbox.latest(key, attempt=3) == (None, None)
+    assert mailbox.latest(key, uid="u", attempt=3) == (None, None)
 
 
 def test_keys_of_newer_trainers_are_ignored() -> None:
