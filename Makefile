@@ -21,8 +21,8 @@ test: setup ## every test: unit, integration (real API server, KubeRay, Ray), en
 test-unit: setup ## the tests that need no cluster and train nothing
 	@$(PYTEST) tests/unit
 
-e2e-cluster: setup ## real pods: install the chart on the cluster that KUBECONFIG names, and break things (docs/install.md)
-	@FINETUNE_E2E=1 $(PYTEST) -x -s tests/cluster
+e2e-cluster: setup ## real pods: the chart on the cluster that KUBECONFIG (or E2E_CLUSTER, see tools/e2e-cluster) names
+	@tools/e2e-cluster
 
 lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/ruff check --quiet .

@@ -124,10 +124,14 @@ def fill(root: Path, image: Image, *, base: Path) -> None:
     for package in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, root / PACKAGES / Path(package).name, ignore=ignore)
+    name, version = PROJECT["project"]["name"], PROJECT["project"]["version"]
+    facts = root / PACKAGES / f"{name.replace('-', '_')}-{version}.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
     for script, entry in PROJECT["project"]["scripts"].items():
         write_script(root, script, entry)
-    for name in ("python", "python3"):
-        (root / PREFIX / "bin" / name).symlink_to("/usr/bin/python3")
+    for program in ("python", "python3"):
+        (root / PREFIX / "bin" / program).symlink_to("/usr/bin/python3")
     (root / PREFIX / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
     if "useradd" in (ROOT / image.dockerfile).read_text(encoding="utf-8"):
         add_user(root, base)
