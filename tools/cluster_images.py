@@ -10,6 +10,7 @@ environment and user. The base is the cluster's own Debian image with Python, in
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import re
 import shutil
@@ -119,22 +120,29 @@ def fill(root: Path, image: Image, *, base: Path) -> None:
             )
         for source, target in files_of(found):
             put(source, root / PACKAGES / target)
-        for script, module in scripts_of(found):
-            write_script(root, script, module)
+        for entry in found.entry_points:
+            if entry.group == "console_scripts":
+                write_script(root, entry.name, entry.value)
+    add_our_wheel(root)
+    for program in ("python", "python3"):
+        (root / PREFIX / "bin" / program).symlink_to("/usr/bin/python3")
+    (root / PREFIX / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    if "useradd" in (ROOT / image.dockerfile).read_text(encoding="utf-8"):
+        add_user(root, base)
+
+
+def add_our_wheel(root: Path) -> None:
+    """What the wheel of this project installs, compiled: nothing can be compiled in a pod."""
     for package in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, root / PACKAGES / Path(package).name, ignore=ignore)
+        target = root / PACKAGES / Path(package).name
+        shutil.copytree(ROOT / package, target, ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(target, quiet=1, stripdir=str(root), prependdir="/")
     name, version = PROJECT["project"]["name"], PROJECT["project"]["version"]
     facts = root / PACKAGES / f"{name.replace('-', '_')}-{version}.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
     for script, entry in PROJECT["project"]["scripts"].items():
         write_script(root, script, entry)
-    for program in ("python", "python3"):
-        (root / PREFIX / "bin" / program).symlink_to("/usr/bin/python3")
-    (root / PREFIX / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-    if "useradd" in (ROOT / image.dockerfile).read_text(encoding="utf-8"):
-        add_user(root, base)
 
 
 def pins(requirements: str) -> Iterator[tuple[str, str]]:
@@ -144,7 +152,7 @@ def pins(requirements: str) -> Iterator[tuple[str, str]]:
 
 
 def files_of(found: Distribution) -> Iterator[tuple[Path, str]]:
-    """The package's files below site-packages, with their compiled twins: nothing can be compiled in a pod."""
+    """The package's files below site-packages, with their compiled twins."""
     for entry in found.files or ():
         if entry.parts[0] == ".." or entry.suffix == ".pyc":
             continue
@@ -154,12 +162,6 @@ def files_of(found: Distribution) -> Iterator[tuple[Path, str]]:
             compiled = Path("__pycache__") / f"{entry.stem}.{CACHE_TAG}.pyc"
             if entry.suffix == ".py" and (source.parent / compiled).is_file():
                 yield source.parent / compiled, str(entry.parent / compiled)
-
-
-def scripts_of(found: Distribution) -> Iterator[tuple[str, str]]:
-    for entry in found.entry_points:
-        if entry.group == "console_scripts":
-            yield entry.name, entry.value
 
 
 def put(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tools import cluster_images
 from tools.chart_pages import CHART, ROOT
 
 FILES = ("operator/Dockerfile", "trainer_image/Dockerfile")
@@ -153,3 +154,12 @@ def test_the_operators_dependencies_are_in_the_image(file: str) -> None:
 def _pins(name: str) -> dict[str, str]:
     lines = (ROOT / "requirements" / name).read_text().split()
     return dict(line.split("==", 1) for line in lines)
+
+
+@pytest.mark.parametrize("image", cluster_images.IMAGES, ids=lambda image: image.name)
+def test_images_for_tests_end_as_the_dockerfile_ends(image: cluster_images.Image) -> None:
+    environment, user, workdir = cluster_images.last_stage(image.dockerfile)
+    assert any(variable.startswith("PATH=/opt/finetune/bin:") for variable in environment)
+    assert re.fullmatch(r"[0-9]+:[0-9]+", user)
+    assert workdir.startswith("/")
+    assert image.requirements == PINNED[image.dockerfile]
