@@ -31,7 +31,8 @@ def leaves(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def schema_paths(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in schema["properties"].items():
+    for key, reference in schema["properties"].items():
+        value = SCHEMA["definitions"].get(reference.get("$ref", "").rpartition("/")[2], reference)
         if "properties" in value:
             yield from schema_paths(value, f"{prefix}{key}.")
         else:
