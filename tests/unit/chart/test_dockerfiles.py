@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,13 @@ def test_everything_that_is_copied_exists_and_is_in_the_context(file: str) -> No
     for source in sources:
         assert (ROOT / source).exists(), source
         assert not ignored(source), source
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_linter_has_nothing_to_say(file: str) -> None:
+    program = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([program, "--no-color", ROOT / file], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
 @pytest.mark.parametrize(
