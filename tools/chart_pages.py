@@ -190,7 +190,10 @@ def read_values(text: str) -> list[Value]:
             elif isinstance(value, yaml.MappingNode):
                 walk(value, f"{path}.")
 
-    walk(yaml.compose(text), "")
+    root = yaml.compose(text)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("values.yaml is no mapping")
+    walk(root, "")
     return found
 
 
