@@ -15,6 +15,13 @@ FINETUNE_TERMINATION_GRACE_SECONDS: {{ .Values.trainer.terminationGracePeriodSec
 FINETUNE_STATUS_PORT: {{ .Values.statusEndpoint.port | quote }}
 FINETUNE_STATUS_URL: {{ printf "%s://%s:%d" (ternary "https" "http" $tls) (include "finetune.statusHost" .) (int .Values.statusEndpoint.port) }}
 FINETUNE_METRICS_PORT: {{ .Values.metrics.port | quote }}
+FINETUNE_ACCELERATOR_LABEL: {{ .Values.trainer.acceleratorLabel }}
+{{- if .Values.prices.gpuHour }}
+FINETUNE_PRICES_FILE: {{ $files }}/settings/prices.yaml
+{{- end }}
+{{- with .Values.engine.endpoints }}
+FINETUNE_ENGINE_ENDPOINTS: {{ join "," . | quote }}
+{{- end }}
 {{- with .Values.trainer.outputUri }}
 FINETUNE_OUTPUT_URI: {{ . }}
 {{- end }}
@@ -43,6 +50,6 @@ FINETUNE_AGENT_TOKEN_FILE: {{ $files }}/agent/token
 FINETUNE_ALERT_PROVIDERS_FILE: {{ $files }}/alerts/providers.json
 {{- end }}
 {{- if .Values.trainer.podDefaults }}
-FINETUNE_POD_DEFAULTS_FILE: {{ $files }}/pods/defaults.json
+FINETUNE_POD_DEFAULTS_FILE: {{ $files }}/settings/pod-defaults.json
 {{- end }}
 {{- end -}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 import yaml
@@ -55,7 +55,13 @@ EVERYTHING: Json = {
         "upstreamKeySecret": "upstream",
         "extraEnv": [{"name": "FINETUNE_ROUTER_MAX_CONCURRENCY", "value": "64"}],
     },
-    "engine": {"url": "http://vllm:8000", "agentUrl": "http://vllm:8001", "agentTokenSecret": "agent"},
+    "prices": {"currency": "EUR", "gpuHour": {"NVIDIA-H200": 3.1, "default": 2}},
+    "engine": {
+        "url": "http://vllm:8000",
+        "endpoints": ["*.svc", "pods/*"],
+        "agentUrl": "http://vllm:8001",
+        "agentTokenSecret": "agent",
+    },
     "alerts": {"existingSecret": "alerts"},
 }
 SETS: dict[str, Json] = {
@@ -121,6 +127,8 @@ def test_pods_of_the_chart_are_accepted_where_restricted_is_enforced(
         ({"statusEndpoint": {"port": 70000}}, "port"),
         ({"statusEndpoint": {"tls": {"mode": "Off"}}}, "mode"),
         ({"statusEndpoint": {"tls": {"mode": "ExistingSecret"}}}, "name a Secret with tls.crt"),
+        ({"prices": {"gpuHour": {"default": -1}}}, "default"),
+        ({"engine": {"endpoints": ["http://x"]}}, "endpoints"),
         ({"metrics": {"port": 8090}}, "choose another one"),
         ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
         ({"serviceAccount": {"create": False}}, "name the ServiceAccount to use"),
@@ -152,7 +160,7 @@ def test_the_laptop_runs_the_operator_under_the_charts_roles() -> None:
     assert all(s == [{"kind": "ServiceAccount", "name": NAME, "namespace": NAMESPACE}] for s in subjects)
 
 
-def test_the_operator_understands_its_environment(tmp_path: Any) -> None:
+def test_the_operator_understands_its_environment(tmp_path: Path) -> None:
     """What the chart sets, read by the operator's own configuration."""
     container = one(render(EVERYTHING), "Deployment", NAME)["spec"]["template"]["spec"]["containers"][0]
     environment = {e["name"]: e["value"] for e in container["env"] if "value" in e}
@@ -160,9 +168,7 @@ def test_the_operator_understands_its_environment(tmp_path: Any) -> None:
         if value.startswith("/etc/finetune-operator/"):
             file = tmp_path / value.removeprefix("/etc/finetune-operator/").replace("/", "-")
             file.write_text(
-                one(render(EVERYTHING), "ConfigMap", f"{NAME}-pod-defaults")["data"]["defaults.json"]
-                if name == "FINETUNE_POD_DEFAULTS_FILE"
-                else "x"
+                one(render(EVERYTHING), "ConfigMap", f"{NAME}-settings")["data"].get(Path(value).name, "x")
             )
             environment[name] = str(file)
     settings = config.load(environment)
