@@ -162,14 +162,14 @@ def test_the_laptop_runs_the_operator_under_the_charts_roles() -> None:
 
 def test_the_operator_understands_its_environment(tmp_path: Path) -> None:
     """What the chart sets, read by the operator's own configuration."""
-    container = one(render(EVERYTHING), "Deployment", NAME)["spec"]["template"]["spec"]["containers"][0]
+    rendered = render(EVERYTHING)
+    container = one(rendered, "Deployment", NAME)["spec"]["template"]["spec"]["containers"][0]
+    settings_map = one(rendered, "ConfigMap", f"{NAME}-settings")["data"]
     environment = {e["name"]: e["value"] for e in container["env"] if "value" in e}
     for name, value in environment.items():
         if value.startswith("/etc/finetune-operator/"):
             file = tmp_path / value.removeprefix("/etc/finetune-operator/").replace("/", "-")
-            file.write_text(
-                one(render(EVERYTHING), "ConfigMap", f"{NAME}-settings")["data"].get(Path(value).name, "x")
-            )
+            file.write_text(settings_map.get(Path(value).name, "x"))
             environment[name] = str(file)
     settings = config.load(environment)
     assert settings.namespaces == ("team-a", "team-b")
@@ -180,12 +180,13 @@ def test_the_operator_understands_its_environment(tmp_path: Path) -> None:
 
 
 def test_crds_come_with_the_chart_and_stay_when_it_goes() -> None:
-    for document in of_kind(render(), "CustomResourceDefinition"):
+    documents = of_kind(render(), "CustomResourceDefinition")
+    assert len(documents) == 2
+    for document in documents:
         source = ROOT / "crds" / f"finetune.dev_{document['spec']['names']['plural']}.yaml"
         annotations = document["metadata"].pop("annotations")
         assert annotations == {"helm.sh/resource-policy": "keep"}
         assert document == yaml.safe_load(source.read_text(encoding="utf-8"))
-    assert len(of_kind(render(), "CustomResourceDefinition")) == 2
     assert of_kind(render({"crds": {"install": False}}), "CustomResourceDefinition") == []
     gone = of_kind(render({"crds": {"keep": False}}), "CustomResourceDefinition")
     assert all("annotations" not in document["metadata"] for document in gone)
