@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from tools.chart_pages import ROOT
 
 HOST = "e2e.local"
@@ -112,12 +115,7 @@ def last_stage(dockerfile: str) -> tuple[list[str], str, str]:
 
 def fill(root: Path, image: Image, *, base: Path) -> None:
     """The files that the Dockerfile adds to its base."""
-    for name, version in pins(image.requirements):
-        found = distribution(name)
-        if found.version != version:
-            raise ImageError(
-                f"{name} is {found.version} here, but requirements/{image.requirements} says {version}"
-            )
+    for found in packages(image.requirements):
         for source, target in files_of(found):
             put(source, root / PACKAGES / target)
         for entry in found.entry_points:
@@ -143,6 +141,32 @@ def add_our_wheel(root: Path) -> None:
     (facts / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
     for script, entry in PROJECT["project"]["scripts"].items():
         write_script(root, script, entry)
+
+
+def packages(requirements: str) -> list[Distribution]:
+    """The pinned packages, and what they bring along without a pin (PyTorch its CUDA libraries). Raises ImageError."""
+    found = {}
+    for name, version in pins(requirements):
+        found[name] = distribution(name)
+        if found[name].version != version:
+            raise ImageError(
+                f"{name} is {found[name].version} here, but requirements/{requirements} says {version}"
+            )
+    waiting: list[tuple[Distribution, frozenset[str]]] = [(each, frozenset()) for each in found.values()]
+    seen = {(each.name, extras) for each, extras in waiting}
+    while waiting:
+        wanting, extras = waiting.pop()
+        for text in wanting.requires or ():
+            needed = Requirement(text)
+            if needed.marker and not any(needed.marker.evaluate({"extra": e}) for e in extras or {""}):
+                continue
+            name = canonicalize_name(needed.name)
+            found.setdefault(name, distribution(name))
+            step = (found[name], frozenset(needed.extras))
+            if (step[0].name, step[1]) not in seen:
+                seen.add((step[0].name, step[1]))
+                waiting.append(step)
+    return list(found.values())
 
 
 def pins(requirements: str) -> Iterator[tuple[str, str]]:
