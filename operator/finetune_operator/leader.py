@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from finetune_operator import handlers, parts
-from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import AuthorityFile
+from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api import finetunejob
 from finetune_operator.config import OperatorConfig
 from finetune_operator.core.facts import Defaults
@@ -24,7 +24,7 @@ from finetune_operator.status_server import StatusServer
 async def lead(
     settings: OperatorConfig,
     *,
-    kube: Kube,
+    kube: WatchedKube,
     telemetry: Telemetry,
     desk: Desk,
     health: Health,
@@ -53,7 +53,10 @@ async def lead(
             asyncio.create_task(rollouts.run(), name="rollouts"),
             asyncio.create_task(
                 handlers.watch(
-                    settings.namespaces, job_changed=job_changed, deployment_changed=rollouts.queue.add
+                    settings.namespaces,
+                    notice=kube.sightings.notice,
+                    job_changed=job_changed,
+                    deployment_changed=rollouts.queue.add,
                 ),
                 name="watches",
             ),
@@ -70,7 +73,7 @@ async def lead(
 
 
 def _reconciler(
-    settings: OperatorConfig, *, kube: Kube, mailbox: Mailbox, telemetry: Telemetry
+    settings: OperatorConfig, *, kube: WatchedKube, mailbox: Mailbox, telemetry: Telemetry
 ) -> FineTuneJobReconciler:
     authority = AuthorityFile(settings.status_authority)
 
