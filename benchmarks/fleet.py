@@ -12,10 +12,11 @@ import argparse
 import asyncio
 import json
 import shutil
+import ssl
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,15 +75,15 @@ async def measure(cluster: Cluster, jobs: int, folder: Path, *, pace: float) -> 
     player = Player(server, tls, pace=pace)
     playing = asyncio.create_task(player.run())
     try:
-        await _until(lambda: operator.get("/healthz") == "ok\n", seconds=30)
+        await until(lambda: operator.get("/healthz") == "ok\n", seconds=30)
         await asyncio.sleep(3)  # Kopf's discovery and first lists
         assert operator.process is not None
         process = psutil.Process(operator.process.pid)
         idle, before, began = process.memory_info().rss, process.cpu_times(), time.time()
         requests = _requests(operator)
-        created = await _create(server, tls, namespace, jobs)
+        created = await create_jobs(server, tls, namespace, jobs)
         creating = time.time() - began
-        await _until(lambda: _finished(operator) >= jobs, seconds=60 + jobs, every=0.5)
+        await until(lambda: _finished(operator) >= jobs, seconds=60 + jobs, every=0.5)
         drained = time.time() - began
         await asyncio.sleep(2)  # the last statuses of KubeRay after the jobs' ends
         after = process.cpu_times()
@@ -106,7 +107,7 @@ async def measure(cluster: Cluster, jobs: int, folder: Path, *, pace: float) -> 
         operator.kill()
 
 
-async def _create(server: str, tls: object, namespace: str, jobs: int) -> dict[str, float]:
+async def create_jobs(server: str, tls: ssl.SSLContext, namespace: str, jobs: int) -> dict[str, float]:
     """Create the jobs as fast as the server takes them; namespace/name -> when its creation was answered."""
     created: dict[str, float] = {}
     names = iter(range(jobs))
@@ -120,18 +121,18 @@ async def _create(server: str, tls: object, namespace: str, jobs: int) -> dict[s
                     raise RuntimeError(f"{name}: {answer.status} {await answer.text()}")
             created[f"{namespace}/{name}"] = time.time()
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session:  # type: ignore[arg-type]
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session:
         await asyncio.gather(*(creator(session) for _ in range(CREATORS)))
     return created
 
 
-async def _until(holds: object, *, seconds: float, every: float = 0.2) -> None:
+async def until(holds: Callable[[], bool], *, seconds: float, every: float = 0.2) -> None:
     async with asyncio.timeout(seconds):
-        while not await asyncio.to_thread(holds):  # type: ignore[arg-type]
+        while not await asyncio.to_thread(holds):
             await asyncio.sleep(every)
 
 
-def _metric(operator: Operator, name: str) -> dict[str, float]:
+def metric(operator: Operator, name: str) -> dict[str, float]:
     """Series of a metric: labels -> value."""
     with urllib.request.urlopen(
         f"http://127.0.0.1:{operator.ports['metrics']}/metrics", timeout=30
@@ -142,11 +143,11 @@ def _metric(operator: Operator, name: str) -> dict[str, float]:
 
 
 def _requests(operator: Operator) -> dict[str, float]:
-    return _metric(operator, "finetune_api_requests_total")
+    return metric(operator, "finetune_api_requests_total")
 
 
 def _finished(operator: Operator) -> float:
-    return sum(_metric(operator, "finetune_jobs_finished_total").values())
+    return sum(metric(operator, "finetune_jobs_finished_total").values())
 
 
 def report(runs: Sequence[Figures]) -> str:

@@ -55,7 +55,8 @@ class Seen:
 
 
 class Player:
-    """`pace` is the time between two statuses in seconds; `connections` how many requests are under way at once."""
+    """`pace` is the time between two statuses in seconds, `report_pace` that between two reports of `reports`;
+    `connections` is how many requests are under way at once."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Player:
         story: Story = all_well,
         pace: float = 0.1,
         reports: int = 1,
+        report_pace: float | None = None,
         connections: int = 32,
     ) -> None:
         self._server = server
@@ -72,6 +74,7 @@ class Player:
         self._story = story
         self.pace = pace
         self._reports = reports
+        self._report_pace = pace if report_pace is None else report_pace
         self._connections = connections
         self._playing: dict[str, asyncio.Task[None]] = {}
         self._jitter = random.Random(1)
@@ -115,7 +118,7 @@ class Player:
                 body, jobDeploymentStatus="Failed", reason="SubmissionFailed", message=message, failed=1
             )
         else:
-            told = await self._train(body, ending)
+            await self._train(body, ending)
             if ending is Ending.WELL:
                 await self._status(body, jobStatus="SUCCEEDED")
                 await self._status(body, jobDeploymentStatus="Complete", succeeded=1)
@@ -129,7 +132,6 @@ class Player:
                     message=text,
                     failed=1,
                 )
-            del told
         self.seen.ended += 1
 
     async def _train(self, body: Json, ending: Ending) -> bool:
@@ -137,7 +139,7 @@ class Player:
         url, token = await self._endpoint(body)
         for number in range(self._reports):
             await self._post(url, token, progress(number + 1, self._reports), tries=1)
-            await asyncio.sleep(self.pace)
+            await asyncio.sleep(self._report_pace)
         last = {"class": "BadData", "exitCode": 65, "message": "train.jsonl line 17: not JSON"}
         if ending is Ending.WELL:
             job = body["metadata"]["labels"][JOB]
