@@ -53,7 +53,7 @@ async def measure(cluster: Cluster, jobs: int, folder: Path, *, every: float, se
         await until(lambda: operator.get("/healthz") == "ok\n", seconds=30)
         await asyncio.sleep(3)
         await create_jobs(server, tls, namespace, jobs)
-        await until(lambda: _running(operator) >= jobs, seconds=300)
+        await until(lambda: _running(operator) >= jobs, seconds=300, every=3)
         await asyncio.sleep(15)  # until the burst of the beginning is over
         assert operator.process is not None
         process = psutil.Process(operator.process.pid)
