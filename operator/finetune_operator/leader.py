@@ -15,6 +15,7 @@ from finetune_operator.core.facts import Defaults
 from finetune_operator.endpoint import Desk
 from finetune_operator.health import Health
 from finetune_operator.manifests.rayjobs import Platform
+from finetune_operator.reconcile.clocks import SteadyClock
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key, KeyedQueue
@@ -31,8 +32,9 @@ async def lead(
     may_act: Callable[[], bool],
 ) -> None:
     """Serve until a signal arrives or one of the parts fails. When this returns or raises, nothing acts any more."""
-    mailbox = Mailbox()
-    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
+    clock = SteadyClock()
+    mailbox = Mailbox(clock=clock)
+    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry, clock=clock)
     queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
     reports = StatusServer(
         kube=kube,
@@ -73,7 +75,12 @@ async def lead(
 
 
 def _reconciler(
-    settings: OperatorConfig, *, kube: WatchedKube, mailbox: Mailbox, telemetry: Telemetry
+    settings: OperatorConfig,
+    *,
+    kube: WatchedKube,
+    mailbox: Mailbox,
+    telemetry: Telemetry,
+    clock: SteadyClock,
 ) -> FineTuneJobReconciler:
     authority = AuthorityFile(settings.status_authority)
 
@@ -91,4 +98,5 @@ def _reconciler(
         telemetry=telemetry,
         defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
         platform=platform,
+        clock=clock,
     )
