@@ -23,7 +23,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from benchmarks import pages
+from benchmarks import fleet_peer, pages
 from benchmarks.observers import peak_rss
 from benchmarks.rayjob_player import Player
 from finetune_local import kubeapi
@@ -167,9 +167,22 @@ def report(runs: Sequence[Figures]) -> str:
     )
 
 
+def report_peer(runs: Sequence[fleet_peer.PeerFigures]) -> str:
+    if not runs:
+        return ""
+    table = "\n".join(run.row() for run in runs)
+    return (
+        "\nKubeRay 1.6.2 in the same run, with eight passes at once: RayJobs created at once, from the answer to the creation to\n"
+        "the watch event of the RayCluster. CPU is up to the moment when all clusters are there.\n\n"
+        "| jobs at once | create → RayCluster, p50 | p99 | CPU per job | peak RSS |\n|---|---|---|---|---|\n"
+        f"{table}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, nargs="+", default=[100, 1000, 5000])
+    parser.add_argument("--peer", type=int, nargs="*", default=[], help="RayJobs at once for KubeRay, beside it")
     parser.add_argument("--pace", type=float, default=0.2, help="seconds between two statuses of a RayJob")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
@@ -183,8 +196,14 @@ def main() -> None:
         for jobs in arguments.jobs:
             runs.append(asyncio.run(measure(cluster, jobs, folder / f"run-{jobs}", pace=arguments.pace)))
             pages.say(runs[-1].row())
-        body = report(runs) + "\n" + pages.describe_machine(["kopf", "kubernetes", "aiohttp"], load=load)
-        command = f"Command: `python -m benchmarks.fleet --jobs {' '.join(map(str, arguments.jobs))} --write`.\n"
+        peers = []
+        for jobs in arguments.peer:
+            peers.append(asyncio.run(fleet_peer.measure(cluster, jobs, folder / f"peer-{jobs}")))
+            pages.say(peers[-1].row())
+        body = report(runs) + report_peer(peers) + "\n" + pages.describe_machine(["kopf", "kubernetes", "aiohttp"], load=load)
+        words = ["--jobs", *map(str, arguments.jobs)]
+        words += ["--peer", *map(str, arguments.peer)] if arguments.peer else []
+        command = f"Command: `python -m benchmarks.fleet {' '.join(words)} --write`.\n"
         print(body + command)
         if arguments.write:
             pages.write_section(TITLE, body + command)
