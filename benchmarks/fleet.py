@@ -24,7 +24,7 @@ import aiohttp
 import psutil
 
 from benchmarks import fleet_peer, pages
-from benchmarks.observers import peak_rss
+from benchmarks.observers import peak_rss_of
 from benchmarks.rayjob_player import Player
 from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
@@ -32,7 +32,12 @@ from tests.integration.operators import PARTS, Operator, apply_ray_crds, small_j
 
 TITLE = "Fleet"
 CREATORS = 16  # jobs that are being created at the same time
-TARGETS = {"create → RayJob, p99": "2 s at 1,000", "requests": "12", "CPU": "25 ms", "RSS": "150 MiB at 5,000"}
+TARGETS = {
+    "create → RayJob, p99": "2 s at 1,000",
+    "requests": "12",
+    "CPU": "25 ms",
+    "RSS": "150 MiB at 5,000",
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ async def measure(cluster: Cluster, jobs: int, folder: Path, *, pace: float) -> 
             cpu=after.user + after.system - before.user - before.system,
             requests={k: v - requests.get(k, 0) for k, v in _requests(operator).items()},
             idle_rss=idle,
-            peak_rss=peak_rss(Path(f"/proc/{process.pid}/status").read_text()),
+            peak_rss=peak_rss_of(process.pid),
             load=load,
         )
     finally:
@@ -131,7 +136,7 @@ async def create_jobs(server: str, tls: ssl.SSLContext, namespace: str, jobs: in
 
 async def until(holds: Callable[[], bool], *, seconds: float, every: float = 0.2) -> None:
     async with asyncio.timeout(seconds):
-        while not await asyncio.to_thread(holds):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - of another process
             await asyncio.sleep(every)
 
 
@@ -158,11 +163,12 @@ def report(runs: Sequence[Figures]) -> str:
     details = json.dumps({run.jobs: run.requests for run in runs}, indent=1)
     pages.say(details)
     return (
-        "FineTuneJobs created at once; each goes through one attempt with every status that KubeRay was seen to write, one\n"
-        "report of progress and one of the result. Latencies are from the answer to the creation of the FineTuneJob to the\n"
-        "watch event of its RayJob. Requests and CPU time are the operator's for a whole job, memory its peak.\n\n"
-        "| jobs at once | create → RayJob, p50 | p99 | API requests per job | CPU per job | peak RSS | all ended after |"
-        " jobs | load before |\n|---|---|---|---|---|---|---|---|---|\n"
+        "FineTuneJobs created at once; each goes through one attempt with every status that KubeRay was seen to\n"
+        "write, one report of progress and one of the result. Latencies are from the answer to the creation of the\n"
+        "FineTuneJob to the watch event of its RayJob. Requests and CPU time are the operator's for a whole job,\n"
+        "memory its peak.\n\n"
+        "| jobs at once | create → RayJob, p50 | p99 | API requests per job | CPU per job | peak RSS |"
+        " all ended after | jobs | load before |\n|---|---|---|---|---|---|---|---|---|\n"
         f"{table}\n\nTargets: p99 2 s at 1,000; 12 requests; 25 ms; 150 MiB at 5,000.\n"
     )
 
@@ -172,8 +178,8 @@ def report_peer(runs: Sequence[fleet_peer.PeerFigures]) -> str:
         return ""
     table = "\n".join(run.row() for run in runs)
     return (
-        "\nKubeRay 1.6.2 in the same run, with eight passes at once: RayJobs created at once, from the answer to the creation to\n"
-        "the watch event of the RayCluster. CPU is up to the moment when all clusters are there.\n\n"
+        "\nKubeRay 1.6.2 in the same run, with eight passes at once: RayJobs created at once, from the answer to the\n"
+        "creation to the watch event of the RayCluster. CPU is up to the moment when all clusters are there.\n\n"
         "| jobs at once | create → RayCluster, p50 | p99 | CPU per job | peak RSS |\n|---|---|---|---|---|\n"
         f"{table}\n"
     )
@@ -182,7 +188,9 @@ def report_peer(runs: Sequence[fleet_peer.PeerFigures]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, nargs="+", default=[100, 1000, 5000])
-    parser.add_argument("--peer", type=int, nargs="*", default=[], help="RayJobs at once for KubeRay, beside it")
+    parser.add_argument(
+        "--peer", type=int, nargs="*", default=[], help="RayJobs at once for KubeRay, beside it"
+    )
     parser.add_argument("--pace", type=float, default=0.2, help="seconds between two statuses of a RayJob")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
@@ -200,7 +208,12 @@ def main() -> None:
         for jobs in arguments.peer:
             peers.append(asyncio.run(fleet_peer.measure(cluster, jobs, folder / f"peer-{jobs}")))
             pages.say(peers[-1].row())
-        body = report(runs) + report_peer(peers) + "\n" + pages.describe_machine(["kopf", "kubernetes", "aiohttp"], load=load)
+        body = (
+            report(runs)
+            + report_peer(peers)
+            + "\n"
+            + pages.describe_machine(["kopf", "kubernetes", "aiohttp"], load=load)
+        )
         words = ["--jobs", *map(str, arguments.jobs)]
         words += ["--peer", *map(str, arguments.peer)] if arguments.peer else []
         command = f"Command: `python -m benchmarks.fleet {' '.join(words)} --write`.\n"

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from benchmarks.observers import peak_rss
+from benchmarks.observers import peak_rss_of
 from finetune_local import binaries, kubeapi
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
@@ -64,7 +64,7 @@ async def measure(cluster: Cluster, jobs: int, folder: Path) -> PeerFigures:
             watching = asyncio.create_task(_watch(session, server, namespace, seen))
             created = await _create(session, server, namespace, jobs)
             async with asyncio.timeout(60 + jobs):
-                while len(seen) < jobs:
+                while len(seen) < jobs:  # noqa: ASYNC110 - coarse on purpose
                     await asyncio.sleep(0.2)
             after = watched.cpu_times()
             watching.cancel()
@@ -76,7 +76,7 @@ async def measure(cluster: Cluster, jobs: int, folder: Path) -> PeerFigures:
             p50=ordered[jobs // 2],
             p99=ordered[min(jobs - 1, int(jobs * 0.99))],
             cpu=after.user + after.system - before.user - before.system,
-            peak_rss=peak_rss(Path(f"/proc/{process.pid}/status").read_text()),
+            peak_rss=peak_rss_of(process.pid),
         )
     finally:
         process.kill()
@@ -108,9 +108,7 @@ def _start(cluster: Cluster, folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-async def _create(
-    session: aiohttp.ClientSession, server: str, namespace: str, jobs: int
-) -> dict[str, float]:
+async def _create(session: aiohttp.ClientSession, server: str, namespace: str, jobs: int) -> dict[str, float]:
     created: dict[str, float] = {}
     numbers = iter(range(jobs))
     url = f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
@@ -128,9 +126,7 @@ async def _create(
     return created
 
 
-async def _watch(
-    session: aiohttp.ClientSession, server: str, namespace: str, seen: dict[str, float]
-) -> None:
+async def _watch(session: aiohttp.ClientSession, server: str, namespace: str, seen: dict[str, float]) -> None:
     """Note when the RayCluster of each RayJob is first seen."""
     async for body in _added(session, f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayclusters?watch=1"):
         owners = body["metadata"].get("ownerReferences") or [{"name": ""}]

@@ -79,12 +79,18 @@ class Player:
         self._playing: dict[str, asyncio.Task[None]] = {}
         self._jitter = random.Random(1)
         self._session: aiohttp.ClientSession | None = None
+        self._trainers: aiohttp.ClientSession
         self.seen = Seen()
 
     async def run(self) -> None:
         """Play until cancelled; a vanished API server is waited for."""
         connector = aiohttp.TCPConnector(limit=self._connections, ssl=self._tls)
-        async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as group:
+        trainers = aiohttp.TCPConnector(limit=200, force_close=True)  # each of them connects anew
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            aiohttp.ClientSession(connector=trainers) as self._trainers,
+            asyncio.TaskGroup() as group,
+        ):
             self._session = session
             async for event in self._watch():
                 self._notice(event, group)
@@ -123,7 +129,7 @@ class Player:
                 await self._status(body, jobStatus="SUCCEEDED")
                 await self._status(body, jobDeploymentStatus="Complete", succeeded=1)
             else:
-                text = "Job entrypoint command failed with exit code 65, last available logs (truncated to 20,000 chars):"
+                text = "Job entrypoint command failed with exit code 65, last available logs (truncated …):"
                 await self._status(
                     body,
                     jobStatus="FAILED",
@@ -168,7 +174,7 @@ class Player:
         """Whether the operator took it; answers of 4xx other than 429 are final, as for the trainer."""
         for number in range(tries):
             try:
-                async with self._open.post(
+                async with self._trainers.post(
                     url,
                     json=report,
                     headers={"Authorization": f"Bearer {token}"},

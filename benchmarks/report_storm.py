@@ -1,6 +1,6 @@
 """Many running jobs that all report: what the endpoint, the passes and the status writes cost the operator.
 
-    python -m benchmarks.report_storm --jobs 1000 --every 5 --seconds 60
+python -m benchmarks.report_storm --jobs 1000 --every 5 --seconds 60
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ def build_registry(
             job_changed((namespace or "", labels[naming.LABEL_JOB]))
 
     @kopf.on.event("v1", "pods", labels=ours, registry=registry)
-    async def pod_changed(
-        event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any
-    ) -> None:
+    async def pod_changed(event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
         if notice(event["type"], event["object"]):
             job_changed((namespace or "", labels[naming.LABEL_JOB]))
 

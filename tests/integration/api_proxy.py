@@ -218,9 +218,7 @@ class ApiProxy:
         async with self._session.get(
             self._server + request.path_qs, headers=headers, timeout=timeout, read_bufsize=1 << 24
         ) as answer:
-            response = web.StreamResponse(
-                status=answer.status, headers={"Content-Type": "application/json"}
-            )
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": "application/json"})
             await response.prepare(request)
             try:
                 async for line in answer.content:  # whole lines: what follows a cut must be readable

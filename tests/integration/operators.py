@@ -49,7 +49,9 @@ def apply_ray_crds(cluster: Cluster) -> None:
     )
     if found.crds is None:
         raise RuntimeError("KubeRay's CRDs come with its program")
-    files = [path for path in found.crds.glob("*.yaml") if "rayjobs" in path.name or "rayclusters" in path.name]
+    files = [
+        path for path in found.crds.glob("*.yaml") if "rayjobs" in path.name or "rayclusters" in path.name
+    ]
     objects.apply_crds(cluster.client(), files, memory=cluster.layout.run / "applied-ray.state")
 
 
@@ -147,7 +149,9 @@ class Keeper:
 class Stage:
     """KubeRay and the trainers, played in a thread, and the questions that tests ask about jobs."""
 
-    def __init__(self, cluster: Cluster, kubectl: Kubectl, *, story: Story = all_well, pace: float = 0.05) -> None:
+    def __init__(
+        self, cluster: Cluster, kubectl: Kubectl, *, story: Story = all_well, pace: float = 0.05
+    ) -> None:
         self.kubectl = kubectl
         server = f"https://127.0.0.1:{cluster.ports['kube-apiserver']}"
         self.player = Player(
@@ -172,7 +176,8 @@ class Stage:
         """Job -> status; empty while the API server is away."""
         try:
             return {
-                body["metadata"]["name"]: body.get("status", {}) for body in self.kubectl.items("finetunejobs")
+                body["metadata"]["name"]: body.get("status", {})
+                for body in self.kubectl.items("finetunejobs")
             }
         except (KubectlError, subprocess.TimeoutExpired):
             return {}
@@ -181,6 +186,8 @@ class Stage:
         """The statuses of these jobs once all have ended."""
         deadline = time.monotonic() + seconds
         while True:
+            if self._playing.done():
+                self._playing.result()  # raises what ended it
             found = self.statuses()
             if all(found.get(name, {}).get("phase") in FINAL for name in names):
                 return found

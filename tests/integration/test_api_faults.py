@@ -83,9 +83,7 @@ def test_a_third_of_all_requests_goes_wrong(
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["cut", "410-gone"])
-def test_watches_end_again_and_again(
-    gone: bool, operator: Operator, proxy: ApiProxy, stage: Stage
-) -> None:
+def test_watches_end_again_and_again(gone: bool, operator: Operator, proxy: ApiProxy, stage: Stage) -> None:
     cut = 0
     for number in range(5):
         stage.apply(f"well-{number}", f"lost-{number}", **quick_retries(""))

@@ -111,9 +111,7 @@ def test_a_kill_at_a_named_point(
     for occurrence in itertools.count():
         name = f"lost-{occurrence}"
         pattern = POINTS[point].format(job=name)
-        fault = proxy.add(
-            Fault(when, pattern, skip=occurrence, times=1, then=keeper.operator.kill)
-        )
+        fault = proxy.add(Fault(when, pattern, skip=occurrence, times=1, then=keeper.operator.kill))
         names.append(name)
         stage.apply(name, **quick_retries(name))
         stage.finished(name, seconds=60)

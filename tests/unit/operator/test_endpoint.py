@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -57,7 +56,9 @@ async def test_what_is_too_large_or_packed_is_refused_before_it_is_read() -> Non
             while True:
                 yield b"x" * 4096
 
-        with contextlib.suppress(aiohttp.ClientError):  # the answer, or the end of the connection: never all of it
+        with contextlib.suppress(
+            aiohttp.ClientError
+        ):  # the answer, or the end of the connection: never all of it
             assert (await post(url, data=endless()))[0] == 413
         packed = {"Content-Encoding": "gzip"}
         assert (await post(url, data=b"x", headers=packed))[0] == 415
@@ -165,7 +166,7 @@ def renew(target: Path, other: Path, *, names: tuple[str, ...] = ("tls.crt", "tl
         source = pair.certificate if name == "tls.crt" else pair.key
         fresh = target / f".{name}"
         fresh.write_bytes(source.read_bytes())
-        os.replace(fresh, target / name)
+        fresh.replace(target / name)
 
 
 async def test_a_renewed_certificate_is_used_without_a_restart(authority: Path, tmp_path: Path) -> None:

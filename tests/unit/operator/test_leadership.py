@@ -102,9 +102,7 @@ async def served() -> AsyncIterator[tuple[LeaseServer, Kube]]:
 
 
 def candidate(kube: Kube, name: str, clock: Clock) -> Leadership:
-    return Leadership(
-        kube, namespace="ns", address=f"http://{name}:8090", terms=TERMS, me=name, clock=clock
-    )
+    return Leadership(kube, namespace="ns", address=f"http://{name}:8090", terms=TERMS, me=name, clock=clock)
 
 
 async def test_the_first_leads_and_the_second_takes_over_only_after_a_lease_time_of_silence() -> None:

@@ -85,10 +85,10 @@ async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> No
 
 async def test_a_trainer_of_a_deleted_job_says_nothing_about_its_namesake() -> None:
     mailbox, key = Mailbox(), ("team", "triage")
-    assert mailbox.put(key, uid="former", attempt=1, report=training(step=90))
+    assert mailbox.put(key, uid="former", attempt=1, report=training(step=9))
     assert mailbox.latest(key, uid="now", attempt=1) == (None, None)
     assert mailbox.put(key, uid="now", attempt=1, report=training(step=1))
-    assert mailbox.put(key, uid="former", attempt=1, report=training(step=91))
+    assert mailbox.put(key, uid="former", attempt=1, report=training(step=10))
     report, _ = mailbox.latest(key, uid="now", attempt=1)
     assert report is not None
     assert report.finetune.step == 1

@@ -10,14 +10,25 @@ JOB = ("finetune.dev/v1alpha1", "FineTuneJob", "ns", "a")
 
 
 def job(version: int | str, *, uid: str = "u", **parts: Any) -> dict[str, Any]:
-    metadata = {"namespace": "ns", "name": "a", "uid": uid, "resourceVersion": str(version), "managedFields": [{}]}
+    metadata = {
+        "namespace": "ns",
+        "name": "a",
+        "uid": uid,
+        "resourceVersion": str(version),
+        "managedFields": [{}],
+    }
     return {"apiVersion": JOB[0], "kind": JOB[1], "metadata": metadata, **parts}
 
 
 def pod(name: str, *, attempt: int) -> dict[str, Any]:
     labels = {"finetune.dev/job": "a", "finetune.dev/attempt": str(attempt)}
     metadata = {"namespace": "ns", "name": name, "uid": name, "resourceVersion": "1", "labels": labels}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"nodeName": "n", "containers": [1]}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": metadata,
+        "spec": {"nodeName": "n", "containers": [1]},
+    }
 
 
 def test_our_own_write_is_no_news_when_it_comes_back() -> None:
