@@ -60,9 +60,16 @@ async def measure(cluster: Cluster, jobs: int, folder: Path, *, every: float, se
         before, cpu, began = _counters(operator), process.cpu_times(), time.monotonic()
         await asyncio.sleep(seconds)
         after, spent, took = _counters(operator), process.cpu_times(), time.monotonic() - began
-        rates = [(b - a) / took for a, b in zip(before, after, strict=True)]
+        reports, refused, writes, requests = ((b - a) / took for a, b in zip(before, after, strict=True))
         used = spent.user + spent.system - cpu.user - cpu.system
-        return Figures(*rates, cpu=used / took, rss=process.memory_info().rss)
+        return Figures(
+            reports=reports,
+            refused=refused,
+            writes=writes,
+            requests=requests,
+            cpu=used / took,
+            rss=process.memory_info().rss,
+        )
     finally:
         playing.cancel()
         operator.kill()

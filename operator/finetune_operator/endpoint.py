@@ -114,9 +114,9 @@ async def listening(
 class _Connections:
     """The open connections, and since when each was seen to be open."""
 
-    def __init__(self, server: web.Server[web.Request]) -> None:
+    def __init__(self, server: web.Server) -> None:
         self._server = server
-        self._since: dict[RequestHandler[web.Request], float] = {}
+        self._since: dict[RequestHandler, float] = {}
 
     def accept(self) -> asyncio.Protocol:
         if len(self._server.connections) >= CONNECTIONS:

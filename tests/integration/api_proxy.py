@@ -185,8 +185,9 @@ class ApiProxy:
             async with self._session.request(
                 request.method,
                 self._server + request.path_qs,
-                data=await request.read(),
+                data=await request.read() or None,
                 headers=_headers(request),
+                skip_auto_headers=("Content-Type",),
             ) as answer:
                 kept = {n: answer.headers[n] for n in ("Content-Encoding",) if n in answer.headers}
                 return web.Response(
