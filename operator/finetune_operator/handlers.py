@@ -19,13 +19,15 @@ from finetune_operator.reconcile.queue import Key
 
 Notice: TypeAlias = Callable[[str | None, Mapping[str, Any]], bool]
 """Takes note of an event's type and object; whether it says anything new."""
+JobChanged: TypeAlias = Callable[[Key, bool], None]
+"""Told of each event about a job or what it started, and whether it says anything new."""
 
 
 async def watch(
     namespaces: Sequence[str],
     *,
     notice: Notice,
-    job_changed: Callable[[Key], None],
+    job_changed: JobChanged,
     deployment_changed: Callable[[Key], None],
 ) -> None:
     """Watch these namespaces, or the whole cluster where none is named, until a signal arrives."""
@@ -39,7 +41,7 @@ async def watch(
 
 
 def build_registry(
-    *, notice: Notice, job_changed: Callable[[Key], None], deployment_changed: Callable[[Key], None]
+    *, notice: Notice, job_changed: JobChanged, deployment_changed: Callable[[Key], None]
 ) -> kopf.OperatorRegistry:
     """The handlers of this operator, in a registry of their own. `notice` says whether an event is news: our own
     writes come back as events, and the pass that wrote has already said when it wants to look again."""
@@ -58,8 +60,7 @@ def build_registry(
     async def finetunejob_changed(
         event: kopf.RawEvent, namespace: str | None, name: str | None, **_: Any
     ) -> None:
-        if notice(event["type"], event["object"]):
-            job_changed((namespace or "", name or ""))
+        job_changed((namespace or "", name or ""), notice(event["type"], event["object"]))
 
     @kopf.on.event(GROUP, VERSION, adapterdeployment.PLURAL, registry=registry)
     async def adapterdeployment_changed(namespace: str | None, name: str | None, **_: Any) -> None:
@@ -69,13 +70,11 @@ def build_registry(
     async def rayjob_changed(
         event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any
     ) -> None:
-        if notice(event["type"], event["object"]):
-            job_changed((namespace or "", labels[naming.LABEL_JOB]))
+        job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
 
     @kopf.on.event("v1", "pods", labels=ours, registry=registry)
     async def pod_changed(event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        if notice(event["type"], event["object"]):
-            job_changed((namespace or "", labels[naming.LABEL_JOB]))
+        job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
 
     return registry
 

@@ -44,8 +44,9 @@ async def lead(
     )
     async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_act) as rollouts:
 
-        def job_changed(key: Key) -> None:
-            queue.add(key)
+        def job_changed(key: Key, is_news: bool) -> None:
+            if is_news:
+                queue.add(key)
             rollouts.watchlist.job_changed(key)
 
         stand_by = desk.answer

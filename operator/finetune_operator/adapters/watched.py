@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,43 +37,44 @@ class _Known:
 
 
 class Sightings:
-    """The newest known version of each watched object, without what nobody here asks about."""
+    """The newest known version of each watched object, without what nobody here asks about. What is believed no more
+    is dropped, so memory follows what happens and not what has ever been."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._known: dict[Name, _Known] = {}
-        self._pods: dict[tuple[str, str], set[Name]] = {}
+        self._known: OrderedDict[Name, _Known] = OrderedDict()  # what was heard of last is at the end
+        self._pods: dict[
+            tuple[str, str], dict[Name, _Known]
+        ] = {}  # by namespace and job; until they are deleted
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._known) + sum(len(pods) for pods in self._pods.values())
 
     def notice(self, event_type: str | None, body: Mapping[str, Any]) -> bool:
         """Take note of a watch event; whether it says anything new. Of two versions the newer one counts, in whichever
         order they come: what we wrote ourselves is known from its answer."""
+        self._drop_old()
         name, uid = _name(body), body["metadata"]["uid"]
-        known = self._known.get(name)
+        place = self._place(body)
+        known = place.get(name)
         if event_type == "DELETED":
             if known is not None and known.uid == uid:
-                self.forget(name)
+                del place[name]
+            if place is not self._known and not place:
+                del self._pods[_job_of(body)]
             return True
         version = _version(body)
-        if known is not None and known.uid == uid and 0 <= version <= known.version:
-            if version == known.version:
-                self._known[name] = replace(known, heard=self._clock())
-            return False
-        self._known[name] = _Known(uid, version, json.dumps(_trimmed(body)).encode(), self._clock())
-        if name[1] == "Pod":
-            self._pods.setdefault((name[2], _labels(body).get(_JOB, "")), set()).add(name)
-        return True
+        is_news = known is None or known.uid != uid or not 0 <= version <= known.version
+        if is_news or known is None:
+            place[name] = _Known(uid, version, json.dumps(_trimmed(body)).encode(), self._clock())
+        elif version == known.version:
+            place[name] = replace(known, heard=self._clock())
+        if place is self._known:
+            self._known.move_to_end(name)
+        return is_news
 
     def forget(self, name: Name) -> None:
-        known = self._known.pop(name, None)
-        if known is not None and name[1] == "Pod":
-            job = (name[2], _labels(json.loads(known.text)).get(_JOB, ""))
-            pods = self._pods.get(job, set())
-            pods.discard(name)
-            if not pods:
-                self._pods.pop(job, None)
+        self._known.pop(name, None)
 
     def get(self, name: Name) -> Json | None:
         known = self._known.get(name)
@@ -86,9 +88,19 @@ class Sightings:
 
     def pods(self, namespace: str, labels: Mapping[str, str]) -> list[Json]:
         """Pods of one of our jobs by its labels."""
-        names = self._pods.get((namespace, labels[_JOB]), set())
-        bodies = [json.loads(self._known[name].text) for name in sorted(names)]
+        known = self._pods.get((namespace, labels[_JOB]), {})
+        bodies = [json.loads(known[name].text) for name in sorted(known)]
         return [body for body in bodies if labels.items() <= _labels(body).items()]
+
+    def _place(self, body: Mapping[str, Any]) -> MutableMapping[Name, _Known]:
+        if body["kind"] != "Pod":
+            return self._known
+        return self._pods.setdefault(_job_of(body), {})
+
+    def _drop_old(self) -> None:
+        oldest = self._clock() - BELIEF_SECONDS
+        while self._known and next(iter(self._known.values())).heard < oldest:
+            self._known.popitem(last=False)
 
 
 class WatchedKube(Kube):
@@ -191,6 +203,10 @@ def _version(body: Mapping[str, Any]) -> int:
 
 def _labels(body: Mapping[str, Any]) -> dict[str, str]:
     return dict(body["metadata"].get("labels") or {})
+
+
+def _job_of(body: Mapping[str, Any]) -> tuple[str, str]:
+    return body["metadata"]["namespace"], _labels(body).get(_JOB, "")
 
 
 def _trimmed(body: Mapping[str, Any]) -> Json:

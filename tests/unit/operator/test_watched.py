@@ -69,7 +69,10 @@ def test_what_was_not_heard_of_for_long_is_looked_up() -> None:
     assert seen.get(JOB)
     now += 2
     assert seen.get(JOB) is None
-    assert seen.knows(JOB)
+    seen.notice("ADDED", pod("x", attempt=1))
+    now += BELIEF_SECONDS + 1
+    seen.notice("MODIFIED", pod("x", attempt=1))
+    assert len(seen) == 1, "what is believed no more takes no memory; a pod stays until it is deleted"
 
 
 def test_pods_are_found_by_the_labels_of_their_attempt() -> None:
