@@ -152,6 +152,7 @@ def test_a_leader_that_was_stopped_does_nothing_when_it_goes_on(
     assert "leads no more" in pair[0].log()
     assert writes(proxies[0], since=thawed) == []
     assert holder(stage) == new
+    pair[0].start()  # as its kubelet does; trainers report to its address
     found = stage.finished(*names, "later", seconds=120)
     assert {s["phase"] for s in found.values()} == {"Succeeded"}
     assert set(stage.rayjobs_ever().values()) == {1}
