@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import ssl
 import tempfile
 import time
@@ -65,8 +66,11 @@ class Figures:
         )
 
 
-async def measure(cluster: Cluster, jobs: int, folder: Path, *, pace: float) -> Figures:
-    """One run with a fresh operator in a namespace of its own."""
+async def measure(
+    cluster: Cluster, jobs: int, folder: Path, *, pace: float, profile: Path | None = None
+) -> Figures:
+    """One run with a fresh operator in a namespace of its own. `profile`: where cProfile's figures go; what is
+    measured is slower then."""
     load = pages.current_load()
     namespace = f"fleet-{jobs}-{int(time.time()) % 100_000}"
     server = f"https://127.0.0.1:{cluster.ports['kube-apiserver']}"
@@ -76,6 +80,8 @@ async def measure(cluster: Cluster, jobs: int, folder: Path, *, pace: float) -> 
     operator = Operator(
         folder, cluster.layout.user_kubeconfig("operator"), namespace, FINETUNE_PROGRESS_SECONDS="10"
     )
+    if profile is not None:
+        operator.program[1:1] = ["-m", "cProfile", "-o", str(profile)]
     operator.start()
     player = Player(server, tls, pace=pace)
     playing = asyncio.create_task(player.run())
@@ -112,6 +118,9 @@ async def measure(cluster: Cluster, jobs: int, folder: Path, *, pace: float) -> 
         )
     finally:
         playing.cancel()
+        if profile is not None and operator.process is not None:
+            operator.signal(signal.SIGTERM)
+            await asyncio.to_thread(operator.process.wait, 60)
         operator.kill()
 
 
@@ -192,6 +201,7 @@ def main() -> None:
         "--peer", type=int, nargs="*", default=[], help="RayJobs at once for KubeRay, beside it"
     )
     parser.add_argument("--pace", type=float, default=0.2, help="seconds between two statuses of a RayJob")
+    parser.add_argument("--profile", type=Path, help="file for cProfile's figures of the operator")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fleet-"))
@@ -202,7 +212,14 @@ def main() -> None:
         apply_ray_crds(cluster)
         runs = []
         for jobs in arguments.jobs:
-            runs.append(asyncio.run(measure(cluster, jobs, folder / f"run-{jobs}", pace=arguments.pace)))
+            run = measure(
+                cluster,
+                jobs,
+                folder / f"run-{jobs}",
+                pace=arguments.pace,
+                profile=arguments.profile,
+            )
+            runs.append(asyncio.run(run))
             pages.say(runs[-1].row())
         peers = []
         for jobs in arguments.peer:

@@ -63,6 +63,7 @@ class Operator:
         self.folder = folder
         self.ports = choose(("metrics", "status"), known={}, in_use_by_us=[])
         self.process: subprocess.Popen[bytes] | None = None
+        self.program = [sys.executable, "-m", "finetune_operator"]
         self._environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT / "operator"),
@@ -85,7 +86,7 @@ class Operator:
         """Start it; it is not waited for."""
         with (self.folder / "operator.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "finetune_operator"],
+                self.program,
                 env=self._environment,
                 stdout=log,
                 stderr=log,

@@ -106,7 +106,9 @@ def test_a_renewed_certificate_reaches_running_and_new_jobs(endpoint: Endpoint, 
 
     def is_renewed() -> bool:
         try:
-            return endpoint.post("before", endpoint.token(uid), progress(1, 2), ca=tmp_path / "ca.crt")[0] == 200
+            return (
+                endpoint.post("before", endpoint.token(uid), progress(1, 2), ca=tmp_path / "ca.crt")[0] == 200
+            )
         except urllib.error.URLError:
             return False
 
