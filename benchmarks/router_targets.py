@@ -56,6 +56,8 @@ class Subject:
     name: str
     port: int
     process: psutil.Process | None = None
+    is_peer: bool = False
+    """May be stopped while others are measured; the router would replace a worker that was silent for seconds."""
 
     def cpu_seconds(self) -> float:
         return sum(sum(one.cpu_times()[:2]) for one in self._tree())
@@ -63,6 +65,15 @@ class Subject:
     def memory_bytes(self) -> int:
         """Memory of its own: pages that several processes share are counted in parts (PSS)."""
         return sum(int(one.memory_full_info().pss) for one in self._tree())
+
+    def pause(self) -> None:
+        """Stop its processes, so that what it does without requests takes nothing from who is measured."""
+        for one in self._tree():
+            one.suspend()
+
+    def resume(self) -> None:
+        for one in self._tree():
+            one.resume()
 
     def _tree(self) -> list[psutil.Process]:
         return [] if self.process is None else [self.process, *self.process.children(recursive=True)]
@@ -94,7 +105,9 @@ def started(name: str, command: list[str], *, port: int, folder: Path) -> Iterat
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{name} does not start:\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.1)
-        yield Subject(name, port, psutil.Process(process.pid))
+        subject = Subject(name, port, psutil.Process(process.pid), is_peer=name in {"nginx", "LiteLLM"})
+        yield subject
+        subject.resume()  # a paused one would not hear that it has to end
     finally:
         process.terminate()
         try:

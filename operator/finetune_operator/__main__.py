@@ -18,6 +18,7 @@ from finetune_operator import config, endpoint, leader, leadership
 from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import TlsFiles
+from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.endpoint import Desk
 from finetune_operator.forwarding import Forwarder
 from finetune_operator.health import Health
@@ -46,7 +47,7 @@ async def run(settings: config.OperatorConfig) -> None:
     async with contextlib.AsyncExitStack() as stack:
         election = await _election(settings, stack)
         may_act = election.may_act if election else lambda: True
-        kube = await Kube.connect(may_write=may_act)
+        kube = await WatchedKube.connect(may_write=may_act, on_answer=telemetry.api_answered)
         stack.push_async_callback(kube.close)
         forwarder = await stack.enter_async_context(
             Forwarder(

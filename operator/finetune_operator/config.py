@@ -71,7 +71,6 @@ class OperatorConfig:
     """Address under which other replicas reach this one; None: what the host name means."""
 
 
-
 def _number(environ: Mapping[str, str], name: str, default: float, *, low: float, high: float) -> float:
     text = environ.get(name, "").strip()
     try:
@@ -143,13 +142,18 @@ def _own_namespace(environ: Mapping[str, str]) -> str:
 def _terms(environ: Mapping[str, str]) -> Terms:
     terms = Terms(
         lease_seconds=_number(environ, "FINETUNE_LEASE_SECONDS", Terms.lease_seconds, low=1, high=3600),
-        renew_seconds=_number(environ, "FINETUNE_LEASE_RENEW_SECONDS", Terms.renew_seconds, low=0.5, high=3600),
-        retry_seconds=_number(environ, "FINETUNE_LEASE_RETRY_SECONDS", Terms.retry_seconds, low=0.1, high=600),
+        renew_seconds=_number(
+            environ, "FINETUNE_LEASE_RENEW_SECONDS", Terms.renew_seconds, low=0.5, high=3600
+        ),
+        retry_seconds=_number(
+            environ, "FINETUNE_LEASE_RETRY_SECONDS", Terms.retry_seconds, low=0.1, high=600
+        ),
     )
     if not terms.lease_seconds > terms.renew_seconds > terms.retry_seconds:
         raise ConfigurationError(
             "FINETUNE_LEASE_SECONDS, FINETUNE_LEASE_RENEW_SECONDS, FINETUNE_LEASE_RETRY_SECONDS"
-            f" ({terms.lease_seconds:g}, {terms.renew_seconds:g}, {terms.retry_seconds:g}): each must be less than the one before"
+            f" ({terms.lease_seconds:g}, {terms.renew_seconds:g}, {terms.retry_seconds:g}):"
+            " each must be less than the one before"
         )
     return terms
 

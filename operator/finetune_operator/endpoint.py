@@ -42,7 +42,9 @@ class Desk:
 
     def application(self) -> web.Application:
         application = web.Application(client_max_size=MAX_BODY_BYTES)
-        application.router.add_post(naming.status_path("{namespace}", "{name}", r"{attempt:\d+}"), self._serve)
+        application.router.add_post(
+            naming.status_path("{namespace}", "{name}", r"{attempt:\d+}"), self._serve
+        )
         return application
 
     async def _serve(self, request: web.Request) -> web.Response:
@@ -85,7 +87,9 @@ async def listening(
     application: web.Application, *, host: str, port: int, tls: ssl.SSLContext | None
 ) -> AsyncIterator[None]:
     """Serve the application with limits per connection until the block ends."""
-    runner = web.AppRunner(application, auto_decompress=False, keepalive_timeout=CONNECTION_SECONDS)
+    runner = web.AppRunner(
+        application, auto_decompress=False, keepalive_timeout=CONNECTION_SECONDS, shutdown_timeout=2.0
+    )
     await runner.setup()
     if runner.server is None:
         raise RuntimeError("an application runner that was set up has a server")
@@ -110,9 +114,9 @@ async def listening(
 class _Connections:
     """The open connections, and since when each was seen to be open."""
 
-    def __init__(self, server: web.Server[web.Request]) -> None:
+    def __init__(self, server: web.Server) -> None:
         self._server = server
-        self._since: dict[RequestHandler[web.Request], float] = {}
+        self._since: dict[RequestHandler, float] = {}
 
     def accept(self) -> asyncio.Protocol:
         if len(self._server.connections) >= CONNECTIONS:

@@ -6,15 +6,16 @@ import asyncio
 from collections.abc import Callable
 
 from finetune_operator import handlers, parts
-from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import AuthorityFile
+from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api import finetunejob
 from finetune_operator.config import OperatorConfig
 from finetune_operator.core.facts import Defaults
 from finetune_operator.endpoint import Desk
 from finetune_operator.health import Health
 from finetune_operator.manifests.rayjobs import Platform
+from finetune_operator.reconcile.clocks import SteadyClock
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key, KeyedQueue
@@ -24,15 +25,16 @@ from finetune_operator.status_server import StatusServer
 async def lead(
     settings: OperatorConfig,
     *,
-    kube: Kube,
+    kube: WatchedKube,
     telemetry: Telemetry,
     desk: Desk,
     health: Health,
     may_act: Callable[[], bool],
 ) -> None:
     """Serve until a signal arrives or one of the parts fails. When this returns or raises, nothing acts any more."""
-    mailbox = Mailbox()
-    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
+    clock = SteadyClock()
+    mailbox = Mailbox(clock=clock)
+    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry, clock=clock)
     queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
     reports = StatusServer(
         kube=kube,
@@ -42,8 +44,9 @@ async def lead(
     )
     async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_act) as rollouts:
 
-        def job_changed(key: Key) -> None:
-            queue.add(key)
+        def job_changed(key: Key, is_news: bool) -> None:
+            if is_news:
+                queue.add(key)
             rollouts.watchlist.job_changed(key)
 
         stand_by = desk.answer
@@ -53,7 +56,10 @@ async def lead(
             asyncio.create_task(rollouts.run(), name="rollouts"),
             asyncio.create_task(
                 handlers.watch(
-                    settings.namespaces, job_changed=job_changed, deployment_changed=rollouts.queue.add
+                    settings.namespaces,
+                    notice=kube.sightings.notice,
+                    job_changed=job_changed,
+                    deployment_changed=rollouts.queue.add,
                 ),
                 name="watches",
             ),
@@ -70,7 +76,12 @@ async def lead(
 
 
 def _reconciler(
-    settings: OperatorConfig, *, kube: Kube, mailbox: Mailbox, telemetry: Telemetry
+    settings: OperatorConfig,
+    *,
+    kube: WatchedKube,
+    mailbox: Mailbox,
+    telemetry: Telemetry,
+    clock: SteadyClock,
 ) -> FineTuneJobReconciler:
     authority = AuthorityFile(settings.status_authority)
 
@@ -89,4 +100,5 @@ def _reconciler(
         telemetry=telemetry,
         defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
         platform=platform,
+        clock=clock,
     )

@@ -96,7 +96,9 @@ class Leadership:
         """Renew for ever. Raises LeadershipLostError before another one can lead."""
         while True:
             await asyncio.sleep(min(self._terms.retry_seconds, self._left()))
-            if self.may_act():  # never after the deadline: it would make us leader again, with stale facts at hand
+            if (
+                self.may_act()
+            ):  # never after the deadline: it would make us leader again, with stale facts at hand
                 await self._try()
             if self._lease.holder != self.identity:
                 self._until = float("-inf")

@@ -104,7 +104,9 @@ class StatusServer:
     async def _review(self, key: Key, token: str) -> str:
         audiences = _claimed_audiences(token)
         if not any(audience.startswith(naming.audience("")) for audience in audiences):
-            raise web.HTTPUnauthorized(text="the token is not one for this job")  # without asking the API server
+            raise web.HTTPUnauthorized(
+                text="the token is not one for this job"
+            )  # without asking the API server
         async with self._reviews:
             job = await self._job(key)
             audience = naming.audience(job.uid)

@@ -69,9 +69,7 @@ def open_session(*, may_send: Callable[[], bool] = lambda: True) -> aiohttp.Clie
 
     fence = aiohttp.TraceConfig()
     fence.on_request_start.append(ask)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=CONNECTIONS), trace_configs=[fence]
-    )
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS), trace_configs=[fence])
 
 
 async def fetch(

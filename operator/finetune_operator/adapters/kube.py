@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 from kubernetes import aio
@@ -72,19 +72,32 @@ class Kube:
     """A client with the few requests that the operator makes. Each write first asks `may_write`, the last moment at
     which a process that was stopped for a while can learn that it leads no more."""
 
-    def __init__(self, client: aio.client.ApiClient, *, may_write: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        client: aio.client.ApiClient,
+        *,
+        may_write: Callable[[], bool] = lambda: True,
+        on_answer: Callable[[str, int], None] = lambda method, status: None,
+    ) -> None:
         self._client = client
         self._may_write = may_write
+        self._on_answer = on_answer
 
     @classmethod
-    async def connect(cls, *, may_write: Callable[[], bool] = lambda: True) -> Kube:
-        """A client by the pod's service account or the kubeconfig, without a request yet."""
+    async def connect(
+        cls,
+        *,
+        may_write: Callable[[], bool] = lambda: True,
+        on_answer: Callable[[str, int], None] = lambda method, status: None,
+    ) -> Self:
+        """A client by the pod's service account or the kubeconfig, without a request yet. `on_answer` is told the
+        method and the HTTP status of each request, 0 where there was no answer."""
         configuration = aio.client.Configuration()
         if IN_CLUSTER_TOKEN.is_file():  # noqa: ASYNC240 - once, at the start
             aio.config.load_incluster_config(client_configuration=configuration)
         else:
             await aio.config.load_kube_config(client_configuration=configuration)
-        return cls(aio.client.ApiClient(configuration), may_write=may_write)
+        return cls(aio.client.ApiClient(configuration), may_write=may_write, on_answer=on_answer)
 
     async def close(self) -> None:
         await self._client.close()
@@ -223,7 +236,9 @@ class Kube:
             answer = await self._client.call_api(*request, _request_timeout=REQUEST_SECONDS)
             data = await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            self._on_answer(method, 0)
             raise UnavailableError(f"{method} {path}: {type(error).__name__} {error}") from error
+        self._on_answer(method, answer.status)
         if answer.status == 404 and missing_ok:
             return None
         if not 200 <= answer.status <= 299:

@@ -48,6 +48,12 @@ class Telemetry:
             ["namespace", "class"],
             registry=registry,
         )
+        self.api_requests = Counter(
+            "finetune_api_requests_total",
+            "Requests to the API server, Kopf's watches aside; code 0: no answer.",
+            ["method", "code"],
+            registry=registry,
+        )
         self.leads = Gauge(
             "finetune_leader", "1 in the replica that holds the Lease, else 0.", registry=registry
         )
@@ -65,6 +71,9 @@ class Telemetry:
         }
         self._phases: dict[tuple[str, str], str] = {}
         self.rollouts = RolloutTelemetry(registry)
+
+    def api_answered(self, method: str, status: int) -> None:
+        self.api_requests.labels(method, str(status)).inc()
 
     def show_job(self, namespace: str, name: str, status: FineTuneJobStatus) -> None:
         """Set the series of one job by its status."""

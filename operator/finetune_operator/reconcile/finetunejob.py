@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, ForbiddenError, InvalidError, Json, Kube
+from finetune_operator.adapters.kube import ApiError, ConflictError, ForbiddenError, InvalidError, Json
 from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
 from finetune_operator.core import jobs
@@ -39,7 +40,7 @@ MOST_LINKS = 16  # jobs of a chain that are followed to find a circle
 
 @dataclass(frozen=True)
 class FineTuneJobReconciler:
-    kube: Kube
+    kube: WatchedKube
     mailbox: Mailbox
     telemetry: Telemetry
     defaults: Defaults
@@ -61,39 +62,55 @@ class FineTuneJobReconciler:
                 raise
 
     async def _pass(self, key: Key) -> float | None:
-        body = await self.kube.get(API_VERSION, KIND, *key)
-        if body is None:
+        found = await self._look(key, fresh=False)
+        if found is not None and _must_be_sure(*found[1:]):
+            found = await self._look(key, fresh=True)
+        if found is None:
             self.mailbox.forget(key)
             self.telemetry.forget_job(*key)
             return None
-        seen = await self._observe(key, facts.job_facts(body))
-        plan = jobs.decide(seen, defaults=self.defaults, now=self.clock())
-        plan = await self._act(seen, plan)
-        await self._write(key, body, seen, plan)
-        return plan.requeue_after
+        body, seen, plan = found
+        seen, plan = await self._act(seen, plan)
+        written = await self._write(key, body, seen, plan)
+        # Our own write is no news to the watches: what follows from it is looked at now.
+        return 0.0 if written and plan.requeue_after is None else plan.requeue_after
 
-    async def _observe(self, key: Key, job: JobFacts) -> Observed:
-        """Everything that the decision needs, read from the API server: a cache could be behind our own writes."""
+    async def _look(self, key: Key, *, fresh: bool) -> tuple[Json, Observed, Plan] | None:
+        """The job, what is known of it, and what to do; `fresh`: by the API server, and not by the watches."""
+        body = await self.kube.get(API_VERSION, KIND, *key, fresh=fresh)
+        if body is None:
+            return None
+        seen = await self._observe(key, facts.job_facts(body), fresh=fresh)
+        return body, seen, jobs.decide(seen, defaults=self.defaults, now=self.clock())
+
+    async def _observe(self, key: Key, job: JobFacts, *, fresh: bool) -> Observed:
+        """Everything that the decision needs. What a fence looks for is always asked of the API server."""
         if job.deleting:
             return Observed(job=job)
         if jobs.is_finished(job.status):
-            return await self._observe_finished(job)
+            return await self._observe_finished(job, fresh=fresh)
         if not job.status.attempts:
             return await self._observe_new(job)
         attempt = job.status.attempts[-1]
         ended = attempt.end_time is not None
-        rayjob = await self._rayjob(job, attempt.ray_job)
+        # A RayJob that was never created need not be looked for: creating it shows whether it is there.
+        unborn = attempt.uid is None and self.kube.is_unheard_of(
+            "ray.io/v1", "RayJob", job.namespace, attempt.ray_job
+        )
+        rayjob = None if unborn else await self._rayjob(job, attempt.ray_job, fresh=fresh)
         report, reported_at = self.mailbox.latest(key, uid=job.uid, attempt=attempt.number)
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
         )
         labels = naming.job_labels(job.name) if ended else naming.labels(job.name, attempt.number)
-        pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels)
-        clusters = await self._find("ray.io/v1", "RayCluster", job, labels) if ended else []
+        pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels, fresh=ended)
+        clusters = await self._find("ray.io/v1", "RayCluster", job, labels, fresh=True) if ended else []
         return Observed(
             job=job,
             rayjob=rayjob,
-            inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
+            inspection=await self._rayjob(job, attempt.inspection, fresh=fresh)
+            if attempt.inspection
+            else None,
             pods=[facts.pod_facts(body) for body in pods],
             clusters=[body["metadata"]["name"] for body in clusters],
             report=report,
@@ -110,14 +127,16 @@ class FineTuneJobReconciler:
             kuberay_installed=await self.kube.has_group_version("ray.io/v1"),
         )
 
-    async def _observe_finished(self, job: JobFacts) -> Observed:
+    async def _observe_finished(self, job: JobFacts, *, fresh: bool) -> Observed:
         if not jobs.has_cleanup_left(job.status, now=self.clock()):
             return Observed(job=job)
         attempt = job.status.attempts[-1]
         return Observed(
             job=job,
-            rayjob=await self._rayjob(job, attempt.ray_job),
-            inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
+            rayjob=await self._rayjob(job, attempt.ray_job, fresh=fresh),
+            inspection=await self._rayjob(job, attempt.inspection, fresh=fresh)
+            if attempt.inspection
+            else None,
         )
 
     async def _upstream(self, job: JobFacts, name: str) -> UpstreamFacts:
@@ -131,38 +150,46 @@ class FineTuneJobReconciler:
             following = facts.upstream_name(next_body) if next_body else None
         return facts.upstream_facts(body, name=name, waits_for=chain)
 
-    async def _rayjob(self, job: JobFacts, name: str) -> RayJobFacts | None:
-        body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name)
+    async def _rayjob(self, job: JobFacts, name: str, *, fresh: bool) -> RayJobFacts | None:
+        body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name, fresh=fresh)
         return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid) if body else None
 
     async def _find(
-        self, api_version: str, kind: str, job: JobFacts, labels: Mapping[str, str]
+        self, api_version: str, kind: str, job: JobFacts, labels: Mapping[str, str], *, fresh: bool
     ) -> list[Json]:
-        return await self.kube.find(api_version, kind, job.namespace, labels=labels)
+        return await self.kube.find(api_version, kind, job.namespace, labels=labels, fresh=fresh)
 
-    async def _act(self, seen: Observed, plan: Plan) -> Plan:
-        """Carry out the plan's actions. An object that the API server refuses for good ends the job."""
+    async def _act(self, seen: Observed, plan: Plan) -> tuple[Observed, Plan]:
+        """Carry out the plan's actions. An object that the API server refuses for good ends the job. Once the RayJob of
+        the attempt is created, the plan is what follows from that, so that one write tells it all."""
         for action in plan.actions:
             try:
-                await self._do(seen.job, action)
+                created = await self._do(seen.job, action)
             except InvalidError as error:
-                return jobs.refused(seen, str(error), now=self.clock())
+                return seen, jobs.refused(seen, str(error), now=self.clock())
             except ForbiddenError as error:
-                return jobs.forbidden(seen, str(error), now=self.clock())
-        return plan
+                return seen, jobs.forbidden(seen, str(error), now=self.clock())
+            if created is not None and not seen.job.status.attempts[-1].end_time:
+                rayjob = facts.rayjob_facts(created, owner=seen.job.name, owner_uid=seen.job.uid)
+                seen = replace(seen, rayjob=rayjob)
+                then = jobs.decide(seen, defaults=self.defaults, now=self.clock())
+                plan = replace(then, actions=(), requeue_after=0.0 if then.actions else then.requeue_after)
+        return seen, plan
 
-    async def _do(self, job: JobFacts, action: Action) -> None:
+    async def _do(self, job: JobFacts, action: Action) -> Json | None:
+        """The RayJob, where one was created."""
         match action:
             case CreateRayJob():
-                await self._create(job, action)
+                return await self._create(job, action)
             case DeleteRayJob(name, uid):
                 await self.kube.delete("ray.io/v1", "RayJob", job.namespace, name, uid=uid)
             case DeleteJob():
                 await self.kube.delete(API_VERSION, KIND, job.namespace, job.name, uid=job.uid)
+        return None
 
-    async def _create(self, job: JobFacts, action: CreateRayJob) -> None:
+    async def _create(self, job: JobFacts, action: CreateRayJob) -> Json | None:
         if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
-            return  # the decision never asks for it: an attempt is recorded together with these
+            return None  # the decision never asks for it: an attempt is recorded together with these
         owner = rayjobs.Owner(job.namespace, job.name, job.uid)
         platform = self.platform()
         effective, overrides = job.status.effective, job.status.attempts[-1].overrides
@@ -196,10 +223,11 @@ class FineTuneJobReconciler:
         )
         await self.kube.apply(config_map)  # first: a pod that cannot mount it would wait for it
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
-        await self.kube.create(rayjob)
+        return await self.kube.create(rayjob)
 
-    async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
-        """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""
+    async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> bool:
+        """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored. Whether
+        there was anything to write."""
         patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
         if patch:
             version = body["metadata"]["resourceVersion"]
@@ -212,6 +240,7 @@ class FineTuneJobReconciler:
         for event in plan.events:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
             await self._post(body, event)
+        return bool(patch)
 
     async def _post(self, body: Json, event: Event) -> None:
         """Post an event; one that cannot be posted is lost, as the status already says the same."""
@@ -219,6 +248,17 @@ class FineTuneJobReconciler:
             await self.kube.create(facts.event_body(body, event, now=self.clock()))
         except ApiError as error:
             logger.warning("event %s could not be posted: %s", event.reason, error)
+
+
+def _must_be_sure(seen: Observed, plan: Plan) -> bool:
+    """Whether what is planned must not rest on what the watches told some time ago: it acts, or it gives an attempt up
+    of whose end nobody told."""
+    if plan.actions:
+        return True
+    ended = bool(plan.status.attempts) and plan.status.attempts[-1].end_time is not None
+    known = bool(seen.job.status.attempts) and seen.job.status.attempts[-1].end_time is not None
+    told = seen.report is not None and seen.report.result is not None
+    return ended and not known and not told
 
 
 def merge_diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -23,7 +24,8 @@ class Mailbox:
     is never displaced by progress that was overtaken on its way, nor a report of the present attempt by one of an
     attempt that is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._clock = clock
         self._slots: dict[Key, dict[str, _Slot]] = {}
         self._last_write: dict[Key, float] = {}
 
@@ -34,7 +36,7 @@ class Mailbox:
             return False
         if slot and slot.attempt > attempt:
             return False
-        self._slots.setdefault(key, {})[uid] = _Slot(attempt, report, datetime.now(UTC))
+        self._slots.setdefault(key, {})[uid] = _Slot(attempt, report, self._clock())
         return True
 
     def latest(self, key: Key, *, uid: str, attempt: int) -> tuple[Report, datetime] | tuple[None, None]:

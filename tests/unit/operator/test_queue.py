@@ -151,3 +151,30 @@ async def test_at_most_concurrency_passes_run_at_once() -> None:
             queue.add(("ns", str(i)))
         await until(lambda: done == 20)
     assert most == 3
+
+
+async def test_a_queue_in_which_nothing_moves_says_for_how_long() -> None:
+    stop = asyncio.Event()
+
+    async def worker(key: Key) -> None:
+        await stop.wait()
+
+    async with running(worker, concurrency=1) as queue:
+        queue.add(A)
+        await until(lambda: queue.longest_running() > 0)
+        queue.add(B)
+        await asyncio.sleep(0.1)
+        assert queue.standing_still() >= 0.09
+        stop.set()
+        await until(lambda: queue.longest_running() == 0)
+        assert queue.standing_still() == 0
+
+
+async def test_a_key_that_is_due_later_is_no_standstill() -> None:
+    async def worker(key: Key) -> None:
+        return None
+
+    async with running(worker) as queue:
+        queue.add(A, after=100)
+        await asyncio.sleep(0.02)
+        assert queue.standing_still() == 0

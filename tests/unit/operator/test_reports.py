@@ -83,5 +83,18 @@ async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> No
     assert mailbox.latest(key, uid="u", attempt=3) == (None, None)
 
 
+async def test_a_trainer_of_a_deleted_job_says_nothing_about_its_namesake() -> None:
+    mailbox, key = Mailbox(), ("team", "triage")
+    assert mailbox.put(key, uid="former", attempt=1, report=training(step=9))
+    assert mailbox.latest(key, uid="now", attempt=1) == (None, None)
+    assert mailbox.put(key, uid="now", attempt=1, report=training(step=1))
+    assert mailbox.put(key, uid="former", attempt=1, report=training(step=10))
+    report, _ = mailbox.latest(key, uid="now", attempt=1)
+    assert report is not None
+    assert report.finetune.step == 1
+    mailbox.forget(key)
+    assert mailbox.latest(key, uid="now", attempt=1) == (None, None)
+
+
 def test_keys_of_newer_trainers_are_ignored() -> None:
     assert reports.Report.model_validate({"new": 1, "finetune": {"new": 2, "step": 4}}).finetune.step == 4
