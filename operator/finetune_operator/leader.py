@@ -15,7 +15,7 @@ from finetune_operator.core.facts import Defaults
 from finetune_operator.endpoint import Desk
 from finetune_operator.health import Health
 from finetune_operator.manifests.rayjobs import Platform
-from finetune_operator.reconcile.clocks import SteadyClock
+from finetune_operator.reconcile import clocks
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key, KeyedQueue
@@ -32,10 +32,11 @@ async def lead(
     may_act: Callable[[], bool],
 ) -> None:
     """Serve until a signal arrives or one of the parts fails. When this returns or raises, nothing acts any more."""
-    clock = SteadyClock()
-    mailbox = Mailbox(clock=clock)
-    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry, clock=clock)
+    clocks.CLOCK.begin_to_listen()  # a stand-by hears no trainer
+    mailbox = Mailbox()
+    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
     queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
+    reconciler.followers.wake = queue.add
     reports = StatusServer(
         kube=kube,
         mailbox=mailbox,
@@ -81,7 +82,6 @@ def _reconciler(
     kube: WatchedKube,
     mailbox: Mailbox,
     telemetry: Telemetry,
-    clock: SteadyClock,
 ) -> FineTuneJobReconciler:
     authority = AuthorityFile(settings.status_authority)
 
@@ -99,5 +99,4 @@ def _reconciler(
         telemetry=telemetry,
         defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
         platform=platform,
-        clock=clock,
     )
