@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from finetune_operator import handlers, parts
+from finetune_operator.adapters.kube import UnavailableError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import AuthorityFile
 from finetune_operator.adapters.watched import WatchedKube
@@ -35,7 +36,11 @@ async def lead(
     clocks.CLOCK.begin_to_listen()  # a stand-by hears no trainer
     mailbox = Mailbox()
     reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
-    queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
+    queue = KeyedQueue(
+        reconciler,
+        on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set,
+        ordinary=UnavailableError,
+    )
     reconciler.followers.wake = queue.add
     reports = StatusServer(
         kube=kube,
