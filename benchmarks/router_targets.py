@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.pages import REPOSITORY, say
 from finetune_local.layouts import cache_folder
+from finetune_local.ports import pick
 from finetune_operator.api.routes import ROUTES_PATH, Route, Signal, SignalEvent, Snapshot, Target
 
 LITELLM = "litellm[proxy]"
@@ -79,13 +80,6 @@ class Subject:
         return [] if self.process is None else [self.process, *self.process.children(recursive=True)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def pinned(core: str, *command: str) -> list[str]:
     """On one core, where there are several and `taskset` is there."""
     if (os.cpu_count() or 1) > 1 and shutil.which("taskset"):
@@ -124,7 +118,7 @@ def _listens(port: int) -> bool:
 
 @contextlib.contextmanager
 def engine(folder: Path, *, chunks: int, interval: float) -> Iterator[Subject]:
-    port = free_port()
+    (port,) = pick(1)
     command = pinned(
         OTHER_CORE, sys.executable, "-m", "benchmarks.router_upstream", "--port", str(port), "--chunks", str(chunks),
         "--interval", str(interval),
@@ -136,7 +130,7 @@ def engine(folder: Path, *, chunks: int, interval: float) -> Iterator[Subject]:
 @contextlib.contextmanager
 def router(folder: Path, engine_port: int) -> Iterator[Subject]:
     """One worker, with a thousand aliases, each with a canary and signals."""
-    port, admin = free_port(), free_port()
+    port, admin = pick(2)
     command = pinned(
         PROXY_CORE, sys.executable, "-m", "finetune_router", "--port", str(port), "--admin-port", str(admin),
         "--state-dir", str(folder / "router"), "--workers", "1",
@@ -193,7 +187,7 @@ def build_route(alias: str, engine_port: int) -> Route:
 def nginx(folder: Path, engine_port: int) -> Iterator[Subject]:
     """One worker process, proxy_pass with kept connections."""
     program = find_nginx()
-    port = free_port()
+    (port,) = pick(1)
     own = folder / "nginx"
     own.mkdir(exist_ok=True)
     (own / "nginx.conf").write_text(_NGINX.format(folder=own, engine=engine_port, port=port))
@@ -208,7 +202,7 @@ def nginx(folder: Path, engine_port: int) -> Iterator[Subject]:
 def litellm(folder: Path, engine_port: int) -> Iterator[Subject]:
     """One worker, no database, no keys, no callbacks."""
     program = find_litellm()
-    port = free_port()
+    (port,) = pick(1)
     config = folder / "litellm.yaml"
     config.write_text(_LITELLM.format(engine=engine_port))
     command = pinned(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from finetune_operator import handlers, parts
+from finetune_operator.adapters.kube import UnavailableError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import AuthorityFile
 from finetune_operator.adapters.watched import WatchedKube
@@ -15,7 +16,7 @@ from finetune_operator.core.facts import Defaults
 from finetune_operator.endpoint import Desk
 from finetune_operator.health import Health
 from finetune_operator.manifests.rayjobs import Platform
-from finetune_operator.reconcile.clocks import SteadyClock
+from finetune_operator.reconcile import clocks
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key, KeyedQueue
@@ -32,10 +33,15 @@ async def lead(
     may_act: Callable[[], bool],
 ) -> None:
     """Serve until a signal arrives or one of the parts fails. When this returns or raises, nothing acts any more."""
-    clock = SteadyClock()
-    mailbox = Mailbox(clock=clock)
-    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry, clock=clock)
-    queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
+    clocks.CLOCK.begin_to_listen()  # a stand-by hears no trainer
+    mailbox = Mailbox()
+    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
+    queue = KeyedQueue(
+        reconciler,
+        on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set,
+        ordinary=UnavailableError,
+    )
+    reconciler.followers.wake = queue.add
     reports = StatusServer(
         kube=kube,
         mailbox=mailbox,
@@ -81,7 +87,6 @@ def _reconciler(
     kube: WatchedKube,
     mailbox: Mailbox,
     telemetry: Telemetry,
-    clock: SteadyClock,
 ) -> FineTuneJobReconciler:
     authority = AuthorityFile(settings.status_authority)
 
@@ -100,5 +105,4 @@ def _reconciler(
         telemetry=telemetry,
         defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
         platform=platform,
-        clock=clock,
     )

@@ -6,8 +6,10 @@ everything here is the parsed JSON. Every failure is one of five exceptions; eac
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ Json = dict[str, Any]
 
 FIELD_MANAGER = "finetune-operator"
 REQUEST_SECONDS = 30
+BUSY_TRIES = 4  # of a request that the server was too busy to begin with (429)
+BUSY_SECONDS = 5.0  # the longest that one is held back, whatever Retry-After says
 IN_CLUSTER_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 PLURALS = {
     ("v1", "ConfigMap"): "configmaps",
@@ -222,6 +226,32 @@ class Kube:
         query: list[tuple[str, str]] | None = None,
         missing_ok: bool = False,
     ) -> Json | None:
+        """Send it, and again where the server was too busy to begin with it, as every client of Kubernetes does."""
+        for number in range(1, BUSY_TRIES + 1):
+            status, data, retry_after = await self._send(
+                method, path, body=body, content_type=content_type, query=query
+            )
+            if status != 429 or number == BUSY_TRIES:
+                break
+            pause = min(BUSY_SECONDS, retry_after * number)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
+        if status == 404 and missing_ok:
+            return None
+        if not 200 <= status <= 299:
+            raise _error(status, data, f"{method} {path}")
+        parsed: Json = json.loads(data)
+        return parsed
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Json | list[Json] | None,
+        content_type: str,
+        query: list[tuple[str, str]] | None,
+    ) -> tuple[int, bytes, float]:
+        """Status, body and Retry-After in seconds. Raises UnavailableError where there is no answer."""
         if method != "GET" and not self._may_write():
             raise FencedError(f"{method} {path}: not sent, as this process leads no more")
         try:
@@ -239,12 +269,11 @@ class Kube:
             self._on_answer(method, 0)
             raise UnavailableError(f"{method} {path}: {type(error).__name__} {error}") from error
         self._on_answer(method, answer.status)
-        if answer.status == 404 and missing_ok:
-            return None
-        if not 200 <= answer.status <= 299:
-            raise _error(answer.status, data, f"{method} {path}")
-        parsed: Json = json.loads(data)
-        return parsed
+        return answer.status, data, _seconds(answer.headers.get("Retry-After"))
+
+
+def _seconds(retry_after: str | None) -> float:
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else 1.0
 
 
 def _path(api_version: str, kind: str, namespace: str | None, name: str | None = None) -> str:

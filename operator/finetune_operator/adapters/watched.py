@@ -20,6 +20,8 @@ from finetune_operator.api.finetunejob import KIND
 
 WATCHED = frozenset({(API_VERSION, KIND), ("ray.io/v1", "RayJob"), ("v1", "Pod")})
 GROUP_SECONDS = 300.0  # for which an API group that was there counts as there
+# Goes on while the machine sleeps, where the kernel has such a clock: after that nothing is believed.
+_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 BELIEF_SECONDS = 120.0  # for which an object of which nothing is heard is believed to be as it was
 
 Name = tuple[str, str, str, str]
@@ -40,7 +42,7 @@ class Sightings:
     """The newest known version of each watched object, without what nobody here asks about. What is believed no more
     is dropped, so memory follows what happens and not what has ever been."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = lambda: time.clock_gettime(_WITH_SLEEP)) -> None:
         self._clock = clock
         self._known: OrderedDict[Name, _Known] = OrderedDict()  # what was heard of last is at the end
         self._pods: dict[

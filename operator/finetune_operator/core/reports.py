@@ -90,6 +90,11 @@ class Report(ReportModel):
     def result(self) -> Result | None:
         return self.finetune.result
 
+    @property
+    def knows_its_step(self) -> bool:
+        """False for a trainer of ours that still checks its data: it has not yet looked for a checkpoint."""
+        return self.finetune.step != 0 or self.finetune.resumed_from_step is not None
+
     def number(self, name: str) -> float | None:
         """The finite number that a metric holds, or None."""
         for metric in self.trainer_status.metrics:
@@ -150,11 +155,6 @@ def checkpoint_of(report: Report, *, known: Checkpoint | None, now: datetime) ->
 
 def metrics_of(report: Report, *, known: Metrics | None) -> Metrics:
     """The latest metrics; one that this report does not carry keeps its last value."""
-    told = {
-        "loss": report.number("loss"),
-        "eval_loss": report.number("eval_loss"),
-        "learning_rate": report.number("learning_rate"),
-        "grad_norm": report.number("grad_norm"),
-    }
+    told = {name: report.number(name) for name in Metrics.model_fields}
     new = {name: rounded(value) for name, value in told.items() if value is not None}
     return (known or Metrics()).model_copy(update=new)

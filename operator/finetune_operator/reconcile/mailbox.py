@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 
 from finetune_operator.core.reports import Report
+from finetune_operator.reconcile import clocks
 from finetune_operator.reconcile.queue import Key
 
 
@@ -24,8 +24,7 @@ class Mailbox:
     is never displaced by progress that was overtaken on its way, nor a report of the present attempt by one of an
     attempt that is over."""
 
-    def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._slots: dict[Key, dict[str, _Slot]] = {}
         self._last_write: dict[Key, float] = {}
 
@@ -36,7 +35,7 @@ class Mailbox:
             return False
         if slot and slot.attempt > attempt:
             return False
-        self._slots.setdefault(key, {})[uid] = _Slot(attempt, report, self._clock())
+        self._slots.setdefault(key, {})[uid] = _Slot(attempt, report, clocks.CLOCK())
         return True
 
     def latest(self, key: Key, *, uid: str, attempt: int) -> tuple[Report, datetime] | tuple[None, None]:
@@ -75,6 +74,12 @@ class Mailbox:
 
     def _find(self, key: Key, uid: str) -> _Slot | None:
         return self._slots.get(key, {}).get(uid)
+
+    def drop(self, key: Key, report: Report, *, uid: str) -> None:
+        """The report is dealt with, and another one of the same attempt may follow, be it a result or not."""
+        slot = self._find(key, uid)
+        if slot and slot.report is report:
+            del self._slots[key][uid]
 
     def forget(self, key: Key) -> None:
         self._slots.pop(key, None)

@@ -22,15 +22,24 @@ Worker: TypeAlias = Callable[[Key], Awaitable[float | None]]
 
 FIRST_BACKOFF = 0.5
 LAST_BACKOFF = 60.0
+LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away or busy says nothing about the key
 
 
 class KeyedQueue:
-    """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key."""
+    """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key.
+
+    Errors of the `ordinary` kinds are a line in the log and are tried again sooner than others."""
 
     def __init__(
-        self, worker: Worker, *, concurrency: int = 8, on_depth: Callable[[int], None] = lambda depth: None
+        self,
+        worker: Worker,
+        *,
+        concurrency: int = 8,
+        on_depth: Callable[[int], None] = lambda depth: None,
+        ordinary: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:
         self._worker = worker
+        self._ordinary = ordinary
         self._concurrency = concurrency
         self._on_depth = on_depth
         self._due: dict[Key, float] = {}
@@ -102,8 +111,11 @@ class KeyedQueue:
     async def _serve(self, key: Key) -> None:
         try:
             again = await self._worker(key)
+        except self._ordinary as error:
+            again = self._backoff(key, most=LAST_ORDINARY_BACKOFF)
+            logger.warning("reconcile of %s/%s has to wait %.1f s: %s", *key, again, error)
         except Exception:  # the border of a pass: any fault is logged, and the key comes back later
-            again = self._backoff(key)
+            again = self._backoff(key, most=LAST_BACKOFF)
             logger.exception("reconcile of %s/%s failed; again in %.1f s", *key, again)
         else:
             self._failures.pop(key, None)
@@ -114,9 +126,9 @@ class KeyedQueue:
         if again is not None:
             self.add(key, after=again)
 
-    def _backoff(self, key: Key) -> float:
+    def _backoff(self, key: Key, *, most: float) -> float:
         """Exponential with full jitter on the upper half, so that keys that failed together do not return together."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        ceiling: float = min(LAST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures, 20))
+        ceiling: float = min(most, FIRST_BACKOFF * 2.0 ** min(failures, 20))
         return ceiling * self._jitter.uniform(0.5, 1.0)

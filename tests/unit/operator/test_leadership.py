@@ -168,7 +168,7 @@ async def test_a_leader_whose_lease_another_one_holds_stops_at_once() -> None:
         assert not first.may_act()
 
 
-@pytest.mark.parametrize("status", [500, 429, 404])
+@pytest.mark.parametrize("status", [500, 503, 404])
 async def test_a_failing_api_server_is_outlived_within_the_time(status: int) -> None:
     clock = Clock()
     async with served() as (server, kube):
@@ -228,3 +228,16 @@ def test_other_clocks_do_not_matter() -> None:
     lease = LeaseFacts(holder="other", version="7")
     assert not elections.may_take(lease, identity="me", unchanged_seconds=14.9, terms=TERMS)
     assert elections.may_take(lease, identity="me", unchanged_seconds=15.0, terms=TERMS)
+
+
+async def test_a_server_that_is_too_busy_is_asked_again() -> None:
+    async with served() as (server, kube):
+        server.status = 429
+
+        async def recover() -> None:
+            await asyncio.sleep(0.2)
+            server.status = None
+
+        recovering = asyncio.create_task(recover())
+        assert await kube.get("coordination.k8s.io/v1", "Lease", "ns", "finetune-operator") is None
+        await recovering

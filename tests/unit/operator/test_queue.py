@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from finetune_operator.reconcile.queue import FIRST_BACKOFF, Key, KeyedQueue, Worker
+from finetune_operator.reconcile.queue import (
+    FIRST_BACKOFF,
+    LAST_ORDINARY_BACKOFF,
+    Key,
+    KeyedQueue,
+    Worker,
+)
+from tests.waiting import until
 
 A, B = ("ns", "a"), ("ns", "b")
 
@@ -20,13 +27,6 @@ async def running(worker: Worker, concurrency: int = 8) -> AsyncIterator[KeyedQu
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for a state that must come, however busy the machine is."""
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def test_wishes_for_one_key_are_merged() -> None:
@@ -178,3 +178,21 @@ async def test_a_key_that_is_due_later_is_no_standstill() -> None:
         queue.add(A, after=100)
         await asyncio.sleep(0.02)
         assert queue.standing_still() == 0
+
+
+async def test_an_api_server_that_is_away_is_no_reason_for_long_waits() -> None:
+    class AwayError(Exception):
+        pass
+
+    async def worker(key: Key) -> None:
+        raise AwayError
+
+    queue = KeyedQueue(worker, ordinary=AwayError)
+    for _ in range(20):
+        assert queue._backoff(A, most=LAST_ORDINARY_BACKOFF) <= LAST_ORDINARY_BACKOFF
+    task = asyncio.create_task(queue.run())
+    queue.add(B)
+    await until(lambda: B in queue._failures)
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import durations, reports
 from finetune_operator.reconcile.mailbox import Mailbox
-from tests.unit.operator.stories import ARTIFACT, START, training
+from tests.unit.operator.stories import ARTIFACT, START, result, training
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,16 @@ async def test_a_trainer_of_a_deleted_job_says_nothing_about_its_namesake() -> N
     assert report.finetune.step == 1
     mailbox.forget(key)
     assert mailbox.latest(key, uid="now", attempt=1) == (None, None)
+
+
+async def test_a_result_that_did_not_end_the_attempt_makes_room_for_its_next_reports() -> None:
+    mailbox, key, last = Mailbox(), ("team", "triage"), result("Preempted", 75, "stopped")
+    assert mailbox.put(key, uid="u", attempt=2, report=last)
+    assert not mailbox.put(key, uid="u", attempt=2, report=training(step=9))
+    mailbox.drop(key, last, uid="u")
+    assert mailbox.put(key, uid="u", attempt=2, report=training(step=9))
+    mailbox.drop(key, last, uid="u")
+    assert mailbox.latest(key, uid="u", attempt=2)[0] is not None
 
 
 def test_keys_of_newer_trainers_are_ignored() -> None:
