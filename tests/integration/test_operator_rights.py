@@ -17,8 +17,9 @@ import yaml
 from finetune_local import binaries, certificates
 from finetune_local.cluster import Cluster
 from finetune_operator.manifests import naming
+from tests.api_servers import API_SERVER
 from tests.clients import Json, Kubectl, finetunejob
-from tests.integration.rollout_operator import BETTER, GOOD, PARTS, Lab, serves
+from tests.integration.rollout_operator import BETTER, GOOD, Lab, serves
 from tools import chart_pages
 
 pytestmark = pytest.mark.integration
@@ -41,7 +42,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     running.layout.create()
     running.layout.audit_policy.write_text(yaml.safe_dump(POLICY))
     try:
-        running.up(PARTS)
+        running.up((*API_SERVER, "kube-controller-manager"))
         found = binaries.obtain(
             ["kuberay-operator"], sources=binaries.Sources.from_environment(), announce=print
         )

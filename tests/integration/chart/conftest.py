@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from finetune_local.cluster import Cluster
-from tests.integration.rollout_operator import api_server
+from tests.api_servers import api_server
 
 
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server")) as running:
+    with api_server(tmp_path_factory.mktemp("api-server"), "kube-controller-manager") as running:
         yield running

@@ -272,6 +272,8 @@ def test_what_the_platform_gives_every_pod() -> None:
 def test_the_platform_cannot_replace_our_variables(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is set by the operator"):
         PodDefaults.model_validate({"env": [{"name": name, "value": "x"}]})
+
+
 REWARDED: dict[str, Any] = {
     "objective": "RLOO",
     "reward": {
