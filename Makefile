@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q --no-header
 
-.PHONY: help setup demo test test-unit chaos lint format crds bench up down clean
+.PHONY: help setup demo test test-unit chaos e2e-cluster lint format crds bench up down clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -24,6 +24,9 @@ test-unit: setup ## the tests that need no cluster and train nothing
 chaos: setup ## faults at random over two fleets of jobs; SEED=n repeats a run, FAULTS=n (default 200) draws more
 	@FINETUNE_CHAOS_SEED=$(SEED) FINETUNE_CHAOS_FAULTS=$(or $(FAULTS),200) $(PYTEST) -s tests/chaos
 
+e2e-cluster: setup ## real pods: the chart on the cluster that KUBECONFIG (or E2E_CLUSTER, see tools/e2e-cluster) names
+	@tools/e2e-cluster
+
 lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
@@ -33,16 +36,18 @@ lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/python -m finetune_operator.api.reference --check
 	@$(BIN)/python -m finetune_cli.reference --check
 	@$(BIN)/python -m tests.unit.operator.edge_pages --check
+	@$(BIN)/python -m tools.chart_pages --check
 
 format: setup ## rewrite the code in the one format
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
-crds: setup ## generate crds/, docs/reference/ and docs/failure-modes.md from models and tables
+crds: setup ## generate crds/, docs/reference/, docs/failure-modes.md and what follows from the chart's rules and values
 	@$(BIN)/python -m finetune_operator.api.crds --write crds
 	@$(BIN)/python -m finetune_operator.api.reference --write
 	@$(BIN)/python -m finetune_cli.reference --write
 	@$(BIN)/python -m tests.unit.operator.edge_pages --write
+	@$(BIN)/python -m tools.chart_pages --write
 
 bench: up ## measure refusals, and FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.refusals

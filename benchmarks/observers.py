@@ -72,3 +72,8 @@ def peak_rss(status: str) -> int:
     """VmHWM of /proc/<pid>/status in bytes: the same number as ru_maxrss of the plain script."""
     line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
     return int(line.split()[1]) * 1024
+
+
+def peak_rss_of(pid: int) -> int:
+    """The same of a process that runs."""
+    return peak_rss(Path(f"/proc/{pid}/status").read_text())

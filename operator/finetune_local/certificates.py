@@ -25,7 +25,11 @@ USERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "kwok": ("finetune-local:kwok", ()),
     "kuberay": ("finetune-local:kuberay", ()),
     "ray-gateway": ("finetune-local:ray-gateway", ()),
-    "operator": ("finetune-local:operator", ()),
+    # The identity of the chart's ServiceAccount, so that what works here works with the chart's rights.
+    "operator": (
+        "system:serviceaccount:finetune-system:finetune-operator",
+        ("system:serviceaccounts", "system:serviceaccounts:finetune-system"),
+    ),
 }
 SERVERS = ("kube-apiserver", "etcd")
 
@@ -43,7 +47,7 @@ def pair(folder: Path, name: str) -> Pair:
 
 
 def ensure(folder: Path) -> None:
-    """Create what is missing in the folder; existing keys are never replaced."""
+    """Create what is missing in the folder. Keys are replaced only where a client has another name by now."""
     authority = pair(folder, "ca")
     if not authority.certificate.exists():
         _write_authority(authority)
@@ -56,10 +60,18 @@ def ensure(folder: Path) -> None:
             _write_leaf(pair(folder, name), name, (), ca_certificate, ca_key, server=True)
     # The API server is a client of etcd; etcd accepts nobody else's certificates but this authority's.
     for name, (common_name, groups) in {**USERS, "etcd-client": ("etcd-client", ())}.items():
-        if not pair(folder, name).certificate.exists():
+        if _common_name(pair(folder, name).certificate) != common_name:
             _write_leaf(pair(folder, name), common_name, groups, ca_certificate, ca_key, server=False)
     if not (folder / "service-accounts.pub").exists():
         _write_service_account_keys(folder)
+
+
+def _common_name(certificate: Path) -> str | None:
+    """Whose certificate it is; None where there is none."""
+    if not certificate.exists():
+        return None
+    subject = x509.load_pem_x509_certificate(certificate.read_bytes()).subject
+    return str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
 
 
 def write_kubeconfig(path: Path, *, pki: Path, user: str, server: str) -> None:

@@ -80,6 +80,8 @@ def etcd(setting: Setting) -> list[str]:
 def apiserver(setting: Setting) -> list[str]:
     pki = setting.layout.pki
     files, client = certificates.pair(pki, "kube-apiserver"), certificates.pair(pki, "etcd-client")
+    policy = setting.layout.audit_policy
+    audit = [f"--audit-policy-file={policy}", f"--audit-log-path={setting.layout.log('audit')}"]
     return [
         str(setting.programs["kube-apiserver"]), "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1",
         f"--secure-port={setting.ports['kube-apiserver']}", "--endpoint-reconciler-type=none",
@@ -90,7 +92,7 @@ def apiserver(setting: Setting) -> list[str]:
         f"--service-account-key-file={pki / 'service-accounts.pub'}",
         f"--service-account-signing-key-file={pki / 'service-accounts.key'}",
         "--service-account-issuer=https://kubernetes.default.svc", "--service-cluster-ip-range=10.0.0.0/24",
-        "--profiling=false",
+        "--profiling=false", *(audit if policy.is_file() else ()),
     ]  # fmt: skip
 
 

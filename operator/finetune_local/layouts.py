@@ -60,6 +60,11 @@ class Layout:
         return self.root / "alerts.json"
 
     @property
+    def audit_policy(self) -> Path:
+        """The API server's audit policy. Where there is none, nothing is recorded."""
+        return self.root / "audit-policy.yaml"
+
+    @property
     def instance(self) -> Path:
         return self.root / "instance.json"
 

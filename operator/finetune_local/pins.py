@@ -9,11 +9,21 @@ KUBERNETES_VERSION = "v1.36.3"
 ETCD_VERSION = "v3.6.7"
 KWOK_VERSION = "v0.8.0"
 KUBERAY_VERSION = "v1.6.2"
+HELM_VERSION = "v3.22.0"
 _MINOR = KUBERNETES_VERSION.split(".")[1]
 # Without these the API server calls itself v0.0.0-master and clients misjudge what it can do.
 _KUBERNETES_FLAGS = " ".join(
     f"-X k8s.io/component-base/version.{name}={value}"
     for name, value in (("gitVersion", KUBERNETES_VERSION), ("gitMajor", "1"), ("gitMinor", _MINOR))
+)
+_HELM = "helm.sh/helm/v3"
+# The second and third: the Kubernetes version that `helm template` and `helm lint` assume, 1.20 otherwise.
+_HELM_FLAGS = " ".join(
+    [f"-X {_HELM}/internal/version.version={HELM_VERSION}"]
+    + [
+        f"-X {_HELM}/{package}.k8sVersionMajor=1 -X {_HELM}/{package}.k8sVersionMinor={_MINOR}"
+        for package in ("pkg/chartutil", "pkg/lint/rules")
+    ]
 )
 
 
@@ -67,7 +77,14 @@ KUBERAY = Tool(
     packages={"kuberay-operator": "github.com/ray-project/kuberay/ray-operator"},
     crds="config/crd/bases",
 )
-TOOLS = (ETCD, KUBERNETES, KWOK, KUBERAY)
+HELM = Tool(  # no part of the laptop cluster: the tests of the chart need it
+    name="helm",
+    version=HELM_VERSION,
+    module="helm.sh/helm/v3",
+    packages={"helm": "helm.sh/helm/v3/cmd/helm"},
+    ldflags=_HELM_FLAGS,
+)
+TOOLS = (ETCD, KUBERNETES, KWOK, KUBERAY, HELM)
 
 
 def tool_of(program: str) -> Tool:
@@ -98,5 +115,8 @@ def download_of(program: str) -> Download | None:
         case "kwok":
             url = f"https://github.com/kubernetes-sigs/kwok/releases/download/{KWOK_VERSION}/{program}-{system}-{machine}"
             return Download(url=url, checksum=f"{url}.sha256")
+        case "helm":
+            url = f"https://get.helm.sh/helm-{HELM_VERSION}-{system}-{machine}.tar.gz"
+            return Download(url=url, checksum=f"{url}.sha256sum", member=f"{system}-{machine}/{program}")
         case _:
             return None

@@ -1,4 +1,4 @@
-"""Start the operator: configuration, logging, the metrics and status endpoints, the queues, and Kopf's watches."""
+"""Start the operator: configuration, logging, the endpoints of every replica, and the leader's part in one of them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import asyncio
 import contextlib
 import logging
 import os
-import ssl
+import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import kopf
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from finetune_operator import config, handlers, parts
+from finetune_operator import config, endpoint, leader, leadership
 from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
-from finetune_operator.api import finetunejob
-from finetune_operator.core.facts import Defaults
-from finetune_operator.manifests.rayjobs import Platform
-from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
-from finetune_operator.reconcile.mailbox import Mailbox
-from finetune_operator.reconcile.queue import Key, KeyedQueue
-from finetune_operator.status_server import StatusServer
+from finetune_operator.adapters.tls import TlsFiles
+from finetune_operator.adapters.watched import WatchedKube
+from finetune_operator.endpoint import Desk
+from finetune_operator.forwarding import Forwarder
+from finetune_operator.health import Health
+from finetune_operator.leadership import Leadership, LeadershipLostError
 
-STUCK_SECONDS = 300.0  # a pass takes milliseconds; one of this length hangs
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -36,99 +35,121 @@ def main() -> None:
     kopf.configure(log_format=kopf.LogFormat.JSON if settings.json_logs else kopf.LogFormat.FULL)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per watch event otherwise
-    asyncio.run(run(settings))
+    with contextlib.suppress(asyncio.CancelledError):  # a signal
+        asyncio.run(run(settings))
 
 
 async def run(settings: config.OperatorConfig) -> None:
     """Run until a signal arrives or one of the parts fails."""
-    kube = await Kube.connect()
-    telemetry, mailbox = Telemetry(), Mailbox()
-    reconciler = FineTuneJobReconciler(
-        kube=kube,
-        mailbox=mailbox,
-        telemetry=telemetry,
-        defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
-        platform=Platform(
-            submission_mode=settings.submission_mode,
-            status_url=settings.status_url,
-            authority_pem=settings.authority_pem(),
-            termination_grace_seconds=settings.termination_grace_seconds,
-        ),
-    )
-    queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
-    reconciler.followers.wake = queue.add
-    status_server = StatusServer(
-        kube=kube,
-        mailbox=mailbox,
-        telemetry=telemetry,
-        enqueue=lambda key, after: queue.add(key, after=after),
-        progress_seconds=settings.progress_seconds,
-    )
+    _cancel_on_sigterm()
+    telemetry = Telemetry()
+    health = Health(telemetry)
     async with contextlib.AsyncExitStack() as stack:
+        election = await _election(settings, stack)
+        may_act = election.may_act if election else lambda: True
+        kube = await WatchedKube.connect(may_write=may_act, on_answer=telemetry.api_answered)
         stack.push_async_callback(kube.close)
-        await stack.enter_async_context(
-            _serving(
-                status_server.application(), settings.status_host, settings.status_port, settings.status_tls()
+        forwarder = await stack.enter_async_context(
+            Forwarder(
+                leader=lambda: election.leader_address if election else None,
+                status_url=settings.status_url,
+                authority=settings.status_authority,
             )
         )
-        rollouts = await stack.enter_async_context(
-            parts.build_rollouts(settings, kube=kube, telemetry=telemetry)
+        desk = Desk(answer=forwarder.answer, telemetry=telemetry)
+        await _listen(settings, stack, desk=desk, health=health)
+        leading = leader.lead(
+            settings, kube=kube, telemetry=telemetry, desk=desk, health=health, may_act=may_act
         )
-        await stack.enter_async_context(
-            _serving(
-                metrics_application(queue, rollouts.queue), settings.metrics_host, settings.metrics_port, None
-            )
+        if election is None:
+            telemetry.leads.set(1)
+            await leading
+        else:
+            await _lead_while_elected(election, leading, telemetry)
+
+
+async def _lead_while_elected(
+    election: Leadership, leading: Coroutine[Any, Any, None], telemetry: Telemetry
+) -> None:
+    try:
+        await election.acquire()
+    except BaseException:
+        leading.close()
+        raise
+    telemetry.leads.set(1)
+    # Before the leader's parts: Kopf cancels, when it ends, all tasks that began after it.
+    keeping = asyncio.create_task(election.keep(), name="lease")
+    acting = asyncio.create_task(leading, name="leader")
+    try:
+        await asyncio.wait({keeping, acting}, return_when=asyncio.FIRST_COMPLETED)
+        if keeping.done() and isinstance(keeping.exception(), LeadershipLostError):
+            _die(str(keeping.exception()))
+    finally:
+        acting.cancel()
+        ended = await asyncio.gather(acting, return_exceptions=True)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await election.release()
+    if isinstance(ended[0], Exception):
+        raise ended[0]
+
+
+def _die(reason: str) -> None:
+    """End at once. No cleaning up: whatever it did would be done in the name of a Lease that is lost."""
+    logger.critical("this process leads no more and ends: %s", reason)
+    logging.shutdown()
+    os._exit(1)
+
+
+def _cancel_on_sigterm() -> None:
+    """A stand-by is process 1 of its container, for which the kernel ignores SIGTERM unless it is handled. Kopf
+    replaces the handler when it starts."""
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
+async def _election(settings: config.OperatorConfig, stack: contextlib.AsyncExitStack) -> Leadership | None:
+    if not settings.leader_election:
+        return None
+    kube = await Kube.connect()
+    stack.push_async_callback(kube.close)
+    address = leadership.own_address(
+        settings.status_port,
+        scheme="https" if settings.status_certificate else "http",
+        pod_ip=settings.pod_ip,
+    )
+    return Leadership(kube, namespace=settings.namespace, address=address, terms=settings.terms)
+
+
+async def _listen(
+    settings: config.OperatorConfig, stack: contextlib.AsyncExitStack, *, desk: Desk, health: Health
+) -> None:
+    """Open the two ports that every replica has."""
+    tls = None
+    if settings.status_certificate and settings.status_key:
+        tls = TlsFiles(certificate=settings.status_certificate, key=settings.status_key)
+        stack.callback(asyncio.create_task(tls.watch(), name="certificates").cancel)
+    stack.callback(asyncio.create_task(health.beat(), name="heartbeat").cancel)
+    await stack.enter_async_context(
+        endpoint.listening(
+            desk.application(),
+            host=settings.status_host,
+            port=settings.status_port,
+            tls=tls.context if tls else None,
         )
-        serving = asyncio.create_task(queue.run(), name="queue")
-        stack.callback(serving.cancel)
-        rolling = asyncio.create_task(rollouts.run(), name="rollouts")
-        stack.callback(rolling.cancel)
-
-        def job_changed(key: Key) -> None:
-            queue.add(key)
-            rollouts.watchlist.job_changed(key)
-
-        watching = asyncio.create_task(
-            kopf.operator(
-                registry=handlers.build_registry(
-                    job_changed=job_changed, deployment_changed=rollouts.queue.add
-                ),
-                clusterwide=not settings.namespaces,
-                namespaces=settings.namespaces,
-            ),
-            name="watches",
-        )
-        done, _ = await asyncio.wait({serving, rolling, watching}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()  # re-raises: an operator without its queue or its watches must end, and be restarted
-
-
-def metrics_application(*queues: KeyedQueue) -> web.Application:
-    """/metrics for Prometheus and /healthz for the kubelet."""
-
-    async def metrics(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    async def healthz(_: web.Request) -> web.Response:
-        stuck = max(queue.longest_running() for queue in queues)
-        if stuck > STUCK_SECONDS:
-            return web.Response(status=500, text=f"a reconcile pass has been running for {stuck:.0f} s\n")
-        return web.Response(text="ok\n")
-
-    application = web.Application()
-    application.router.add_get("/metrics", metrics)
-    application.router.add_get("/healthz", healthz)
-    return application
+    )
+    await stack.enter_async_context(
+        _serving(health.application(), settings.metrics_host, settings.metrics_port)
+    )
 
 
 @contextlib.asynccontextmanager
-async def _serving(
-    application: web.Application, host: str, port: int, tls: ssl.SSLContext | None
-) -> AsyncIterator[None]:
-    runner = web.AppRunner(application)
+async def _serving(application: web.Application, host: str, port: int) -> AsyncIterator[None]:
+    runner = web.AppRunner(application, shutdown_timeout=1.0)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, ssl_context=tls).start()
+        await web.TCPSite(runner, host, port).start()
         yield
     finally:
         await runner.cleanup()

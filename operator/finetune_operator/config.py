@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
 from finetune_operator.core import endpoints
+from finetune_operator.core.elections import Terms
 from finetune_operator.core.endpoints import AllowList
+from finetune_operator.manifests.pods import PodDefaults
 
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "finetune-system"
@@ -37,12 +40,14 @@ class OperatorConfig:
     status_certificate: Path | None
     status_key: Path | None
     status_authority: Path | None
-    """PEM files; with them the endpoint speaks TLS, and pods get the authority to verify it."""
+    """PEM files, which may be renewed; with them the endpoint speaks TLS, and pods get the authority to verify it."""
     metrics_host: str
     metrics_port: int
     """Where /metrics and /healthz are served."""
     termination_grace_seconds: int
     """Time that training pods have between SIGTERM and SIGKILL, in seconds."""
+    pod_defaults: PodDefaults
+    """What every training pod gets."""
     progress_seconds: float
     """Least time between two status writes for progress of one job, in seconds."""
     json_logs: bool
@@ -62,17 +67,12 @@ class OperatorConfig:
     """JSON {name: URL}."""
     drain_seconds: float
     """Time between the withdrawal of a deleted deployment's route and the unloading of its adapters, in seconds."""
-
-    def status_tls(self) -> ssl.SSLContext | None:
-        """The server side of TLS, or None where no certificate is configured."""
-        if self.status_certificate is None:
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.status_certificate, self.status_key)
-        return context
-
-    def authority_pem(self) -> str | None:
-        return self.status_authority.read_text() if self.status_authority else None
+    leader_election: bool
+    """Whether a Lease decides which of several replicas acts."""
+    terms: Terms
+    """Its times."""
+    pod_ip: str | None
+    """Address under which other replicas reach this one; None: what the host name means."""
 
 
 def _number(environ: Mapping[str, str], name: str, default: float, *, low: float, high: float) -> float:
@@ -100,6 +100,18 @@ def _file(environ: Mapping[str, str], name: str) -> Path | None:
     if not Path(text).is_file():
         raise ConfigurationError(f"{name}={text!r}: no such file")
     return Path(text)
+
+
+def _pod_defaults(environ: Mapping[str, str], name: str) -> PodDefaults:
+    file = _file(environ, name)
+    if file is None:
+        return PodDefaults()
+    try:
+        return PodDefaults.model_validate_json(file.read_text())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigurationError(f"{name}={str(file)!r}: {where}: {first['msg']}") from error
 
 
 def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -140,13 +152,32 @@ def _own_namespace(environ: Mapping[str, str]) -> str:
         return DEFAULT_NAMESPACE
 
 
+def _terms(environ: Mapping[str, str]) -> Terms:
+    terms = Terms(
+        lease_seconds=_number(environ, "FINETUNE_LEASE_SECONDS", Terms.lease_seconds, low=1, high=3600),
+        renew_seconds=_number(
+            environ, "FINETUNE_LEASE_RENEW_SECONDS", Terms.renew_seconds, low=0.5, high=3600
+        ),
+        retry_seconds=_number(
+            environ, "FINETUNE_LEASE_RETRY_SECONDS", Terms.retry_seconds, low=0.1, high=600
+        ),
+    )
+    if not terms.lease_seconds > terms.renew_seconds > terms.retry_seconds:
+        raise ConfigurationError(
+            "FINETUNE_LEASE_SECONDS, FINETUNE_LEASE_RENEW_SECONDS, FINETUNE_LEASE_RETRY_SECONDS"
+            f" ({terms.lease_seconds:g}, {terms.renew_seconds:g}, {terms.retry_seconds:g}):"
+            " each must be less than the one before"
+        )
+    return terms
+
+
 def load(environ: Mapping[str, str]) -> OperatorConfig:
     """Read the configuration. Raises ConfigurationError."""
     port = int(_number(environ, "FINETUNE_STATUS_PORT", 8090, low=1, high=65535))
-    certificate = _file(environ, "FINETUNE_STATUS_TLS_CERT")
-    key = _file(environ, "FINETUNE_STATUS_TLS_KEY")
+    certificate = _file(environ, "FINETUNE_TLS_CERT_FILE")
+    key = _file(environ, "FINETUNE_TLS_KEY_FILE")
     if (certificate is None) != (key is None):
-        raise ConfigurationError("FINETUNE_STATUS_TLS_CERT and FINETUNE_STATUS_TLS_KEY: set both or none")
+        raise ConfigurationError("FINETUNE_TLS_CERT_FILE and FINETUNE_TLS_KEY_FILE: set both or none")
     scheme = "https" if certificate else "http"
     engine_url, agent_url = _url(environ, "FINETUNE_ENGINE_URL"), _url(environ, "FINETUNE_AGENT_URL")
     return OperatorConfig(
@@ -161,12 +192,13 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         status_url=(environ.get("FINETUNE_STATUS_URL") or f"{scheme}://finetune-operator:{port}").rstrip("/"),
         status_certificate=certificate,
         status_key=key,
-        status_authority=_file(environ, "FINETUNE_STATUS_TLS_CA"),
+        status_authority=_file(environ, "FINETUNE_TLS_CA_FILE"),
         metrics_host=environ.get("FINETUNE_METRICS_HOST") or "0.0.0.0",  # noqa: S104
         metrics_port=int(_number(environ, "FINETUNE_METRICS_PORT", 8080, low=1, high=65535)),
         termination_grace_seconds=int(
             _number(environ, "FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600)
         ),
+        pod_defaults=_pod_defaults(environ, "FINETUNE_POD_DEFAULTS_FILE"),
         progress_seconds=_number(environ, "FINETUNE_PROGRESS_SECONDS", 10, low=0.1, high=3600),
         json_logs=_choice(environ, "FINETUNE_LOG_FORMAT", "json", ("json", "plain")) == "json",
         namespace=_own_namespace(environ),
@@ -180,4 +212,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         ),
         alert_providers_file=_file(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
         drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
+        leader_election=_choice(environ, "FINETUNE_LEADER_ELECTION", "false", ("true", "false")) == "true",
+        terms=_terms(environ),
+        pod_ip=environ.get("FINETUNE_POD_IP") or None,
     )

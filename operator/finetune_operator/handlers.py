@@ -7,8 +7,8 @@ every object that exists.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import kopf
 
@@ -17,11 +17,34 @@ from finetune_operator.api.base import GROUP, VERSION
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile.queue import Key
 
+Notice: TypeAlias = Callable[[str | None, Mapping[str, Any]], bool]
+"""Takes note of an event's type and object; whether it says anything new."""
+JobChanged: TypeAlias = Callable[[Key, bool], None]
+"""Told of each event about a job or what it started, and whether it says anything new."""
+
+
+async def watch(
+    namespaces: Sequence[str],
+    *,
+    notice: Notice,
+    job_changed: JobChanged,
+    deployment_changed: Callable[[Key], None],
+) -> None:
+    """Watch these namespaces, or the whole cluster where none is named, until a signal arrives."""
+    await kopf.operator(
+        registry=build_registry(
+            notice=notice, job_changed=job_changed, deployment_changed=deployment_changed
+        ),
+        clusterwide=not namespaces,
+        namespaces=namespaces,
+    )
+
 
 def build_registry(
-    *, job_changed: Callable[[Key], None], deployment_changed: Callable[[Key], None]
+    *, notice: Notice, job_changed: JobChanged, deployment_changed: Callable[[Key], None]
 ) -> kopf.OperatorRegistry:
-    """The handlers of this operator, in a registry of their own."""
+    """The handlers of this operator, in a registry of their own. `notice` says whether an event is news: our own
+    writes come back as events, and the pass that wrote has already said when it wants to look again."""
     registry = kopf.OperatorRegistry()
     ours: dict[str, Any] = {naming.LABEL_MANAGED_BY: naming.MANAGER, naming.LABEL_JOB: kopf.PRESENT}
 
@@ -34,20 +57,24 @@ def build_registry(
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
     @kopf.on.event(GROUP, VERSION, finetunejob.PLURAL, registry=registry)
-    async def finetunejob_changed(namespace: str | None, name: str | None, **_: Any) -> None:
-        job_changed((namespace or "", name or ""))
+    async def finetunejob_changed(
+        event: kopf.RawEvent, namespace: str | None, name: str | None, **_: Any
+    ) -> None:
+        job_changed((namespace or "", name or ""), notice(event["type"], event["object"]))
 
     @kopf.on.event(GROUP, VERSION, adapterdeployment.PLURAL, registry=registry)
     async def adapterdeployment_changed(namespace: str | None, name: str | None, **_: Any) -> None:
         deployment_changed((namespace or "", name or ""))
 
     @kopf.on.event("ray.io", "v1", "rayjobs", labels=ours, registry=registry)
-    async def rayjob_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        job_changed((namespace or "", labels[naming.LABEL_JOB]))
+    async def rayjob_changed(
+        event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any
+    ) -> None:
+        job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
 
     @kopf.on.event("v1", "pods", labels=ours, registry=registry)
-    async def pod_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        job_changed((namespace or "", labels[naming.LABEL_JOB]))
+    async def pod_changed(event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+        job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
 
     return registry
 
@@ -55,7 +82,7 @@ def build_registry(
 def configure_kopf(settings: kopf.OperatorSettings) -> None:
     """Our choices, each with its reason."""
     settings.persistence.finalizer = f"{GROUP}/finalizer"  # never shared with another Kopf operator
-    settings.peering.standalone = True  # one replica; a Lease decides who leads when there are more
+    settings.peering.standalone = True  # a Lease decides who leads: peering has no fence
     settings.posting.enabled = False  # events are ours: posted after the status that they tell about
     settings.networking.connect_timeout = 10
     settings.networking.request_timeout = 30  # the default of 300 s is too patient for a controller

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from finetune_operator.adapters import fetching
@@ -57,12 +57,12 @@ class Rollouts:
 
 @contextlib.asynccontextmanager
 async def build_rollouts(
-    settings: OperatorConfig, *, kube: Kube, telemetry: Telemetry
+    settings: OperatorConfig, *, kube: Kube, telemetry: Telemetry, may_act: Callable[[], bool] = lambda: True
 ) -> AsyncIterator[Rollouts]:
-    """The parts, with one HTTP session that is closed at the end."""
+    """The parts, with one HTTP session that is closed at the end and sends only what `may_act` allows."""
     if not settings.router_admin_urls:
         logger.warning("FINETUNE_ROUTER_ADMIN_URLS is not set: AdapterDeployments will wait for a router")
-    async with fetching.open_session() as session:
+    async with fetching.open_session(may_send=may_act) as session:
         resolver = Resolver()
         agents = Agents(session, TokenFile(settings.agent_token_file))
         routers = Routers(

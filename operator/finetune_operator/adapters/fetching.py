@@ -75,9 +75,16 @@ class TokenFile:
         return self._last
 
 
-def open_session() -> aiohttp.ClientSession:
-    """One session for all requests; close it at the end."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS))
+def open_session(*, may_send: Callable[[], bool] = lambda: True) -> aiohttp.ClientSession:
+    """One session for all requests; close it at the end. Each request first asks `may_send`."""
+
+    async def ask(*_: Any) -> None:
+        if not may_send():
+            raise aiohttp.ClientError("not sent, as this process leads no more")
+
+    fence = aiohttp.TraceConfig()
+    fence.on_request_start.append(ask)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS), trace_configs=[fence])
 
 
 async def fetch(

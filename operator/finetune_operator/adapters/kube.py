@@ -6,12 +6,14 @@ everything here is the parsed JSON. Every failure is one of five exceptions; eac
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 from kubernetes import aio
@@ -23,11 +25,14 @@ Json = dict[str, Any]
 
 FIELD_MANAGER = "finetune-operator"
 REQUEST_SECONDS = 30
+BUSY_TRIES = 4  # of a request that the server was too busy to begin with (429)
+BUSY_SECONDS = 5.0  # the longest that one is held back, whatever Retry-After says
 IN_CLUSTER_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 PLURALS = {
     ("v1", "ConfigMap"): "configmaps",
     ("v1", "Event"): "events",
     ("v1", "Pod"): "pods",
+    ("coordination.k8s.io/v1", "Lease"): "leases",
     ("ray.io/v1", "RayCluster"): "rayclusters",
     ("ray.io/v1", "RayJob"): "rayjobs",
     (API_VERSION, finetunejob.KIND): finetunejob.PLURAL,
@@ -56,6 +61,10 @@ class UnavailableError(ApiError):
     """The server is away or busy (429, 5xx, no connection, timeout): try again later."""
 
 
+class FencedError(UnavailableError):
+    """Another operator may lead by now: the request was not sent."""
+
+
 @dataclass(frozen=True)
 class TokenOwner:
     """Whose a verified token is."""
@@ -64,20 +73,35 @@ class TokenOwner:
 
 
 class Kube:
-    """A client with the few requests that the operator makes."""
+    """A client with the few requests that the operator makes. Each write first asks `may_write`, the last moment at
+    which a process that was stopped for a while can learn that it leads no more."""
 
-    def __init__(self, client: aio.client.ApiClient) -> None:
+    def __init__(
+        self,
+        client: aio.client.ApiClient,
+        *,
+        may_write: Callable[[], bool] = lambda: True,
+        on_answer: Callable[[str, int], None] = lambda method, status: None,
+    ) -> None:
         self._client = client
+        self._may_write = may_write
+        self._on_answer = on_answer
 
     @classmethod
-    async def connect(cls) -> Kube:
-        """A client by the pod's service account or the kubeconfig, without a request yet."""
+    async def connect(
+        cls,
+        *,
+        may_write: Callable[[], bool] = lambda: True,
+        on_answer: Callable[[str, int], None] = lambda method, status: None,
+    ) -> Self:
+        """A client by the pod's service account or the kubeconfig, without a request yet. `on_answer` is told the
+        method and the HTTP status of each request, 0 where there was no answer."""
         configuration = aio.client.Configuration()
         if IN_CLUSTER_TOKEN.is_file():  # noqa: ASYNC240 - once, at the start
             aio.config.load_incluster_config(client_configuration=configuration)
         else:
             await aio.config.load_kube_config(client_configuration=configuration)
-        return cls(aio.client.ApiClient(configuration))
+        return cls(aio.client.ApiClient(configuration), may_write=may_write, on_answer=on_answer)
 
     async def close(self) -> None:
         await self._client.close()
@@ -126,6 +150,12 @@ class Kube:
     async def create(self, body: Json) -> Json:
         path = _path(body["apiVersion"], body["kind"], body["metadata"]["namespace"])
         return await self._request("POST", path, body=body) or {}
+
+    async def replace(self, body: Json) -> Json:
+        """PUT the whole object. Raises ConflictError if it is not at the body's metadata.resourceVersion any more."""
+        metadata = body["metadata"]
+        path = _path(body["apiVersion"], body["kind"], metadata["namespace"], metadata["name"])
+        return await self._request("PUT", path, body=body) or {}
 
     async def delete(self, api_version: str, kind: str, namespace: str, name: str, *, uid: str) -> None:
         """Delete the object if it still is the one with this UID; what it owns follows in the background. Safe to
@@ -196,6 +226,34 @@ class Kube:
         query: list[tuple[str, str]] | None = None,
         missing_ok: bool = False,
     ) -> Json | None:
+        """Send it, and again where the server was too busy to begin with it, as every client of Kubernetes does."""
+        for number in range(1, BUSY_TRIES + 1):
+            status, data, retry_after = await self._send(
+                method, path, body=body, content_type=content_type, query=query
+            )
+            if status != 429 or number == BUSY_TRIES:
+                break
+            pause = min(BUSY_SECONDS, retry_after * number)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
+        if status == 404 and missing_ok:
+            return None
+        if not 200 <= status <= 299:
+            raise _error(status, data, f"{method} {path}")
+        parsed: Json = json.loads(data)
+        return parsed
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Json | list[Json] | None,
+        content_type: str,
+        query: list[tuple[str, str]] | None,
+    ) -> tuple[int, bytes, float]:
+        """Status, body and Retry-After in seconds. Raises UnavailableError where there is no answer."""
+        if method != "GET" and not self._may_write():
+            raise FencedError(f"{method} {path}: not sent, as this process leads no more")
         try:
             request = await self._client.param_serialize(
                 method,
@@ -208,13 +266,14 @@ class Kube:
             answer = await self._client.call_api(*request, _request_timeout=REQUEST_SECONDS)
             data = await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            self._on_answer(method, 0)
             raise UnavailableError(f"{method} {path}: {type(error).__name__} {error}") from error
-        if answer.status == 404 and missing_ok:
-            return None
-        if not 200 <= answer.status <= 299:
-            raise _error(answer.status, data, f"{method} {path}")
-        parsed: Json = json.loads(data)
-        return parsed
+        self._on_answer(method, answer.status)
+        return answer.status, data, _seconds(answer.headers.get("Retry-After"))
+
+
+def _seconds(retry_after: str | None) -> float:
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else 1.0
 
 
 def _path(api_version: str, kind: str, namespace: str | None, name: str | None = None) -> str:

@@ -56,6 +56,18 @@ class Telemetry:
             ["namespace", "class"],
             registry=registry,
         )
+        self.api_requests = Counter(
+            "finetune_api_requests_total",
+            "Requests to the API server, Kopf's watches aside; code 0: no answer.",
+            ["method", "code"],
+            registry=registry,
+        )
+        self.leads = Gauge(
+            "finetune_leader", "1 in the replica that holds the Lease, else 0.", registry=registry
+        )
+        self.loop_lag = Gauge(
+            "finetune_event_loop_lag_seconds", "How late the event loop was last.", registry=registry
+        )
         self._phase = Gauge(
             "finetune_job_phase",
             "1 for the phase that a job is in.",
@@ -67,6 +79,9 @@ class Telemetry:
         }
         self._phases: dict[tuple[str, str], str] = {}
         self.rollouts = RolloutTelemetry(registry)
+
+    def api_answered(self, method: str, status: int) -> None:
+        self.api_requests.labels(method, str(status)).inc()
 
     @contextlib.contextmanager
     def measured_pass(self, kind: str) -> Iterator[None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_operator.api.base import SecretReference
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, RewardFunctionSpec
-from finetune_operator.manifests import naming
+from finetune_operator.manifests import naming, pods
+from finetune_operator.manifests.pods import PodDefaults
 from finetune_operator.manifests.runfiles import Places
 
 RAY_VERSION = "2.60.0"
@@ -35,6 +36,7 @@ class Platform:
     status_url: str
     authority_pem: str | None
     termination_grace_seconds: int
+    pod_defaults: PodDefaults = field(default_factory=PodDefaults)
 
 
 def build_config_map(
@@ -76,7 +78,7 @@ def build_rayjob(
             "resources": _resources(spec, memory=memory, inspect=inspect),
         },
         config_map=name,
-        grace_seconds=platform.termination_grace_seconds,
+        platform=platform,
     )
     rayjob_spec: dict[str, Any] = {
         "entrypoint": INSPECTION_ENTRYPOINT if inspect else ENTRYPOINT,
@@ -88,13 +90,17 @@ def build_rayjob(
             "rayVersion": RAY_VERSION,
             "headGroupSpec": {
                 "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - KubeRay connects from its own pod
-                "template": {"metadata": {"labels": naming.labels(owner.name, attempt)}, "spec": pod_spec},
+                "template": {
+                    "metadata": pods.metadata(naming.labels(owner.name, attempt), platform.pod_defaults),
+                    "spec": pod_spec,
+                },
             },
         },
     }
     if platform.submission_mode == "K8sJobMode":
         # With a second try the submitter would start the same job again from its beginning.
         rayjob_spec["submitterConfig"] = {"backoffLimit": 0}
+        rayjob_spec["submitterPodTemplate"] = pods.submitter_template(image, platform.pod_defaults)
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -119,7 +125,7 @@ def _pod_spec(
     functions: Sequence[RewardFunctionSpec],
     container: dict[str, Any],
     config_map: str,
-    grace_seconds: int,
+    platform: Platform,
 ) -> dict[str, Any]:
     mounts: list[dict[str, Any]] = [
         {"name": f"claim-{i}", "mountPath": f"{naming.VOLUMES_FOLDER}/{c}"} for i, c in enumerate(claims)
@@ -135,13 +141,9 @@ def _pod_spec(
         volumes.append({"name": f"reward-{i}", "configMap": source})
     return {
         "automountServiceAccountToken": False,
-        "terminationGracePeriodSeconds": grace_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": 1000,
-            "fsGroup": 1000,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "terminationGracePeriodSeconds": platform.termination_grace_seconds,
+        "securityContext": platform.pod_defaults.pod_security(),
+        **platform.pod_defaults.head_fields(),
         "containers": [
             {
                 **container,
@@ -166,12 +168,14 @@ def _container(
     return {
         "name": naming.HEAD_CONTAINER,
         "image": image,
-        "env": [*_environment(owner, attempt, platform), *_reward_variables(spec)],
+        "env": [
+            *_environment(owner, attempt, platform),
+            *_reward_variables(spec),
+            *platform.pod_defaults.env,
+        ],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets(spec)],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": platform.pod_defaults.container_security(),
+        **pods.lifecycle(platform.termination_grace_seconds),
     }
 
 

@@ -41,6 +41,10 @@ class SteadyClock:
     def __call__(self) -> datetime:
         return self._start + timedelta(seconds=self._elapsed() - self._start_elapsed)
 
+    def begin_to_listen(self) -> None:
+        """From now on trainers can be heard: this process leads."""
+        self._listening_since = self()
+
     def listening_since(self) -> datetime:
         """Since when this process has been awake without a break: before that, nobody could be heard."""
         slept = self._elapsed() - self._awake()

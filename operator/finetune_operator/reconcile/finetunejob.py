@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, Json, Kube
+from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, Json
 from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
 from finetune_operator.core import jobs, statuses
@@ -38,11 +39,12 @@ MOST_LINKS = 16  # jobs of a chain that are followed to find a circle
 
 @dataclass(frozen=True)
 class FineTuneJobReconciler:
-    kube: Kube
+    kube: WatchedKube
     mailbox: Mailbox
     telemetry: Telemetry
     defaults: Defaults
-    platform: rayjobs.Platform
+    platform: Callable[[], rayjobs.Platform]
+    """Asked for each attempt: certificates are renewed."""
     clock: clocks.SteadyClock = clocks.CLOCK
     followers: Followers = field(default_factory=Followers)
 
@@ -55,50 +57,66 @@ class FineTuneJobReconciler:
                 return CONFLICT_SECONDS
 
     async def _pass(self, key: Key) -> float | None:
-        body = await self.kube.get(API_VERSION, KIND, *key)
-        if body is None:
+        found = await self._look(key, fresh=False)
+        if found is not None and _must_be_sure(*found[1:]):
+            found = await self._look(key, fresh=True)
+        if found is None:
             self.mailbox.forget(key)
             self.telemetry.forget_job(*key)
             self.followers.follow(key, ())
             self.followers.changed(key)
             return None
-        seen = await self._observe(key, facts.job_facts(body))
-        plan = jobs.decide(seen, defaults=self.defaults, now=self._now(seen.job))
-        plan = await self._act(seen, plan)
-        await self._write(key, body, seen, plan)
+        body, seen, plan = found
+        seen, plan = await self._act(seen, plan)
+        written = await self._write(key, body, seen, plan)
         if plan.status.phase != seen.job.status.phase:
             self.followers.changed(key)
-        return plan.requeue_after
+        # Our own write is no news to the watches: what follows from it is looked at now.
+        return 0.0 if written and plan.requeue_after is None else plan.requeue_after
+
+    async def _look(self, key: Key, *, fresh: bool) -> tuple[Json, Observed, Plan] | None:
+        """The job, what is known of it, and what to do; `fresh`: by the API server, and not by the watches."""
+        body = await self.kube.get(API_VERSION, KIND, *key, fresh=fresh)
+        if body is None:
+            return None
+        seen = await self._observe(key, facts.job_facts(body), fresh=fresh)
+        return body, seen, jobs.decide(seen, defaults=self.defaults, now=self._now(seen.job))
 
     def _now(self, job: JobFacts) -> datetime:
         """The time, but never one before what the job has recorded: an earlier operator's clock may have been ahead."""
         recorded, time = statuses.latest_time(job.status), self.clock()
         return max(time, recorded) if recorded else time
 
-    async def _observe(self, key: Key, job: JobFacts) -> Observed:
-        """Everything that the decision needs, read from the API server: a cache could be behind our own writes."""
+    async def _observe(self, key: Key, job: JobFacts, *, fresh: bool) -> Observed:
+        """Everything that the decision needs. What a fence looks for is always asked of the API server."""
         if job.deleting:
             return Observed(job=job)
         if not jobs.is_finished(job.status) and not job.status.attempts:
             return await self._observe_new(key, job)
         self.followers.follow(key, ())
         if jobs.is_finished(job.status):
-            return await self._observe_finished(job)
+            return await self._observe_finished(job, fresh=fresh)
         attempt = job.status.attempts[-1]
         ended = attempt.end_time is not None
-        rayjob = await self._rayjob(job, attempt.ray_job)
+        # A RayJob that was never created need not be looked for: creating it shows whether it is there.
+        unborn = attempt.uid is None and self.kube.is_unheard_of(
+            "ray.io/v1", "RayJob", job.namespace, attempt.ray_job
+        )
+        rayjob = None if unborn else await self._rayjob(job, attempt.ray_job, fresh=fresh)
         recorded = statuses.latest_time(job.status)
-        report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
+        report, reported_at = self.mailbox.latest(key, uid=job.uid, attempt=attempt.number)
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
         )
         labels = naming.job_labels(job.name) if ended else naming.labels(job.name, attempt.number)
-        pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels)
-        clusters = await self._find("ray.io/v1", "RayCluster", job, labels) if ended else []
+        pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels, fresh=ended)
+        clusters = await self._find("ray.io/v1", "RayCluster", job, labels, fresh=True) if ended else []
         return Observed(
             job=job,
             rayjob=rayjob,
-            inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
+            inspection=await self._rayjob(job, attempt.inspection, fresh=fresh)
+            if attempt.inspection
+            else None,
             pods=[facts.pod_facts(body, attempt_start=attempt.start_time) for body in pods],
             clusters=[body["metadata"]["name"] for body in clusters],
             report=report,
@@ -131,14 +149,16 @@ class FineTuneJobReconciler:
                 found[name] = sorted((body.get("data") or {}).keys())
         return found
 
-    async def _observe_finished(self, job: JobFacts) -> Observed:
+    async def _observe_finished(self, job: JobFacts, *, fresh: bool) -> Observed:
         if not jobs.has_cleanup_left(job.status, now=self._now(job)):
             return Observed(job=job)
         attempt = job.status.attempts[-1]
         return Observed(
             job=job,
-            rayjob=await self._rayjob(job, attempt.ray_job),
-            inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
+            rayjob=await self._rayjob(job, attempt.ray_job, fresh=fresh),
+            inspection=await self._rayjob(job, attempt.inspection, fresh=fresh)
+            if attempt.inspection
+            else None,
         )
 
     async def _upstream(self, job: JobFacts, name: str) -> UpstreamFacts:
@@ -157,35 +177,39 @@ class FineTuneJobReconciler:
             ways += [[*way, following] for following in (facts.upstream_names(link) if link else [])]
         return facts.upstream_facts(body, name=name, waits_for=seen)
 
-    async def _rayjob(self, job: JobFacts, name: str) -> RayJobFacts | None:
-        body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name)
+    async def _rayjob(self, job: JobFacts, name: str, *, fresh: bool) -> RayJobFacts | None:
+        body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name, fresh=fresh)
         return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid) if body else None
 
     async def _find(
-        self, api_version: str, kind: str, job: JobFacts, labels: Mapping[str, str]
+        self, api_version: str, kind: str, job: JobFacts, labels: Mapping[str, str], *, fresh: bool
     ) -> list[Json]:
-        return await self.kube.find(api_version, kind, job.namespace, labels=labels)
+        return await self.kube.find(api_version, kind, job.namespace, labels=labels, fresh=fresh)
 
-    async def _act(self, seen: Observed, plan: Plan) -> Plan:
-        """Carry out the plan's actions. An object that the API server refuses for good ends the job."""
+    async def _act(self, seen: Observed, plan: Plan) -> tuple[Observed, Plan]:
+        """Carry out the plan's actions. An object that the API server refuses for good ends the job. Once the RayJob of
+        the attempt is created, the plan is what follows from that, so that one write tells it all."""
         for action in plan.actions:
             try:
-                if uid := await self._do(seen.job, action):
-                    attempts = statuses.with_last(plan.status.attempts, uid=uid)
-                    plan = replace(plan, status=plan.status.model_copy(update={"attempts": attempts}))
+                created = await self._do(seen.job, action)
             except InvalidError as error:
-                return jobs.refused(seen, str(error), now=self._now(seen.job))
+                return seen, jobs.refused(seen, str(error), now=self._now(seen.job))
             except ForbiddenError as error:
-                return jobs.forbidden(seen, str(error), now=self._now(seen.job))
-        return plan
+                return seen, jobs.forbidden(seen, str(error), now=self._now(seen.job))
+            if created is not None:
+                rayjob = facts.rayjob_facts(created, owner=seen.job.name, owner_uid=seen.job.uid)
+                seen = replace(seen, rayjob=rayjob)
+                then = jobs.decide(seen, defaults=self.defaults, now=self._now(seen.job))
+                plan = replace(then, actions=(), requeue_after=0.0 if then.actions else then.requeue_after)
+        return seen, plan
 
-    async def _do(self, job: JobFacts, action: Action) -> str | None:
-        """Returns the UID of an attempt's RayJob that was created. It is stored in the same pass, so that one which
-        somebody deletes at once is not created again while its pods are still there."""
+    async def _do(self, job: JobFacts, action: Action) -> Json | None:
+        """Returns an attempt's RayJob that was created. Its UID is stored in the same pass, so that one which somebody
+        deletes at once is not created again while its pods are still there."""
         match action:
             case CreateRayJob():
                 created = await self._create(job, action)
-                return None if action.inspect or created is None else str(created["metadata"]["uid"])
+                return None if action.inspect else created
             case DeleteRayJob(name, uid):
                 await self.kube.delete("ray.io/v1", "RayJob", job.namespace, name, uid=uid)
             case DeleteJob():
@@ -196,6 +220,7 @@ class FineTuneJobReconciler:
         if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
             return None  # the decision never asks for it: an attempt is recorded together with these
         owner = rayjobs.Owner(job.namespace, job.name, job.uid)
+        platform = self.platform()
         effective, overrides = job.status.effective, job.status.attempts[-1].overrides
         places = runfiles.Places(
             output_uri=job.status.effective.output_uri,
@@ -214,7 +239,7 @@ class FineTuneJobReconciler:
             overrides=overrides,
         )
         config_map = rayjobs.build_config_map(
-            owner, name=action.name, attempt=action.attempt, run_file=run_file, platform=self.platform
+            owner, name=action.name, attempt=action.attempt, run_file=run_file, platform=platform
         )
         rayjob = rayjobs.build_rayjob(
             owner,
@@ -223,7 +248,7 @@ class FineTuneJobReconciler:
             spec=job.spec,
             image=effective.image or self.defaults.image,
             places=places,
-            platform=self.platform,
+            platform=platform,
             memory=overrides.memory if overrides else None,
             inspect=action.inspect,
         )
@@ -231,19 +256,33 @@ class FineTuneJobReconciler:
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
         return await self.kube.create(rayjob)
 
-    async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
-        """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""
+    async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> bool:
+        """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored. Whether
+        there was anything to write."""
         patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
         if patch:
             version = body["metadata"]["resourceVersion"]
             await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
         if seen.report is not None:
-            self.mailbox.mark_written(key, seen.report)
+            self.mailbox.mark_written(key, seen.report, uid=seen.job.uid)
             if seen.report.result is not None and plan.status.attempts[-1].end_time is None:
-                self.mailbox.drop(key, seen.report)  # the attempt goes on, and its trainer reports again
+                # The attempt goes on, and its trainer reports again.
+                self.mailbox.drop(key, seen.report, uid=seen.job.uid)
         self.telemetry.show_job(*key, plan.status)
         if jobs.is_finished(plan.status) and not jobs.is_finished(seen.job.status):
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()
         for event in plan.events:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
             await events.post(self.kube, body, event, now=self.clock())
+        return bool(patch)
+
+
+def _must_be_sure(seen: Observed, plan: Plan) -> bool:
+    """Whether what is planned must not rest on what the watches told some time ago: it acts, or it gives an attempt up
+    of whose end nobody told."""
+    if plan.actions:
+        return True
+    ended = bool(plan.status.attempts) and plan.status.attempts[-1].end_time is not None
+    known = bool(seen.job.status.attempts) and seen.job.status.attempts[-1].end_time is not None
+    told = seen.report is not None and seen.report.result is not None
+    return ended and not known and not told

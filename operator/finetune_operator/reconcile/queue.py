@@ -22,15 +22,24 @@ Worker: TypeAlias = Callable[[Key], Awaitable[float | None]]
 
 FIRST_BACKOFF = 0.5
 LAST_BACKOFF = 60.0
+LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away or busy says nothing about the key
 
 
 class KeyedQueue:
-    """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key."""
+    """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key.
+
+    Errors of the `ordinary` kinds are a line in the log and are tried again sooner than others."""
 
     def __init__(
-        self, worker: Worker, *, concurrency: int = 8, on_depth: Callable[[int], None] = lambda depth: None
+        self,
+        worker: Worker,
+        *,
+        concurrency: int = 8,
+        on_depth: Callable[[int], None] = lambda depth: None,
+        ordinary: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:
         self._worker = worker
+        self._ordinary = ordinary
         self._concurrency = concurrency
         self._on_depth = on_depth
         self._due: dict[Key, float] = {}
@@ -38,6 +47,7 @@ class KeyedQueue:
         self._order = itertools.count()
         self._failures: dict[Key, int] = {}
         self._started: dict[Key, float] = {}
+        self._moved = float("-inf")
         self._changed = asyncio.Event()
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
 
@@ -55,6 +65,12 @@ class KeyedQueue:
         """Seconds since the start of the longest pass that is under way; 0 when none is."""
         now = asyncio.get_running_loop().time()
         return max((now - started for started in self._started.values()), default=0.0)
+
+    def standing_still(self) -> float:
+        """Seconds for which a key has been due while no pass began or ended; 0 when nothing is due."""
+        now = asyncio.get_running_loop().time()
+        due = min((when for key, when in self._due.items() if key not in self._started), default=now)
+        return max(0.0, now - max(due, self._moved))
 
     async def run(self) -> None:
         """Serve the queue until cancelled; passes under way are cancelled with it."""
@@ -85,7 +101,7 @@ class KeyedQueue:
                 blocked.append((when, order, key))
                 continue
             del self._due[key]
-            self._started[key] = now
+            self._started[key] = self._moved = now
             group.create_task(self._serve(key))
         for item in blocked:
             heapq.heappush(self._heap, item)
@@ -95,20 +111,24 @@ class KeyedQueue:
     async def _serve(self, key: Key) -> None:
         try:
             again = await self._worker(key)
+        except self._ordinary as error:
+            again = self._backoff(key, most=LAST_ORDINARY_BACKOFF)
+            logger.warning("reconcile of %s/%s has to wait %.1f s: %s", *key, again, error)
         except Exception:  # the border of a pass: any fault is logged, and the key comes back later
-            again = self._backoff(key)
+            again = self._backoff(key, most=LAST_BACKOFF)
             logger.exception("reconcile of %s/%s failed; again in %.1f s", *key, again)
         else:
             self._failures.pop(key, None)
         finally:
             self._started.pop(key, None)
+            self._moved = asyncio.get_running_loop().time()
             self._changed.set()
         if again is not None:
             self.add(key, after=again)
 
-    def _backoff(self, key: Key) -> float:
+    def _backoff(self, key: Key, *, most: float) -> float:
         """Exponential with full jitter on the upper half, so that keys that failed together do not return together."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        ceiling: float = min(LAST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures, 20))
+        ceiling: float = min(most, FIRST_BACKOFF * 2.0 ** min(failures, 20))
         return ceiling * self._jitter.uniform(0.5, 1.0)

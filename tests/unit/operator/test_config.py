@@ -12,7 +12,7 @@ from finetune_operator import config
 def test_the_defaults_are_those_of_a_cluster() -> None:
     settings = config.load({})
     assert (settings.submission_mode, settings.status_url) == ("K8sJobMode", "http://finetune-operator:8090")
-    assert (settings.namespaces, settings.output_uri, settings.status_tls()) == ((), None, None)
+    assert (settings.namespaces, settings.output_uri, settings.leader_election) == ((), None, False)
 
 
 def test_lists_and_folders_are_tidied() -> None:
@@ -29,7 +29,9 @@ def test_lists_and_folders_are_tidied() -> None:
         ("FINETUNE_TERMINATION_GRACE_SECONDS", "-1"),
         ("FINETUNE_SUBMISSION_MODE", "SidecarMode"),
         ("FINETUNE_LOG_FORMAT", "xml"),
-        ("FINETUNE_STATUS_TLS_CA", "/nowhere/ca.crt"),
+        ("FINETUNE_LEADER_ELECTION", "yes"),
+        ("FINETUNE_LEASE_SECONDS", "0"),
+        ("FINETUNE_TLS_CA_FILE", "/nowhere/ca.crt"),
     ],
 )
 def test_a_bad_value_is_named_with_its_variable(name: str, value: str) -> None:
@@ -37,8 +39,29 @@ def test_a_bad_value_is_named_with_its_variable(name: str, value: str) -> None:
         config.load({name: value})
 
 
+def test_a_leader_must_give_up_before_another_may_begin() -> None:
+    with pytest.raises(config.ConfigurationError, match="less than the one before"):
+        config.load({"FINETUNE_LEASE_SECONDS": "10"})
+    assert config.load({"FINETUNE_LEASE_SECONDS": "11"}).terms.lease_seconds == 11
+
+
 def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
     certificate = tmp_path / "tls.crt"
     certificate.touch()
     with pytest.raises(config.ConfigurationError, match="set both or none"):
-        config.load({"FINETUNE_STATUS_TLS_CERT": str(certificate)})
+        config.load({"FINETUNE_TLS_CERT_FILE": str(certificate)})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"hostNetwork": true}', "hostNetwork: Extra inputs are not permitted"),
+        ('{"env": [{"name": "FINETUNE_RUN_FILE"}]}', "remove it"),
+        ("nodeSelector: {}", "the file: Invalid JSON"),
+    ],
+)
+def test_bad_pod_defaults_are_named(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "defaults.json"
+    file.write_text(text)
+    with pytest.raises(config.ConfigurationError, match=f"FINETUNE_POD_DEFAULTS_FILE=.*{complaint}"):
+        config.load({"FINETUNE_POD_DEFAULTS_FILE": str(file)})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec, Upstream
 from finetune_operator.manifests import naming, rayjobs, runfiles
+from finetune_operator.manifests.pods import PodDefaults
 
 OWNER = rayjobs.Owner("team", "triage", "uid-1")
 PLATFORM = rayjobs.Platform("HTTPMode", "http://127.0.0.1:8090", None, 5)
@@ -208,6 +210,68 @@ def test_a_model_that_another_job_made_is_named_by_its_folder() -> None:
     )
     assert run_file["model"] == {"uri": "s3://models/base"}
     assert "checkpoint" not in run_file
+
+
+CLUSTER = rayjobs.Platform("K8sJobMode", "https://operator", "PEM", 120)
+
+
+def test_a_deleted_pod_has_time_for_a_checkpoint() -> None:
+    (container,) = pod(build(platform=CLUSTER))["containers"]
+    command = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == ["finetune-trainer", "stop", "--wait", "115"]
+    without = rayjobs.Platform("K8sJobMode", "https://operator", "PEM", 5)
+    assert "lifecycle" not in pod(build(platform=without))["containers"][0]
+
+
+def test_the_hook_of_the_pod_is_a_command_of_the_trainer() -> None:
+    from finetune_trainer.__main__ import make_parser
+
+    (container,) = pod(build(platform=CLUSTER))["containers"]
+    options = make_parser().parse_args(container["lifecycle"]["preStop"]["exec"]["command"][1:])
+    assert (options.command, options.wait) == ("stop", 115.0)
+
+
+def test_the_submitter_has_the_trainers_image_and_no_rights() -> None:
+    template = build(platform=CLUSTER)["spec"]["submitterPodTemplate"]
+    assert template["spec"]["automountServiceAccountToken"] is False
+    assert template["spec"]["restartPolicy"] == "Never"
+    (container,) = template["spec"]["containers"]
+    assert (container["name"], container["image"]) == (naming.SUBMITTER_CONTAINER, "trainer:1")
+    assert "env" not in container
+    assert template["metadata"].get("labels", {}) == {}, "the fence counts pods with the job's labels"
+
+
+def test_what_the_platform_gives_every_pod() -> None:
+    defaults = PodDefaults.model_validate(
+        {
+            "labels": {"team": "ml", naming.LABEL_JOB: "somebody-else"},
+            "nodeSelector": {"accelerator": "h200"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+            "runtimeClassName": "nvidia",
+            "serviceAccountName": "storage",
+            "securityContext": {"runAsNonRoot": True},
+            "env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
+        }
+    )
+    rayjob = build(platform=replace(CLUSTER, pod_defaults=defaults))
+    template = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    assert template["metadata"]["labels"][naming.LABEL_JOB] == "triage"
+    assert template["metadata"]["labels"]["team"] == "ml"
+    head, submitter = template["spec"], rayjob["spec"]["submitterPodTemplate"]["spec"]
+    assert (head["nodeSelector"], head["runtimeClassName"]) == ({"accelerator": "h200"}, "nvidia")
+    assert head["serviceAccountName"] == "storage"
+    assert head["automountServiceAccountToken"] is False
+    assert {"name": "NCCL_DEBUG", "value": "WARN"} in head["containers"][0]["env"]
+    assert "nodeSelector" not in submitter, "no node with GPUs is taken for it"
+    for spec in (head, submitter):
+        assert spec["securityContext"] == {"runAsNonRoot": True}
+        assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+
+
+@pytest.mark.parametrize("name", ["FINETUNE_RUN_FILE", "KUBEFLOW_TRAINER_SERVER_URL"])
+def test_the_platform_cannot_replace_our_variables(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is set by the operator"):
+        PodDefaults.model_validate({"env": [{"name": name, "value": "x"}]})
 
 
 REWARDED: dict[str, Any] = {

@@ -6,7 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from finetune_operator.reconcile.queue import FIRST_BACKOFF, Key, KeyedQueue, Worker
+from finetune_operator.reconcile.queue import (
+    FIRST_BACKOFF,
+    LAST_ORDINARY_BACKOFF,
+    Key,
+    KeyedQueue,
+    Worker,
+)
 from tests.waiting import until
 
 A, B = ("ns", "a"), ("ns", "b")
@@ -145,3 +151,48 @@ async def test_at_most_concurrency_passes_run_at_once() -> None:
             queue.add(("ns", str(i)))
         await until(lambda: done == 20)
     assert most == 3
+
+
+async def test_a_queue_in_which_nothing_moves_says_for_how_long() -> None:
+    stop = asyncio.Event()
+
+    async def worker(key: Key) -> None:
+        await stop.wait()
+
+    async with running(worker, concurrency=1) as queue:
+        queue.add(A)
+        await until(lambda: queue.longest_running() > 0)
+        queue.add(B)
+        await asyncio.sleep(0.1)
+        assert queue.standing_still() >= 0.09
+        stop.set()
+        await until(lambda: queue.longest_running() == 0)
+        assert queue.standing_still() == 0
+
+
+async def test_a_key_that_is_due_later_is_no_standstill() -> None:
+    async def worker(key: Key) -> None:
+        return None
+
+    async with running(worker) as queue:
+        queue.add(A, after=100)
+        await asyncio.sleep(0.02)
+        assert queue.standing_still() == 0
+
+
+async def test_an_api_server_that_is_away_is_no_reason_for_long_waits() -> None:
+    class AwayError(Exception):
+        pass
+
+    async def worker(key: Key) -> None:
+        raise AwayError
+
+    queue = KeyedQueue(worker, ordinary=AwayError)
+    for _ in range(20):
+        assert queue._backoff(A, most=LAST_ORDINARY_BACKOFF) <= LAST_ORDINARY_BACKOFF
+    task = asyncio.create_task(queue.run())
+    queue.add(B)
+    await until(lambda: B in queue._failures)
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -75,22 +75,35 @@ def test_where_training_was_saved_and_where_it_went_on() -> None:
 
 async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> None:
     mailbox, key = Mailbox(), ("team", "triage")
-    assert mailbox.put(key, attempt=2, report=training(step=3))
-    assert not mailbox.put(key, attempt=1, report=training(step=9))
-    report, _ = mailbox.latest(key, attempt=2)
+    assert mailbox.put(key, uid="u", attempt=2, report=training(step=3))
+    assert not mailbox.put(key, uid="u", attempt=1, report=training(step=9))
+    report, _ = mailbox.latest(key, uid="u", attempt=2)
     assert report is not None
     assert report.finetune.step == 3
-    assert mailbox.latest(key, attempt=3) == (None, None)
+    assert mailbox.latest(key, uid="u", attempt=3) == (None, None)
+
+
+async def test_a_trainer_of_a_deleted_job_says_nothing_about_its_namesake() -> None:
+    mailbox, key = Mailbox(), ("team", "triage")
+    assert mailbox.put(key, uid="former", attempt=1, report=training(step=9))
+    assert mailbox.latest(key, uid="now", attempt=1) == (None, None)
+    assert mailbox.put(key, uid="now", attempt=1, report=training(step=1))
+    assert mailbox.put(key, uid="former", attempt=1, report=training(step=10))
+    report, _ = mailbox.latest(key, uid="now", attempt=1)
+    assert report is not None
+    assert report.finetune.step == 1
+    mailbox.forget(key)
+    assert mailbox.latest(key, uid="now", attempt=1) == (None, None)
 
 
 async def test_a_result_that_did_not_end_the_attempt_makes_room_for_its_next_reports() -> None:
     mailbox, key, last = Mailbox(), ("team", "triage"), result("Preempted", 75, "stopped")
-    assert mailbox.put(key, attempt=2, report=last)
-    assert not mailbox.put(key, attempt=2, report=training(step=9))
-    mailbox.drop(key, last)
-    assert mailbox.put(key, attempt=2, report=training(step=9))
-    mailbox.drop(key, last)
-    assert mailbox.latest(key, attempt=2)[0] is not None
+    assert mailbox.put(key, uid="u", attempt=2, report=last)
+    assert not mailbox.put(key, uid="u", attempt=2, report=training(step=9))
+    mailbox.drop(key, last, uid="u")
+    assert mailbox.put(key, uid="u", attempt=2, report=training(step=9))
+    mailbox.drop(key, last, uid="u")
+    assert mailbox.latest(key, uid="u", attempt=2)[0] is not None
 
 
 def test_keys_of_newer_trainers_are_ignored() -> None:

@@ -1,0 +1,124 @@
+{{- define "finetune.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* finetune-operator -> finetune-router */}}
+{{- define "finetune.router" -}}
+{{- printf "%s-router" (include "finetune.fullname" . | trimSuffix "-operator") -}}
+{{- end -}}
+
+{{- define "finetune.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "finetune.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- required "serviceAccount.name: name the ServiceAccount to use, because serviceAccount.create is false" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (dict "root" $ "component" "operator") */}}
+{{- define "finetune.selector" -}}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{/* managed-by is Helm here: objects of the operator's own carry managed-by=finetune-operator. */}}
+{{- define "finetune.labels" -}}
+{{ include "finetune.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: finetune-operator
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{/* Rules of files/operator-rules.yaml with one of these scopes: (dict "root" $ "scopes" (list "Watched")) */}}
+{{- define "finetune.rules" -}}
+{{- $scopes := .scopes -}}
+{{- range .root.Files.Get "files/operator-rules.yaml" | fromYamlArray }}
+{{- if has .scope $scopes }}
+- apiGroups: {{ toJson .apiGroups }}
+  resources: {{ toJson .resources }}
+  verbs: {{ toJson .verbs }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "finetune.tlsSecret" -}}
+{{- if eq .Values.statusEndpoint.tls.mode "ExistingSecret" -}}
+{{- required "statusEndpoint.tls.existingSecret: name a Secret with tls.crt, tls.key and ca.crt, because statusEndpoint.tls.mode is ExistingSecret" .Values.statusEndpoint.tls.existingSecret -}}
+{{- else -}}
+{{- printf "%s-tls" (include "finetune.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune.routerSecret" -}}
+{{- default (printf "%s-secrets" (include "finetune.router" .)) .Values.router.existingSecret -}}
+{{- end -}}
+
+{{- define "finetune.statusHost" -}}
+{{- printf "%s.%s.svc" (include "finetune.fullname" .) .Release.Namespace -}}
+{{- end -}}
+
+{{/* What the schema cannot say: values that contradict one another. */}}
+{{- define "finetune.validate" -}}
+{{- if and (gt (int .Values.operator.replicas) 1) (not .Values.operator.leaderElection) -}}
+{{- fail (printf "operator.replicas: %d replicas without operator.leaderElection would both act; set operator.leaderElection=true or operator.replicas=1" (int .Values.operator.replicas)) -}}
+{{- end -}}
+{{- $lease := .Values.operator.lease -}}
+{{- if not (and (gt (float64 $lease.seconds) (float64 $lease.renewSeconds)) (gt (float64 $lease.renewSeconds) (float64 $lease.retrySeconds))) -}}
+{{- fail (printf "operator.lease: seconds %v, renewSeconds %v, retrySeconds %v: each must be less than the one before" $lease.seconds $lease.renewSeconds $lease.retrySeconds) -}}
+{{- end -}}
+{{- if eq (int .Values.statusEndpoint.port) (int .Values.metrics.port) -}}
+{{- fail (printf "metrics.port: %d is statusEndpoint.port as well; choose another one" (int .Values.metrics.port)) -}}
+{{- end -}}
+{{- if and .Values.engine.agentUrl (not .Values.engine.url) -}}
+{{- fail "engine.agentUrl: is the agent of engine.url, which is empty; set engine.url" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Scheduling of a component: (dict "root" $ "component" "router" "values" .Values.router) */}}
+{{- define "finetune.scheduling" -}}
+{{- with .values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+topologySpreadConstraints:
+{{- if .values.topologySpreadConstraints }}
+{{- toYaml .values.topologySpreadConstraints | nindent 2 }}
+{{- else }}
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "finetune.selector" . | nindent 8 }}
+{{- end }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+{{- end -}}

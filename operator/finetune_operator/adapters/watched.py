@@ -1,0 +1,221 @@
+"""The API server as far as the watches have told: reads of what is watched cost no request.
+
+What is kept is never believed where being behind could do harm. A status is written only onto the version that was
+read (409 otherwise, and the object is read anew), an object that is not known is looked up, and whoever is about to do
+something that must not happen twice reads with `fresh`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune_operator.adapters.kube import ConflictError, Json, Kube
+from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.finetunejob import KIND
+
+WATCHED = frozenset({(API_VERSION, KIND), ("ray.io/v1", "RayJob"), ("v1", "Pod")})
+GROUP_SECONDS = 300.0  # for which an API group that was there counts as there
+# Goes on while the machine sleeps, where the kernel has such a clock: after that nothing is believed.
+_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+BELIEF_SECONDS = 120.0  # for which an object of which nothing is heard is believed to be as it was
+
+Name = tuple[str, str, str, str]
+"""API version, kind, namespace, name."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    uid: str
+    version: int
+    """-1 where versions cannot be compared."""
+    text: bytes
+    """JSON: a tenth of the memory of the parsed object."""
+    heard: float
+
+
+class Sightings:
+    """The newest known version of each watched object, without what nobody here asks about. What is believed no more
+    is dropped, so memory follows what happens and not what has ever been."""
+
+    def __init__(self, *, clock: Callable[[], float] = lambda: time.clock_gettime(_WITH_SLEEP)) -> None:
+        self._clock = clock
+        self._known: OrderedDict[Name, _Known] = OrderedDict()  # what was heard of last is at the end
+        self._pods: dict[
+            tuple[str, str], dict[Name, _Known]
+        ] = {}  # by namespace and job; until they are deleted
+
+    def __len__(self) -> int:
+        return len(self._known) + sum(len(pods) for pods in self._pods.values())
+
+    def notice(self, event_type: str | None, body: Mapping[str, Any]) -> bool:
+        """Take note of a watch event; whether it says anything new. Of two versions the newer one counts, in whichever
+        order they come: what we wrote ourselves is known from its answer."""
+        self._drop_old()
+        name, uid = _name(body), body["metadata"]["uid"]
+        place = self._place(body)
+        known = place.get(name)
+        if event_type == "DELETED":
+            if known is not None and known.uid == uid:
+                del place[name]
+            if place is not self._known and not place:
+                del self._pods[_job_of(body)]
+            return True
+        version = _version(body)
+        is_news = known is None or known.uid != uid or not 0 <= version <= known.version
+        if is_news or known is None:
+            place[name] = _Known(uid, version, json.dumps(_trimmed(body)).encode(), self._clock())
+        elif version == known.version:
+            place[name] = replace(known, heard=self._clock())
+        if place is self._known:
+            self._known.move_to_end(name)
+        return is_news
+
+    def forget(self, name: Name) -> None:
+        self._known.pop(name, None)
+
+    def get(self, name: Name) -> Json | None:
+        known = self._known.get(name)
+        if known is None or self._clock() - known.heard > BELIEF_SECONDS:
+            return None
+        body: Json = json.loads(known.text)
+        return body
+
+    def knows(self, name: Name) -> bool:
+        return name in self._known
+
+    def pods(self, namespace: str, labels: Mapping[str, str]) -> list[Json]:
+        """Pods of one of our jobs by its labels."""
+        known = self._pods.get((namespace, labels[_JOB]), {})
+        bodies = [json.loads(known[name].text) for name in sorted(known)]
+        return [body for body in bodies if labels.items() <= _labels(body).items()]
+
+    def _place(self, body: Mapping[str, Any]) -> MutableMapping[Name, _Known]:
+        if body["kind"] != "Pod":
+            return self._known
+        return self._pods.setdefault(_job_of(body), {})
+
+    def _drop_old(self) -> None:
+        oldest = self._clock() - BELIEF_SECONDS
+        while self._known and next(iter(self._known.values())).heard < oldest:
+            self._known.popitem(last=False)
+
+
+class WatchedKube(Kube):
+    """Reads from the sightings first, and adds what its own writes answer."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.sightings = Sightings()
+        self._groups: dict[str, float] = {}  # and when each was last seen, by time.monotonic
+        self._unsure: set[Name] = set()
+
+    async def get(
+        self, api_version: str, kind: str, namespace: str, name: str, *, fresh: bool = False
+    ) -> Json | None:
+        known = None if fresh else self.sightings.get((api_version, kind, namespace, name))
+        if known is not None:
+            return known
+        body = await super().get(api_version, kind, namespace, name)
+        if (api_version, kind) in WATCHED:
+            self._unsure.discard((api_version, kind, namespace, name))
+            if body is not None:
+                self._note(body)
+            else:
+                self.sightings.forget((api_version, kind, namespace, name))
+        return body
+
+    async def find(
+        self,
+        api_version: str,
+        kind: str,
+        namespace: str,
+        *,
+        labels: Mapping[str, str],
+        fresh: bool = False,
+    ) -> list[Json]:
+        if kind == "Pod" and not fresh and _JOB in labels:
+            return self.sightings.pods(namespace, labels)
+        return await super().find(api_version, kind, namespace, labels=labels)
+
+    def is_unheard_of(self, api_version: str, kind: str, namespace: str, name: str) -> bool:
+        """Whether no watch and no write has told of such an object, nor a refusal that it exists."""
+        full = (api_version, kind, namespace, name)
+        return not self.sightings.knows(full) and full not in self._unsure
+
+    async def create(self, body: Json) -> Json:
+        try:
+            answer = await super().create(body)
+        except ConflictError:
+            self._unsure.add(_name(body))
+            raise
+        self._note(answer)
+        return answer
+
+    async def delete(self, api_version: str, kind: str, namespace: str, name: str, *, uid: str) -> None:
+        self.sightings.forget((api_version, kind, namespace, name))
+        await super().delete(api_version, kind, namespace, name, uid=uid)
+
+    async def patch_status(
+        self, kind: str, namespace: str, name: str, *, resource_version: str, patch: Json
+    ) -> Json:
+        try:
+            answer = await super().patch_status(
+                kind, namespace, name, resource_version=resource_version, patch=patch
+            )
+        except ConflictError:
+            self.sightings.forget((API_VERSION, kind, namespace, name))
+            raise
+        self._note(answer)
+        return answer
+
+    async def has_group_version(self, group_version: str) -> bool:
+        now = time.monotonic()
+        if now - self._groups.get(group_version, float("-inf")) < GROUP_SECONDS:
+            return True
+        found = await super().has_group_version(group_version)
+        if found:
+            self._groups[group_version] = now
+        return found
+
+    def _note(self, body: Json) -> None:
+        if body and (body.get("apiVersion"), body.get("kind")) in WATCHED:
+            self.sightings.notice("MODIFIED", body)
+
+
+_JOB = "finetune.dev/job"
+_NOT_ASKED_FOR = ("managedFields", "generateName", "selfLink")
+
+
+def _name(body: Mapping[str, Any]) -> Name:
+    metadata = body["metadata"]
+    return (body["apiVersion"], body["kind"], metadata.get("namespace", ""), metadata.get("name", ""))
+
+
+def _version(body: Mapping[str, Any]) -> int:
+    """A resourceVersion as a number, by which versions of one kind may be compared (Kubernetes 1.35 says so, and it
+    was never different); -1 where it is none."""
+    text = str(body["metadata"].get("resourceVersion", ""))
+    return int(text) if text.isdecimal() else -1
+
+
+def _labels(body: Mapping[str, Any]) -> dict[str, str]:
+    return dict(body["metadata"].get("labels") or {})
+
+
+def _job_of(body: Mapping[str, Any]) -> tuple[str, str]:
+    return body["metadata"]["namespace"], _labels(body).get(_JOB, "")
+
+
+def _trimmed(body: Mapping[str, Any]) -> Json:
+    metadata = {k: v for k, v in body["metadata"].items() if k not in _NOT_ASKED_FOR}
+    rest = {k: v for k, v in body.items() if k != "metadata"}
+    if body["kind"] == "RayJob":
+        rest["spec"] = {k: v for k, v in body.get("spec", {}).items() if k in ("suspend", "managedBy")}
+    if body["kind"] == "Pod":
+        rest["spec"] = {k: v for k, v in body.get("spec", {}).items() if k == "nodeName"}
+    return {"metadata": metadata, **rest}

@@ -1,0 +1,108 @@
+"""What only the leader runs: the queues, the rollouts, the endpoint's own answers, and Kopf's watches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from finetune_operator import handlers, parts
+from finetune_operator.adapters.kube import UnavailableError
+from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.adapters.tls import AuthorityFile
+from finetune_operator.adapters.watched import WatchedKube
+from finetune_operator.api import finetunejob
+from finetune_operator.config import OperatorConfig
+from finetune_operator.core.facts import Defaults
+from finetune_operator.endpoint import Desk
+from finetune_operator.health import Health
+from finetune_operator.manifests.rayjobs import Platform
+from finetune_operator.reconcile import clocks
+from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
+from finetune_operator.reconcile.mailbox import Mailbox
+from finetune_operator.reconcile.queue import Key, KeyedQueue
+from finetune_operator.status_server import StatusServer
+
+
+async def lead(
+    settings: OperatorConfig,
+    *,
+    kube: WatchedKube,
+    telemetry: Telemetry,
+    desk: Desk,
+    health: Health,
+    may_act: Callable[[], bool],
+) -> None:
+    """Serve until a signal arrives or one of the parts fails. When this returns or raises, nothing acts any more."""
+    clocks.CLOCK.begin_to_listen()  # a stand-by hears no trainer
+    mailbox = Mailbox()
+    reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
+    queue = KeyedQueue(
+        reconciler,
+        on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set,
+        ordinary=UnavailableError,
+    )
+    reconciler.followers.wake = queue.add
+    reports = StatusServer(
+        kube=kube,
+        mailbox=mailbox,
+        enqueue=lambda key, after: queue.add(key, after=after),
+        progress_seconds=settings.progress_seconds,
+    )
+    async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_act) as rollouts:
+
+        def job_changed(key: Key, is_news: bool) -> None:
+            if is_news:
+                queue.add(key)
+            rollouts.watchlist.job_changed(key)
+
+        stand_by = desk.answer
+        desk.answer, health.queues = reports.answer, (queue, rollouts.queue)
+        tasks = [
+            asyncio.create_task(queue.run(), name="queue"),
+            asyncio.create_task(rollouts.run(), name="rollouts"),
+            asyncio.create_task(
+                handlers.watch(
+                    settings.namespaces,
+                    notice=kube.sightings.notice,
+                    job_changed=job_changed,
+                    deployment_changed=rollouts.queue.add,
+                ),
+                name="watches",
+            ),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # re-raises: an operator without its queue or its watches must end, and be restarted
+        finally:
+            desk.answer, health.queues = stand_by, ()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _reconciler(
+    settings: OperatorConfig,
+    *,
+    kube: WatchedKube,
+    mailbox: Mailbox,
+    telemetry: Telemetry,
+) -> FineTuneJobReconciler:
+    authority = AuthorityFile(settings.status_authority)
+
+    def platform() -> Platform:
+        return Platform(
+            submission_mode=settings.submission_mode,
+            status_url=settings.status_url,
+            authority_pem=authority.read(),
+            termination_grace_seconds=settings.termination_grace_seconds,
+            pod_defaults=settings.pod_defaults,
+        )
+
+    return FineTuneJobReconciler(
+        kube=kube,
+        mailbox=mailbox,
+        telemetry=telemetry,
+        defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
+        platform=platform,
+    )

@@ -1,0 +1,71 @@
+"""A cluster with real pods, the chart installed in it, and a volume with the tiny model and its rows.
+
+`make e2e-cluster` runs these against whatever KUBECONFIG names. Settings, all from the environment:
+FINETUNE_E2E_OPERATOR_IMAGE, FINETUNE_E2E_TRAINER_IMAGE: references that the nodes can pull or have;
+FINETUNE_E2E_HOST_PATH: a folder of the one node for the volume, where the cluster has no default StorageClass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.clients import Kubectl
+from tests.cluster.objects import NAMESPACE, SYSTEM, Settings, claim, prepare, restricted_namespace, volume
+from tests.integration.chart.helm import helm
+from tools.chart_pages import CHART, NAME, ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    skip = pytest.mark.skip(reason="needs a cluster with real pods: make e2e-cluster")
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("cluster")
+            if not os.environ.get("FINETUNE_E2E"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def settings() -> Settings:
+    return Settings.load(os.environ)
+
+
+@pytest.fixture(scope="session")
+def system(settings: Settings) -> Kubectl:
+    """kubectl in the operator's namespace."""
+    return Kubectl(settings.kubeconfig, SYSTEM)
+
+
+@pytest.fixture(scope="session")
+def installed(settings: Settings, system: Kubectl) -> Iterator[Kubectl]:
+    """The chart, installed as docs/install.md says, in a namespace that enforces `restricted`."""
+    restricted_namespace(system, SYSTEM)
+    install(settings)
+    yield system
+    if not os.environ.get("FINETUNE_E2E_KEEP"):
+        helm("uninstall", NAME, f"--namespace={SYSTEM}", "--wait", *settings.helm_flags)
+        system("delete", "namespace", NAMESPACE, "--wait=false", "--ignore-not-found")
+
+
+def install(settings: Settings) -> None:
+    helm(
+        *("upgrade", "--install", NAME, str(ROOT / CHART), f"--namespace={SYSTEM}"),
+        *("--wait", "--timeout=5m", *settings.helm_flags),
+        values=settings.values(),
+    )
+
+
+@pytest.fixture(scope="session")
+def team(settings: Settings, installed: Kubectl) -> Kubectl:
+    """kubectl in the namespace of the jobs; it enforces `restricted` and has the claim `files` with model and rows."""
+    kubectl = Kubectl(settings.kubeconfig, NAMESPACE)
+    restricted_namespace(installed, NAMESPACE)
+    if settings.host_path is not None:
+        installed.apply(volume(settings.host_path))
+    kubectl.apply(claim(settings.host_path is not None))
+    prepare(kubectl, settings.trainer_image)
+    return kubectl

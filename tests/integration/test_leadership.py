@@ -1,0 +1,191 @@
+"""Two operators on one API server: one acts, and the other takes over whatever becomes of the first."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_local.cluster import Cluster
+from tests.clients import Kubectl
+from tests.integration.api_proxy import ApiProxy, Fault, Kind
+from tests.integration.operators import Operator, Stage, api_server, wait_until
+
+pytestmark = pytest.mark.integration
+
+LEASE = 6.0  # seconds; shorter than the default, so that the tests are
+TERMS = {
+    "FINETUNE_LEADER_ELECTION": "true",
+    "FINETUNE_LEASE_SECONDS": f"{LEASE:g}",
+    "FINETUNE_LEASE_RENEW_SECONDS": "4",
+    "FINETUNE_LEASE_RETRY_SECONDS": "1",
+}
+RETRY = 1.2  # with the jitter
+START = 8.0  # seconds from leading to acting: Kopf finds out what there is
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with api_server(tmp_path_factory.mktemp("api")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def stage(api: Cluster) -> Iterator[Stage]:
+    kubectl = Kubectl(api.kubeconfig, f"lead-{next(_numbers)}")
+    kubectl("create", "namespace", kubectl.namespace)
+    playing = Stage(api, kubectl)
+    yield playing
+    playing.close()
+
+
+@pytest.fixture
+def proxies(api: Cluster, tmp_path: Path) -> Iterator[tuple[ApiProxy, ApiProxy]]:
+    """One API proxy per replica, so that it is known who sent what."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    pair = (ApiProxy(api, folders[0]), ApiProxy(api, folders[1]))
+    yield pair
+    for proxy in pair:
+        proxy.close()
+
+
+@pytest.fixture
+def pair(
+    proxies: tuple[ApiProxy, ApiProxy], stage: Stage, tmp_path: Path
+) -> Iterator[tuple[Operator, Operator]]:
+    """The leader and its stand-by, behind one address: trainers report to the stand-by's port."""
+    first = Operator(tmp_path / "a", proxies[0].kubeconfig, stage.kubectl.namespace, **TERMS)
+    url = f"http://127.0.0.1:{first.ports['status']}"
+    second = Operator(
+        tmp_path / "b", proxies[1].kubeconfig, stage.kubectl.namespace, **TERMS, FINETUNE_STATUS_URL=url
+    )
+    first.start()
+    wait_until(first.leads)
+    second.start()
+    wait_until(lambda: second.get("/healthz") == "ok\n")
+    yield first, second
+    for operator in (first, second):
+        operator.kill()
+
+
+def writes(proxy: ApiProxy, *, since: float) -> list[str]:
+    """What a replica wrote, other than the Lease."""
+    return [
+        request.text
+        for request in proxy.requests
+        if request.at >= since and not request.text.startswith("GET") and "/leases" not in request.text
+    ]
+
+
+def holder(stage: Stage) -> str:
+    lease = stage.kubectl.get("lease", "finetune-operator") or {}
+    return str(lease.get("spec", {}).get("holderIdentity", ""))
+
+
+def test_only_the_leader_acts_and_both_are_ready(
+    pair: tuple[Operator, Operator], proxies: tuple[ApiProxy, ApiProxy], stage: Stage
+) -> None:
+    stage.apply("calm")
+    status = stage.finished("calm")["calm"]
+    assert status["phase"] == "Succeeded", status
+    assert stage.rayjobs_ever() == {"calm-a1": 1}
+    assert writes(proxies[0], since=0)
+    assert writes(proxies[1], since=0) == []
+    assert [operator.get("/readyz") for operator in pair] == ["ok\n", "ok\n"]
+    assert not pair[1].leads()
+
+
+def test_after_a_kill_the_other_one_goes_on_within_the_lease(
+    pair: tuple[Operator, Operator], stage: Stage
+) -> None:
+    stage.player.pace = 1.0  # jobs last for seconds, so that the kill falls into their middle
+    stage.apply("one", "two")
+    wait_until(lambda: len(stage.rayjobs_ever()) == 2)
+    pair[0].kill()
+    assert wait_until(pair[1].leads) <= LEASE + RETRY + 1.0
+    pair[0].start()  # as its kubelet does; what trainers report to it goes to the other one
+    stage.apply("three")
+    found = stage.finished("one", "two", "three", seconds=120)
+    assert set(stage.rayjobs_ever().values()) == {1}
+    assert {s["phase"] for s in found.values()} == {"Succeeded"}
+    assert {s["attempts"][0]["rayJob"] for s in found.values()} == {"one-a1", "two-a1", "three-a1"}
+
+
+def test_a_leader_that_ends_hands_over_at_once(pair: tuple[Operator, Operator], stage: Stage) -> None:
+    pair[0].signal(signal.SIGTERM)
+    assert wait_until(pair[1].leads) < LEASE, "the Lease was not released"
+    assert pair[0].process is not None
+    assert pair[0].process.wait(timeout=15) == 0
+
+
+def test_a_stand_by_ends_quickly_on_sigterm(pair: tuple[Operator, Operator], stage: Stage) -> None:
+    pair[1].signal(signal.SIGTERM)
+    assert pair[1].process is not None
+    assert pair[1].process.wait(timeout=5) == 0
+    assert pair[0].leads()
+
+
+def test_a_leader_that_was_stopped_does_nothing_when_it_goes_on(
+    pair: tuple[Operator, Operator], proxies: tuple[ApiProxy, ApiProxy], stage: Stage
+) -> None:
+    """Frozen in the middle of a pass, past its Lease, while the other one works through its jobs."""
+    names = [f"job-{number}" for number in range(12)]
+    held = proxies[0].add(Fault(Kind.DELAY, r"PATCH .*/finetunejobs/.*/status", seconds=0.5))
+    stage.apply(*names)
+    wait_until(lambda: held.hits >= 2)
+    pair[0].signal(signal.SIGSTOP)
+    wait_until(pair[1].leads, seconds=LEASE + 5)
+    stage.apply("later")
+    time.sleep(START)
+    new = holder(stage)
+    thawed = time.time()
+    pair[0].signal(signal.SIGCONT)
+    assert pair[0].process is not None
+    assert pair[0].process.wait(timeout=10) == 1
+    assert "leads no more" in pair[0].log()
+    assert writes(proxies[0], since=thawed) == []
+    assert holder(stage) == new
+    pair[0].start()  # as its kubelet does; trainers report to its address
+    found = stage.finished(*names, "later", seconds=120)
+    assert {s["phase"] for s in found.values()} == {"Succeeded"}
+    assert set(stage.rayjobs_ever().values()) == {1}
+
+
+def test_a_leader_cut_off_from_the_api_server_ends_before_another_one_leads(
+    pair: tuple[Operator, Operator], proxies: tuple[ApiProxy, ApiProxy], stage: Stage
+) -> None:
+    proxies[0].away.set()
+    ended: list[float] = []
+
+    def first_is_over() -> bool:
+        if not pair[0].is_alive() and not ended:
+            ended.append(time.monotonic())
+        return bool(ended)
+
+    wait_until(first_is_over, seconds=LEASE)
+    assert not pair[1].leads(), "two led at once"
+    wait_until(pair[1].leads, seconds=LEASE)
+
+
+def test_a_report_reaches_the_leader_through_any_replica(
+    pair: tuple[Operator, Operator], stage: Stage
+) -> None:
+    """The first replica's address is what trainers know; it stands by now, and the second one leads."""
+    pair[0].signal(signal.SIGTERM)
+    assert pair[0].process is not None
+    pair[0].process.wait(timeout=15)
+    wait_until(pair[1].leads)
+    pair[0].start()
+    wait_until(lambda: pair[0].get("/healthz") == "ok\n")
+    stage.apply("far")
+    status = stage.finished("far")["far"]
+    assert (status["phase"], status["artifact"]["uri"]) == ("Succeeded", "file:///artifacts/far")
+    assert not pair[0].leads()
+    assert 'finetune_reports_total{code="200"}' in pair[0].get("/metrics")

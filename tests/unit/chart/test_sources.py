@@ -1,0 +1,125 @@
+"""The chart's sources agree with one another and with the code, without Helm."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from finetune_operator import config
+from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.manifests.pods import PodDefaults
+from tools import chart_pages
+from tools.chart_pages import CHART, ROOT
+
+VALUES_TEXT = (ROOT / CHART / "values.yaml").read_text(encoding="utf-8")
+SCHEMA = json.loads((ROOT / CHART / "values.schema.json").read_text(encoding="utf-8"))
+
+
+# Read by code that is merged after the chart; empty this then.
+AHEAD = {"FINETUNE_PRICES_FILE", "FINETUNE_ACCELERATOR_LABEL", "FINETUNE_ENGINE_ENDPOINTS"}
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    """Paths of a values tree down to what is no mapping with content."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def schema_paths(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, reference in schema["properties"].items():
+        value = SCHEMA["definitions"].get(reference.get("$ref", "").rpartition("/")[2], reference)
+        if "properties" in value:
+            yield from schema_paths(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_generated_files_are_current() -> None:
+    stale = [
+        name
+        for name, text in chart_pages.render_all().items()
+        if not (ROOT / name).is_file() or (ROOT / name).read_text(encoding="utf-8") != text
+    ]
+    assert stale == [], "run `make crds`"
+
+
+def test_every_value_is_documented_once() -> None:
+    documented = [value.path for value in chart_pages.read_values(VALUES_TEXT)]
+    assert len(documented) == len(set(documented))
+    for path in leaves(yaml.safe_load(VALUES_TEXT)):
+        assert any(path == known or path.startswith(f"{known}.") for known in documented), path
+
+
+def test_schema_and_values_name_the_same_things() -> None:
+    documented = {value.path for value in chart_pages.read_values(VALUES_TEXT)}
+    schema = set(schema_paths(SCHEMA)) - {"global"}
+    # What is documented as a whole may be divided further in the schema.
+    for path in schema:
+        assert any(path == known or path.startswith(f"{known}.") for known in documented), path
+    for path in documented:
+        assert any(path == known or known.startswith(f"{path}.") for known in schema), path
+
+
+def test_pod_defaults_of_chart_and_operator_are_the_same() -> None:
+    chart = SCHEMA["properties"]["trainer"]["properties"]["podDefaults"]["properties"]
+    assert set(chart) == {field.alias for field in PodDefaults.model_fields.values()}
+
+
+def test_every_variable_that_the_chart_sets_is_read_by_the_operator() -> None:
+    template = (ROOT / CHART / "templates" / "_environment.tpl").read_text(encoding="utf-8")
+    deployment = (ROOT / CHART / "templates" / "operator-deployment.yaml").read_text(encoding="utf-8")
+    set_by_chart = set(re.findall(r"FINETUNE_[A-Z_]+", template + deployment))
+    read = _variables("config.py")
+    assert set_by_chart - read <= AHEAD
+    left_out = {"FINETUNE_STATUS_HOST", "FINETUNE_METRICS_HOST"}  # the defaults are those of a pod
+    assert read - set_by_chart == left_out
+
+
+def _variables(file: str) -> set[str]:
+    source = (ROOT / "operator" / "finetune_operator" / file).read_text(encoding="utf-8")
+    return set(re.findall(r'"(FINETUNE_[A-Z_]+)"', source))
+
+
+@pytest.mark.parametrize("file", ["alerts.yaml", "dashboard.json"])
+def test_alerts_and_dashboard_ask_for_series_that_exist(file: str) -> None:
+    registry = CollectorRegistry()
+    Telemetry(registry)
+    known = {metric.name for metric in registry.collect()}
+    text = (ROOT / CHART / "files" / file).read_text(encoding="utf-8")
+    asked = set(re.findall(r"\b(?:finetune|adapterdeployment)_[a-z_]+\b", text))
+    assert asked
+    for name in asked:
+        assert re.sub(r"_(total|bucket|sum|count)$", "", name) in known, name
+
+
+def test_the_laptop_has_the_identity_that_the_chart_gives() -> None:
+    from finetune_local import certificates
+
+    name, groups = certificates.USERS["operator"]
+    assert name == f"system:serviceaccount:{chart_pages.NAMESPACE}:{chart_pages.NAME}"
+    assert groups[-1] == f"system:serviceaccounts:{chart_pages.NAMESPACE}"
+
+
+def test_the_operator_asks_for_no_secrets_and_no_wildcards() -> None:
+    for rule in chart_pages.read_rules():
+        for verb, group, resource in rule.requests():
+            assert "*" not in (verb, group, resource), rule
+            assert resource != "secrets", rule
+        assert rule.why.endswith("."), rule
+
+
+def test_the_chart_is_of_the_projects_version() -> None:
+    chart = yaml.safe_load((ROOT / CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert project is not None
+    assert chart["appVersion"] == project[1]
+    assert config.load({}).trainer_image == f"finetune-trainer:{project[1]}"

@@ -1,0 +1,243 @@
+"""Who leads, told with a Lease on a small server and clocks that the test sets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+from kubernetes import aio
+
+from finetune_operator.adapters.kube import FencedError, Kube
+from finetune_operator.core import elections
+from finetune_operator.core.elections import LeaseFacts, Terms
+from finetune_operator.leadership import Leadership, LeadershipLostError
+
+TERMS = Terms(lease_seconds=15, renew_seconds=10, retry_seconds=0.01)
+PATH = "/apis/coordination.k8s.io/v1/namespaces/ns/leases"
+
+
+class LeaseServer:
+    """Stores one Lease as an API server does: optimistic locking by resourceVersion."""
+
+    def __init__(self) -> None:
+        self.lease: dict[str, Any] | None = None
+        self.version = 0
+        self.status: int | None = None
+        self.hangs = False
+
+    def application(self) -> web.Application:
+        application = web.Application()
+        application.router.add_get(f"{PATH}/finetune-operator", self._get)
+        application.router.add_post(PATH, self._create)
+        application.router.add_put(f"{PATH}/finetune-operator", self._replace)
+        return application
+
+    @property
+    def holder(self) -> str:
+        return str(self.lease["spec"]["holderIdentity"]) if self.lease else ""
+
+    async def _misbehave(self) -> web.Response | None:
+        if self.hangs:
+            await asyncio.sleep(3600)
+        return web.json_response({"message": "made up"}, status=self.status) if self.status else None
+
+    async def _get(self, _: web.Request) -> web.Response:
+        if wrong := await self._misbehave():
+            return wrong
+        if self.lease is None:
+            return web.json_response({"message": "not found"}, status=404)
+        return web.json_response(self.lease)
+
+    async def _create(self, request: web.Request) -> web.Response:
+        if wrong := await self._misbehave():
+            return wrong
+        if self.lease is not None:
+            return web.json_response({"message": "exists"}, status=409)
+        return self._store(await request.json())
+
+    async def _replace(self, request: web.Request) -> web.Response:
+        if wrong := await self._misbehave():
+            return wrong
+        body = await request.json()
+        if self.lease is None:
+            return web.json_response({"message": "not found"}, status=404)
+        if body["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
+            return web.json_response({"message": "changed"}, status=409)
+        return self._store(body)
+
+    def _store(self, body: dict[str, Any]) -> web.Response:
+        self.version += 1
+        body["metadata"]["resourceVersion"] = str(self.version)
+        self.lease = body
+        return web.json_response(body)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextlib.asynccontextmanager
+async def served() -> AsyncIterator[tuple[LeaseServer, Kube]]:
+    server = LeaseServer()
+    runner = web.AppRunner(server.application(), shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    configuration = aio.client.Configuration(host=f"http://127.0.0.1:{port}")
+    kube = Kube(aio.client.ApiClient(configuration))
+    try:
+        yield server, kube
+    finally:
+        await kube.close()
+        await runner.cleanup()
+
+
+def candidate(kube: Kube, name: str, clock: Clock) -> Leadership:
+    return Leadership(kube, namespace="ns", address=f"http://{name}:8090", terms=TERMS, me=name, clock=clock)
+
+
+async def test_the_first_leads_and_the_second_takes_over_only_after_a_lease_time_of_silence() -> None:
+    clock = Clock()
+    async with served() as (server, kube):
+        first, second = candidate(kube, "first", clock), candidate(kube, "second", clock)
+        await first.acquire()
+        assert (first.may_act(), server.holder) == (True, "first")
+        assert not await second._try()
+        assert second.leader_address == "http://first:8090"
+        clock.now += 14.9
+        assert not first.may_act(), "it gives up before anybody else may lead"
+        assert not await second._try()
+        clock.now += 0.2
+        assert await second._try()
+        assert (second.may_act(), server.holder) == (True, "second")
+        assert second.leader_address is None
+        assert server.lease is not None
+        assert server.lease["spec"]["leaseTransitions"] == 1
+
+
+async def test_a_renewal_counts_from_its_beginning_and_not_from_its_answer() -> None:
+    clock = Clock()
+    async with served() as (server, kube):
+        first = candidate(kube, "first", clock)
+        await first.acquire()
+        store = server._store
+
+        def slowly(body: dict[str, Any]) -> web.Response:
+            clock.now += 6
+            return store(body)
+
+        server._store = slowly  # type: ignore[method-assign]
+        assert await first._try()
+        clock.now += 3.9
+        assert first.may_act()
+        clock.now += 0.2
+        assert not first.may_act()
+
+
+async def test_a_leader_that_wakes_up_too_late_neither_acts_nor_renews() -> None:
+    clock = Clock()
+    async with served() as (server, kube):
+        first = candidate(kube, "first", clock)
+        await first.acquire()
+        clock.now += 11
+        version = server.version
+        with pytest.raises(LeadershipLostError):
+            await first.keep()
+        assert server.version == version
+
+
+async def test_a_leader_whose_lease_another_one_holds_stops_at_once() -> None:
+    clock = Clock()
+    async with served() as (server, kube):
+        first = candidate(kube, "first", clock)
+        await first.acquire()
+        assert server.lease is not None
+        server._store({**server.lease, "spec": {**server.lease["spec"], "holderIdentity": "thief"}})
+        with pytest.raises(LeadershipLostError, match="thief"):
+            async with asyncio.timeout(5):
+                await first.keep()
+        assert not first.may_act()
+
+
+@pytest.mark.parametrize("status", [500, 503, 404])
+async def test_a_failing_api_server_is_outlived_within_the_time(status: int) -> None:
+    clock = Clock()
+    async with served() as (server, kube):
+        first = candidate(kube, "first", clock)
+        await first.acquire()
+        server.status = status
+        assert not await first._try()
+        assert first.may_act()
+        server.status = None
+        clock.now += 9
+        assert await first._try()
+        clock.now += 9
+        assert first.may_act()
+
+
+async def test_a_request_that_hangs_ends_with_the_time_to_renew() -> None:
+    async with served() as (server, kube):
+        quick = Terms(lease_seconds=1.5, renew_seconds=0.5, retry_seconds=0.1)
+        first = Leadership(kube, namespace="ns", address="http://first", terms=quick, me="first")
+        await first.acquire()
+        server.hangs = True
+        with pytest.raises(LeadershipLostError):
+            async with asyncio.timeout(1.4):
+                await first.keep()
+
+
+async def test_a_released_lease_is_taken_without_waiting() -> None:
+    clock = Clock()
+    async with served() as (server, kube):
+        first, second = candidate(kube, "first", clock), candidate(kube, "second", clock)
+        await first.acquire()
+        assert not await second._try()
+        await first.release()
+        assert (server.holder, first.may_act()) == ("", False)
+        assert await second._try()
+
+
+async def test_of_two_that_see_the_same_chance_one_leads() -> None:
+    clock = Clock()
+    async with served() as (_, kube):
+        all_of_them = [candidate(kube, f"number {n}", clock) for n in range(8)]
+        await asyncio.gather(*(one._try() for one in all_of_them))
+        assert sum(one.may_act() for one in all_of_them) == 1
+
+
+async def test_a_write_is_not_sent_by_one_that_leads_no_more() -> None:
+    async with served() as (server, kube):
+        fenced = Kube(kube._client, may_write=lambda: False)
+        with pytest.raises(FencedError):
+            await fenced.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"namespace": "ns"}})
+        assert await fenced.get("coordination.k8s.io/v1", "Lease", "ns", "finetune-operator") is None
+        assert server.version == 0
+
+
+def test_other_clocks_do_not_matter() -> None:
+    """A Lease whose holder's clock is a year off is judged by how long it has not changed."""
+    lease = LeaseFacts(holder="other", version="7")
+    assert not elections.may_take(lease, identity="me", unchanged_seconds=14.9, terms=TERMS)
+    assert elections.may_take(lease, identity="me", unchanged_seconds=15.0, terms=TERMS)
+
+
+async def test_a_server_that_is_too_busy_is_asked_again() -> None:
+    async with served() as (server, kube):
+        server.status = 429
+
+        async def recover() -> None:
+            await asyncio.sleep(0.2)
+            server.status = None
+
+        recovering = asyncio.create_task(recover())
+        assert await kube.get("coordination.k8s.io/v1", "Lease", "ns", "finetune-operator") is None
+        await recovering

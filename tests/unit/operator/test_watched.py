@@ -1,0 +1,89 @@
+"""What the watches told: the newest version counts, and what may be behind is looked up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_operator.adapters.watched import BELIEF_SECONDS, Sightings
+
+JOB = ("finetune.dev/v1alpha1", "FineTuneJob", "ns", "a")
+
+
+def job(version: int | str, *, uid: str = "u", **parts: Any) -> dict[str, Any]:
+    metadata = {
+        "namespace": "ns",
+        "name": "a",
+        "uid": uid,
+        "resourceVersion": str(version),
+        "managedFields": [{}],
+    }
+    return {"apiVersion": JOB[0], "kind": JOB[1], "metadata": metadata, **parts}
+
+
+def pod(name: str, *, attempt: int) -> dict[str, Any]:
+    labels = {"finetune.dev/job": "a", "finetune.dev/attempt": str(attempt)}
+    metadata = {"namespace": "ns", "name": name, "uid": name, "resourceVersion": "1", "labels": labels}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": metadata,
+        "spec": {"nodeName": "n", "containers": [1]},
+    }
+
+
+def test_our_own_write_is_no_news_when_it_comes_back() -> None:
+    seen = Sightings()
+    assert seen.notice(None, job(5))
+    assert seen.notice("MODIFIED", job(7, status={"phase": "Running"}))  # the answer to a write
+    assert not seen.notice("MODIFIED", job(7, status={"phase": "Running"}))
+    assert not seen.notice("MODIFIED", job(6)), "it was overtaken"
+    found = seen.get(JOB)
+    assert found is not None
+    assert found["status"] == {"phase": "Running"}
+    assert "managedFields" not in found["metadata"]
+
+
+def test_another_object_of_the_name_is_news_whatever_its_version() -> None:
+    seen = Sightings()
+    seen.notice(None, job(9))
+    assert seen.notice("ADDED", job(3, uid="other"))
+    assert seen.notice("DELETED", job(9))
+    assert seen.knows(JOB), "the former one's end is not the present one's"
+    assert seen.notice("DELETED", job(4, uid="other"))
+    assert not seen.knows(JOB)
+
+
+def test_versions_that_are_no_numbers_are_always_news() -> None:
+    seen = Sightings()
+    assert all(seen.notice("MODIFIED", job(version)) for version in ("b", "a", "b"))
+
+
+def test_what_was_not_heard_of_for_long_is_looked_up() -> None:
+    now = 0.0
+    seen = Sightings(clock=lambda: now)
+    seen.notice(None, job(1))
+    now = BELIEF_SECONDS - 1
+    assert seen.get(JOB)
+    seen.notice("MODIFIED", job(1))  # heard again, be it the same
+    now += BELIEF_SECONDS - 1
+    assert seen.get(JOB)
+    now += 2
+    assert seen.get(JOB) is None
+    seen.notice("ADDED", pod("x", attempt=1))
+    now += BELIEF_SECONDS + 1
+    seen.notice("MODIFIED", pod("x", attempt=1))
+    assert len(seen) == 1, "what is believed no more takes no memory; a pod stays until it is deleted"
+
+
+def test_pods_are_found_by_the_labels_of_their_attempt() -> None:
+    seen = Sightings()
+    for name, attempt in (("x", 1), ("y", 2), ("z", 2)):
+        seen.notice("ADDED", pod(name, attempt=attempt))
+    second = {"finetune.dev/job": "a", "finetune.dev/attempt": "2"}
+    assert [body["metadata"]["name"] for body in seen.pods("ns", second)] == ["y", "z"]
+    assert seen.pods("ns", second)[0]["spec"] == {"nodeName": "n"}
+    seen.notice("DELETED", pod("y", attempt=2))
+    assert [body["metadata"]["name"] for body in seen.pods("ns", {"finetune.dev/job": "a"})] == ["x", "z"]
+    for name, attempt in (("x", 1), ("z", 2)):
+        seen.notice("DELETED", pod(name, attempt=attempt))
+    assert (len(seen), seen._pods) == (0, {})
