@@ -33,6 +33,8 @@ class Ready:
 class Waiting:
     reason: str
     message: str
+    is_polled: bool = False
+    """Whether nothing tells when it comes."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,13 @@ def _missing_script(spec: FineTuneJobSpec, scripts: Mapping[str, Sequence[str]])
                 "ConfigMapNotFound",
                 f"{field}: there is no ConfigMap {wanted.name} in this namespace; create it with "
                 f"kubectl create configmap {wanted.name} --from-file={wanted.key}",
+                is_polled=True,
             )
         if wanted.key not in scripts[wanted.name]:
             keys = ", ".join(sorted(scripts[wanted.name])) or "none"
             return Waiting(
                 "ConfigMapNotFound",
                 f"{field}: ConfigMap {wanted.name} has no key {wanted.key} (keys: {keys}); add it, or change the spec",
+                is_polled=True,
             )
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeAlias
 
@@ -112,6 +112,8 @@ class Observed:
     reported_at: datetime | None = None
     listening_since: datetime | None = None
     """Since when reports are taken; before that, silence says nothing."""
+    clock_is_behind: bool = False
+    """Whether the clock was set back behind what the job has recorded: its time stands still until then."""
     kuberay_installed: bool = True
     upstream: UpstreamFacts | None = None
     """The job of spec.model.fineTuneJobRef."""
@@ -119,6 +121,10 @@ class Observed:
     """The job of spec.reward.fineTuneJobRef."""
     scripts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The ConfigMaps of reward functions that exist, with their keys; only looked up before the first attempt."""
+
+    def with_status(self, status: FineTuneJobStatus) -> Observed:
+        """The same facts after a part of the decision."""
+        return replace(self, job=replace(self.job, status=status))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_operator.adapters.kube import Json
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
-from finetune_operator.api.base import API_VERSION, StatusModel
+from finetune_operator.api.base import ACTION_ANNOTATION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts
+from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, UpstreamFacts
 from finetune_operator.manifests import naming
-
-EVENT_MESSAGE_BYTES = 1024  # the limit of the API
 
 
 def job_facts(body: Json) -> JobFacts:
@@ -81,8 +78,9 @@ def _cluster_problem(status: Mapping[str, Any]) -> str:
     return str(status.get("reason", ""))
 
 
-def pod_facts(body: Json) -> PodFacts:
-    """Whether a pod runs and, if not, why: what the scheduler says, or what its containers wait for."""
+def pod_facts(body: Json, *, attempt_start: datetime | None = None) -> PodFacts:
+    """Whether a pod runs and, if not, why: what the scheduler says, or what its containers wait for. It was not
+    scheduled before the attempt began, whatever another machine's clock says."""
     metadata, status = body["metadata"], body.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
     containers = status.get("containerStatuses", [])
@@ -95,9 +93,7 @@ def pod_facts(body: Json) -> PodFacts:
         running=running,
         waiting_reason=reason,
         waiting_message=message,
-        scheduled_at=_time(scheduled.get("lastTransitionTime"))
-        if scheduled.get("status") == "True"
-        else None,
+        scheduled_at=_scheduled_at(scheduled, attempt_start),
         gone=status.get("phase") in ("Succeeded", "Failed"),
         terminating="deletionTimestamp" in metadata,
         node=body.get("spec", {}).get("nodeName"),
@@ -105,6 +101,11 @@ def pod_facts(body: Json) -> PodFacts:
         out_of_memory=any(_ended(container).get("reason") == "OOMKilled" for container in containers),
         disruption=_disruption(disrupted),
     )
+
+
+def _scheduled_at(scheduled: Mapping[str, Any], attempt_start: datetime | None) -> datetime | None:
+    time = _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
+    return max(time, attempt_start) if time and attempt_start else time
 
 
 def _waiting(scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
@@ -198,29 +199,3 @@ def _is_json(value: Any) -> bool:
 
 def timestamp(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def event_body(subject: Json, event: Event, *, now: datetime, kind: str = KIND) -> Json:
-    """A core/v1 Event about one of our objects, as `kubectl describe` shows it."""
-    metadata = subject["metadata"]
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
-        "involvedObject": {
-            "apiVersion": API_VERSION,
-            "kind": kind,
-            "namespace": metadata["namespace"],
-            "name": metadata["name"],
-            "uid": metadata["uid"],
-        },
-        "type": "Warning" if event.warning else "Normal",
-        "reason": event.reason,
-        "message": event.message.encode()[:EVENT_MESSAGE_BYTES].decode(errors="ignore"),
-        "source": {"component": naming.MANAGER},
-        "reportingComponent": naming.MANAGER,
-        "reportingInstance": naming.MANAGER,
-        "firstTimestamp": timestamp(now),
-        "lastTimestamp": timestamp(now),
-        "count": 1,
-    }
