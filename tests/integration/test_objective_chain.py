@@ -29,13 +29,15 @@ def jobs(base: Path, folder: Path) -> dict[str, Json]:
     first: dict[str, Any] = {"model": {"fineTuneJobRef": {"name": "sft"}}, "method": {"type": "LoRA"}}
     function = {"configMapRef": {"name": "rewards", "key": "rewards.py"}, "entry": "short"}
     made = [
-        finetunejob("sft", base, demonstrations, method=LORA, hyperparameters={**HYPER, "maxSteps": 5}),
+        finetunejob(
+            "sft", base, demonstrations, method=LORA, hyperparameters={**HYPER, "maxSteps": 3, "evalSteps": 3}
+        ),
         finetunejob(
             "judge",
             base,
             preferences,
             objective="RewardModel",
-            hyperparameters={**HYPER, "maxSteps": 40},
+            hyperparameters={**HYPER, "maxSteps": 25, "evalSteps": 25},
             **first,
         ),
         finetunejob(
@@ -49,8 +51,14 @@ def jobs(base: Path, folder: Path) -> dict[str, Json]:
                 "weights": [1, 0.1],
                 "beta": 0.01,
             },
-            generation={"numGenerations": 8, "maxCompletionLength": 20, "temperature": 1.2},
-            hyperparameters={**HYPER, "globalBatchSize": 32, "maxSteps": 30, "scheduler": "Constant"},
+            generation={"numGenerations": 8, "maxCompletionLength": 16, "temperature": 1.2},
+            hyperparameters={
+                **HYPER,
+                "globalBatchSize": 32,
+                "maxSteps": 16,
+                "evalSteps": 16,
+                "scheduler": "Constant",
+            },
             **first,
         ),
     ]
@@ -72,7 +80,7 @@ def statuses(taught: Path, tmp_path: Path, kubectl: Kubectl) -> dict[str, Json]:
     assert (waiting["phase"], waiting["reason"]) == ("Pending", "FineTuneJobNotFound")
     for body in (chain["judge"], script, chain["sft"]):
         kubectl.apply(body)
-    return {name: kubectl.finished(name, seconds=240) for name in ("sft", "judge", "rlhf")}
+    return {name: kubectl.finished(name, seconds=400) for name in ("sft", "judge", "rlhf")}
 
 
 def test_three_jobs_by_reference_raise_the_reward(statuses: dict[str, Json], taught: Path) -> None:

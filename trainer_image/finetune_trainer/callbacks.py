@@ -86,6 +86,10 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs and "eval_loss" not in logs:
             return
         metrics = {ours: float(logs[name]) for name, ours in REPORTED.items() if logs.get(name) is not None}
+        if (
+            "eval_reward" in metrics
+        ):  # the loss of sampled answers weighs them by their rewards: its value says nothing
+            del metrics["eval_loss"]
         self.reporter.update(
             metrics=metrics,
             step=state.global_step,
@@ -132,7 +136,7 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
     def _describe(self, metrics: dict[str, float], state: Any) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}", f"epoch {state.epoch or 0:.2f}"]
-        if "eval_loss" in metrics:
+        if "eval_loss" in metrics or "eval_reward" in metrics:
             return " · ".join([*parts, *_describe_evaluation(metrics)])
         parts.append(f"loss {metrics['loss']:.4f}")
         parts += [f"{word} {metrics[name]:.4g}" for name, word in SHOWN.items() if name in metrics]
