@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q --no-header
 
-.PHONY: help setup demo test test-unit chaos e2e-cluster lint format crds bench up down clean
+.PHONY: help setup demo test test-unit chaos e2e-cluster lint format crds bench bench-fleet up down clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -52,6 +52,10 @@ crds: setup ## generate crds/, docs/reference/, docs/failure-modes.md and what f
 bench: up ## measure refusals, and FineTuneJob beside a plain TRL script; writes docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.refusals
 	@$(BIN)/python -m benchmarks.overhead
+
+bench-fleet: setup ## 100 to 5,000 jobs at once with KubeRay as the peer, and 1,000 jobs that report; quiet machine
+	@$(BIN)/python -m benchmarks.fleet --jobs 100 1000 5000 --peer 100 1000 --write
+	@$(BIN)/python -m benchmarks.report_storm --write
 
 up: setup ## start the laptop cluster
 	@$(BIN)/finetune local up

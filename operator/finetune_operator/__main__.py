@@ -47,6 +47,7 @@ async def run(settings: config.OperatorConfig) -> None:
     async with contextlib.AsyncExitStack() as stack:
         election = await _election(settings, stack)
         may_act = election.may_act if election else lambda: True
+        may_push = election.may_push if election else lambda: True
         kube = await WatchedKube.connect(may_write=may_act, on_answer=telemetry.api_answered)
         stack.push_async_callback(kube.close)
         forwarder = await stack.enter_async_context(
@@ -59,7 +60,7 @@ async def run(settings: config.OperatorConfig) -> None:
         desk = Desk(answer=forwarder.answer, telemetry=telemetry)
         await _listen(settings, stack, desk=desk, health=health)
         leading = leader.lead(
-            settings, kube=kube, telemetry=telemetry, desk=desk, health=health, may_act=may_act
+            settings, kube=kube, telemetry=telemetry, desk=desk, health=health, may_push=may_push
         )
         if election is None:
             telemetry.leads.set(1)

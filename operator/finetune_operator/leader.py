@@ -30,7 +30,7 @@ async def lead(
     telemetry: Telemetry,
     desk: Desk,
     health: Health,
-    may_act: Callable[[], bool],
+    may_push: Callable[[], bool],
 ) -> None:
     """Serve until a signal arrives or one of the parts fails. When this returns or raises, nothing acts any more."""
     clocks.CLOCK.begin_to_listen()  # a stand-by hears no trainer
@@ -48,7 +48,7 @@ async def lead(
         enqueue=lambda key, after: queue.add(key, after=after),
         progress_seconds=settings.progress_seconds,
     )
-    async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_act) as rollouts:
+    async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_push) as rollouts:
 
         def job_changed(key: Key, is_news: bool) -> None:
             if is_news:

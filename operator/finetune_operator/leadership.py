@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, Kube
+from finetune_operator.adapters.kube import ApiError, ConflictError, Kube, UnavailableError
 from finetune_operator.core import elections
 from finetune_operator.core.elections import LeaseFacts, Terms
 
@@ -64,9 +64,11 @@ class Leadership:
         self._clock = clock
         self.identity = me or identity()
         self._lease = LeaseFacts()
-        self._seen_at = clock()
+        self._seen_at = self._read_at = clock()
         self._until = float("-inf")
+        self._away_at = float("-inf")
         self._read_again = True
+        self._led = False
         self._acquired = datetime.now(UTC)
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
 
@@ -92,21 +94,29 @@ class Leadership:
             await asyncio.sleep(self._pause())
         logger.info("this one (%s) leads now", self.identity)
 
+    def may_push(self) -> bool:
+        """Whether routers and agents may be told something: while we lead, and while the API server was away a moment
+        ago. Then nobody can take the Lease, or we alone are cut off; routers refuse a snapshot that was overtaken."""
+        return self.may_act() or self._clock() - self._away_at < 2 * self._terms.retry_seconds
+
     async def keep(self) -> None:
-        """Renew for ever. Raises LeadershipLostError before another one can lead."""
+        """Renew for ever. Raises LeadershipLostError when another one has led, or may have.
+
+        Where the Lease cannot be renewed in time nothing may be written any more. If it then turns out to be still
+        ours, nobody else has led in between, and we lead on: an API server that was away costs no restart."""
+        late = False
         while True:
-            await asyncio.sleep(min(self._terms.retry_seconds, self._left()))
-            if (
-                self.may_act()
-            ):  # never after the deadline: it would make us leader again, with stale facts at hand
-                await self._try()
+            await asyncio.sleep(self._terms.retry_seconds if late else self._left_to_wait())
+            await self._try()
             if self._lease.holder != self.identity:
-                self._until = float("-inf")
+                self._until = self._away_at = float("-inf")
                 raise LeadershipLostError(f"{self._lease.holder or 'nobody'} holds the Lease now")
-            if not self.may_act():
-                raise LeadershipLostError(
-                    f"the Lease {self._namespace}/{self._name} could not be renewed for {self._terms.renew_seconds:g} s"
-                )
+            if late != (not self.may_act()):
+                late = not late
+                if late:
+                    logger.warning("the Lease is not renewed: nothing is written until it is")
+                else:
+                    logger.info("the Lease is renewed, and nobody else has led")
 
     async def release(self) -> None:
         """Hand over: the next one need not wait for the Lease to run out. Call it when nothing acts any more."""
@@ -135,6 +145,8 @@ class Leadership:
             self._read_again = True
         except (ApiError, TimeoutError) as error:
             self._read_again = True
+            if isinstance(error, UnavailableError | TimeoutError):
+                self._away_at = self._clock()
             logger.warning(
                 "the Lease %s/%s: %s", self._namespace, self._name, str(error) or "no answer in time"
             )
@@ -145,6 +157,8 @@ class Leadership:
             body = await self._kube.get(API_VERSION, "Lease", self._namespace, self._name)
             self._note(elections.lease_facts(body))
             self._read_again = False
+            if self._led and self._lease.holder != self.identity:
+                return False  # whoever has led once never takes the Lease again: what it knows is old
             if not elections.may_take(
                 self._lease, identity=self.identity, unchanged_seconds=self._unchanged(), terms=self._terms
             ):
@@ -165,15 +179,22 @@ class Leadership:
         write = self._kube.replace if self._lease.version else self._kube.create
         self._note(elections.lease_facts(await write(body)))
         self._until = began + self._terms.renew_seconds
+        self._led = True
         return True
 
     def _note(self, lease: LeaseFacts) -> None:
-        if lease.version != self._lease.version:
-            self._seen_at = self._clock()
-        self._lease = lease
+        """Since when the Lease is as it is. Time in which it could not be read counts for nothing: its holder could not
+        renew it either, and gets its chance when the API server is back."""
+        now = self._clock()
+        if lease.version != self._lease.version or now - self._read_at > self._terms.renew_seconds:
+            self._seen_at = now
+        self._lease, self._read_at = lease, now
 
     def _unchanged(self) -> float:
         return self._clock() - self._seen_at
+
+    def _left_to_wait(self) -> float:
+        return min(self._terms.retry_seconds, self._left())
 
     def _left(self) -> float:
         return max(0.0, self._until - self._clock())

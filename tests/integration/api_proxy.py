@@ -144,6 +144,7 @@ class ApiProxy:
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
 
     async def _stop(self) -> None:
+        await self._cut(False)
         await self._runner.cleanup()
         await self._session.close()
 
