@@ -146,7 +146,7 @@ def test_what_happens_to_its_objects_and_how_the_job_goes_on(
     change(kubectl, "tossed", suspend=False)
     status = kubectl.wait_job("tossed", training(2))["status"]
     assert status["attempts"][1]["resumedFromStep"] == saved
-    assert "retries" not in status, "a suspension costs no retry"
+    assert not any(status.get("retries", {}).values()), "a suspension costs no retry"
     assert "suspendedSeconds" in status
 
     kubectl("patch", "rayjob", "tossed-a2", "--type=merge", "-p", '{"spec":{"suspend":true}}')
@@ -240,7 +240,7 @@ def test_jobs_that_cannot_start_say_why_and_end_as_they_must(
     kubectl.apply(job("held", tiny_model, tiny_rows, suspend=True, resources=huge))
 
     assert kubectl.wait_job("held", lambda s: s.get("phase") == "Suspended", seconds=60)
-    assert "attempts" not in kubectl.job("held")["status"]
+    assert not kubectl.job("held")["status"].get("attempts")
     change(kubectl, "held", suspend=False)
     kubectl.wait_job("held", lambda s: s["reason"] == "Unschedulable", seconds=120)
     change(kubectl, "held", suspend=True)
@@ -294,7 +294,7 @@ def test_a_chain_waits_for_its_model_and_fails_with_it(
     assert (third["reason"], fourth["reason"]) == ("UpstreamFailed", "UpstreamFailed")
     assert "FineTuneJob broken ended Failed (ModelNotFound)" in third["message"]
     assert "FineTuneJob third ended Failed (UpstreamFailed)" in fourth["message"]
-    assert "attempts" not in third
+    assert not third.get("attempts")
 
     first = kubectl.finished("first")
     assert first["phase"] == "Succeeded", first["message"]
@@ -359,7 +359,7 @@ def evict(kubectl: Kubectl, label: str) -> None:
 
 def waits(kubectl: Kubectl, name: str, reason: str) -> Json:
     status: Json = kubectl.wait_job(name, lambda s: s.get("reason") == reason, seconds=20)["status"]
-    assert (status["phase"], status.get("attempts")) == ("Pending", None)
+    assert (status["phase"], status.get("attempts", [])) == ("Pending", [])
     return status
 
 
