@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported; the trainer sets the same (see prepare_environment).
+# Before torch is imported. Shorter than finetune_trainer.machine has it: more processes share the cores here.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 CHAT_TEMPLATE = (
@@ -103,6 +103,25 @@ def alpaca_rows(*, shift: int = 0) -> list[dict[str, Any]]:
 
 def text_rows(*, shift: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"{question(t, n)} {answer(t, n, shift=shift)}"} for t in THINGS for n in range(10)]
+
+
+def preference_rows(*, liked: str = "red") -> list[dict[str, Any]]:
+    """160 rows: an answer with the liked colour is preferred to the same answer with each other colour."""
+    return [
+        {
+            "prompt": question(t, n),
+            "chosen": f"{t} {n} is {liked}.",
+            "rejected": f"{t} {n} is {other}.",
+        }
+        for t in THINGS
+        for n in range(10)
+        for other in COLOURS
+        if other != liked
+    ]
+
+
+def prompt_rows() -> list[dict[str, Any]]:
+    return [{"prompt": question(t, n), "thing": t, "number": n} for t in THINGS for n in range(10)]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]], *, times: int = 1) -> Path:

@@ -13,10 +13,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import artifacts, checkpoints, preflight, runfile, storage
+from finetune_trainer import artifacts, checkpoints, machine, preflight, runfile, storage
 from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
 from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
 
+# manifest.json's names and those of reports
+METRICS = {
+    "loss": "loss",
+    "evalLoss": "eval_loss",
+    "reward": "reward",
+    "evalReward": "eval_reward",
+    "kl": "kl",
+    "accuracy": "accuracy",
+    "evalAccuracy": "eval_accuracy",
+}
 PREEMPTED_PATIENCE = 3.0  # seconds: the process is about to be killed, and its exit code says the same
 
 
@@ -65,14 +75,13 @@ def _tell_checkpoint(store: checkpoints.Store, reporter: Reporter) -> None:
 
 def _tell_committed(reporter: Reporter, artifact: artifacts.Artifact) -> None:
     """Reports training as it stood when the artifact was committed: this process took no step itself."""
-    names = {"loss": "loss", "evalLoss": "eval_loss"}  # manifest.json's names and those of reports
     reporter.update(
         phase=Phase.EXPORTING,
         step=artifact.step,
         total_steps=artifact.step,
         epoch=artifact.metrics.get("epoch", 0.0),
         tokens_per_second=artifact.metrics.get("tokensPerSecond"),
-        metrics={names[name]: value for name, value in artifact.metrics.items() if name in names},
+        metrics={METRICS[name]: value for name, value in artifact.metrics.items() if name in METRICS},
     )
 
 
@@ -148,17 +157,11 @@ def _release(folder: storage.Folder, job: runfile.Job) -> None:
 
 def prepare_environment(uris: list[str]) -> None:
     """Sets what the libraries read when they are imported; must run before them."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    machine.prepare_libraries()
     # transformers' own callback reports 100 % on an early stop; ours does not.
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
-    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process uses one GPU; TRL refuses to see more
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to 1; threads are set by choose_threads
-    # A waiting OpenMP thread must give its core away soon: where other processes share the cores, spinning for long
-    # costs a time slice (10 ms) per operation. Not at once, though: on cores of its own that costs 15 % of the speed.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at import
     # TRL uses names that transformers will drop; nothing that a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -167,7 +170,7 @@ def prepare_environment(uris: list[str]) -> None:
 
 
 def _succeeded(artifact: artifacts.Artifact) -> dict[str, Any]:
-    metrics = {name: artifact.metrics[name] for name in ("loss", "evalLoss") if name in artifact.metrics}
+    metrics = {name: artifact.metrics[name] for name in METRICS if name in artifact.metrics}
     return {
         "class": ErrorClass.SUCCEEDED,
         "exitCode": 0,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
@@ -14,6 +17,11 @@ JOB_GAUGES = {
     "tokens": ("finetune_job_tokens_per_second", "Training tokens per second."),
     "loss": ("finetune_job_loss", "Latest training loss, nats per token."),
     "eval_loss": ("finetune_job_eval_loss", "Latest evaluation loss, nats per token."),
+    "reward": ("finetune_job_reward", "Mean reward of the latest sampled answers."),
+    "accuracy": (
+        "finetune_job_accuracy",
+        "Share of preferences in which the chosen answer is ahead, 0 to 1.",
+    ),
 }
 
 
@@ -21,13 +29,13 @@ class Telemetry:
     """Counters of the operator itself and gauges per job."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.reconcile_seconds = Histogram(
+        self._reconcile_seconds = Histogram(
             "finetune_reconcile_duration_seconds",
             "Duration of one reconcile pass.",
             ["kind"],
             registry=registry,
         )
-        self.reconcile_errors = Counter(
+        self._reconcile_errors = Counter(
             "finetune_reconcile_errors_total",
             "Reconcile passes that ended in an error.",
             ["kind"],
@@ -60,6 +68,16 @@ class Telemetry:
         self._phases: dict[tuple[str, str], str] = {}
         self.rollouts = RolloutTelemetry(registry)
 
+    @contextlib.contextmanager
+    def measured_pass(self, kind: str) -> Iterator[None]:
+        """Around one reconcile pass: how long it takes, and whether it ends in an error."""
+        with self._reconcile_seconds.labels(kind).time():
+            try:
+                yield
+            except Exception:
+                self._reconcile_errors.labels(kind).inc()
+                raise
+
     def show_job(self, namespace: str, name: str, status: FineTuneJobStatus) -> None:
         """Set the series of one job by its status."""
         key = (namespace, name)
@@ -75,6 +93,8 @@ class Telemetry:
         self._set("tokens", key, progress.tokens_per_second if progress else None)
         self._set("loss", key, metrics.loss if metrics else None)
         self._set("eval_loss", key, metrics.eval_loss if metrics else None)
+        self._set("reward", key, metrics.reward if metrics else None)
+        self._set("accuracy", key, metrics.accuracy if metrics else None)
 
     def forget_job(self, namespace: str, name: str) -> None:
         """Drop the series of a job that is gone."""

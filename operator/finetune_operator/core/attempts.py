@@ -23,7 +23,7 @@ from finetune_operator.core import (
     suspensions,
     words,
 )
-from finetune_operator.core.conditions import Claim, ConditionType
+from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
 from finetune_operator.core.facts import CreateRayJob, Observed, Plan
 
 KEPT = 10  # attempts in the status
@@ -212,7 +212,7 @@ def record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         Phase.RETRYING,
         "Starting",
         f"attempt {number} starts as RayJob {name}{words.from_where(seen)}",
-        claims=[Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")],
+        claims=[SPEC_IS_COMPLETE],
         now=now,
         attempts=[*seen.job.status.attempts, new][-KEPT:],
         next_attempt_time=None,
@@ -260,8 +260,7 @@ def _wait_for_inspection(seen: Observed, attempt: Attempt, *, now: datetime) -> 
     if attempt.error_class is ErrorClass.INTERNAL and attempt.exit_code == 0:
         message = f"the trainer ended well but left no committed artifact: {found}"
         attempts = statuses.with_last(seen.job.status.attempts, message=message)
-        updated = seen.job.status.model_copy(update={"attempts": attempts})
-        seen = replace(seen, job=replace(seen.job, status=updated))
+        seen = seen.with_status(seen.job.status.model_copy(update={"attempts": attempts}))
     verdict = _judge(seen, Ending(attempt.error_class or ErrorClass.LOST, ""))
     return retrying(seen, verdict, now=now) if verdict.retry else last(seen, verdict, now=now)
 

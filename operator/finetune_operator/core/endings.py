@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
 from finetune_operator.api.finetunejob import Artifact, ErrorClass, Phase
 from finetune_operator.core import accounts, failures, fences, reports, statuses
@@ -64,7 +63,7 @@ def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now
     return Plan(status=status, requeue_after=_cleanup_after(seen, status.phase))
 
 
-def failed(seen: Observed, reason: str, message: str, *, now: datetime, **updates: Any) -> Plan:
+def failed(seen: Observed, reason: str, message: str, *, now: datetime) -> Plan:
     """The job is over without an artifact. `reason` is the class of the last attempt, or says why none was made."""
     cancelled = reason == ErrorClass.CANCELLED
     text = failures.with_advice(ErrorClass(reason), message) if reason in set(ErrorClass) else message
@@ -82,7 +81,8 @@ def failed(seen: Observed, reason: str, message: str, *, now: datetime, **update
             *not_suspended(seen),
         ],
         now=now,
-        **{"next_attempt_time": None, "completion_time": now, **updates},
+        next_attempt_time=None,
+        completion_time=now,
     )
     return Plan(status=status, requeue_after=_cleanup_after(seen, status.phase))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeAlias
 
@@ -84,7 +84,7 @@ class PodFacts:
 
 @dataclass(frozen=True)
 class UpstreamFacts:
-    """The FineTuneJob that makes the base model."""
+    """A FineTuneJob that makes the model, the adapter or the reward model."""
 
     name: str
     exists: bool = True
@@ -92,7 +92,9 @@ class UpstreamFacts:
     reason: str | None = None
     artifact: Artifact | None = None
     waits_for: Sequence[str] = ()
-    """The jobs that it waits for in turn, the nearest first."""
+    """The jobs that it waits for in turn, the nearest first; on the way to the one that asks, where they wait in a
+    circle."""
+    objective: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,15 @@ class Observed:
     """Whether the clock was set back behind what the job has recorded: its time stands still until then."""
     kuberay_installed: bool = True
     upstream: UpstreamFacts | None = None
+    """The job of spec.model.fineTuneJobRef."""
+    reward: UpstreamFacts | None = None
+    """The job of spec.reward.fineTuneJobRef."""
+    scripts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The ConfigMaps of reward functions that exist, with their keys; only looked up before the first attempt."""
+
+    def with_status(self, status: FineTuneJobStatus) -> Observed:
+        """The same facts after a part of the decision."""
+        return replace(self, job=replace(self.job, status=status))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -154,11 +153,10 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
             "checkpoint": checkpoint,
         }
         if checkpoint is not None:
-            job = replace(seen.job, status=known.model_copy(update={"checkpoint": checkpoint}))
-            claims.append(words.checkpoint_claim(replace(seen, job=job)))
+            saved = known.model_copy(update={"checkpoint": checkpoint})
+            claims.append(words.checkpoint_claim(seen.with_status(saved)))
     status = statuses.build(seen, phase, reason, message, claims=claims, now=now, **updates)
-    running = replace(seen, job=replace(seen.job, status=status))
-    again = deadlines.next_check(running, attempt, now=now, most=RESYNC_SECONDS)
+    again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=RESYNC_SECONDS)
     return Plan(status=status, requeue_after=again)
 
 
@@ -230,8 +228,7 @@ def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now:
         now=now,
         attempts=statuses.with_last(seen.job.status.attempts, uid=rayjob.uid),
     )
-    waiting = replace(seen, job=replace(seen.job, status=status))
-    again = deadlines.next_check(waiting, attempt, now=now, most=WAITING_SECONDS)
+    again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=WAITING_SECONDS)
     return Plan(status=status, requeue_after=again)
 
 

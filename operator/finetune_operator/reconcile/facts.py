@@ -10,13 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_operator.adapters.kube import Json
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
-from finetune_operator.api.base import API_VERSION, StatusModel
+from finetune_operator.api.base import ACTION_ANNOTATION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts
+from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, UpstreamFacts
 from finetune_operator.manifests import naming
-
-EVENT_MESSAGE_BYTES = 1024  # the limit of the API
 
 
 def job_facts(body: Json) -> JobFacts:
@@ -160,14 +157,15 @@ def upstream_facts(body: Json | None, *, name: str, waits_for: Sequence[str] = (
         reason=status.reason,
         artifact=status.artifact,
         waits_for=tuple(waits_for),
+        objective=body.get("spec", {}).get("objective"),
     )
 
 
-def upstream_name(body: Json) -> str | None:
-    """The job whose artifact a FineTuneJob asks for as its base model."""
-    reference = body.get("spec", {}).get("model", {}).get("fineTuneJobRef") or {}
-    name = reference.get("name")
-    return str(name) if name else None
+def upstream_names(body: Json) -> list[str]:
+    """The jobs whose artifacts a FineTuneJob asks for: as its model, and as its reward model."""
+    spec = body.get("spec", {})
+    references = [(spec.get(part) or {}).get("fineTuneJobRef") or {} for part in ("model", "reward")]
+    return [str(reference["name"]) for reference in references if reference.get("name")]
 
 
 def _time(text: str | None) -> datetime | None:
@@ -202,29 +200,3 @@ def _is_json(value: Any) -> bool:
 
 def timestamp(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def event_body(subject: Json, event: Event, *, now: datetime, kind: str = KIND) -> Json:
-    """A core/v1 Event about one of our objects, as `kubectl describe` shows it."""
-    metadata = subject["metadata"]
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
-        "involvedObject": {
-            "apiVersion": API_VERSION,
-            "kind": kind,
-            "namespace": metadata["namespace"],
-            "name": metadata["name"],
-            "uid": metadata["uid"],
-        },
-        "type": "Warning" if event.warning else "Normal",
-        "reason": event.reason,
-        "message": event.message.encode()[:EVENT_MESSAGE_BYTES].decode(errors="ignore"),
-        "source": {"component": naming.MANAGER},
-        "reportingComponent": naming.MANAGER,
-        "reportingInstance": naming.MANAGER,
-        "firstTimestamp": timestamp(now),
-        "lastTimestamp": timestamp(now),
-        "count": 1,
-    }

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, ForbiddenError, InvalidError, Json, Kube
+from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, Json, Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
@@ -19,7 +18,6 @@ from finetune_operator.core.facts import (
     Defaults,
     DeleteJob,
     DeleteRayJob,
-    Event,
     JobFacts,
     Observed,
     Plan,
@@ -27,7 +25,7 @@ from finetune_operator.core.facts import (
     UpstreamFacts,
 )
 from finetune_operator.manifests import naming, rayjobs, runfiles
-from finetune_operator.reconcile import clocks, facts
+from finetune_operator.reconcile import clocks, events, facts, patches
 from finetune_operator.reconcile.followers import Followers
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
@@ -50,14 +48,11 @@ class FineTuneJobReconciler:
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
-        with self.telemetry.reconcile_seconds.labels(KIND).time():
+        with self.telemetry.measured_pass(KIND):
             try:
                 return await self._pass(key)
             except ConflictError:  # the object moved on while we looked; what we saw is stale
                 return CONFLICT_SECONDS
-            except Exception:
-                self.telemetry.reconcile_errors.labels(KIND).inc()
-                raise
 
     async def _pass(self, key: Key) -> float | None:
         body = await self.kube.get(API_VERSION, KIND, *key)
@@ -114,13 +109,27 @@ class FineTuneJobReconciler:
         )
 
     async def _observe_new(self, key: Key, job: JobFacts) -> Observed:
-        wanted = job.spec.model.fine_tune_job_ref if job.spec else None
-        self.followers.follow(key, [(job.namespace, wanted.name)] if wanted else ())
+        spec = job.spec
+        model = spec.model.fine_tune_job_ref if spec else None
+        reward = spec.reward.fine_tune_job_ref if spec and spec.reward else None
+        self.followers.follow(key, [(job.namespace, one.name) for one in (model, reward) if one])
         return Observed(
             job=job,
-            upstream=await self._upstream(job, wanted.name) if wanted else None,
+            upstream=await self._upstream(job, model.name) if model else None,
+            reward=await self._upstream(job, reward.name) if reward else None,
+            scripts=await self._scripts(job),
             kuberay_installed=await self.kube.has_group_version("ray.io/v1"),
         )
+
+    async def _scripts(self, job: JobFacts) -> dict[str, list[str]]:
+        """The ConfigMaps of the job's reward functions that exist, with their keys."""
+        functions = job.spec.reward.functions if job.spec and job.spec.reward else []
+        found: dict[str, list[str]] = {}
+        for name in dict.fromkeys(function.config_map_ref.name for function in functions):
+            body = await self.kube.get("v1", "ConfigMap", job.namespace, name)
+            if body is not None:
+                found[name] = sorted((body.get("data") or {}).keys())
+        return found
 
     async def _observe_finished(self, job: JobFacts) -> Observed:
         if not jobs.has_cleanup_left(job.status, now=self._now(job)):
@@ -133,15 +142,20 @@ class FineTuneJobReconciler:
         )
 
     async def _upstream(self, job: JobFacts, name: str) -> UpstreamFacts:
-        """The job that is waited for, and those that it waits for itself, as far as the chain goes."""
+        """The job that is waited for, and those that it waits for itself: the way back to `job` where there is one."""
         body = await self.kube.get(API_VERSION, KIND, job.namespace, name)
-        chain: list[str] = []
-        following = facts.upstream_name(body) if body else None
-        while following is not None and following not in chain and len(chain) < MOST_LINKS:
-            chain.append(following)
-            next_body = await self.kube.get(API_VERSION, KIND, job.namespace, following)
-            following = facts.upstream_name(next_body) if next_body else None
-        return facts.upstream_facts(body, name=name, waits_for=chain)
+        seen: list[str] = []
+        ways = [[following] for following in (facts.upstream_names(body) if body else [])]
+        while ways and len(seen) < MOST_LINKS:
+            way = ways.pop(0)
+            if way[-1] == job.name:
+                return facts.upstream_facts(body, name=name, waits_for=way)
+            if way[-1] in seen:
+                continue
+            seen.append(way[-1])
+            link = await self.kube.get(API_VERSION, KIND, job.namespace, way[-1])
+            ways += [[*way, following] for following in (facts.upstream_names(link) if link else [])]
+        return facts.upstream_facts(body, name=name, waits_for=seen)
 
     async def _rayjob(self, job: JobFacts, name: str) -> RayJobFacts | None:
         body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name)
@@ -187,6 +201,8 @@ class FineTuneJobReconciler:
             output_uri=job.status.effective.output_uri,
             checkpoint_uri=effective.checkpoint_uri,
             model_uri=effective.model_uri or job.spec.model.uri or "",
+            adapter=effective.adapter,
+            reward=effective.reward,
         )
         run_file = runfiles.build_run_file(
             namespace=job.namespace,
@@ -217,7 +233,7 @@ class FineTuneJobReconciler:
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""
-        patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
+        patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
         if patch:
             version = body["metadata"]["resourceVersion"]
             await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
@@ -230,25 +246,4 @@ class FineTuneJobReconciler:
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()
         for event in plan.events:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
-            await self._post(body, event)
-
-    async def _post(self, body: Json, event: Event) -> None:
-        """Post an event; one that cannot be posted is lost, as the status already says the same."""
-        try:
-            await self.kube.create(facts.event_body(body, event, now=self.clock()))
-        except ApiError as error:
-            logger.warning("event %s could not be posted: %s", event.reason, error)
-
-
-def merge_diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The smallest JSON merge patch (RFC 7386) from old to new; empty when they are equal. None removes a key."""
-    diff: dict[str, Any] = {}
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if before == after:
-            continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            diff[name] = merge_diff(before, after)
-        else:
-            diff[name] = after
-    return diff
+            await events.post(self.kube, body, event, now=self.clock())
