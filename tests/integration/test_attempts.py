@@ -196,7 +196,7 @@ def test_a_killed_job_comes_to_its_end_and_time_to_live_removes_all_but_the_arti
     )  # fmt: skip
     kubectl.wait_job("hardy", lambda s: s.get("checkpoint", {}).get("step", 0) >= INTERVAL)
     trainers.kill(seen.namespace, "hardy")
-    status = kubectl.finished("hardy")
+    status = kubectl.finished("hardy", seconds=400)
     assert status["phase"] == "Succeeded", status["message"]
     first, second = status["attempts"]
     assert (first["class"], second["class"]) == ("Lost", "Succeeded")
