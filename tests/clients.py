@@ -33,7 +33,7 @@ class Kubectl:
             input=json.dumps(body) if body is not None else None,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=150,
             check=False,
         )
         if done.returncode != 0:

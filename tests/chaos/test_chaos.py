@@ -91,7 +91,7 @@ def quick_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 def test_a_fleet_of_played_trainers(quick_cluster: Cluster) -> None:
     kubectl = Kubectl(quick_cluster.kubeconfig, "fleet")
     kubectl("create", "namespace", "fleet")
-    fleet = PlayedFleet(quick_cluster, kubectl, PLAYED, size=20, seed=SEED)
+    fleet = PlayedFleet(quick_cluster, kubectl, PLAYED, size=min(30, max(6, FAULTS // 5)), seed=SEED)
     with observers.observe(quick_cluster, "fleet", processes=False), fleet.playing():
         let_loose(fleet, fleet.WEIGHTS, count=FAULTS, pause=0.7)
         jobs = fleet.jobs()

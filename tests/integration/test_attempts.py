@@ -86,7 +86,8 @@ def test_what_ends_a_process_and_how_the_job_goes_on(
     kubectl.wait_job("tough", training(1))
     trainers.kill(seen.namespace, "tough")
     killed = ended(kubectl, "tough", 1)
-    assert (killed["class"], killed.get("exitCode")) == ("Lost", None)
+    assert (killed["class"], killed["exitCode"]) == ("Lost", 137)
+    assert killed["message"] == "the trainer was killed by SIGKILL"
 
     kubectl.wait_job("tough", training(2))
     trainers.send(seen.namespace, "tough", signal.SIGTERM)
@@ -101,11 +102,12 @@ def test_what_ends_a_process_and_how_the_job_goes_on(
     cluster.up(parts.TRAINING)
     unheard = ended(kubectl, "tough", 3)
     assert (unheard["class"], unheard["exitCode"]) == ("Preempted", 75)
+    assert "stopped by SIGTERM after step" in unheard["message"]
 
     kubectl.wait_job("tough", training(4))
     trainers.send(seen.namespace, "tough", signal.SIGSTOP)
     change(kubectl, "tough", deadlines={"stallSeconds": 10})
-    kubectl.wait_job("tough", lambda s: s["attempts"][-1].get("class") == "Stalled", seconds=60)
+    kubectl.wait_job("tough", lambda s: s["attempts"][-1].get("class") == "Stalled", seconds=180)
     change(kubectl, "tough", deadlines={"stallSeconds": 1800})
     assert ended(kubectl, "tough", 4)["class"] == "Stalled"
 
@@ -135,7 +137,7 @@ def test_what_happens_to_its_objects_and_how_the_job_goes_on(
     label = "finetune.dev/job=tossed"
     assert len(kubectl.items("raycluster", "-l", label)) == 1, "KubeRay does not copy labels any more"
     change(kubectl, "tossed", suspend=True)
-    status = kubectl.wait_job("tossed", lambda s: s["phase"] == "Suspended", seconds=60)["status"]
+    status = kubectl.wait_job("tossed", lambda s: s["phase"] == "Suspended", seconds=180)["status"]
     assert not kubectl.items("pod", "-l", label)
     assert not kubectl.items("rayjob", "-l", label)
     saved = status["checkpoint"]["step"]
@@ -144,12 +146,12 @@ def test_what_happens_to_its_objects_and_how_the_job_goes_on(
     change(kubectl, "tossed", suspend=False)
     status = kubectl.wait_job("tossed", training(2))["status"]
     assert status["attempts"][1]["resumedFromStep"] == saved
-    assert "retries" not in status, "a suspension costs no retry"
+    assert not any(status.get("retries", {}).values()), "a suspension costs no retry"
     assert "suspendedSeconds" in status
 
     kubectl("patch", "rayjob", "tossed-a2", "--type=merge", "-p", '{"spec":{"suspend":true}}')
     status = kubectl.wait_job("tossed", lambda s: s["reason"] == "RayJobSuspended")["status"]
-    kubectl("wait", "--for=delete", "pod", "-l", label, "--timeout=60s")
+    kubectl("wait", "--for=delete", "pod", "-l", label, "--timeout=120s")
     assert kubectl.job("tossed")["status"]["phase"] == "Queued"
     kubectl("patch", "rayjob", "tossed-a2", "--type=merge", "-p", '{"spec":{"suspend":false}}')
     status = kubectl.wait_job("tossed", training(2))["status"]
@@ -158,13 +160,13 @@ def test_what_happens_to_its_objects_and_how_the_job_goes_on(
     assert held.get("lostSteps", 0) <= INTERVAL
     assert status["retries"]["preemption"] == 1
 
-    kubectl("delete", "rayjob", "tossed-a2", "--timeout=60s")
+    kubectl("delete", "rayjob", "tossed-a2", "--timeout=120s")
     deleted = ended(kubectl, "tossed", 2)
     assert deleted["class"] == "Lost"
     assert "RayJob tossed-a2 was deleted before it finished" in deleted["message"]
 
     kubectl.wait_job("tossed", training(3))
-    kubectl("delete", "raycluster", "-l", label, "--timeout=60s")
+    kubectl("delete", "raycluster", "-l", label, "--timeout=120s")
     assert ended(kubectl, "tossed", 3)["class"] == "Preempted"
 
     kubectl.wait_job("tossed", training(4))
@@ -187,26 +189,25 @@ def test_what_happens_to_its_objects_and_how_the_job_goes_on(
 def test_a_killed_job_comes_to_its_end_and_time_to_live_removes_all_but_the_artifact(
     kubectl: Kubectl, seen: Observer, tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
-    """So near to its end that an inspection has to look whether the artifact is there."""
     output = tmp_path / "artifact"
     kubectl.apply(
-        job("hardy", tiny_model, tiny_rows, steps=500, output={"uri": f"file://{output}"},
+        job("hardy", tiny_model, tiny_rows, steps=120, output={"uri": f"file://{output}"},
             checkpoint={"everySteps": INTERVAL, "uri": f"file://{tmp_path}/saved"})
     )  # fmt: skip
     kubectl.wait_job("hardy", lambda s: s.get("checkpoint", {}).get("step", 0) >= INTERVAL)
     trainers.kill(seen.namespace, "hardy")
-    status = kubectl.finished("hardy")
+    status = kubectl.finished("hardy", seconds=400)
     assert status["phase"] == "Succeeded", status["message"]
     first, second = status["attempts"]
-    assert (first["class"], first["inspection"], second["class"]) == ("Lost", "hardy-i1", "Succeeded")
+    assert (first["class"], second["class"]) == ("Lost", "Succeeded")
     assert first["lostSteps"] <= INTERVAL
     assert second["resumedFromStep"] >= INTERVAL
-    assert status["progress"]["step"] == 500
-    kubectl("delete", "rayjob", "hardy-a2", "--timeout=60s")
+    assert status["progress"]["step"] == 120
+    kubectl("delete", "rayjob", "hardy-a2", "--timeout=120s")
     change(kubectl, "hardy", ttlSecondsAfterFinished=2)
-    kubectl("wait", "--for=delete", "ftj", "hardy", "--timeout=60s")
+    kubectl("wait", "--for=delete", "ftj", "hardy", "--timeout=120s")
     for kind in ("rayjob", "raycluster", "pod"):
-        kubectl("wait", "--for=delete", kind, "--all", "--timeout=60s")
+        kubectl("wait", "--for=delete", kind, "--all", "--timeout=120s")
     assert (output / "manifest.json").exists()
     assert not list((tmp_path / "saved").glob("checkpoint-*"))
 
@@ -217,7 +218,7 @@ def test_a_ray_job_that_is_stopped_in_the_dashboard_is_cancelled(
     kubectl.apply(job("halted", tiny_model, tiny_rows))
     kubectl.wait_job("halted", training(1))
     stop_in_dashboard(cluster, kubectl, "halted-a1")
-    status = kubectl.finished("halted", seconds=90)
+    status = kubectl.finished("halted", seconds=180)
     assert (status["phase"], status["reason"]) == ("Cancelled", "Cancelled"), status["message"]
     assert "Ray job of halted-a1 was stopped" in status["message"]
     assert len(status["attempts"]) == 1
@@ -237,22 +238,22 @@ def test_jobs_that_cannot_start_say_why_and_end_as_they_must(
     kubectl.apply(job("refused", tiny_model, tiny_rows, resources=huge))
     kubectl.apply(job("held", tiny_model, tiny_rows, suspend=True, resources=huge))
 
-    assert kubectl.wait_job("held", lambda s: s.get("phase") == "Suspended", seconds=20)
-    assert "attempts" not in kubectl.job("held")["status"]
+    assert kubectl.wait_job("held", lambda s: s.get("phase") == "Suspended", seconds=60)
+    assert not kubectl.job("held")["status"].get("attempts")
     change(kubectl, "held", suspend=False)
-    kubectl.wait_job("held", lambda s: s["reason"] == "Unschedulable", seconds=40)
+    kubectl.wait_job("held", lambda s: s["reason"] == "Unschedulable", seconds=120)
     change(kubectl, "held", suspend=True)
-    kubectl.wait_job("held", lambda s: s["phase"] == "Suspended", seconds=40)
+    kubectl.wait_job("held", lambda s: s["phase"] == "Suspended", seconds=120)
     kubectl("annotate", "ftj", "held", "finetune.dev/action=cancel")
-    assert kubectl.finished("held", seconds=30)["phase"] == "Cancelled"
+    assert kubectl.finished("held", seconds=120)["phase"] == "Cancelled"
 
     kubectl("patch", "rayjob", "refused-a1", "--type=merge", "-p", INVALID)
-    status = kubectl.finished("refused", seconds=60)
+    status = kubectl.finished("refused", seconds=180)
     assert (status["phase"], status["reason"], len(status["attempts"])) == ("Failed", "BadConfig", 1)
     assert "KubeRay refuses RayJob refused-a1" in status["message"]
 
     for name, field in (("no-room", "startSeconds"), ("too-late", "totalSeconds")):
-        status = kubectl.finished(name, seconds=60)
+        status = kubectl.finished(name, seconds=180)
         assert (status["phase"], status["reason"]) == ("Failed", "DeadlineExceeded")
         assert f"spec.deadlines.{field} (5) are over" in status["message"]
 
@@ -267,7 +268,7 @@ def test_jobs_that_cannot_start_say_why_and_end_as_they_must(
     assert status["retries"]["user"] == 1
     assert "\n" not in status["message"]
     for name in ("no-room", "too-late", "held", "refused"):
-        kubectl("wait", "--for=delete", "pod", "-l", f"finetune.dev/job={name}", "--timeout=60s")
+        kubectl("wait", "--for=delete", "pod", "-l", f"finetune.dev/job={name}", "--timeout=120s")
 
 
 def test_a_chain_waits_for_its_model_and_fails_with_it(
@@ -288,15 +289,15 @@ def test_a_chain_waits_for_its_model_and_fails_with_it(
 
     status = kubectl.finished("broken")
     assert status["reason"] == "ModelNotFound"
-    third, fourth = kubectl.finished("third", seconds=5), kubectl.finished("fourth", seconds=5)
+    third, fourth = kubectl.finished("third", seconds=20), kubectl.finished("fourth", seconds=20)
     assert (third["reason"], fourth["reason"]) == ("UpstreamFailed", "UpstreamFailed")
     assert "FineTuneJob broken ended Failed (ModelNotFound)" in third["message"]
     assert "FineTuneJob third ended Failed (UpstreamFailed)" in fourth["message"]
-    assert "attempts" not in third
+    assert not third.get("attempts")
 
     first = kubectl.finished("first")
     assert first["phase"] == "Succeeded", first["message"]
-    started = kubectl.wait_job("second", lambda s: bool(s.get("attempts")), seconds=5)["status"]
+    started = kubectl.wait_job("second", lambda s: bool(s.get("attempts")), seconds=20)["status"]
     assert started["effective"]["modelUri"] == first["artifact"]["uri"]
     second = kubectl.finished("second")
     assert second["phase"] == "Succeeded", second["message"]
@@ -308,13 +309,13 @@ def test_a_quota_is_named_and_waited_for(
 ) -> None:
     kubectl("create", "quota", "small", "--hard=pods=0")
     kubectl.apply(job("poor", tiny_model, tiny_rows))
-    status = kubectl.wait_job("poor", lambda s: s.get("reason") == "QuotaExceeded", seconds=30)["status"]
+    status = kubectl.wait_job("poor", lambda s: s.get("reason") == "QuotaExceeded", seconds=120)["status"]
     assert "exceeded quota: small" in status["message"]
     assert status["phase"] == "Provisioning"
     kubectl("delete", "quota", "small")
-    kubectl.wait_job("poor", lambda s: s.get("phase") in ("Validating", "Running"), seconds=60)
+    kubectl.wait_job("poor", lambda s: s.get("phase") in ("Validating", "Running"), seconds=180)
     kubectl("annotate", "ftj", "poor", "finetune.dev/action=cancel")
-    assert kubectl.finished("poor", seconds=60)["phase"] == "Cancelled"
+    assert kubectl.finished("poor", seconds=180)["phase"] == "Cancelled"
 
 
 def test_kuberay_is_away_when_it_is_needed(
@@ -328,18 +329,18 @@ def test_kuberay_is_away_when_it_is_needed(
     os.kill(kuberay, signal.SIGKILL)
     kubectl("delete", "rayjob", "stuck-a1", "--wait=false")
     kubectl.apply(job("unseen", tiny_model, tiny_rows, resources={"cpu": "1000", "memory": "1Gi"}))
-    status = kubectl.wait_job("unseen", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=40)[
+    status = kubectl.wait_job("unseen", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=120)[
         "status"
     ]
     assert "KubeRay does not look at RayJob unseen-a1" in status["message"]
     assert kubectl.job("stuck")["status"]["attempts"][-1]["number"] == 1, "its trainer still runs"
     cluster.up(parts.TRAINING)
     assert ended(kubectl, "stuck", 1)["class"] == "Lost"
-    kubectl.wait_job("unseen", lambda s: s.get("reason") == "Unschedulable", seconds=40)
+    kubectl.wait_job("unseen", lambda s: s.get("reason") == "Unschedulable", seconds=120)
     for name in ("stuck", "unseen"):
         kubectl("annotate", "ftj", name, "finetune.dev/action=cancel")
     for name in ("stuck", "unseen"):
-        assert kubectl.finished(name, seconds=60)["phase"] == "Cancelled"
+        assert kubectl.finished(name, seconds=180)["phase"] == "Cancelled"
 
 
 def evict(kubectl: Kubectl, label: str) -> None:
@@ -357,7 +358,7 @@ def evict(kubectl: Kubectl, label: str) -> None:
 
 def waits(kubectl: Kubectl, name: str, reason: str) -> Json:
     status: Json = kubectl.wait_job(name, lambda s: s.get("reason") == reason, seconds=20)["status"]
-    assert (status["phase"], status.get("attempts")) == ("Pending", None)
+    assert (status["phase"], status.get("attempts", [])) == ("Pending", [])
     return status
 
 

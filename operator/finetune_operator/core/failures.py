@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 from collections.abc import Sequence
 
 from finetune_operator.api.finetunejob import ErrorClass
@@ -49,14 +51,17 @@ ADVICE = {
 }
 
 # Anchored: the rest of the message quotes the program's own output, which may say anything.
-_EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (\d{1,3})\b")
+_EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (-?\d{1,3})\b")
+_RESULT = re.compile(r"^TRAINER_RESULT (\{.*\})$", re.MULTILINE)  # the trainer's last line on standard output
 _LOG_TAIL = re.compile(r"last available logs[^:]*:\s*(.*)", re.DOTALL)
 
 
 def exit_code_of(message: str | None) -> int | None:
-    """The entrypoint's exit code in a RayJob's status.message, or None where it does not start with one."""
+    """The entrypoint's exit code in a RayJob's status.message, or None where it does not start with one. A process
+    that a signal killed has 128 and the signal's number, as in a shell; Ray says -9 for 137."""
     match = _EXIT_CODE.match(message or "")
-    return int(match.group(1)) if match else None
+    code = int(match.group(1)) if match else None
+    return 128 - code if code is not None and code < 0 else code
 
 
 def class_of(exit_code: int | None) -> ErrorClass:
@@ -86,8 +91,29 @@ def message_of(rayjob: RayJobFacts) -> str:
     if exit_code is None:
         first = rayjob.message.splitlines()[0] if rayjob.message else "no message"
         return f"{rayjob.reason or 'failed'}: {first}"
-    line = last_log_line(rayjob.message)
+    if exit_code > 128:
+        return f"the trainer was killed by {_signal_name(exit_code - 128)}"
+    line = _told_by_result(rayjob.message, exit_code) or last_log_line(rayjob.message)
     return f"the trainer ended with exit code {exit_code}" + (f": {line}" if line else "")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _told_by_result(message: str, exit_code: int, *, limit: int = 500) -> str | None:
+    """What the trainer said last of itself, where it could not report; believed only where it fits the exit code."""
+    for found in reversed(_RESULT.findall(message)):
+        try:
+            result = json.loads(found)
+        except ValueError:  # cut off, or somebody else's line
+            continue
+        if isinstance(result, dict) and result.get("exitCode") == exit_code and result.get("message"):
+            return str(result["message"]).splitlines()[0][:limit]
+    return None
 
 
 def last_log_line(message: str | None, *, limit: int = 500) -> str | None:

@@ -74,8 +74,9 @@ def _cluster_problem(status: Mapping[str, Any]) -> str:
     """Why a RayCluster's pods cannot be created: its condition ReplicaFailure, or its reason in older KubeRays."""
     for condition in status.get("conditions", []):
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
-            return str(condition.get("message") or condition.get("reason") or "ReplicaFailure")
-    return str(status.get("reason", ""))
+            text = str(condition.get("message") or condition.get("reason") or "ReplicaFailure")
+            return " ".join(text.split())  # KubeRay puts its reason into a line of its own
+    return " ".join(str(status.get("reason", "")).split())
 
 
 def pod_facts(body: Json, *, attempt_start: datetime | None = None) -> PodFacts:

@@ -206,6 +206,18 @@ def render_page() -> str:
         "| # | what happens | KubeRay shows | what becomes of the job | why | `.status.message` | provoked by |",
         "|---|---|---|---|---|---|---|",
         *(_row(case, Play(case)) for case in EDGE_CASES),
+        "",
+        "## All of it at once",
+        "",
+        "`make chaos` lets faults loose on two fleets, drawn from a seed that it prints (`make chaos",
+        "SEED=7 FAULTS=500`): one with real trainers, KubeRay and Ray, one with many played ones on a",
+        "real API server. Trainers are killed, preempted and hang, exit with every code; jobs are",
+        "suspended, resumed, cancelled and deleted; RayJobs, clusters and pods are deleted, held and",
+        "given up while their process lives; reports get lost; operator, KubeRay and API server are",
+        "killed. All the time, by watches: only one attempt of a job has pods or processes, what has",
+        "ended stays as it is, no budget is overdrawn, no status goes back, every state has a reason. At",
+        "the end every job that nobody ended has succeeded with the artifact that was committed, and",
+        "nothing runs.",
     ]
     return "\n".join(lines) + "\n"
 

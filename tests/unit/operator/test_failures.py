@@ -1,0 +1,47 @@
+"""What is read out of KubeRay's message where the trainer's own report never arrived. The texts are recorded ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from finetune_operator.api.finetunejob import ErrorClass
+from finetune_operator.core import failures
+from tests.unit.operator.stories import rayjob
+
+LOGS = ", last available logs (truncated to 20,000 chars):\n"
+SAID = "stopped by SIGTERM after step 85; file:///c/checkpoint-85 is complete"
+
+
+def told(code: str, log: str) -> tuple[int | None, ErrorClass, str]:
+    message = f"Job entrypoint command failed with exit code {code}{LOGS}{log}"
+    exit_code = failures.exit_code_of(message)
+    job = rayjob("Failed", "FAILED", reason="AppFailed", message=message)
+    return exit_code, failures.class_of(exit_code), failures.message_of(job)
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "name"), [("-9", 137, "SIGKILL"), ("137", 137, "SIGKILL"), ("-70", 198, "signal 70")]
+)
+def test_a_process_that_was_killed(code: str, number: int, name: str) -> None:
+    assert told(code, "loss 2.3\nloss 2.2") == (number, ErrorClass.LOST, f"the trainer was killed by {name}")
+
+
+def test_what_the_trainer_wanted_to_report_is_in_its_log() -> None:
+    result = json.dumps({"class": "Preempted", "exitCode": 75, "message": SAID})
+    log = f"checked: 320 rows\nTRAINER_RESULT {result}\nresult could not be reported (connection refused)\n"
+    assert told("75", log) == (75, ErrorClass.PREEMPTED, f"the trainer ended with exit code 75: {SAID}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'TRAINER_RESULT {"exitCode": 0, "message": "all is well"}',
+        'TRAINER_RESULT {"exitCode": 75, "mess',
+        "TRAINER_RESULT [75]",
+        'TRAINER_RESULT {"exitCode": 75}',
+    ],
+)
+def test_a_result_that_does_not_fit_the_exit_code_is_not_believed(line: str) -> None:
+    assert told("75", f"{line}\nthe end")[2] == "the trainer ended with exit code 75: the end"
