@@ -47,12 +47,15 @@ async def run(settings: config.OperatorConfig) -> None:
         kube=kube,
         mailbox=mailbox,
         telemetry=telemetry,
-        defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
+        defaults=Defaults(
+            output_uri=settings.output_uri, image=settings.trainer_image, prices=settings.prices
+        ),
         platform=Platform(
             submission_mode=settings.submission_mode,
             status_url=settings.status_url,
             authority_pem=settings.authority_pem(),
             termination_grace_seconds=settings.termination_grace_seconds,
+            accelerator_label=settings.accelerator_label,
         ),
     )
     queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)

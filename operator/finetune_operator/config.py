@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import yaml
+
+from finetune_fit.prices import PriceTable
+
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "finetune-system"
 
@@ -53,6 +57,10 @@ class OperatorConfig:
     agent_url: str | None
     """Its agent, where that is not on the engine's host at spec.serving.agentPort."""
     agent_token_file: Path | None
+    prices: PriceTable | None
+    """What an hour of each kind of GPU costs."""
+    accelerator_label: str
+    """Label of nodes that spec.resources.acceleratorType selects."""
     alert_providers_file: Path | None
     """JSON {name: URL}."""
     drain_seconds: float
@@ -95,6 +103,16 @@ def _file(environ: Mapping[str, str], name: str) -> Path | None:
     if not Path(text).is_file():
         raise ConfigurationError(f"{name}={text!r}: no such file")
     return Path(text)
+
+
+def _prices(environ: Mapping[str, str], name: str) -> PriceTable | None:
+    file = _file(environ, name)
+    if file is None:
+        return None
+    try:
+        return PriceTable.parse(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{name}={str(file)!r}: {error}") from error
 
 
 def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -160,6 +178,8 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         engine_url=_url(environ, "FINETUNE_ENGINE_URL"),
         agent_url=_url(environ, "FINETUNE_AGENT_URL"),
         agent_token_file=_file(environ, "FINETUNE_AGENT_TOKEN_FILE"),
+        prices=_prices(environ, "FINETUNE_PRICES_FILE"),
+        accelerator_label=environ.get("FINETUNE_ACCELERATOR_LABEL") or "nvidia.com/gpu.product",
         alert_providers_file=_file(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
         drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
     )

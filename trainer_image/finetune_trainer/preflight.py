@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_fit import architectures
 from finetune_trainer import artifacts, model_files, storage
 from finetune_trainer.data import files, formats, splits
 from finetune_trainer.failures import (
@@ -34,6 +35,7 @@ class Checked:
     train: list[formats.Example]
     held_out: list[formats.Example]
     dataset_digest: str
+    architecture: architectures.Architecture | None = None  # None: of a family that cannot be counted
 
 
 def check(run: RunFile, work: Path) -> Checked:
@@ -67,7 +69,18 @@ def check(run: RunFile, work: Path) -> Checked:
         train=[examples[index] for index in train],
         held_out=[examples[index] for index in held_out],
         dataset_digest=artifacts.hash_dataset(paths),
+        architecture=_read_architecture(config, tensors),
     )
+
+
+def _read_architecture(
+    config: dict[str, Any], tensors: model_files.Tensors
+) -> architectures.Architecture | None:
+    try:
+        return architectures.read(config, tensors)
+    except architectures.UnknownArchitectureError as error:
+        print(f"memory: not estimated ({error})", flush=True)
+        return None
 
 
 def _check_suffixes(sources: list[Source]) -> None:

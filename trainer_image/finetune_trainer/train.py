@@ -16,7 +16,7 @@ import torch
 import transformers
 import trl
 
-from finetune_trainer import checkpoints, export, finite, resume, saving, signals
+from finetune_trainer import checkpoints, export, finite, fit, resume, saving, signals
 from finetune_trainer.callbacks import ProgressCallback
 from finetune_trainer.data import tokens
 from finetune_trainer.methods import adapters, choices, models, packing, settings
@@ -42,6 +42,13 @@ def train(
         run.hyperparameters.precision, device=device.name, gpu_has_bfloat16=device.has_bfloat16
     )
     choices.explain("precision", precision)
+    fit.check(
+        run,
+        checked.architecture,
+        device,
+        precision=precision.value,
+        length=max(len(row.input_ids) for row in encoded.train),
+    )
     model = models.load_base(run, checked.model, device=device, precision=precision.value)
     _check_model(model, run, encoded)
     train_set = _build_train_set(run, encoded)

@@ -40,6 +40,7 @@ from finetune_operator.api.finetunejob_status import (
     Artifact,
     Attempt,
     Checkpoint,
+    Cost,
     Effective,
     ErrorClass,
     FineTuneJobStatus,
@@ -48,6 +49,7 @@ from finetune_operator.api.finetunejob_status import (
     Overrides,
     Phase,
     Progress,
+    Queue,
     Retries,
 )
 from finetune_operator.api.finetunejob_training import (
@@ -58,6 +60,7 @@ from finetune_operator.api.finetunejob_training import (
     Precision,
     ResourcesSpec,
     Scheduler,
+    SchedulingSpec,
 )
 from finetune_operator.api.rules import FORBIDDEN, rule, rules
 
@@ -74,6 +77,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointSpec",
     "ComputeDtype",
+    "Cost",
     "DataFormat",
     "DatasetSpec",
     "DeadlineSpec",
@@ -100,11 +104,13 @@ __all__ = [
     "Progress",
     "QuantizationSpec",
     "QuantizationType",
+    "Queue",
     "ResourcesSpec",
     "ResumePolicy",
     "Retries",
     "RetrySpec",
     "Scheduler",
+    "SchedulingSpec",
     "SourceSpec",
     "SplitSpec",
 ]
@@ -223,6 +229,8 @@ class FineTuneJobSpec(ApiModel):
     patience 3."""
     resources: ResourcesSpec = ResourcesSpec()
     """What the training pod gets. Default: 1 CPU, 4Gi memory, no GPU."""
+    scheduling: SchedulingSpec = SchedulingSpec()
+    """Who decides when there is room. Default: nobody but the cluster's scheduler."""
     output: OutputSpec = OutputSpec()
     """Where the artifact goes. Default: a folder of its own below the operator's output folder."""
     checkpoint: CheckpointSpec = CheckpointSpec()

@@ -21,6 +21,7 @@ NOT_FOR_THE_TRAINER: dict[str, Any] = {
     "model": {"secret_ref", "fine_tune_job_ref", "uri"},
     "dataset": {"secret_ref"},
     "resources": True,
+    "scheduling": True,
     "output": True,
     "checkpoint": True,
     "retry": True,

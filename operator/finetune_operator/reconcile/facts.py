@@ -13,10 +13,11 @@ from finetune_operator.adapters.kube import Json
 from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from finetune_operator.api.base import API_VERSION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts
+from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts, WorkloadFacts
 from finetune_operator.manifests import naming
 
 EVENT_MESSAGE_BYTES = 1024  # the limit of the API
+STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its events are asked for
 
 
 def job_facts(body: Json) -> JobFacts:
@@ -73,6 +74,48 @@ def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
     )
 
 
+def workload_facts(body: Json, *, pending: Sequence[Json] = ()) -> WorkloadFacts:
+    """The facts of a Kueue Workload; `pending` are those that wait in its LocalQueue, as the visibility API has them."""
+    metadata, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
+    conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
+    quota, evicted = conditions.get("QuotaReserved", {}), conditions.get("Evicted", {})
+    gone = evicted.get("status") == "True"
+    place = next((item for item in pending if item.get("metadata", {}).get("name") == metadata["name"]), {})
+    position = place.get("positionInLocalQueue")
+    return WorkloadFacts(
+        name=metadata["name"],
+        active=spec.get("active", True),
+        quota_reserved=quota.get("status") == "True",
+        admitted=conditions.get("Admitted", {}).get("status") == "True",
+        reason=quota.get("reason", ""),
+        message=quota.get("message", ""),
+        evicted=evicted.get("reason", "Evicted") if gone else "",
+        evicted_message=_eviction(conditions) if gone else "",
+        checks=[
+            f"{check.get('name')} ({check.get('message') or check.get('state')})"
+            for check in status.get("admissionChecks", [])
+            if check.get("state") != "Ready"
+        ],
+        position=None if position is None else int(position) + 1,
+    )
+
+
+def _eviction(conditions: Mapping[str, Mapping[str, Any]]) -> str:
+    """Preempted says for whom; Evicted says why in general."""
+    preempted = conditions.get("Preempted", {})
+    told = preempted if preempted.get("status") == "True" else conditions["Evicted"]
+    return str(told.get("message", ""))
+
+
+def workload_owner(body: Json) -> str | None:
+    """The FineTuneJob whose RayJob a Workload may be for, by the names that we give RayJobs; None: not ours."""
+    for owner in body.get("metadata", {}).get("ownerReferences", []):
+        job, dash, number = str(owner.get("name", "")).rpartition("-a")
+        if owner.get("kind") == "RayJob" and dash and job and number.isdecimal():
+            return job
+    return None
+
+
 def _cluster_problem(status: Mapping[str, Any]) -> str:
     """Why a RayCluster's pods cannot be created: its condition ReplicaFailure, or its reason in older KubeRays."""
     for condition in status.get("conditions", []):
@@ -81,15 +124,18 @@ def _cluster_problem(status: Mapping[str, Any]) -> str:
     return str(status.get("reason", ""))
 
 
-def pod_facts(body: Json) -> PodFacts:
-    """Whether a pod runs and, if not, why: what the scheduler says, or what its containers wait for."""
+def pod_facts(body: Json, *, warning: Json | None = None) -> PodFacts:
+    """Whether a pod runs and, if not, why: what the scheduler says, what its containers wait for, or else the newest
+    `warning` (core/v1 Event) about it, which is where a kubelet tells of volumes that it cannot mount."""
     metadata, status = body["metadata"], body.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
-    containers = status.get("containerStatuses", [])
+    containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
     disrupted = conditions.get("DisruptionTarget", {})
     scheduled = conditions.get("PodScheduled", {})
     running = status.get("phase") == "Running"
     reason, message = (None, "") if running and not _crashes(containers) else _waiting(scheduled, containers)
+    if reason is None and warning is not None and not running:
+        reason, message = str(warning.get("reason", "")) or None, str(warning.get("message", ""))
     return PodFacts(
         name=metadata["name"],
         running=running,
@@ -105,6 +151,30 @@ def pod_facts(body: Json) -> PodFacts:
         out_of_memory=any(_ended(container).get("reason") == "OOMKilled" for container in containers),
         disruption=_disruption(disrupted),
     )
+
+
+def is_stuck(body: Json, *, now: datetime) -> bool:
+    """Whether a pod has a node and does not start, and does not say why: its events may."""
+    facts = pod_facts(body)
+    silent = not facts.running and not facts.gone and facts.waiting_reason is None
+    return (
+        silent
+        and facts.scheduled_at is not None
+        and (now - facts.scheduled_at).total_seconds() >= STUCK_SECONDS
+    )
+
+
+def newest_warning(events: Sequence[Json]) -> Json | None:
+    """The latest Event that tells of trouble."""
+    warnings = [event for event in events if event.get("type") == "Warning"]
+    return max(warnings, key=_event_time, default=None)
+
+
+def _event_time(event: Mapping[str, Any]) -> str:
+    """When it was last seen, as text that sorts (RFC 3339 in UTC); two generations of Event name it differently."""
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    return next((str(time) for time in times if time), "")
 
 
 def _waiting(scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, ForbiddenError, InvalidError, Json, Kube
+from finetune_operator.adapters.kube import (
+    KUEUE_VERSION,
+    ApiError,
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    Json,
+    Kube,
+)
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
@@ -23,8 +31,10 @@ from finetune_operator.core.facts import (
     JobFacts,
     Observed,
     Plan,
+    PodFacts,
     RayJobFacts,
     UpstreamFacts,
+    WorkloadFacts,
 )
 from finetune_operator.manifests import naming, rayjobs, runfiles
 from finetune_operator.reconcile import facts
@@ -86,6 +96,7 @@ class FineTuneJobReconciler:
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
         )
+        queued = rayjob is not None and rayjob.is_held_back and rayjob.queue is not None
         labels = naming.job_labels(job.name) if ended else naming.labels(job.name, attempt.number)
         pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels)
         clusters = await self._find("ray.io/v1", "RayCluster", job, labels) if ended else []
@@ -93,13 +104,45 @@ class FineTuneJobReconciler:
             job=job,
             rayjob=rayjob,
             inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
-            pods=[facts.pod_facts(body) for body in pods],
+            pods=[await self._pod(body) for body in pods],
+            workload=await self._workload(job, rayjob) if queued and rayjob else None,
+            kueue_installed=not queued or await self.kube.has_group_version(KUEUE_VERSION),
             clusters=[body["metadata"]["name"] for body in clusters],
             report=report,
             reported_at=reported_at,
             listening_since=self.started,
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
         )
+
+    async def _workload(self, job: JobFacts, rayjob: RayJobFacts) -> WorkloadFacts | None:
+        """Kueue's Workload for a RayJob that it holds back, with its place in the queue where Kueue tells it."""
+        labels = {naming.LABEL_WORKLOAD_OWNER: rayjob.uid}
+        try:
+            found = await self._find(KUEUE_VERSION, "Workload", job, labels)
+            pending = await self._pending(job.namespace, rayjob.queue or "") if found else []
+        except ForbiddenError as error:  # the job runs all the same; only its place is not known
+            logger.warning("Workloads of Kueue cannot be read: %s", error)
+            return None
+        return facts.workload_facts(found[0], pending=pending) if found else None
+
+    async def _pending(self, namespace: str, queue: str) -> list[Json]:
+        try:
+            return await self.kube.pending_workloads(namespace, queue)
+        except ApiError as error:  # an API server of its own, which may be away or not be for us
+            logger.debug("the place in queue %s is not known: %s", queue, error)
+            return []
+
+    async def _pod(self, body: Json) -> PodFacts:
+        """The facts of a pod. Only one that is stuck is worth a look at its events."""
+        if not facts.is_stuck(body, now=self.clock()):
+            return facts.pod_facts(body)
+        metadata = body["metadata"]
+        try:
+            events = await self.kube.events_about(metadata["namespace"], uid=metadata["uid"])
+        except ApiError as error:  # the reason stays unknown; the job goes on
+            logger.warning("events of pod %s cannot be read: %s", metadata["name"], error)
+            events = []
+        return facts.pod_facts(body, warning=facts.newest_warning(events))
 
     async def _observe_new(self, job: JobFacts) -> Observed:
         wanted = job.spec.model.fine_tune_job_ref if job.spec else None

@@ -1,0 +1,49 @@
+"""Whether training fits into the GPU, before any weight is loaded: a refusal costs a second, a GPU that runs out minutes."""
+
+from __future__ import annotations
+
+from finetune_fit import verdicts
+from finetune_fit.architectures import Architecture
+from finetune_fit.memory import Method, Workload
+from finetune_trainer.failures import BadConfig
+from finetune_trainer.methods import choices
+from finetune_trainer.methods.models import Device
+from finetune_trainer.runfile import Precision, RunFile
+
+
+def check(
+    run: RunFile, model: Architecture | None, device: Device, *, precision: Precision, length: int
+) -> None:
+    """Prints what training needs. `length`: tokens of the longest row.
+
+    Raises BadConfig where what is counted (weights, gradients, optimizer states) is more than the GPU has free. What is
+    only estimated is a warning: the batch can still be made smaller when the memory runs out.
+    """
+    if model is None:
+        return
+    work = describe(run, precision=precision, length=length, on_gpu=device.memory_bytes is not None)
+    verdict = verdicts.judge(model, work, capacity=device.memory_bytes, device=device.description)
+    if verdict.fit is verdicts.Fit.TOO_LARGE:
+        raise BadConfig(f"method.type: {run.method.type} of this model does not fit: {verdict.message}")
+    title = "warning: memory" if verdict.fit is verdicts.Fit.TIGHT else "memory"
+    print(f"{title}: {verdict.message}", flush=True)
+
+
+def describe(run: RunFile, *, precision: Precision, length: int, on_gpu: bool) -> Workload:
+    """The run file in the terms of the estimate."""
+    hyper, quantization = run.hyperparameters, run.method.quantization
+    limit = hyper.max_length if hyper.packing else min(hyper.max_length, length)
+    return Workload(
+        method=Method(str(run.method.type)),
+        rows=choices.choose_micro_batch(hyper, override=run.overrides.micro_batch_size).value,
+        length=limit,
+        bfloat16=precision is Precision.BFLOAT16,
+        checkpointing=hyper.gradient_checkpointing,
+        optimizer=str(hyper.optimizer),
+        rank=run.lora.r,
+        targets=tuple(run.lora.target_modules),
+        dropout=run.lora.dropout > 0,
+        double_quantization=quantization is None or quantization.double_quant,
+        objective=str(run.objective),
+        on_gpu=on_gpu,
+    )
