@@ -1,12 +1,12 @@
 """How much GPU memory a fine-tuning needs, part by part.
 
-Weights, gradients and optimizer states are counted; what autograd keeps for the backward pass is derived from the layers
-as transformers computes them, layer by layer (see `_kept_by_layer`); tests compare all of it with what torch allocates.
+Weights, gradients and optimizer states are counted; what autograd keeps for the backward pass is derived from how
+transformers computes a layer (see `_kept_by_layer`); tests compare all of it with what torch allocates.
 The choices of type are those of the trainer: LoRA over bfloat16 weights with float32 adapters, QLoRA over 4-bit linear
 layers with everything else in float32 (peft.prepare_model_for_kbit_training), Full with float32 weights under autocast.
 
-Sources: 4-bit sizes and double quantization, QLoRA (arXiv 2305.14314, section 3); activations of a layer, Korthikanti et
-al. (arXiv 2205.05198, section 4); 16 to 18 bytes per parameter of full mixed-precision training with Adam, ZeRO (arXiv
+Sources: 4-bit sizes and double quantization, QLoRA (arXiv 2305.14314, section 3); activations of a layer, Korthikanti
+et al. (arXiv 2205.05198, section 4); 16 to 18 bytes per parameter of full mixed-precision training with Adam, ZeRO (arXiv
 1910.02054, section 3.1) and huggingface.co/docs/transformers/model_memory_anatomy.
 """
 

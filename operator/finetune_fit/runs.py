@@ -54,8 +54,9 @@ def steps(*, rows: int, global_batch: int, epochs: float) -> int:
 def seconds(
     model: Architecture, work: Workload, accelerator: Accelerator, *, steps: int, global_batch: int
 ) -> float:
-    """Seconds of training if every row is full, by the operations that it takes: 2 per parameter and token forward, 2 to
-    pass gradients back, 2 more where the weights have gradients themselves (Kaplan et al., arXiv 2001.08361, 2.1)."""
+    """Seconds of training if every row is full, by the operations that it takes: 2 per parameter and token forward, 2
+    to pass gradients back, 2 more where the weights have gradients themselves (Kaplan et al., arXiv 2001.08361, 2.1).
+    """
     per_token = (6 if work.method is Method.FULL else 4) * model.parameters
     if work.checkpointing:
         per_token += 2 * model.parameters

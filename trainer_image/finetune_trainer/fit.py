@@ -1,4 +1,7 @@
-"""Whether training fits into the GPU, before any weight is loaded: a refusal costs a second, a GPU that runs out minutes."""
+"""Whether training fits into the GPU, before any weight is loaded.
+
+A refusal costs a second; a GPU that runs out of memory, minutes.
+"""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ class Kube:
         return list(answer["items"]) if answer else []
 
     async def pending_workloads(self, namespace: str, queue: str) -> list[Json]:
-        """The Workloads that wait in a LocalQueue of Kueue, the next one first (at most 1000). Empty where Kueue does not
-        serve that list."""
+        """The Workloads that wait in a LocalQueue of Kueue, the next one first (at most 1000). Empty where Kueue does
+        not serve that list."""
         path = f"/apis/{KUEUE_VISIBILITY}/namespaces/{namespace}/localqueues/{queue}/pendingworkloads"
         answer = await self._request("GET", path, missing_ok=True)
         return list(answer.get("items", [])) if answer else []

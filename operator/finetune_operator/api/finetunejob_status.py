@@ -249,8 +249,8 @@ class FineTuneJobStatus(StatusModel):
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=keyed_list("type"))] = (
         Field(default_factory=list)
     )
-    """Accepted, QuotaReserved (with a queue), ResourcesReady, Training, CheckpointAvailable, Suspended, ArtifactPublished, and at the end Complete or
-    Failed."""
+    """Accepted, QuotaReserved (with a queue), ResourcesReady, Training, CheckpointAvailable, Suspended,
+    ArtifactPublished, and at the end Complete or Failed."""
     progress: Progress | None = None
     """How far training is; at most one write in 10 seconds."""
     metrics: Metrics | None = None

@@ -13,6 +13,7 @@ from finetune_operator.api.finetunejob import Queue
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Observed, RayJobFacts, WorkloadFacts
 
+ACTIVATE = """--type=merge -p '{"spec":{"active":true}}'"""
 WORKLOAD_SECONDS = 15.0  # Kueue makes a Workload within this time if it runs
 
 
@@ -70,7 +71,7 @@ def _why(workload: WorkloadFacts, name: str, namespace: str) -> tuple[str, str]:
     if not workload.active:
         text = (
             f"Workload {workload.name} was taken out of queue {name}: {said or 'spec.active is false'}; to let it in "
-            f'again: kubectl patch workload {workload.name} -n {namespace} --type=merge -p \'{{"spec":{{"active":true}}}}\''
+            f"again: kubectl patch workload {workload.name} -n {namespace} {ACTIVATE}"
         )
         return "Deactivated", text
     if workload.evicted:
@@ -80,7 +81,10 @@ def _why(workload: WorkloadFacts, name: str, namespace: str) -> tuple[str, str]:
         waits = "; ".join(workload.checks) or "its admission checks"
         return "AdmissionChecks", f"queue {name} has reserved the quota and waits for {waits}"
     if "doesn't exist" in said and "LocalQueue" in said:
-        text = f"there is no LocalQueue {name} in namespace {namespace}: create it, or create the job again with another queueName"
+        text = (
+            f"there is no LocalQueue {name} in namespace {namespace}: create it, or create the job again with another "
+            "queueName"
+        )
         return "QueueMissing", text
     if "doesn't exist" in said or "inactive" in said or "stopped" in said.lower():
         return "QueueInactive", f"queue {name} lets nobody in: {said}; have its ClusterQueue put right"

@@ -75,7 +75,8 @@ def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
 
 
 def workload_facts(body: Json, *, pending: Sequence[Json] = ()) -> WorkloadFacts:
-    """The facts of a Kueue Workload; `pending` are those that wait in its LocalQueue, as the visibility API has them."""
+    """The facts of a Kueue Workload; `pending` are those that wait in its LocalQueue, as the visibility API lists
+    them."""
     metadata, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
     quota, evicted = conditions.get("QuotaReserved", {}), conditions.get("Evicted", {})
