@@ -6,8 +6,8 @@ The choices of type are those of the trainer: LoRA over bfloat16 weights with fl
 layers with everything else in float32 (peft.prepare_model_for_kbit_training), Full with float32 weights under autocast.
 
 Sources: 4-bit sizes and double quantization, QLoRA (arXiv 2305.14314, section 3); activations of a layer, Korthikanti
-et al. (arXiv 2205.05198, section 4); 16 to 18 bytes per parameter of full mixed-precision training with Adam, ZeRO (arXiv
-1910.02054, section 3.1) and huggingface.co/docs/transformers/model_memory_anatomy.
+et al. (arXiv 2205.05198, section 4); 16 to 18 bytes per parameter of full mixed-precision training with Adam, ZeRO
+(arXiv 1910.02054, section 3.1) and huggingface.co/docs/transformers/model_memory_anatomy.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJob
 from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts, WorkloadFacts
 from finetune_operator.manifests import naming
 
+PROBLEMS = 5  # of a spec that are named
 EVENT_MESSAGE_BYTES = 1024  # the limit of the API
 STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its events are asked for
 
@@ -43,10 +44,14 @@ def job_facts(body: Json) -> JobFacts:
 
 
 def spec_problem(error: ValidationError) -> str:
-    """What is wrong with a spec, field by field."""
-    return "; ".join(
-        f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
-    )
+    """What is wrong with a spec, field by field: the first few, for people read it and a status has its limits."""
+    found = error.errors(include_url=False, include_input=False)
+    lines = [
+        f"{'.'.join(['spec', *(str(part) for part in item['loc'])])[:300]}: {item['msg'][:300]}"
+        for item in found[:PROBLEMS]
+    ]
+    more = [f"and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
+    return "; ".join(lines + more)
 
 
 def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
@@ -231,9 +236,10 @@ def upstream_facts(body: Json | None, *, name: str, waits_for: Sequence[str] = (
 
 def upstream_name(body: Json) -> str | None:
     """The job whose artifact a FineTuneJob asks for as its base model."""
-    reference = body.get("spec", {}).get("model", {}).get("fineTuneJobRef") or {}
-    name = reference.get("name")
-    return str(name) if name else None
+    found: Any = body.get("spec")
+    for name in ("model", "fineTuneJobRef", "name"):  # the spec of another job may be of another version
+        found = found.get(name) if isinstance(found, dict) else None
+    return str(found) if found else None
 
 
 def _time(text: str | None) -> datetime | None:

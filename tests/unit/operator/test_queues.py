@@ -15,7 +15,10 @@ from tests.unit.operator.stories import SPEC, START, Story, rayjob, training
 
 QUEUED = {"scheduling": {"queueName": "team-a"}}
 GPU = {"resources": {"gpusPerWorker": 1}}
-INSUFFICIENT = "couldn't assign flavors to pod set head: insufficient unused quota for nvidia.com/gpu in flavor l4, 1 more needed"
+INSUFFICIENT = (
+    "couldn't assign flavors to pod set head: "
+    "insufficient unused quota for nvidia.com/gpu in flavor l4, 1 more needed"
+)
 
 
 def held(**more: Any) -> Any:
@@ -111,7 +114,7 @@ def build(spec: dict[str, Any], *, inspect: bool = False) -> dict[str, Any]:
             workload(
                 condition("QuotaReserved", False, "Pending", "Preempted to accommodate a workload (UID: x)"),
                 condition("Evicted", True, "Preempted", "Preempted to accommodate a workload (UID: x)"),
-                condition("Preempted", True, "InClusterQueue", "Preempted to accommodate a workload (UID: x, JobUID: y)"),
+                condition("Preempted", True, "InClusterQueue", "Preempted for a workload (UID: x, JobUID: y)"),
             ),
             "Preempted", ("took the room away (Preempted)", "JobUID: y", "goes on when there is room"),
         ),

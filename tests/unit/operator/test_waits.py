@@ -47,7 +47,8 @@ GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4"}}
     [
         (
             "Unschedulable", NODES + "3 Insufficient nvidia.com/gpu." + PREEMPTION,
-            "Unschedulable", ("no node has room", "1 CPU, 4Gi memory, 1 GPU", "3 Insufficient nvidia.com/gpu;", "ask for less"),
+            "Unschedulable",
+            ("no node has room", "1 CPU, 4Gi memory, 1 GPU", "3 Insufficient nvidia.com/gpu;", "ask for less"),
         ),
         (
             "Unschedulable", NODES + "3 node(s) didn't match Pod's node affinity/selector." + PREEMPTION,
