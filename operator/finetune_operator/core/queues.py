@@ -14,7 +14,7 @@ from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Observed, RayJobFacts, WorkloadFacts
 
 ACTIVATE = """--type=merge -p '{"spec":{"active":true}}'"""
-WORKLOAD_SECONDS = 15.0  # Kueue makes a Workload within this time if it runs
+WORKLOAD_SECONDS = 10.0  # Kueue makes a Workload within this time if it runs
 
 
 @dataclass(frozen=True)

@@ -234,5 +234,6 @@ def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now:
         attempts=statuses.with_last(seen.job.status.attempts, uid=rayjob.uid),
     )
     waiting = replace(seen, job=replace(seen.job, status=status))
-    again = deadlines.next_check(waiting, attempt, now=now, most=WAITING_SECONDS)
+    most = waits.next_look(rayjob, now=now, most=WAITING_SECONDS)
+    again = deadlines.next_check(waiting, attempt, now=now, most=most)
     return Plan(status=status, requeue_after=again)

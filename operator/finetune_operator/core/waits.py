@@ -15,7 +15,9 @@ from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobSpec
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.facts import Observed, PodFacts, RayJobFacts
 
-HEED_SECONDS = 15.0  # KubeRay looks at a new RayJob within this time if it runs
+HEED_SECONDS = (
+    12.0  # KubeRay looks at a new RayJob within this time if it runs; it has taken 10 after its own start
+)
 SLOW_SECONDS = 10.0  # less is ordinary
 PULL_GRACE = timedelta(minutes=10)  # registries have outages; an image that does not exist stays away longer
 NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
@@ -31,6 +33,14 @@ class Wait:
 
     reason: str
     message: str
+
+
+def next_look(rayjob: RayJobFacts, *, now: datetime, most: float) -> float:
+    """Seconds until the reason may be another one though nothing has changed, at most `most`."""
+    if rayjob.known_to_kuberay or rayjob.created is None:
+        return most
+    due = HEED_SECONDS - (now - rayjob.created).total_seconds()
+    return min(most, due) if due > 0 else most
 
 
 def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:

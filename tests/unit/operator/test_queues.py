@@ -156,7 +156,7 @@ def test_without_kueue_the_job_says_so() -> None:
     assert "Kueue is not installed" in (plan.status.message or "")
 
 
-def test_a_kueue_that_makes_no_workload_is_told_after_15_seconds() -> None:
+def test_a_kueue_that_makes_no_workload_is_told_after_10_seconds() -> None:
     story = Story(QUEUED).started()
     assert story.step(rayjob=held(), after=20).status.reason == "Queued"
     plan = story.step(rayjob=held())

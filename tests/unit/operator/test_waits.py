@@ -118,7 +118,9 @@ def test_pods_that_cannot_be_made_say_why(problem: str, word: str, remedy: str) 
 def test_a_rayjob_that_nobody_looks_at_names_kuberay_within_15_seconds() -> None:
     story = Story().started()
     unseen = rayjob("", known_to_kuberay=False, created=story.now)
-    assert story.step(rayjob=unseen, after=15).status.reason == "Provisioning"
+    plan = story.step(rayjob=unseen, after=12)
+    assert plan.status.reason == "Provisioning"
+    assert plan.requeue_after == 10
     plan = story.step(rayjob=unseen)
     assert plan.status.reason == "KubeRayUnavailable"
     assert "see that its operator runs" in (plan.status.message or "")
