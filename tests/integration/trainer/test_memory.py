@@ -1,4 +1,4 @@
-"""The estimate of memory against what torch allocates on this machine, for the tiny model and for one of 135 M parameters.
+"""The estimate of memory against what torch allocates here, for the tiny model and for one of 135 M parameters.
 
 Weights, gradients and optimizer states must agree to the byte (but for the books of the 8-bit optimizer and of 4-bit
 weights); what autograd keeps is measured with saved_tensors_hooks and must agree within a few percent.
