@@ -180,7 +180,8 @@ PART_TEXTS = {
     "optimizer": "optimizer states",
     "activations": "activations",
     "logits": "loss",
-    "overhead": "libraries and fragmentation",
+    "overhead": "process and libraries",
+    "fragmentation": "fragmentation",
 }
 
 

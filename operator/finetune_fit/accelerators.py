@@ -51,7 +51,7 @@ ACCELERATORS = (
     ),
     Accelerator("NVIDIA-H100-NVL", 95_830, 835),
     Accelerator("NVIDIA-H200", 143_771, 989, aliases=("nvidia-h200-141gb", "H200")),
-    Accelerator("NVIDIA-B200", 183_359, 2_250, aliases=("nvidia-b200", "B200")),
+    Accelerator("NVIDIA-B200", 183_359, 2_250, aliases=("B200",)),
 )
 
 

@@ -122,21 +122,25 @@ class Estimate:
     activations: int
     logits: int
     overhead: int
+    """What the process takes before anything is loaded."""
+    fragmentation: int
     trained_parameters: int
     parameters: int
 
     @property
     def certain(self) -> int:
-        """What is needed whatever the batch: this is counted, not estimated."""
+        """Weights, gradients and optimizer states: counted, not estimated, and needed whatever the batch."""
         return self.weights + self.trainable + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        return self.certain + self.activations + self.logits + self.overhead
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
         """The parts by their names, without the counts of parameters."""
-        names = ("weights", "trainable", "gradients", "optimizer", "activations", "logits", "overhead")
+        names = (
+            "weights", "trainable", "gradients", "optimizer", "activations", "logits", "overhead", "fragmentation",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
@@ -145,7 +149,6 @@ def estimate(model: Architecture, work: Workload) -> Estimate:
     trained = trained_parameters(model, work)
     adapter = 0 if work.method is Method.FULL else 4 * trained  # adapters are trained in float32
     activations, logits = _activations(model, work), _logits(model, work)
-    overhead = (CONTEXT if work.on_gpu else PROCESS) + int(FRAGMENTATION * (activations + logits))
     return Estimate(
         weights=_weights(model, work) * (1 + _other_models(work)),
         trainable=adapter,
@@ -153,7 +156,8 @@ def estimate(model: Architecture, work: Workload) -> Estimate:
         optimizer=int(OPTIMIZER_STATE.get(work.optimizer, 8.0) * trained),
         activations=activations,
         logits=logits,
-        overhead=overhead,
+        overhead=CONTEXT if work.on_gpu else PROCESS,
+        fragmentation=int(FRAGMENTATION * (activations + logits)),
         trained_parameters=trained,
         parameters=model.parameters,
     )
@@ -260,13 +264,13 @@ def _cache(model: Architecture, work: Workload) -> int:
 
 
 def _logits(model: Architecture, work: Workload) -> int:
+    held = min(TILE_TOKENS, work.tokens) * min(TILE_WORDS, model.vocabulary)
     if work.asks.all_logits:
-        # Logits, their float32 copy, log-probabilities and gradient, all of them at once.
-        return (work.width + 3 * 4) * model.vocabulary * work.tokens
-    tile = min(TILE_TOKENS, work.tokens) * min(TILE_WORDS, model.vocabulary)
+        held = model.vocabulary * work.tokens
     head = model.vocabulary * model.hidden
     gradient = 4 * head if work.method is Method.FULL else 0  # of the head, before it is added to the others
-    return (work.width + 3 * 4) * tile + gradient
+    # Logits, their float32 copy, log-probabilities and gradient, all of them at once.
+    return (work.width + 3 * 4) * held + gradient
 
 
 # ---------------------------------------------------------------- other ways

@@ -1,5 +1,7 @@
-"""Jobs in a queue, with the real KubeRay; Kueue's part (its Workloads and their conditions) is played by the tests, word
-for word as Kueue 0.15 writes it."""
+"""Jobs in a queue, with the real KubeRay.
+
+Kueue's part (its Workloads and their conditions) is played by the tests, word for word as Kueue 0.15 writes it.
+"""
 
 from __future__ import annotations
 

@@ -88,6 +88,7 @@ class WorkloadFacts:
     """Kueue's Workload for a RayJob."""
 
     name: str
+    """Empty where we may not read it."""
     active: bool = True
     """False: Kueue or a person has taken it out of the queue (spec.active)."""
     quota_reserved: bool = False

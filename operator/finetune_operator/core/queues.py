@@ -40,7 +40,7 @@ def look(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Place:
     queue = Queue(
         name=name,
         position=workload.position,
-        workload=workload.name,
+        workload=workload.name or None,
         reason=reason[:64],
         message=(workload.evicted_message or workload.message)[:4000],
     )

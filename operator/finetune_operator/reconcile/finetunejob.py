@@ -122,7 +122,7 @@ class FineTuneJobReconciler:
             pending = await self._pending(job.namespace, rayjob.queue or "") if found else []
         except ForbiddenError as error:  # the job runs all the same; only its place is not known
             logger.warning("Workloads of Kueue cannot be read: %s", error)
-            return None
+            return WorkloadFacts(name="")
         return facts.workload_facts(found[0], pending=pending) if found else None
 
     async def _pending(self, namespace: str, queue: str) -> list[Json]:
