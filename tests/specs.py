@@ -8,6 +8,7 @@ between fields. An optional field with rules that neither knows is left out.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ RECONCILED = frozenset(
 )
 
 
+@functools.cache
 def schema() -> Json:
     """The schema of FineTuneJob's spec, as the API server gets it."""
     definition = next(crd for crd in crds.build_crds() if crd["spec"]["names"]["kind"] == finetunejob.KIND)
@@ -56,6 +58,7 @@ def schema() -> Json:
     return spec
 
 
+@functools.cache
 def valid_specs() -> st.SearchStrategy[Json]:
     """Specs that the API server takes."""
     return _strategy(schema(), ("spec",)).map(_reconcile)
@@ -215,11 +218,11 @@ JUNK: tuple[Any, ...] = (
 
 def broken_specs() -> st.SearchStrategy[Broken]:
     """Valid specs in which one value was replaced, or to which one field was added."""
-    whole = schema()
+    whole, valid = schema(), valid_specs()
 
     @st.composite
     def build(draw: st.DrawFn) -> Broken:
-        spec = draw(valid_specs())
+        spec = draw(valid)
         places = [(path, part) for path, part in walk(spec, whole) if path]
         path, part = draw(st.sampled_from(places))
         value, how, known = draw(st.sampled_from(list(_wrong_values(part))))

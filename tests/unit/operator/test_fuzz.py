@@ -1,6 +1,6 @@
 """2,000 specs from the CRD's schema, half of them with something wrong: nothing crashes, and what is wrong is named.
 
-The seed is printed; FINETUNE_FUZZ_SEED sets another one.
+The seed is printed; FINETUNE_FUZZ_SEED sets another one, FINETUNE_FUZZ_EXAMPLES how many.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from tests.specs import Broken, Json
 from tests.unit.fit import models
 from tests.unit.operator.stories import ARTIFACT, DEFAULTS, START, rayjob, result, training
 
+EXAMPLES = int(os.environ.get("FINETUNE_FUZZ_EXAMPLES", "500"))  # of each of four kinds
 SEED = int(os.environ.get("FINETUNE_FUZZ_SEED", "20261121"))
 FAST = settings(
-    max_examples=500,
+    max_examples=EXAMPLES,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
