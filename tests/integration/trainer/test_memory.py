@@ -22,8 +22,8 @@ from tests.unit.fit.models import SMOLLM2_135M
 
 pytestmark = pytest.mark.integration
 
-LORA = {"type": "LoRA", "lora": {"r": 16, "dropout": 0.05}}
-METHODS = {
+LORA: dict[str, Any] = {"type": "LoRA", "lora": {"r": 16, "dropout": 0.05}}
+METHODS: dict[str, dict[str, Any]] = {
     "LoRA": LORA,
     "QLoRA": {"type": "QLoRA", "lora": {"r": 16}, "quantization": {}},
     "Full": {"type": "Full"},

@@ -169,7 +169,7 @@ def test_only_a_pod_that_has_a_node_and_says_nothing_is_stuck() -> None:
 
 
 def test_the_newest_warning_tells_why_a_volume_is_not_there() -> None:
-    events = [
+    events: list[dict[str, Any]] = [
         {
             "type": "Warning",
             "reason": "FailedMount",
