@@ -217,5 +217,6 @@ def _quoted(message: str) -> str:
     """Another program's message as a part of a sentence of ours."""
     line = " ".join(message.split()).rstrip(".; ")
     # The scheduler repeats every node in the part on preemption, which helps nobody.
-    line = line.partition(". preemption:")[0].partition(", preemption:")[0]
+    for noise in (". no new claims to deallocate", ". preemption:", ", preemption:"):
+        line = line.partition(noise)[0]
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

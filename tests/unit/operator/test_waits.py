@@ -16,7 +16,7 @@ QUOTA = (
     'pods "triage-a1-head" is forbidden: exceeded quota: small, requested: cpu=4, used: cpu=8, limited: cpu=8'
 )
 NODES = "0/3 nodes are available: "
-PREEMPTION = " preemption: 0/3 nodes are available: 3 No preemption victims found for incoming pod."
+PREEMPTION = " no new claims to deallocate, preemption: 0/3 nodes are available: 3 No preemption victims found for incoming pod."
 SECURITY = (
     'pods "x" is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false'
 )
