@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q --no-header
 
-.PHONY: help setup demo test test-unit lint format crds bench up down clean
+.PHONY: help setup demo test test-unit chaos lint format crds bench up down clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -20,6 +20,9 @@ test: setup ## every test: unit, integration (real API server, KubeRay, Ray), en
 
 test-unit: setup ## the tests that need no cluster and train nothing
 	@$(PYTEST) tests/unit
+
+chaos: setup ## faults at random over two fleets of jobs; SEED=n repeats a run, FAULTS=n (default 200) draws more
+	@FINETUNE_CHAOS_SEED=$(SEED) FINETUNE_CHAOS_FAULTS=$(or $(FAULTS),200) $(PYTEST) -s tests/chaos
 
 lint: setup ## ruff, mypy --strict, import layers, generated files
 	@$(BIN)/ruff check --quiet .

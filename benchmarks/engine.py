@@ -26,8 +26,8 @@ from finetune_local import models as local_models
 from finetune_server import models, sampling
 from finetune_server.engine import Engine, Limits
 from finetune_server.sequences import Sequence
-from finetune_server.server import count_cores
 from finetune_server.telemetry import Telemetry
+from finetune_trainer.machine import count_cores
 
 BATCHES = (1, 4, 8)
 TOKENS = 64  # per answer
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     load = current_load()
-    torch.set_num_threads(count_cores())
+    torch.set_num_threads(count_cores()[0])
     cache = Path(os.environ.get("FINETUNE_CACHE", Path.home() / ".cache" / "finetune-operator"))
     path = local_models.prepare_smollm2(cache, say)
     plain = load_base(path, options.dtype)

@@ -1,7 +1,9 @@
 """The router beside the engine itself, nginx and LiteLLM, on one machine; writes a section of docs/benchmarks.md.
 
-Each proxy has one worker on one core; engine and load generator share another one. What is compared is therefore
-requests per second of the proxy's own CPU time, and the time that a request takes longer than without a proxy:
+Each proxy has one worker on one core; engine and load generator share another one; nginx and LiteLLM are stopped while
+they are not measured. What is compared is therefore requests per second of the proxy's own CPU time, and the time that
+a request takes longer than without a proxy. What differs little is measured in pairs of short runs, because a virtual
+machine's speed changes within seconds:
 
     python -m benchmarks.router --rounds 3
     python -m benchmarks.router --rounds 1 --seconds 2 --no-litellm    # a quick look
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +34,10 @@ from finetune_router.assignment import KeyKind, KeySource
 SIZES = {"1 KB": 1024, "100 KB": 100 * 1024}
 CONNECTIONS = 32
 COMMON_RATE = 50.0  # requests a second that every target can take
+SETTLE_SECONDS = 0.5  # what was due while it was stopped is no part of the run
 STREAM_CHUNKS, STREAM_INTERVAL = 20, 0.5  # a stream of ten seconds
+MANY = router_targets.ALIASES - 1
+PAIRS, PAIR_SECONDS = 4, 4.0  # of a round
 PACKAGES = ("aiohttp", "uvloop", "httptools", "jsonschema-rs")
 
 
@@ -80,6 +86,7 @@ def main() -> None:
     parser.add_argument("--no-nginx", action="store_true")
     parser.add_argument("--dry", action="store_true", help="print the section only")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the proxies would live on
     load = current_load()
     results = Results()
     with tempfile.TemporaryDirectory(prefix="router-bench-") as name, contextlib.ExitStack() as stack:
@@ -92,10 +99,11 @@ def main() -> None:
             subjects.append(stack.enter_context(router_targets.nginx(folder, direct.port)))
         if not options.no_litellm:
             subjects.append(stack.enter_context(router_targets.litellm(folder, direct.port)))
-        for subject in [
-            direct,
-            *subjects,
-        ]:  # what is loaded at the first requests is no part of the comparison
+        for subject in subjects:
+            if subject.is_peer:
+                subject.pause()
+        # What is loaded at the first requests is no part of the comparison.
+        for subject in [direct, *subjects]:
             measure(subject, size=1024, connections=8, seconds=options.seconds)
             measure(subject, size=1024, connections=8, seconds=1, rate=4, stream=True)
         idle = {subject.name: subject.memory_bytes() for subject in subjects}
@@ -123,12 +131,17 @@ def measure_plain(results: Results, direct: Subject, subjects: list[Subject], *,
             results.found[f"common {label}"][subject.name].append(run)
     router = subjects[0]
     half = results.found["closed 1 KB"][router.name][-1].answers["per_second"] / 2
-    for subject in (direct, router):
-        run = measure(subject, size=1024, connections=1000, seconds=seconds, rate=half)
-        results.found["half"][subject.name].append(run)
-    for aliases in (1, router_targets.ALIASES - 1):
-        run = measure(router, size=1024, connections=CONNECTIONS, seconds=seconds, aliases=aliases)
-        results.found[f"{aliases} aliases"][router.name].append(run)
+    for _ in range(PAIRS):
+        for subject in [
+            direct,
+            *(one for one in subjects if one.name != "LiteLLM"),
+        ]:  # that cannot do so many
+            run = measure(subject, size=1024, connections=1000, seconds=PAIR_SECONDS, rate=half)
+            results.found["half"][subject.name].append(run)
+    for _ in range(PAIRS):
+        for aliases in (1, MANY):
+            run = measure(router, size=1024, connections=CONNECTIONS, seconds=PAIR_SECONDS, aliases=aliases)
+            results.found[f"{aliases} aliases"][router.name].append(run)
 
 
 def measure_streams(results: Results, direct: Subject, subjects: list[Subject], *, count: int) -> None:
@@ -152,7 +165,10 @@ def measure(
     subject: Subject, *, size: int, connections: int, seconds: float, rate: float = 0.0, stream: bool = False,
     aliases: int = 1,
 ) -> Measurement:  # fmt: skip
-    """Run the load generator, in a process of its own. Raises RuntimeError when it ends badly."""
+    """Run the load generator, in a process of its own, while no other proxy runs.
+
+    Raises RuntimeError when it ends badly.
+    """
     command = pinned(
         OTHER_CORE, sys.executable, "-m", "benchmarks.router_load", "--port", str(subject.port), "--size", str(size),
         "--connections", str(connections), "--seconds", str(seconds), "--rate", str(rate), "--aliases", str(aliases),
@@ -165,8 +181,12 @@ def measure(
             memory.append(subject.memory_bytes())
 
     watcher = threading.Thread(target=sample)
+    if subject.is_peer:
+        subject.resume()
+        time.sleep(SETTLE_SECONDS)
     before = subject.cpu_seconds()
-    watcher.start()
+    if stream:  # adding up the pages takes milliseconds on that core, which are the tail of a short request
+        watcher.start()
     try:
         done = subprocess.run(
             [*command, "--stream"] if stream else command,
@@ -176,11 +196,15 @@ def measure(
             check=False,
         )
     finally:
+        after = subject.cpu_seconds()
         over.set()
-        watcher.join()
+        if stream:
+            watcher.join()
+        if subject.is_peer:
+            subject.pause()
     if done.returncode:
         raise RuntimeError(f"the load generator ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    run = Measurement(json.loads(done.stdout), subject.cpu_seconds() - before, tuple(memory))
+    run = Measurement(json.loads(done.stdout), after - before, tuple(memory))
     say(
         f"  {subject.name:8} {size // 1024:4} KB {'stream' if stream else 'plain':6} rate {rate:7.1f}"
         f" {run.answers['per_second']:8.0f}/s p50 {1000 * run.answers['p50']:8.2f} ms"
@@ -213,7 +237,7 @@ def build_section(
         "One worker of each proxy on one core; engine (a trivial one) and load generator on another. Medians of",
         f"{options.rounds} rounds of {options.seconds:g} s, in turns. Closed loop: {CONNECTIONS} connections.",
         "Open loop: times count from when a request was due. `added` is against the engine without a proxy in the",
-        "same round.",
+        "same round. nginx and LiteLLM are stopped (SIGSTOP) while they are not measured.",
         "The router has 1,000 aliases, each with a canary at 20 %, sticky users and four signals per answer.",
         "",
         "| " + " | ".join(["", "direct", *names, *(f"router : {name}" for name in names[1:])]) + " |",
@@ -280,21 +304,24 @@ def build_section(
 
 def build_targets(results: Results, names: list[str], flat: tuple[int, ...]) -> list[str]:
     """The goals, one line each."""
-    one = results.median("1 aliases", "router", "per_cpu_second")
-    many = results.median(f"{router_targets.ALIASES - 1} aliases", "router", "per_cpu_second")
+    pairs = zip(results.found[f"{MANY} aliases"]["router"], results.found["1 aliases"]["router"], strict=True)
+    ratios = sorted(many.per_cpu_second / one.per_cpu_second for many, one in pairs)
     full = flat[len(flat) // 4 : len(flat) - 2]  # without the time in which streams only begin or only end
     middle = max(1, len(full) // 2)
     early, late = (statistics.fmean(part or full) / 2**20 for part in (full[:middle], full[middle:]))
     half = {value: results.added_ms("half", "router", value) for value in ("p50", "p99")}
+    nginx = f"; nginx: {results.added_ms('half', 'nginx', 'p99'):.2f} ms" if "nginx" in names else ""
     lines = [
         "| goal, one worker | measured |",
         "|---|---|",
         f"| at least 1,500 requests/s | {results.median('closed 1 KB', 'router', 'per_second'):,.0f} |",
         f"| at most 3 ms added p99 at half load ({results.median('half', 'router', 'per_second'):,.0f}/s) | "
-        f"{half['p99']:.2f} ms (p50: {half['p50']:.2f} ms) |",
+        f"{half['p99']:.2f} ms (p50: {half['p50']:.2f} ms), "
+        f"median of {len(results.found['half']['router'])} pairs{nginx} |",
         f"| flat memory at 1,000 open streams | {early:.0f} MiB, then {late:.0f} MiB |",
         f"| an assignment in at most 20 µs | {measure_assignment():.1f} µs |",
-        f"| 1,000 aliases no slower than one | {many:,.0f} against {one:,.0f} requests per CPU second |",
+        f"| 1,000 aliases no slower than one | {statistics.median(ratios):.2f} times the requests per CPU second of "
+        f"one ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs) |",
     ]
     if "LiteLLM" in names:
         ratio = results.median("closed 1 KB", "router", "per_cpu_second") / results.median(

@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.pages import REPOSITORY, say
 from finetune_local.layouts import cache_folder
+from finetune_local.ports import pick
 from finetune_operator.api.routes import ROUTES_PATH, Route, Signal, SignalEvent, Snapshot, Target
 
 LITELLM = "litellm[proxy]"
@@ -56,6 +57,8 @@ class Subject:
     name: str
     port: int
     process: psutil.Process | None = None
+    is_peer: bool = False
+    """May be stopped while others are measured; the router would replace a worker that was silent for seconds."""
 
     def cpu_seconds(self) -> float:
         return sum(sum(one.cpu_times()[:2]) for one in self._tree())
@@ -64,15 +67,17 @@ class Subject:
         """Memory of its own: pages that several processes share are counted in parts (PSS)."""
         return sum(int(one.memory_full_info().pss) for one in self._tree())
 
+    def pause(self) -> None:
+        """Stop its processes, so that what it does without requests takes nothing from who is measured."""
+        for one in self._tree():
+            one.suspend()
+
+    def resume(self) -> None:
+        for one in self._tree():
+            one.resume()
+
     def _tree(self) -> list[psutil.Process]:
         return [] if self.process is None else [self.process, *self.process.children(recursive=True)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def pinned(core: str, *command: str) -> list[str]:
@@ -94,7 +99,9 @@ def started(name: str, command: list[str], *, port: int, folder: Path) -> Iterat
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{name} does not start:\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.1)
-        yield Subject(name, port, psutil.Process(process.pid))
+        subject = Subject(name, port, psutil.Process(process.pid), is_peer=name in {"nginx", "LiteLLM"})
+        yield subject
+        subject.resume()  # a paused one would not hear that it has to end
     finally:
         process.terminate()
         try:
@@ -111,7 +118,7 @@ def _listens(port: int) -> bool:
 
 @contextlib.contextmanager
 def engine(folder: Path, *, chunks: int, interval: float) -> Iterator[Subject]:
-    port = free_port()
+    (port,) = pick(1)
     command = pinned(
         OTHER_CORE, sys.executable, "-m", "benchmarks.router_upstream", "--port", str(port), "--chunks", str(chunks),
         "--interval", str(interval),
@@ -123,7 +130,7 @@ def engine(folder: Path, *, chunks: int, interval: float) -> Iterator[Subject]:
 @contextlib.contextmanager
 def router(folder: Path, engine_port: int) -> Iterator[Subject]:
     """One worker, with a thousand aliases, each with a canary and signals."""
-    port, admin = free_port(), free_port()
+    port, admin = pick(2)
     command = pinned(
         PROXY_CORE, sys.executable, "-m", "finetune_router", "--port", str(port), "--admin-port", str(admin),
         "--state-dir", str(folder / "router"), "--workers", "1",
@@ -180,7 +187,7 @@ def build_route(alias: str, engine_port: int) -> Route:
 def nginx(folder: Path, engine_port: int) -> Iterator[Subject]:
     """One worker process, proxy_pass with kept connections."""
     program = find_nginx()
-    port = free_port()
+    (port,) = pick(1)
     own = folder / "nginx"
     own.mkdir(exist_ok=True)
     (own / "nginx.conf").write_text(_NGINX.format(folder=own, engine=engine_port, port=port))
@@ -195,7 +202,7 @@ def nginx(folder: Path, engine_port: int) -> Iterator[Subject]:
 def litellm(folder: Path, engine_port: int) -> Iterator[Subject]:
     """One worker, no database, no keys, no callbacks."""
     program = find_litellm()
-    port = free_port()
+    (port,) = pick(1)
     config = folder / "litellm.yaml"
     config.write_text(_LITELLM.format(engine=engine_port))
     command = pinned(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import urllib.request
 from collections.abc import Iterator
 
 import fsspec
+
+from finetune_local.ports import pick
 
 
 @contextlib.contextmanager
@@ -15,9 +16,7 @@ def serve_bucket(name: str) -> Iterator[dict[str, str]]:
     """Serves an empty bucket; yields the environment variables with which clients reach it."""
     from moto.server import ThreadedMotoServer
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = pick(1)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     environment = {

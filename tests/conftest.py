@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from finetune_local import parts
 from finetune_local.cluster import Cluster
@@ -16,6 +17,10 @@ from tests.clients import Kubectl
 
 # Set before any test imports transformers: nothing here may ask a hub.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
+
+# A busy machine says nothing about the code.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 _numbers = itertools.count(1)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported; the trainer sets the same (see prepare_environment).
+# Before torch is imported. Shorter than finetune_trainer.machine has it: more processes share the cores here.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 CHAT_TEMPLATE = (

@@ -2,62 +2,44 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from finetune_cli import connections, job_pages, job_screens, job_views, screens, shared, texts, watches
+from finetune_cli import commands, job_pages, job_screens, job_views, shared, watches
 from finetune_cli.kinds import JOB
 from finetune_cli.shared import (
     ContextOption,
-    EverywhereOption,
-    FilesOption,
     KubeconfigOption,
     NamespaceOption,
-    Output,
-    OutputOption,
     WatchOutput,
+    WatchOutputOption,
+    WatchTimeoutOption,
 )
 
 app = typer.Typer(help="Watch, explain and check FineTuneJobs.", no_args_is_help=True)
 
+GROUP = commands.Group(
+    kind=JOB,
+    view=job_screens.VIEW,
+    colours=job_screens.COLOURS,
+    list_rows=job_views.list_rows,
+    exit_code=job_views.exit_code,
+    final_lines=job_views.final_lines,
+)
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.")]
 
 
-@app.command("list")
-def list_jobs(
-    namespace: NamespaceOption = None,
-    everywhere: EverywhereOption = False,
-    output: OutputOption = Output.TABLE,
-    kubeconfig: KubeconfigOption = None,
-    context: ContextOption = None,
-) -> None:
-    """The jobs and how far they are."""
-    with shared.told(kubeconfig, context, JOB) as connection:
-        where = namespace or connection.namespace
-        found = shared.list_objects(connection, JOB, None if everywhere else where)
-    if output is not Output.TABLE:
-        shared.echo_data(found, as_yaml=output is Output.YAML)
-    elif not found:
-        typer.echo("No FineTuneJobs." if everywhere else f"No FineTuneJobs in namespace {where}.", err=True)
-    else:
-        rows = job_views.list_rows(found, datetime.now(UTC), namespaces=everywhere)
-        screens.print_table(rows, colours=job_screens.COLOURS)
+commands.add_list(app, GROUP, "The jobs and how far they are.")
 
 
 @app.command()
 def watch(
     name: NameArgument,
     namespace: NamespaceOption = None,
-    timeout: Annotated[
-        str | None, typer.Option(help="Give up after this time, for example 90s, 10m or 2h; exit code 124.")
-    ] = None,
-    output: Annotated[
-        WatchOutput, typer.Option("--output", "-o", help="text, or json or yaml: the final status.")
-    ] = WatchOutput.TEXT,
+    timeout: WatchTimeoutOption = None,
+    output: WatchOutputOption = WatchOutput.TEXT,
     kubeconfig: KubeconfigOption = None,
     context: ContextOption = None,
 ) -> None:
@@ -65,40 +47,15 @@ def watch(
 
     Exit code 0: succeeded. 1: failed or cancelled. 2: no such job. 124: --timeout is over.
     """
-    deadline = None if timeout is None else time.monotonic() + shared.parse_seconds(timeout)
-    # With -o json only the final status goes to stdout.
-    stream = sys.stdout if output is WatchOutput.TEXT else sys.stderr
-    with shared.told(kubeconfig, context, JOB) as connection:
-        screen = screens.open_screen(stream, job_screens.VIEW)
-        try:
-            job = _watch(connection, namespace or connection.namespace, name, deadline, screen)
-        except watches.WatchTimeoutError:
-            shared.fail(f"{name} has not ended within {timeout} (--timeout); it goes on", shared.TIMED_OUT)
-        except KeyboardInterrupt:
-            shared.fail(f"stopped watching; {name} goes on", shared.INTERRUPTED)
-    if output is WatchOutput.TEXT:
-        typer.echo("\n".join(job_views.final_lines(job)))
-    else:
-        shared.echo_data(texts.status_of(job), as_yaml=output is WatchOutput.YAML)
-    raise typer.Exit(job_views.exit_code(job) or 0)
-
-
-def _watch(
-    connection: connections.Connection,
-    namespace: str,
-    name: str,
-    deadline: float | None,
-    screen: screens.Screen,
-) -> dict[str, Any]:
-    """Shows the job until it has ended; returns it."""
-    with screen:
-        for job in watches.follow(
-            connection.api, JOB, namespace, name, deadline=deadline, on_trouble=screen.trouble
-        ):
-            screen.show(job)
-            if job_views.exit_code(job) is not None:
-                return job
-    raise AssertionError("follow() ends only by an exception")
+    commands.watch(
+        GROUP,
+        name,
+        namespace=namespace,
+        timeout=timeout,
+        output=output,
+        kubeconfig=kubeconfig,
+        context=context,
+    )
 
 
 @app.command()
@@ -115,16 +72,4 @@ def describe(
     typer.echo(job_pages.describe(job, events, datetime.now(UTC)))
 
 
-@app.command()
-def validate(
-    files: FilesOption,
-    namespace: NamespaceOption = None,
-    kubeconfig: KubeconfigOption = None,
-    context: ContextOption = None,
-) -> None:
-    """Have the API server check files without creating anything.
-
-    Exit code 0: all are valid. 1: at least one is not. 2: a file cannot be read.
-    """
-    valid = shared.validate_files(files, JOB, namespace=namespace, kubeconfig=kubeconfig, context=context)
-    raise typer.Exit(0 if valid else shared.INVALID)
+commands.add_validate(app, JOB)

@@ -14,8 +14,7 @@ from typing import Any
 from finetune_cli import watches
 from finetune_cli.kinds import DEPLOYMENT
 from finetune_cli.texts import status_of
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
-from finetune_operator.api.base import GROUP, VERSION
+from finetune_operator.api.base import ACTION_ANNOTATION, GROUP, VERSION
 
 Object = dict[str, Any]
 

@@ -45,6 +45,13 @@ KubeconfigOption = Annotated[
 ]
 ContextOption = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table, json or yaml")]
+WatchOutputOption = Annotated[
+    WatchOutput, typer.Option("--output", "-o", help="text, or json or yaml: the final status.")
+]
+WatchTimeoutOption = Annotated[
+    str | None,
+    typer.Option("--timeout", help="Give up after this time, for example 90s, 10m or 2h; exit code 124."),
+]
 EverywhereOption = Annotated[bool, typer.Option("--all-namespaces", "-A", help="In all namespaces.")]
 FilesOption = Annotated[
     list[str], typer.Option("--filename", "-f", help="YAML or JSON file; - reads from standard input.")

@@ -39,6 +39,10 @@ class PodLives:
     def find(self, address: pods.Address) -> pod_folders.Folder | None:
         return self._folders.get(address)
 
+    def is_closing(self, folder: pod_folders.Folder) -> bool:
+        """Whether the pod is being deleted: a real one is taken from its service at that moment."""
+        return folder.uid in self._cleanups
+
     def lock(self, address: pods.Address) -> asyncio.Lock:
         """Held while a pod is prepared and submitted, or cleaned up."""
         return self._locks.setdefault(address, asyncio.Lock())

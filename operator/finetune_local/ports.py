@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 # Below the range that Linux uses for outgoing connections (32768) and above Ray's worker ports (10002 to 19999).
 FIRST, LAST = 20_000, 32_000
@@ -35,16 +36,14 @@ def choose(
         port = known.get(name)
         if port is not None and (name in ours or is_free(port)):
             chosen[name] = port
-    taken = set(chosen.values())
-    for name in names:
-        if name not in chosen:
-            chosen[name] = _pick(taken)
-            taken.add(chosen[name])
-    return chosen
+    missing = [name for name in names if name not in chosen]
+    return chosen | dict(zip(missing, pick(len(missing), taken=set(chosen.values())), strict=True))
 
 
-def _pick(taken: set[int]) -> int:
-    for port in random.sample(range(FIRST, LAST), LAST - FIRST):
-        if port not in taken and is_free(port):
-            return port
-    raise OSError(f"no free port on 127.0.0.1 between {FIRST} and {LAST}")
+def pick(count: int, *, taken: Container[int] = ()) -> list[int]:
+    """Different ports that are free now, in no order. Raises OSError when the range is exhausted."""
+    ports = random.sample(range(FIRST, LAST), LAST - FIRST)
+    found = list(itertools.islice((port for port in ports if port not in taken and is_free(port)), count))
+    if len(found) < count:
+        raise OSError(f"no free port on 127.0.0.1 between {FIRST} and {LAST}")
+    return found

@@ -130,6 +130,9 @@ class Gateway:
         if folder is None or job not in folder.jobs:
             # KubeRay submits (again) when it hears 404.
             return web.Response(status=404, text=f"Job {job} does not exist\n")
+        if self._lives.is_closing(folder):
+            # Else KubeRay might hear STOPPED, which means that a person stopped the job.
+            raise RefusedError(503, f"pod {folder.pod} is being deleted")
         path = f"{JOBS}{folder.internal(job)}{'/' + rest if rest else ''}"
         return await self._forward(request, path, folder, await request.read())
 

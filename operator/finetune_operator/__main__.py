@@ -59,6 +59,7 @@ async def run(settings: config.OperatorConfig) -> None:
         ),
     )
     queue = KeyedQueue(reconciler, on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set)
+    reconciler.followers.wake = queue.add
     status_server = StatusServer(
         kube=kube,
         mailbox=mailbox,

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from finetune_local import kubeapi
+from tests.waiting import wait_until
 
 RAY_JOBS = "/apis/ray.io/v1/namespaces/default/rayjobs"
-
-
-def wait_for(what: str, check: Callable[[], Any], *, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := check()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {what}")
-        time.sleep(0.2)
-    return value
 
 
 def rayjob(name: str, entrypoint: str, **pod: Any) -> dict[str, Any]:
@@ -65,5 +55,4 @@ def wait_for_end(client: kubeapi.ApiClient, name: str) -> dict[str, Any]:
         status = status_of(client, name)
         return status if status.get("jobDeploymentStatus") in ("Complete", "Failed") else None
 
-    ending: dict[str, Any] = wait_for(f"the end of RayJob {name}", ended, seconds=90)
-    return ending
+    return wait_until(ended, seconds=90, what=f"the end of RayJob {name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,11 @@ from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
 from tests.clients import Json, Kubectl, KubectlError
 from tests.integration.rollout_lab import AGENT_TOKEN, ROUTER_TOKEN, Engine, Loop, Router
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 GOOD, BETTER, BAD = "a" * 8, "b" * 8, "c" * 8
-
-
-PARTS = ("etcd", "kube-apiserver", "kube-controller-manager")
-
-
-@contextlib.contextmanager
-def api_server(folder: Path) -> Iterator[Cluster]:
-    """An API server and its garbage collector."""
-    running = Cluster(folder)
-    try:
-        running.up(PARTS)
-        yield running
-    finally:
-        running.down()
+COLLECTOR = "kube-controller-manager"  # of garbage
 
 
 class Lab:
@@ -58,7 +45,7 @@ class Lab:
         self.environment: dict[str, str] = {}
         (folder / "router-token").write_text(ROUTER_TOKEN)
         (folder / "agent-token").write_text(AGENT_TOKEN)
-        self.ports = choose(("metrics", "status"), known={}, in_use_by_us=[])
+        self.ports = choose(("metrics", "status"), known={})
 
     def start(self) -> None:
         """Start the operator; it is not waited for."""
@@ -149,10 +136,7 @@ class Lab:
             time.sleep(0.1)
 
     def eventually(self, holds: Callable[[], bool], *, seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, f"{self.status()}\n{self.log()[-6000:]}"
-            time.sleep(0.05)
+        wait_until(holds, seconds=seconds, what=lambda: f"{self.status()}\n{self.log()[-6000:]}")
 
     def annotate(self, action: str, *, name: str = "bot") -> None:
         self.kubectl("annotate", "adep", name, f"finetune.dev/action={action}", "--overwrite")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,13 @@ from finetune_local.cluster import Cluster
 from finetune_operator.api import adapterdeployment
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.base import GROUP, VERSION
+from tests.api_servers import api_server
 from tests.clients import Json, Kubectl, KubectlError
 from tests.integration.bad_deployments import BAD_DEPLOYMENTS, DIGEST, GOOD, METRIC, BadDeployment
 from tests.patches import merged
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 NOW = "2026-01-01T00:00:00Z"
 Create = Callable[..., Json]
 STEPS = [
@@ -38,12 +37,8 @@ STEPS = [
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server without the operator: here the tests are the ones who write statuses."""
-    running = Cluster(tmp_path_factory.mktemp("api-server"), files=ROOT)
-    try:
-        running.up(("etcd", "kube-apiserver"))
+    with api_server(tmp_path_factory.mktemp("api-server")) as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from finetune_local.cluster import Cluster
+from tests.api_servers import api_server
 from tests.clients import Kubectl
 
 pytestmark = pytest.mark.integration
@@ -23,13 +24,9 @@ GITOPS = EXAMPLES / "rollouts" / "gitops-promotion"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server without the operator: nothing is started."""
-    running = Cluster(tmp_path_factory.mktemp("api-server"), files=EXAMPLES.parent)
-    try:
-        running.up(("etcd", "kube-apiserver"))
+    with api_server(tmp_path_factory.mktemp("api-server")) as running:
         Kubectl(running.kubeconfig, "default")("create", "namespace", "argocd")
         yield running
-    finally:
-        running.down()
 
 
 def example_files() -> list[Any]:

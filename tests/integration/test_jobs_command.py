@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
+from tests.api_servers import API_SERVER, api_server
 from tests.clients import Kubectl
+from tests.commands import Command
 from tests.integration.bad_jobs import GOOD
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-API_SERVER = ("etcd", "kube-apiserver")
-COMMAND = [sys.executable, "-c", "from finetune_cli.jobs import app; app(prog_name='finetune jobs')"]
 ARTIFACT = {
     "uri": "s3://b/good",
     "digest": "sha256:ab",
@@ -35,42 +33,12 @@ ARTIFACT = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server without the operator."""
-    running = Cluster(tmp_path_factory.mktemp("api-server"), files=ROOT)
-    try:
-        running.up(API_SERVER)
+    with api_server(tmp_path_factory.mktemp("api-server")) as running:
         yield running
-    finally:
-        running.down()
 
 
-class Jobs:
-    """Runs `finetune jobs` in the test's namespace."""
-
-    def __init__(self, kubectl: Kubectl) -> None:
-        self.kubectl = kubectl
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "FORCE_COLOR"},
-            "KUBECONFIG": str(kubectl.kubeconfig),
-            "PYTHONPATH": str(ROOT / "operator"),
-            "COLUMNS": "200",
-        }
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*COMMAND, *arguments],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *arguments: str, text: str = "", code: int = 0) -> str:
-        """Standard output and error, after checking the exit code."""
-        process = self.start(*arguments, "-n", self.kubectl.namespace)
-        out, err = process.communicate(text, timeout=60)
-        assert process.returncode == code, out + err
-        return out + err
+class Jobs(Command):
+    """Runs `finetune jobs` in the test's namespace, and plays the operator."""
 
     def set_status(self, **status: Any) -> None:
         patch = json.dumps({"status": status})
@@ -78,7 +46,7 @@ class Jobs:
 
     def watch(self, *arguments: str) -> subprocess.Popen[str]:
         """A watch that has shown its first line."""
-        process = self.start("watch", "good", "-n", self.kubectl.namespace, *arguments)
+        process = self.start("watch", "good", *arguments)
         assert process.stdout is not None
         assert "Pending" in process.stdout.readline()
         return process
@@ -86,7 +54,7 @@ class Jobs:
 
 @pytest.fixture
 def jobs(kubectl: Kubectl) -> Jobs:
-    return Jobs(kubectl)
+    return Jobs("jobs", kubectl)
 
 
 def progress(step: int) -> dict[str, Any]:
@@ -119,7 +87,7 @@ def test_watch_of_a_failed_job_ends_with_1_and_the_message(jobs: Jobs) -> None:
 def test_watch_as_json_prints_only_the_status(jobs: Jobs) -> None:
     jobs.kubectl.apply(GOOD)
     jobs.set_status(phase="Succeeded", artifact=ARTIFACT)
-    process = jobs.start("watch", "good", "-n", jobs.kubectl.namespace, "-o", "json")
+    process = jobs.start("watch", "good", "-o", "json")
     out, _ = process.communicate(timeout=60)
     assert json.loads(out)["artifact"] == ARTIFACT
     assert process.returncode == 0

@@ -17,7 +17,8 @@ import pytest
 
 from finetune_local import cluster as clusters
 from finetune_local import kubeapi, parts, processes
-from tests.integration.rayjobs import rayjob, submit, wait_for, wait_for_end
+from tests.integration.rayjobs import rayjob, submit, wait_for_end
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -95,7 +96,7 @@ def test_up_brings_a_killed_part_back(
     def crashed() -> bool:
         return states(cluster)[name] is clusters.State.CRASHED
 
-    wait_for("the crash to be seen", crashed, seconds=30)
+    wait_until(crashed, seconds=30, what="the crash is seen")
     cluster.up(parts.TRAINING)
     assert set(states(cluster).values()) == {clusters.State.RUNNING}
     assert next(line.pid for line in cluster.status() if line.name == name) != victim.pid

@@ -12,7 +12,8 @@ import pytest
 
 from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
-from tests.integration.rayjobs import RAY_JOBS, rayjob, submit, wait_for, wait_for_end
+from tests.integration.rayjobs import RAY_JOBS, rayjob, submit, wait_for_end
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -99,18 +100,18 @@ def test_a_job_gets_what_its_pod_template_promises(
     cluster: Cluster, client: kubeapi.ApiClient, promises: dict[str, Any], tmp_path: Path
 ) -> None:
     submit(client, promises)
-    folder = wait_for(
-        "the private folder", lambda: next(cluster.layout.pods.glob("default.promises-*"), None)
+    folder = wait_until(
+        lambda: next(cluster.layout.pods.glob("default.promises-*"), None), what="the private folder"
     )
     assert folder.stat().st_mode & 0o777 == 0o700
-    wait_for("the job's output", (tmp_path / "seen.json").exists)
+    wait_until((tmp_path / "seen.json").exists, what="the job's output")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert (seen["WORD"], seen["PASSWORD"], seen["KEPT"]) == ("w1", PASSWORD, "from the submission")
     assert seen["file"] == '{"a": 1}'
     assert "Apache License" in seen["licence"]
     assert seen["POD"].startswith("promises-")
     assert seen["cwd"] == f"{folder}/work"
-    assert seen["RUN"].startswith(f"{folder}/root/")
+    assert Path(seen["RUN"]).relative_to(folder).parts == ("root", "etc", "finetune", "run.json")
     review = review_token(client, seen["token"], AUDIENCE)
     assert review["authenticated"] is True
     assert review["user"]["username"] == "system:serviceaccount:default:default"
@@ -119,7 +120,7 @@ def test_a_job_gets_what_its_pod_template_promises(
 
     (tmp_path / "go").touch()
     assert wait_for_end(client, "promises")["jobStatus"] == "SUCCEEDED"
-    wait_for("the private folder to go", lambda: not folder.exists())
+    wait_until(lambda: not folder.exists(), what="the private folder goes")
     assert_in_no_log(cluster, PASSWORD)
 
 
@@ -146,7 +147,7 @@ def test_a_missing_secret_is_told_and_healed(client: kubeapi.ApiClient) -> None:
         messages = [e["message"] for e in events if e["involvedObject"]["name"].startswith("waits-")]
         return [message for message in messages if "Secret later does not exist" in message]
 
-    assert wait_for("a warning about the Secret", told)
+    assert wait_until(told, what="a warning about the Secret")
     client.apply(
         "/api/v1/namespaces/default/secrets/later",
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "later"}, "stringData": {"A": "b"}},
@@ -161,7 +162,7 @@ def test_deleting_a_running_job_ends_its_processes_before_its_pod(
     # The program takes SIGTERM calmly and needs a second to go: the pod must wait for it.
     code = f"trap 'sleep 1; exit 0' TERM; echo $$ > {pid_file}; while true; do sleep 0.1; done"
     submit(client, rayjob("deleted", code))
-    pid = int(wait_for("the job's pid", lambda: pid_file.exists() and pid_file.read_text().strip()))
+    pid = int(wait_until(lambda: pid_file.read_text().strip(), what="the job's pid"))
     assert psutil.pid_exists(pid)
     client.call("DELETE", f"{RAY_JOBS}/deleted")
 
@@ -169,5 +170,5 @@ def test_deleting_a_running_job_ends_its_processes_before_its_pod(
         items: list[Any] = client.call("GET", "/api/v1/namespaces/default/pods")["items"]
         return [pod for pod in items if pod["metadata"]["name"].startswith("deleted-")]
 
-    wait_for("the pods to go", lambda: not pods(), seconds=20)
+    wait_until(lambda: not pods(), seconds=20, what="the pods go")
     assert not psutil.pid_exists(pid)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
 
 from finetune_local.cluster import Cluster
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
+from finetune_operator.api.base import ACTION_ANNOTATION
+from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
+from tests.commands import Command
 from tests.unit.cli.rollouts import aborted, canary, paused, promoted
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "finetune_cli", "rollout"]
 BOT: Json = {
     "apiVersion": "finetune.dev/v1alpha1",
     "kind": "AdapterDeployment",
@@ -34,47 +30,22 @@ BOT: Json = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server without the operator."""
-    running = Cluster(tmp_path_factory.mktemp("api-server"), files=ROOT)
-    try:
-        running.up(("etcd", "kube-apiserver"))
+    with api_server(tmp_path_factory.mktemp("api-server")) as running:
         yield running
-    finally:
-        running.down()
 
 
-class Rollouts:
+class Rollouts(Command):
     """Runs `finetune rollout` in the test's namespace, and plays the operator."""
-
-    def __init__(self, kubectl: Kubectl) -> None:
-        self.kubectl = kubectl
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "FORCE_COLOR"},
-            "KUBECONFIG": str(kubectl.kubeconfig),
-            "PYTHONPATH": str(ROOT / "operator"),
-            "COLUMNS": "200",
-        }
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*COMMAND, *arguments, "-n", self.kubectl.namespace],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *arguments: str, text: str = "", code: int = 0) -> str:
-        """Standard output and error, after checking the exit code."""
-        process = self.start(*arguments)
-        out, err = process.communicate(text, timeout=60)
-        assert process.returncode == code, out + err
-        return out + err
 
     def bot(self) -> Json:
         found = self.kubectl.get("adep", "bot")
         assert found is not None
         return found
+
+    def wish(self) -> str | None:
+        """What the operator is asked for."""
+        annotations: dict[str, str] = self.bot()["metadata"].get("annotations") or {}
+        return annotations.get(ACTION_ANNOTATION)
 
     def set_status(self, status: Json) -> None:
         """All of the status, about the spec as it is."""
@@ -84,22 +55,17 @@ class Rollouts:
 
     def answer(self, *, refused: bool, message: str, seconds: float = 20) -> str:
         """Wait for a wish, answer it as the operator does, take the annotation away; return the wish."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            wish = (self.bot()["metadata"].get("annotations") or {}).get(ACTION_ANNOTATION)
-            if wish:
-                taken = {"value": wish, "pending": True, "refused": refused, "message": message}
-                self.set_status({"lastAction": taken})
-                self.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}-")
-                return str(wish)
-            time.sleep(0.1)
-        raise AssertionError("nobody asked for anything")
+        wish = wait_until(self.wish, seconds=seconds, what="somebody asks for something")
+        taken = {"value": wish, "pending": True, "refused": refused, "message": message}
+        self.set_status({"lastAction": taken})
+        self.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}-")
+        return wish
 
 
 @pytest.fixture
 def rollouts(kubectl: Kubectl) -> Rollouts:
     kubectl.apply(BOT)
-    return Rollouts(kubectl)
+    return Rollouts("rollout", kubectl)
 
 
 def test_watch_follows_to_the_promotion(rollouts: Rollouts) -> None:
@@ -226,7 +192,7 @@ def test_a_wish_waits_for_the_one_before_and_an_abort_does_not(rollouts: Rollout
     assert out.startswith("bot: promoted\n")
     rollouts.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}=pause/1")
     process = rollouts.start("abort", "bot")
-    time.sleep(2)
+    wait_until(lambda: rollouts.wish() != "pause/1", seconds=20, what="an abort overtakes a pause")
     assert rollouts.answer(refused=False, message="aborted").startswith("abort/")
     assert process.wait(timeout=60) == 0
 

@@ -14,16 +14,17 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from finetune_operator.api.routes import Route, Snapshot
+from tests.api_servers import API_SERVER, api_server
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_lab import Router
-from tests.integration.rollout_operator import BAD, BETTER, GOOD, PARTS, Lab, api_server, serves
+from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, serves
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server")) as running:
+    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
         yield running
 
 
@@ -215,7 +216,7 @@ def test_traffic_goes_on_while_the_api_server_is_away(lab: Lab) -> None:
     time.sleep(15)
     assert [router.route("bot") for router in lab.routers] == routes
     assert lab.is_alive(), lab.log()[-3000:]
-    lab.cluster.up(PARTS)
+    lab.cluster.up((*API_SERVER, COLLECTOR))
     lab.wait(serves(BETTER), seconds=60)
     assert lab.failed_requests == 0
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
-from finetune_local.ports import choose
+from finetune_local.ports import pick
+from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
-from tests.integration.rollout_operator import BETTER, GOOD, Lab, api_server, serves
+from tests.integration.rollout_operator import BETTER, COLLECTOR, GOOD, Lab, serves
 from tests.prometheus_program import find_prometheus
 
 pytestmark = pytest.mark.integration
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server")) as running:
+    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
         yield running
 
 
@@ -249,7 +250,7 @@ def prometheus(tmp_path: Path, lab: Lab) -> Iterator[str]:
     program = find_prometheus()
     if program is None:
         pytest.skip("no prometheus in PATH, and no Debian package tools to get one with")
-    port = choose(("prometheus",), known={})["prometheus"]
+    (port,) = pick(1)
     settings = tmp_path / "prometheus.yml"
     scrape = {"job_name": "self", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
     settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}))

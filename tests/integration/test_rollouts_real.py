@@ -17,6 +17,7 @@ import pytest
 from finetune_local.cluster import Cluster
 from tests.adapters import commit_artifact, write_adapter
 from tests.clients import Json, Kubectl
+from tests.integration.rollout_operator import serves
 
 pytestmark = pytest.mark.integration
 
@@ -104,12 +105,6 @@ def wait(kubectl: Kubectl, until: Callable[[Json], bool], *, seconds: float = 60
             return status
         assert time.monotonic() < deadline, json.dumps(status, indent=1)
         time.sleep(0.2)
-
-
-def serves(revision: str) -> Callable[[Json], bool]:
-    return lambda s: (
-        s.get("stableRevision") == revision and s.get("phase") == "Healthy" and s["weights"]["verified"]
-    )
 
 
 def pid_of(cluster: Cluster, part: str) -> int:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from lupa import lua51
 
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from finetune_operator.api.adapterdeployment_status import RolloutPhase
+from finetune_operator.api.base import ACTION_ANNOTATION
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "examples" / "rollouts" / "gitops-promotion" / "argocd" / "argocd-cm.yaml"

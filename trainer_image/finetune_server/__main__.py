@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from finetune_trainer import machine
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    prepare_environment()
+    machine.prepare_libraries()
     if arguments[:1] == ["agent"]:
         options = make_agent_parser().parse_args(arguments[1:])
         from finetune_server import sidecar
@@ -20,17 +21,6 @@ def main(arguments: list[str] | None = None) -> int:
     from finetune_server import server  # seconds of imports
 
     return server.run(options)
-
-
-def prepare_environment() -> None:
-    """Sets what the libraries read when they are imported; must run before them."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # A waiting OpenMP thread gives its core away soon: where others share the cores (the router, a training), spinning
-    # for long costs a time slice (10 ms) per operation.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def make_parser() -> argparse.ArgumentParser:

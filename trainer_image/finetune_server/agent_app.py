@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hmac
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,7 +19,7 @@ from pydantic.alias_generators import to_camel
 from finetune_server.agent import Agent, Conflict, Settings
 from finetune_server.engine_client import EngineClient
 from finetune_server.evaluations import Evaluations, Scorer, Task
-from finetune_server.ports import listen
+from finetune_server.ports import carries, listen, read_secret
 
 LOG = logging.getLogger("finetune_server.agent")
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
@@ -83,7 +82,8 @@ class AgentApi:
 
     @web.middleware
     async def _border(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith("/agent/") and not self._allows(request):
+        # Read each time: a mounted Secret is exchanged under a running process.
+        if request.path.startswith("/agent/") and not carries(request, read_secret(self._token_file)):
             return _refuse(401, "the token is missing or wrong")
         try:
             return await handler(request)
@@ -91,14 +91,6 @@ class AgentApi:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "body"
             return _refuse(400, f"{place}: {first['msg']}")
-
-    def _allows(self, request: web.Request) -> bool:
-        if self._token_file is None:
-            return True
-        # Read each time: a mounted Secret is exchanged under a running process.
-        token = self._token_file.read_text(encoding="utf-8").strip()
-        given = request.headers.get("Authorization", "")
-        return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
 
     async def health(self, request: web.Request) -> web.Response:
         return web.json_response({})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import re
 import time
@@ -18,6 +17,7 @@ from aiohttp import web
 
 from finetune_server import adapters, answers, errors, prompts, registry, wire
 from finetune_server.engine import Dead, Engine, QueueFull
+from finetune_server.ports import carries
 from finetune_server.sampling import Sampling
 from finetune_server.sequences import Finish, Piece, Sequence
 
@@ -54,10 +54,8 @@ class Api:
     async def _border(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Checks the key and gives every error the one shape."""
         try:
-            if self.api_key is not None and request.path.startswith("/v1/"):
-                given = request.headers.get("Authorization", "")
-                if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
-                    raise errors.Unauthorized("the API key is missing or wrong")
+            if request.path.startswith("/v1/") and not carries(request, self.api_key):
+                raise errors.Unauthorized("the API key is missing or wrong")
             return await handler(request)
         except errors.ApiError as error:
             return error.response()

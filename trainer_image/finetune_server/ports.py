@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -27,3 +28,9 @@ async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[tu
 def read_secret(path: Path | None) -> str | None:
     """Returns the content of a secret's file without the white space around it; None without a file."""
     return None if path is None else path.read_text(encoding="utf-8").strip()
+
+
+def carries(request: web.Request, secret: str | None) -> bool:
+    """Whether the request has the secret as its bearer token; without a secret, every request passes."""
+    given = request.headers.get("Authorization", "")
+    return secret is None or hmac.compare_digest(given.encode(), f"Bearer {secret}".encode())

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from finetune_server import agent_app
 from finetune_server.ports import listen, read_secret
+from finetune_trainer import machine
 from finetune_trainer.failures import EXIT_CODES, TrainerError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def build_engine(options: argparse.Namespace) -> tuple[Engine, list[str]]:
     from finetune_server.engine import Engine, Limits
     from finetune_server.telemetry import Telemetry
 
-    torch.set_num_threads(options.threads or count_cores())
+    torch.set_num_threads(options.threads or machine.count_cores()[0])
     uri = to_uri(options.model)
     path = models.find_model(uri)
     base = models.load_base(
@@ -114,12 +114,3 @@ def build_engine(options: argparse.Namespace) -> tuple[Engine, list[str]]:
 def to_uri(text: str) -> str:
     """Takes a plain path as file://."""
     return text if "://" in text else f"file://{Path(text).absolute()}"
-
-
-def count_cores() -> int:
-    """Returns the cores that this process may use, a container's CPU limit included."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no limit
-    return cores

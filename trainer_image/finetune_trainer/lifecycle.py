@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import artifacts, checkpoints, preflight, runfile, storage
+from finetune_trainer import artifacts, checkpoints, machine, preflight, runfile, storage
 from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
 from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
 
@@ -148,17 +148,11 @@ def _release(folder: storage.Folder, job: runfile.Job) -> None:
 
 def prepare_environment(uris: list[str]) -> None:
     """Sets what the libraries read when they are imported; must run before them."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    machine.prepare_libraries()
     # transformers' own callback reports 100 % on an early stop; ours does not.
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
-    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process uses one GPU; TRL refuses to see more
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to 1; threads are set by choose_threads
-    # A waiting OpenMP thread must give its core away soon: where other processes share the cores, spinning for long
-    # costs a time slice (10 ms) per operation. Not at once, though: on cores of its own that costs 15 % of the speed.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at import
     # TRL uses names that transformers will drop; nothing that a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from finetune_operator.adapters.fetching import Reply, TokenFile, UnreachableError, fetch
+from finetune_operator.adapters.fetching import Reply, TokenFile, UnreachableError, fetch, parse
 from finetune_operator.api.adapterdeployment_strategy import EvaluationSpec
 
 STATUS_SECONDS = 2.0  # an agent answers from memory; who waits longer delays a rollback
@@ -92,14 +92,7 @@ class Agents:
 
     async def status(self, url: str) -> AgentStatus | Unheard:
         reply = await self._ask("GET", f"{url}/agent/v1/status", seconds=STATUS_SECONDS)
-        if isinstance(reply, Unheard):
-            return reply
-        if not reply.ok:
-            return Unheard(reply.summary())
-        try:
-            return AgentStatus.model_validate(reply.json())
-        except (ValueError, ValidationError) as error:
-            return Unheard(f"the agent's answer cannot be read: {_first_line(error)}")
+        return reply if isinstance(reply, Unheard) else parse(AgentStatus, reply, Unheard)
 
     async def load(self, url: str, *, name: str, uri: str, digest: str) -> Unheard | None:
         """Ask for an adapter; None once the agent has taken the order. Safe to repeat."""
@@ -133,12 +126,7 @@ class Agents:
             return reply
         if reply.status == 404:
             return Missing()
-        if not reply.ok:
-            return Unheard(reply.summary())
-        try:
-            return Evaluation.model_validate(reply.json())
-        except (ValueError, ValidationError) as error:
-            return Unheard(f"the agent's answer cannot be read: {_first_line(error)}")
+        return parse(Evaluation, reply, Unheard)
 
     async def _order(self, method: str, url: str, body: object) -> Unheard | None:
         reply = await self._ask(method, url, body=body, seconds=ORDER_SECONDS)
@@ -151,7 +139,3 @@ class Agents:
             return await fetch(self.session, method, url, body=body, token=self.token.read(), seconds=seconds)
         except UnreachableError as error:
             return Unheard(str(error))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

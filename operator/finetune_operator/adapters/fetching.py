@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
+from pydantic import BaseModel, ValidationError
 
 ANSWER_BYTES = 4 << 20
 CONNECTIONS = 200  # at once; above it, requests wait
+Answer = TypeVar("Answer", bound=BaseModel)
+Problem = TypeVar("Problem")
 
 
 class UnreachableError(Exception):
@@ -39,6 +43,18 @@ class Reply:
         """The answer in one line for people."""
         text = " ".join(self.data[:300].decode(errors="replace").split())
         return f"HTTP {self.status}" + (f": {text}" if text else "")
+
+
+def parse(model: type[Answer], reply: Reply, problem: Callable[[str], Problem]) -> Answer | Problem:
+    """The document of an answer; the problem for an error status, and for what is no such document."""
+    if not reply.ok:
+        return problem(reply.summary())
+    try:
+        return model.model_validate_json(reply.data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [".".join(str(part) for part in first["loc"])] if first["loc"] else []
+        return problem(": ".join(["the answer cannot be read", *place, first["msg"]]))
 
 
 class TokenFile:

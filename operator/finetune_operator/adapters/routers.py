@@ -6,13 +6,11 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import aiohttp
-from pydantic import BaseModel, ValidationError
 
 from finetune_operator.adapters.addresses import Resolver, UnknownHostError
-from finetune_operator.adapters.fetching import Reply, TokenFile, UnreachableError, fetch
+from finetune_operator.adapters.fetching import Reply, TokenFile, UnreachableError, fetch, parse
 from finetune_operator.api.routes import (
     COUNTERS_PATH,
     ROUTES_PATH,
@@ -24,7 +22,6 @@ from finetune_operator.api.routes import (
 
 PUSH_SECONDS = 2.0
 COUNTERS_SECONDS = 2.0
-Answer = TypeVar("Answer", bound=BaseModel)
 COUNTERS_BYTES = 64 << 20  # a thousand aliases, sixteen workers, full samples
 
 
@@ -55,16 +52,16 @@ class Routers:
             return reply
         if reply.status == 409:
             return Refused(reply.summary(), newer=True)
-        return _parse(RoutesApplied, reply)
+        return parse(RoutesApplied, reply, Refused)
 
     async def applied(self, replica: str) -> RoutesApplied | Refused:
         reply = await self._ask("GET", f"{replica}{ROUTES_PATH}", seconds=PUSH_SECONDS)
-        return reply if isinstance(reply, Refused) else _parse(RoutesApplied, reply)
+        return reply if isinstance(reply, Refused) else parse(RoutesApplied, reply, Refused)
 
     async def counters(self, replica: str) -> RouterCounters | Refused:
         """All that the replica has counted. Numbers that cannot be counts make the whole answer void."""
         reply = await self._ask("GET", f"{replica}{COUNTERS_PATH}", seconds=COUNTERS_SECONDS)
-        counters = reply if isinstance(reply, Refused) else _parse(RouterCounters, reply)
+        counters = reply if isinstance(reply, Refused) else parse(RouterCounters, reply, Refused)
         if isinstance(counters, RouterCounters):
             for epoch in counters.epochs:
                 for arm in epoch.arms:
@@ -93,17 +90,6 @@ class Routers:
             )
         except UnreachableError as error:
             return Refused(str(error))
-
-
-def _parse(model: type[Answer], reply: Reply) -> Answer | Refused:
-    if not reply.ok:
-        return Refused(reply.summary())
-    try:
-        return model.model_validate_json(reply.data)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        return Refused(f"the router's answer cannot be read: {place}: {problem['msg']}")
 
 
 def _is_plausible(arm: ArmCounters) -> bool:

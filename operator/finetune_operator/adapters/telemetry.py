@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
@@ -21,13 +24,13 @@ class Telemetry:
     """Counters of the operator itself and gauges per job."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.reconcile_seconds = Histogram(
+        self._reconcile_seconds = Histogram(
             "finetune_reconcile_duration_seconds",
             "Duration of one reconcile pass.",
             ["kind"],
             registry=registry,
         )
-        self.reconcile_errors = Counter(
+        self._reconcile_errors = Counter(
             "finetune_reconcile_errors_total",
             "Reconcile passes that ended in an error.",
             ["kind"],
@@ -59,6 +62,16 @@ class Telemetry:
         }
         self._phases: dict[tuple[str, str], str] = {}
         self.rollouts = RolloutTelemetry(registry)
+
+    @contextlib.contextmanager
+    def measured_pass(self, kind: str) -> Iterator[None]:
+        """Around one reconcile pass: how long it takes, and whether it ends in an error."""
+        with self._reconcile_seconds.labels(kind).time():
+            try:
+                yield
+            except Exception:
+                self._reconcile_errors.labels(kind).inc()
+                raise
 
     def show_job(self, namespace: str, name: str, status: FineTuneJobStatus) -> None:
         """Set the series of one job by its status."""

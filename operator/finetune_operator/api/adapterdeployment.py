@@ -28,7 +28,6 @@ KIND = "AdapterDeployment"
 PLURAL = "adapterdeployments"
 SHORT_NAME = "adep"
 MAX_ALIAS_LENGTH = 63
-ACTION_ANNOTATION = "finetune.dev/action"
 
 # Top of `kubectl explain adapterdeployment`: enough to write the first one.
 DESCRIPTION = """\

@@ -14,6 +14,7 @@ GROUP = "finetune.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 CATEGORY = "finetune"
+ACTION_ANNOTATION = f"{GROUP}/action"  # what a person asks for: a verb, or verb/nonce
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 Message = Annotated[str, Field(max_length=4096)]

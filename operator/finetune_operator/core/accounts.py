@@ -20,6 +20,8 @@ def with_report(seen: Observed, report: Report) -> list[Attempt]:
     attempts = list(seen.job.status.attempts)
     last = attempts[-1]
     step, resumed = report.finetune.step, report.finetune.resumed_from_step
+    if last.last_step is not None and not report.knows_its_step:
+        step = last.last_step
     updates: dict[str, int | str | None] = {**statuses.rayjob_uid(seen), "last_step": step}
     if resumed is not None:
         updates["resumed_from_step"] = resumed
@@ -33,16 +35,35 @@ def with_report(seen: Observed, report: Report) -> list[Attempt]:
     return statuses.with_last(attempts, **updates)
 
 
+def with_late_report(seen: Observed, report: Report) -> list[Attempt]:
+    """The attempts after a report of the last one, which had ended already: what it saved on its way out is not lost,
+    what it did since its last report is told. Safe to repeat."""
+    attempts, told = list(seen.job.status.attempts), report.finetune
+    ended = attempts[-1]
+    if told.step is None and told.checkpoint is None:
+        return attempts
+    last = max(ended.last_step or 0, told.step or 0)
+    saved = _saved(seen, report.finetune.checkpoint.step if report.finetune.checkpoint else None)
+    before = (ended.lost_steps or 0) - max(0, (ended.last_step or 0) - _saved(seen, None))
+    return statuses.with_last(attempts, last_step=last, lost_steps=max(0, before) + max(0, last - saved))
+
+
+def _saved(seen: Observed, told: int | None) -> int:
+    """Step of the checkpoint that the next attempt goes on from; 0 where it begins anew."""
+    checkpoint, spec = seen.job.status.checkpoint, seen.job.spec
+    if spec is not None and spec.checkpoint.resume is ResumePolicy.NEVER:
+        return 0
+    return told if told is not None else checkpoint.step if checkpoint else 0
+
+
 def lost_steps(seen: Observed, *, last_step: int | None) -> int | None:
     """Steps of the attempt that ends now which no checkpoint holds; None where it did no step."""
-    attempt, checkpoint, spec = seen.job.status.attempts[-1], seen.job.status.checkpoint, seen.job.spec
+    attempt = seen.job.status.attempts[-1]
     last = last_step if last_step is not None else attempt.last_step
     if last is None:
         return None
-    never = spec is not None and spec.checkpoint.resume is ResumePolicy.NEVER
     told = seen.report.finetune.checkpoint if seen.report else None
-    saved = told.step if told else checkpoint.step if checkpoint else 0
-    return (attempt.lost_steps or 0) + max(0, last - (0 if never else saved))
+    return (attempt.lost_steps or 0) + max(0, last - _saved(seen, told.step if told else None))
 
 
 def gpu_seconds(seen: Observed, *, now: datetime) -> int | None:

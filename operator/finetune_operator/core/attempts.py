@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from finetune_operator.api.finetunejob import Attempt, ErrorClass, FineTuneJobStatus, Phase, Retries
 from finetune_operator.core import (
     accounts,
+    conditions,
     deadlines,
     endings,
     fences,
@@ -22,7 +23,7 @@ from finetune_operator.core import (
     suspensions,
     words,
 )
-from finetune_operator.core.conditions import Claim, ConditionType
+from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
 from finetune_operator.core.facts import CreateRayJob, Observed, Plan
 
 KEPT = 10  # attempts in the status
@@ -48,14 +49,9 @@ class Ending:
 
 def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     """Record the end of the last attempt and what follows."""
-    report = seen.report
-    attempts = accounts.with_report(seen, report) if report else list(seen.job.status.attempts)
-    checkpoint = seen.job.status.checkpoint
-    if report:
-        checkpoint = reports.checkpoint_of(report, known=checkpoint, now=now)
-    updated = seen.job.status.model_copy(update={"attempts": attempts, "checkpoint": checkpoint})
-    seen = replace(seen, job=replace(seen.job, status=updated))
-    last_step = ending.step if ending.step is not None else attempts[-1].last_step
+    seen = with_news(seen, now=now)
+    attempts = seen.job.status.attempts
+    last_step = ending.step or attempts[-1].last_step  # 0: it ended before it knew where it goes on
     attempts = statuses.with_last(
         attempts,
         end_time=now,
@@ -67,7 +63,7 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
         gpu_seconds=accounts.gpu_seconds(seen, now=now),
         **statuses.rayjob_uid(seen),
     )
-    updated = updated.model_copy(update={"attempts": attempts})
+    updated = seen.job.status.model_copy(update={"attempts": attempts})
     seen = replace(seen, job=replace(seen.job, status=updated))
     verdict = _judge(seen, ending)
     if ending.inspect or (not verdict.retry and _may_be_committed(seen, ending)):
@@ -80,6 +76,25 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     message = f"{ending.message}; what is left of attempt {attempts[-1].number} is being stopped"
     status = statuses.build(seen, None, "Stopping", message, claims=claims, now=now)
     return Plan(status=status, requeue_after=0)
+
+
+def with_news(seen: Observed, *, now: datetime) -> Observed:
+    """The facts with what the last attempt's latest report tells of steps and checkpoints, be it late or in time."""
+    report, known = seen.report, seen.job.status
+    if report is None:
+        return seen
+    late = known.attempts[-1].end_time is not None
+    attempts = accounts.with_late_report(seen, report) if late else accounts.with_report(seen, report)
+    checkpoint = reports.checkpoint_of(report, known=known.checkpoint, now=now)
+    status = known.model_copy(update={"attempts": attempts, "checkpoint": checkpoint})
+    seen = replace(seen, job=replace(seen.job, status=status))
+    if checkpoint == known.checkpoint:
+        return seen
+    merged = conditions.merge(
+        status.conditions, [words.checkpoint_claim(seen)], now=now, generation=seen.job.generation
+    )
+    status = status.model_copy(update={"conditions": merged})
+    return replace(seen, job=replace(seen.job, status=status))
 
 
 def _judge(seen: Observed, ending: Ending) -> policies.Verdict:
@@ -138,8 +153,10 @@ def last(seen: Observed, verdict: policies.Verdict | None, *, now: datetime) -> 
     return endings.failed(seen, str(error_class), f"{attempt.message}{why}", now=now)
 
 
-def between(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
+def between(seen: Observed, *, now: datetime) -> Plan:
     """The last attempt has ended: take down what is left of it, then go on with what was decided."""
+    seen = with_news(seen, now=now)
+    attempt = seen.job.status.attempts[-1]
     undecided = attempt.inspection is not None and seen.job.status.next_attempt_time is None
     if undecided and seen.inspection is not None:
         return _wait_for_inspection(seen, attempt, now=now)
@@ -167,7 +184,7 @@ def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: 
         return endings.failed(seen, str(ErrorClass.DEADLINE_EXCEEDED), message, now=now)
     if not seen.kuberay_installed:
         return wait_for_kuberay(seen, now=now)
-    if now < status.next_attempt_time:
+    if now < status.next_attempt_time and not seen.clock_is_behind:
         end_of_all = deadlines.total_end(seen)
         until = min(status.next_attempt_time, end_of_all) if end_of_all else status.next_attempt_time
         told = status
@@ -195,7 +212,7 @@ def record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         Phase.RETRYING,
         "Starting",
         f"attempt {number} starts as RayJob {name}{words.from_where(seen)}",
-        claims=[Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")],
+        claims=[SPEC_IS_COMPLETE],
         now=now,
         attempts=[*seen.job.status.attempts, new][-KEPT:],
         next_attempt_time=None,
@@ -243,8 +260,7 @@ def _wait_for_inspection(seen: Observed, attempt: Attempt, *, now: datetime) -> 
     if attempt.error_class is ErrorClass.INTERNAL and attempt.exit_code == 0:
         message = f"the trainer ended well but left no committed artifact: {found}"
         attempts = statuses.with_last(seen.job.status.attempts, message=message)
-        updated = seen.job.status.model_copy(update={"attempts": attempts})
-        seen = replace(seen, job=replace(seen.job, status=updated))
+        seen = seen.with_status(seen.job.status.model_copy(update={"attempts": attempts}))
     verdict = _judge(seen, Ending(attempt.error_class or ErrorClass.LOST, ""))
     return retrying(seen, verdict, now=now) if verdict.retry else last(seen, verdict, now=now)
 

@@ -34,6 +34,7 @@ class Claim:
     message: str
 
 
+SPEC_IS_COMPLETE = Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")
 STATUS_WORDS = {True: "True", False: "False", None: "Unknown"}
 
 

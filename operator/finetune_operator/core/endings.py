@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
 from finetune_operator.api.finetunejob import Artifact, ErrorClass, Phase
-from finetune_operator.core import accounts, failures, reports, statuses
+from finetune_operator.core import accounts, failures, fences, reports, statuses
 from finetune_operator.core.conditions import Claim, ConditionType
-from finetune_operator.core.facts import Observed, Plan
+from finetune_operator.core.facts import Observed, Plan, RayJobFacts
 
-CLEANUP_SECONDS = 60.0  # a process that has reported its end and still runs then is taken down
 RELEASED = Claim(ConditionType.RESOURCES_READY, False, "Released", "the job is over")
 
 
@@ -62,10 +60,10 @@ def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now
         next_attempt_time=None,
         completion_time=now,
     )
-    return Plan(status=status, requeue_after=_cleanup_after(seen))
+    return Plan(status=status, requeue_after=_cleanup_after(seen, status.phase))
 
 
-def failed(seen: Observed, reason: str, message: str, *, now: datetime, **updates: Any) -> Plan:
+def failed(seen: Observed, reason: str, message: str, *, now: datetime) -> Plan:
     """The job is over without an artifact. `reason` is the class of the last attempt, or says why none was made."""
     cancelled = reason == ErrorClass.CANCELLED
     text = failures.with_advice(ErrorClass(reason), message) if reason in set(ErrorClass) else message
@@ -83,9 +81,16 @@ def failed(seen: Observed, reason: str, message: str, *, now: datetime, **update
             *not_suspended(seen),
         ],
         now=now,
-        **{"next_attempt_time": None, "completion_time": now, **updates},
+        next_attempt_time=None,
+        completion_time=now,
     )
-    return Plan(status=status, requeue_after=_cleanup_after(seen))
+    return Plan(status=status, requeue_after=_cleanup_after(seen, status.phase))
+
+
+def patience(rayjob: RayJobFacts, *, phase: Phase | None) -> float:
+    """Seconds after the job's end at which its RayJob is taken down. After a success there is no hurry: a trainer that
+    is started again finds the artifact."""
+    return fences.PATIENCE_SECONDS if phase is Phase.SUCCEEDED else fences.patience(rayjob)
 
 
 def not_suspended(seen: Observed) -> list[Claim]:
@@ -101,11 +106,11 @@ def checkpoints_are_gone(seen: Observed) -> list[Claim]:
     return [Claim(ConditionType.CHECKPOINT_AVAILABLE, False, "ArtifactPublished", message)]
 
 
-def _cleanup_after(seen: Observed) -> float | None:
+def _cleanup_after(seen: Observed, phase: Phase | None) -> float | None:
     spec = seen.job.spec
     waits = []
     if seen.rayjob is not None and seen.rayjob.ours and not seen.rayjob.is_over:
-        waits.append(CLEANUP_SECONDS)
+        waits.append(patience(seen.rayjob, phase=phase))
     if spec is not None and spec.ttl_seconds_after_finished is not None:
         waits.append(float(spec.ttl_seconds_after_finished))
     return min(waits, default=None)

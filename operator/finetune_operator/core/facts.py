@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TypeAlias
 
@@ -133,12 +133,18 @@ class Observed:
     reported_at: datetime | None = None
     listening_since: datetime | None = None
     """Since when reports are taken; before that, silence says nothing."""
+    clock_is_behind: bool = False
+    """Whether the clock was set back behind what the job has recorded: its time stands still until then."""
     kuberay_installed: bool = True
     kueue_installed: bool = True
     """Only looked up where spec.scheduling.queueName is set."""
     workload: WorkloadFacts | None = None
     """Kueue's Workload for the RayJob; only looked up while that is held back."""
     upstream: UpstreamFacts | None = None
+
+    def with_status(self, status: FineTuneJobStatus) -> Observed:
+        """The same facts after a part of the decision."""
+        return replace(self, job=replace(self.job, status=status))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from finetune_operator.api.finetunejob import Attempt
 from finetune_operator.core.facts import RELEASED, DeleteRayJob, Observed, RayJobFacts
 
 FENCE_SECONDS = 2.0
-PATIENCE_SECONDS = 60.0  # for a process that has told its end, and for KubeRay to take its cluster down
+PATIENCE_SECONDS = 60.0  # for KubeRay to take down the cluster of a process that has ended
+TOLD_SECONDS = 10.0  # ... to notice that it has; after that, KubeRay may be starting it again (HTTPMode)
+ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})  # of a Ray job
 STUCK_SECONDS = 120.0
 NAMED = 3  # leftovers that are named in a message
 
@@ -37,6 +39,11 @@ def is_stopping_by_itself(seen: Observed) -> bool:
     return rayjob.deployment_status == "Running" and seen.job.status.attempts[-1].exit_code is not None
 
 
+def patience(rayjob: RayJobFacts) -> float:
+    """Seconds from the trainer's last word in which KubeRay should have noticed that it is over."""
+    return PATIENCE_SECONDS if rayjob.job_status in ENDED else TOLD_SECONDS
+
+
 def look(seen: Observed, attempt: Attempt, *, now: datetime) -> Fence:
     """What is left of the job's attempts, and the RayJobs to delete for it to go."""
     age = (now - attempt.end_time).total_seconds() if attempt.end_time else 0.0
@@ -50,7 +57,7 @@ def look(seen: Observed, attempt: Attempt, *, now: datetime) -> Fence:
             continue  # KubeRay takes its cluster down; the object may stay for people to read
         waiting.append(f"RayJob {rayjob.name}")
         told = rayjob.deployment_status == "Running" and attempt.exit_code is not None
-        if rayjob.deleting_since is None and not (told and age < PATIENCE_SECONDS):
+        if rayjob.deleting_since is None and not (told and age < patience(rayjob)):
             actions.append(DeleteRayJob(rayjob.name, rayjob.uid))
     return Fence(left=bool(waiting), text=_text(seen, waiting, now=now), actions=actions)
 

@@ -31,8 +31,17 @@ from finetune_operator.core import (
     waits,
 )
 from finetune_operator.core.attempts import Ending
-from finetune_operator.core.conditions import Claim, ConditionType
-from finetune_operator.core.facts import CreateRayJob, Defaults, DeleteJob, DeleteRayJob, Observed, Plan
+from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
+from finetune_operator.core.facts import (
+    CreateRayJob,
+    Defaults,
+    DeleteJob,
+    DeleteRayJob,
+    Observed,
+    Plan,
+    RayJobFacts,
+)
+from finetune_operator.core.reports import Result
 
 WAITING_SECONDS = running.WAITING_SECONDS
 RESYNC_SECONDS = running.RESYNC_SECONDS
@@ -77,9 +86,10 @@ def _after_the_end(seen: Observed, *, now: datetime) -> Plan:
     for rayjob in (seen.rayjob, seen.inspection):
         if rayjob is None or not rayjob.ours or rayjob.is_over or rayjob.deleting_since:
             continue
-        if age >= endings.CLEANUP_SECONDS:
+        patience = endings.patience(rayjob, phase=status.phase)
+        if age >= patience:
             actions.append(DeleteRayJob(rayjob.name, rayjob.uid))
-        waits.append(max(1.0, endings.CLEANUP_SECONDS - age))
+        waits.append(max(1.0, patience - age))
     return Plan(status=status, actions=tuple(actions), requeue_after=min(waits, default=None))
 
 
@@ -92,7 +102,7 @@ def _with_action(seen: Observed) -> Observed:
     message = f"{value[:60]!r} is no action of a FineTuneJob; there is {CANCEL}" if refused else "cancelled"
     taken = LastAction(value=value[:128], refused=refused, message=message)
     status = seen.job.status.model_copy(update={"last_action": taken})
-    return replace(seen, job=replace(seen.job, status=status))
+    return seen.with_status(status)
 
 
 def verb_of(value: str) -> str:
@@ -115,18 +125,20 @@ def _decide_unfinished(seen: Observed, *, defaults: Defaults, now: datetime) -> 
         return _before_the_first(seen, defaults=defaults, now=now)
     attempt = known.attempts[-1]
     if attempt.end_time is not None:
-        if _is_cancelled(seen) and known.next_attempt_time is not None:
-            return _cancelled_between(seen, now=now)
-        return attempts.between(seen, attempt, now=now)
+        if known.next_attempt_time is not None and (order := _order_to_end(seen)):
+            return _cancelled_between(seen, order, now=now)
+        return attempts.between(seen, now=now)
     return _decide_live(seen, attempt, now=now)
 
 
 def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     """The last attempt may run."""
-    result = seen.report.result if seen.report else None
-    if result is not None:
-        told = Ending(result.error_class, result.message, exit_code=result.exit_code, step=result.step)
-        return attempts.end(seen, told, now=now)
+    result, rayjob = seen.report.result if seen.report else None, seen.rayjob
+    if result is not None and rayjob is not None and _was_held_back(rayjob, result):
+        seen = attempts.with_news(seen, now=now)
+        attempt = seen.job.status.attempts[-1]
+    elif result is not None:
+        return attempts.end(seen, _ending_of(seen, attempt, result), now=now)
     if _is_cancelled(seen):
         order = Ending(ErrorClass.CANCELLED, "cancelled by the annotation finetune.dev/action")
         return attempts.end(seen, order, now=now)
@@ -135,7 +147,6 @@ def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     over = deadlines.exceeded(seen, attempt, now=now)
     if over is not None:
         return attempts.end(seen, Ending(ErrorClass.DEADLINE_EXCEEDED, over), now=now)
-    rayjob = seen.rayjob
     if rayjob is None:
         return _without_rayjob(seen, attempt, now=now)
     if rayjob.of_a_namesake or (not rayjob.ours and rayjob.deleting_since):
@@ -144,6 +155,34 @@ def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         taken = f"RayJob {rayjob.name} exists and belongs to someone else: delete it or choose another name"
         return attempts.end(seen, Ending(ErrorClass.BAD_CONFIG, taken, final=True), now=now)
     return running.decide(seen, attempt, rayjob, now=now)
+
+
+def _ending_of(seen: Observed, attempt: Attempt, result: Result) -> Ending:
+    """How the attempt ended in the trainer's words, but for what it cannot know: that its RayJob was deleted."""
+    rayjob = seen.rayjob
+    gone = attempt.uid is not None if rayjob is None else rayjob.ours and rayjob.deleting_since is not None
+    if gone and result.error_class is ErrorClass.PREEMPTED:
+        error_class, message = ErrorClass.LOST, f"RayJob {attempt.ray_job} was deleted before it finished"
+    else:
+        error_class, message = result.error_class, result.message
+    return Ending(error_class, message, exit_code=result.exit_code, step=result.step)
+
+
+def _was_held_back(rayjob: RayJobFacts, result: Result) -> bool:
+    """Whether the trainer ended because somebody else suspended its RayJob: it goes on when that is let go."""
+    return rayjob.ours and rayjob.is_held_back and result.error_class is ErrorClass.PREEMPTED
+
+
+def _order_to_end(seen: Observed) -> str | None:
+    """Who wants no other attempt, as a sentence. A trainer that is stopped through Ray's dashboard calls itself
+    preempted, as it hears the same signal; KubeRay tells a moment later that somebody stopped it."""
+    if _is_cancelled(seen):
+        return "cancelled by the annotation finetune.dev/action"
+    rayjob, attempt = seen.rayjob, seen.job.status.attempts[-1]
+    if rayjob is None or not rayjob.ours or rayjob.deleting_since is not None:
+        return None
+    stopped = rayjob.job_status == "STOPPED" and attempt.error_class is ErrorClass.PREEMPTED
+    return f"Ray job of {rayjob.name} was stopped" if stopped else None
 
 
 # ---------------------------------------------------------------- before anything runs
@@ -166,7 +205,7 @@ def _before_the_first(seen: Observed, *, defaults: Defaults, now: datetime) -> P
         wanted = spec.model.fine_tune_job_ref.name
         match chains.resolve(seen.job.name, seen.upstream, wanted=wanted):
             case chains.Waiting(reason, message):
-                return _wait(seen, reason, message, now=now, accepted=True, seconds=WAITING_SECONDS)
+                return _wait(seen, reason, message, now=now, accepted=True, seconds=RESYNC_SECONDS)
             case chains.Broken(reason, message):
                 return endings.failed(seen, reason, message, now=now)
             case chains.Ready(uri):
@@ -203,7 +242,7 @@ def _record_first_attempt(
         Phase.PENDING,
         "Accepted",
         f"attempt 1 starts as RayJob {name}",
-        claims=[Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")],
+        claims=[SPEC_IS_COMPLETE],
         now=now,
         attempts=[Attempt(number=1, ray_job=name, start_time=now)],
         start_time=now,
@@ -217,9 +256,8 @@ def _record_first_attempt(
     return Plan(status=status, requeue_after=0)
 
 
-def _cancelled_between(seen: Observed, *, now: datetime) -> Plan:
+def _cancelled_between(seen: Observed, message: str, *, now: datetime) -> Plan:
     """Cancelled while another attempt was due: it is due no more, and the job ends when the last one is gone."""
-    message = "cancelled by the annotation finetune.dev/action"
     updated = statuses.with_last(seen.job.status.attempts, error_class=ErrorClass.CANCELLED, message=message)
     status = statuses.build(
         seen,
@@ -252,7 +290,7 @@ def _without_rayjob(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         "Provisioning",
         message,
         claims=[
-            Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete"),
+            SPEC_IS_COMPLETE,
             Claim(ConditionType.RESOURCES_READY, False, "Provisioning", message),
         ],
         now=now,

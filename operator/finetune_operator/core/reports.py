@@ -90,6 +90,11 @@ class Report(ReportModel):
     def result(self) -> Result | None:
         return self.finetune.result
 
+    @property
+    def knows_its_step(self) -> bool:
+        """False for a trainer of ours that still checks its data: it has not yet looked for a checkpoint."""
+        return self.finetune.step != 0 or self.finetune.resumed_from_step is not None
+
     def number(self, name: str) -> float | None:
         """The finite number that a metric holds, or None."""
         for metric in self.trainer_status.metrics:

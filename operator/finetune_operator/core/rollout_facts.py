@@ -29,6 +29,11 @@ class DeploymentFacts:
     """Value of the annotation finetune.dev/action: a verb, or `verb/nonce`."""
     deleting: bool = False
 
+    @property
+    def alias(self) -> str:
+        """The model that clients ask for."""
+        return (self.spec.alias if self.spec else None) or self.name
+
 
 @dataclass(frozen=True)
 class ArtifactFacts:

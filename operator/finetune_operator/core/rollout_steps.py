@@ -190,10 +190,6 @@ def _until(turn: Turn, duration: str | None) -> Turn:
     return turn.again_in(parse_duration(duration) - turn.elapsed(turn.status.step_start_time))
 
 
-def _left(turn: Turn, duration: str) -> str:
-    return format_duration(parse_duration(duration) - turn.elapsed(turn.status.step_start_time))
-
-
 def _set_weight(turn: Turn, weight: int) -> Turn:
     """Recorded here, published after, and left when every router has confirmed it."""
     if turn.weights.candidate == weight:

@@ -54,7 +54,7 @@ class Turn:
 
     @property
     def alias(self) -> str:
-        return self.spec.alias or self.seen.deployment.name
+        return self.seen.deployment.alias
 
     @property
     def underway(self) -> bool:

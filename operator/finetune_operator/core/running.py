@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +11,7 @@ from finetune_operator.api.finetunejob import (
     ErrorClass,
     FineTuneJobStatus,
     Phase,
+    Progress,
     Retries,
 )
 from finetune_operator.core import (
@@ -29,6 +29,7 @@ from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.durations import format_duration
 from finetune_operator.core.facts import Observed, Plan, PodFacts, RayJobFacts
+from finetune_operator.core.reports import Report
 
 RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
 WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
@@ -154,19 +155,25 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
     if report is not None:
         checkpoint = reports.checkpoint_of(report, known=known.checkpoint, now=now)
         updates |= {
-            "progress": reports.progress_of(report, at=seen.reported_at),
+            "progress": _progress(report, known, at=seen.reported_at),
             "metrics": reports.metrics_of(report, known=known.metrics),
             "effective": statuses.merge_effective(known.effective, report.finetune.effective),
             "attempts": accounts.with_report(seen, report),
             "checkpoint": checkpoint,
         }
         if checkpoint is not None:
-            job = replace(seen.job, status=known.model_copy(update={"checkpoint": checkpoint}))
-            claims.append(words.checkpoint_claim(replace(seen, job=job)))
+            saved = known.model_copy(update={"checkpoint": checkpoint})
+            claims.append(words.checkpoint_claim(seen.with_status(saved)))
     status = statuses.build(seen, phase, reason, message, claims=claims, now=now, **updates)
-    running = replace(seen, job=replace(seen.job, status=status))
-    again = deadlines.next_check(running, attempt, now=now, most=RESYNC_SECONDS)
+    again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=RESYNC_SECONDS)
     return Plan(status=status, requeue_after=again)
+
+
+def _progress(report: Report, known: FineTuneJobStatus, *, at: datetime | None) -> Progress:
+    """Until a new attempt knows where it goes on, the job is where it was."""
+    if known.progress is None or report.knows_its_step:
+        return reports.progress_of(report, at=at)
+    return known.progress.model_copy(update={"last_report_time": at})
 
 
 def _phase_without_report(status: FineTuneJobStatus) -> Phase:
@@ -233,7 +240,6 @@ def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now:
         now=now,
         attempts=statuses.with_last(seen.job.status.attempts, uid=rayjob.uid),
     )
-    waiting = replace(seen, job=replace(seen.job, status=status))
     most = waits.next_look(rayjob, now=now, most=WAITING_SECONDS)
-    again = deadlines.next_check(waiting, attempt, now=now, most=most)
+    again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=most)
     return Plan(status=status, requeue_after=again)

@@ -62,6 +62,14 @@ def holds_since(status: FineTuneJobStatus, kind: ConditionType) -> datetime | No
     return found.last_transition_time if found and found.status == "True" else None
 
 
+def latest_time(status: FineTuneJobStatus) -> datetime | None:
+    """The latest moment of the past that the status tells of; None where it tells of none."""
+    times = [condition.last_transition_time for condition in status.conditions]
+    times += [attempt.end_time or attempt.start_time for attempt in status.attempts]
+    times += [time for time in (status.start_time, status.completion_time) if time]
+    return max(times, default=None)
+
+
 def merge_effective(known: Effective | None, told: Effective | None) -> Effective | None:
     if told is None:
         return known

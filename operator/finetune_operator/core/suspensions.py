@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime
 
 from finetune_operator.api.finetunejob import Phase
@@ -44,4 +43,4 @@ def resumed(seen: Observed, *, now: datetime) -> Observed:
         now=now,
         suspended_seconds=seconds if known.start_time else None,
     )
-    return replace(seen, job=replace(seen.job, status=status))
+    return seen.with_status(status)

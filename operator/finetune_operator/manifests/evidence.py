@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_operator.api.adapterdeployment import KIND
-from finetune_operator.api.base import API_VERSION
 from finetune_operator.manifests import naming
 
 KEY = "evidence.json"
@@ -22,14 +21,6 @@ def build_config_map(
     """It goes with the deployment. With a version, the API server refuses the write when somebody else wrote
     meanwhile."""
     version = {"resourceVersion": resource_version} if resource_version else {}
-    owner = {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "name": deployment,
-        "uid": uid,
-        "controller": True,
-        "blockOwnerDeletion": False,
-    }
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -37,7 +28,7 @@ def build_config_map(
             "name": name_of(deployment),
             "namespace": namespace,
             "labels": {naming.LABEL_MANAGED_BY: naming.MANAGER},
-            "ownerReferences": [owner],
+            "ownerReferences": [naming.owner_reference(KIND, deployment, uid)],
             **version,
         },
         "data": {KEY: evidence},

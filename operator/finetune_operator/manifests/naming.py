@@ -1,8 +1,8 @@
-"""Names, labels and paths that the operator, the trainer's pod and the tests must agree on."""
+"""Names, labels, references and paths that the operator, the trainer's pod and the tests must agree on."""
 
 from __future__ import annotations
 
-from finetune_operator.api.base import GROUP
+from finetune_operator.api.base import API_VERSION, GROUP
 
 MANAGER = "finetune-operator"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
@@ -29,6 +29,18 @@ def labels(job: str, attempt: int) -> dict[str, str]:
 def job_labels(job: str) -> dict[str, str]:
     """What the objects of all attempts of a job have in common. KubeRay copies them from a RayJob to its RayCluster."""
     return {LABEL_MANAGED_BY: MANAGER, LABEL_JOB: job}
+
+
+def owner_reference(kind: str, name: str, uid: str) -> dict[str, str | bool]:
+    """What an object of ours goes away with."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": kind,
+        "name": name,
+        "uid": uid,
+        "controller": True,
+        "blockOwnerDeletion": False,  # would need a right on the owner's finalizers for no gain
+    }
 
 
 def audience(job_uid: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.api.base import API_VERSION, SecretReference
+from finetune_operator.api.base import SecretReference
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec
 from finetune_operator.manifests import naming
 from finetune_operator.manifests.runfiles import Places
@@ -25,16 +25,6 @@ class Owner:
     namespace: str
     name: str
     uid: str
-
-    def reference(self) -> dict[str, Any]:
-        return {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "name": self.name,
-            "uid": self.uid,
-            "controller": True,
-            "blockOwnerDeletion": False,  # would need a right on finetunejobs/finalizers for no gain
-        }
 
 
 @dataclass(frozen=True)
@@ -122,7 +112,7 @@ def _metadata(owner: Owner, name: str, attempt: int) -> dict[str, Any]:
         "name": name,
         "namespace": owner.namespace,
         "labels": naming.labels(owner.name, attempt),
-        "ownerReferences": [owner.reference()],
+        "ownerReferences": [naming.owner_reference(KIND, owner.name, owner.uid)],
     }
 
 

@@ -11,17 +11,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_operator.adapters.agents import Agents, Unheard
-from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
+from finetune_operator.adapters.kube import ConflictError, Json, Kube, UnavailableError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api import adapterdeployment, finetunejob
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, CheckPhase
 from finetune_operator.api.adapterdeployment_strategy import WebhookType
-from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.base import ACTION_ANNOTATION, API_VERSION
 from finetune_operator.api.routes import Route
 from finetune_operator.core import rollouts
 from finetune_operator.core.durations import parse_duration
-from finetune_operator.core.facts import Event
 from finetune_operator.core.rollout_facts import (
     Action,
     AskWebhooks,
@@ -36,11 +34,10 @@ from finetune_operator.core.rollout_facts import (
     Unload,
     Wanted,
 )
-from finetune_operator.reconcile import deployment_facts, facts, messages
+from finetune_operator.reconcile import deployment_facts, events, facts, messages, patches
 from finetune_operator.reconcile.engines import Engines
 from finetune_operator.reconcile.errands import Errands
 from finetune_operator.reconcile.evidence import EvidenceBook
-from finetune_operator.reconcile.finetunejob import merge_diff
 from finetune_operator.reconcile.orphans import is_of
 from finetune_operator.reconcile.queue import Key
 from finetune_operator.reconcile.routes import Publisher, Share
@@ -73,7 +70,7 @@ class AdapterDeploymentReconciler:
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
-        with self.telemetry.reconcile_seconds.labels(KIND).time():
+        with self.telemetry.measured_pass(KIND):
             try:
                 return await self._pass(key)
             except ConflictError:  # the object moved on while we looked; what we saw is stale
@@ -81,9 +78,6 @@ class AdapterDeploymentReconciler:
             except UnavailableError as error:  # routers go on with what they have
                 logger.warning("%s/%s: %s", *key, error)
                 return random.uniform(*UNAVAILABLE_SECONDS)  # noqa: S311 - spreads load, protects nothing
-            except Exception:
-                self.telemetry.reconcile_errors.labels(KIND).inc()
-                raise
 
     async def _pass(self, key: Key) -> float | None:
         body = await self.kube.get(API_VERSION, KIND, *key)
@@ -164,7 +158,7 @@ class AdapterDeploymentReconciler:
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> float | None:
         """The only place that writes an AdapterDeployment's status. Returns the seconds to wait where a write that only
         brings numbers up to date comes too soon; nothing of the plan may then be carried out."""
-        patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
+        patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
         now = asyncio.get_running_loop().time()
         if patch:
             wait = self._written.get(key, float("-inf")) + WRITE_SECONDS - now
@@ -211,7 +205,7 @@ class AdapterDeploymentReconciler:
         spec = seen.deployment.spec
         if plan.measure and spec is not None:
             values = {
-                "alias": messages.alias_of(seen.deployment),
+                "alias": seen.deployment.alias,
                 "stable": plan.status.stable_revision or "",
                 "candidate": plan.status.candidate_revision or "",
             }
@@ -242,7 +236,7 @@ class AdapterDeploymentReconciler:
         own withdrawal), once no router sends requests to them."""
         if not seen.routing.verified or seen.routing.published is None or seen.deployment.spec is None:
             return []
-        alias = messages.alias_of(seen.deployment)
+        alias = seen.deployment.alias
         known = {adapter.served_name for adapter in plan.status.adapters}
         for route in (seen.routing.published, plan.route):
             known |= _served_names(route)
@@ -267,19 +261,12 @@ class AdapterDeploymentReconciler:
                     seen.deployment, plan.status, WebhookType.EVENT, event=event
                 )
                 self.errands.tell(key, told, payload)
-            await self._post(body, event)
+            await events.post(self.kube, body, event, now=self.clock())
         for alert in plan.alerts:
             payload = messages.alert_payload(seen.deployment, plan.status, alert)
             for recipient in spec.alerts if spec is not None else ():
                 if messages.is_for(alert, recipient):
                     self.errands.alert(key, recipient.provider_ref.name, payload)
-
-    async def _post(self, body: Json, event: Event) -> None:
-        """Post an event; one that cannot be posted is lost, as the status already says the same."""
-        try:
-            await self.kube.create(facts.event_body(body, event, now=self.clock(), kind=KIND))
-        except ApiError as error:
-            logger.warning("event %s could not be posted: %s", event.reason, error)
 
     def _interval(self, seen: Observed) -> float:
         spec = seen.deployment.spec

@@ -6,9 +6,10 @@ from pydantic import ValidationError
 
 from finetune_operator.adapters import agents
 from finetune_operator.adapters.kube import Json
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION, AdapterDeploymentSpec
+from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.adapterdeployment_traffic import SourceReference
+from finetune_operator.api.base import ACTION_ANNOTATION
 from finetune_operator.api.finetunejob_methods import MethodType
 from finetune_operator.api.finetunejob_status import Phase
 from finetune_operator.core.rollout_facts import (

@@ -10,14 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_operator.adapters.kube import Json
-from finetune_operator.api.adapterdeployment import ACTION_ANNOTATION
-from finetune_operator.api.base import API_VERSION, StatusModel
+from finetune_operator.api.base import ACTION_ANNOTATION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.core.facts import Event, JobFacts, PodFacts, RayJobFacts, UpstreamFacts, WorkloadFacts
+from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, UpstreamFacts, WorkloadFacts
 from finetune_operator.manifests import naming
 
 PROBLEMS = 5  # of a spec that are named
-EVENT_MESSAGE_BYTES = 1024  # the limit of the API
 STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its events are asked for
 
 
@@ -130,9 +128,10 @@ def _cluster_problem(status: Mapping[str, Any]) -> str:
     return str(status.get("reason", ""))
 
 
-def pod_facts(body: Json, *, warning: Json | None = None) -> PodFacts:
+def pod_facts(body: Json, *, attempt_start: datetime | None = None, warning: Json | None = None) -> PodFacts:
     """Whether a pod runs and, if not, why: what the scheduler says, what its containers wait for, or else the newest
-    `warning` (core/v1 Event) about it, which is where a kubelet tells of volumes that it cannot mount."""
+    `warning` (core/v1 Event) about it, which is where a kubelet tells of volumes that it cannot mount. It was not
+    scheduled before the attempt began, whatever another machine's clock says."""
     metadata, status = body["metadata"], body.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
     containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
@@ -147,9 +146,7 @@ def pod_facts(body: Json, *, warning: Json | None = None) -> PodFacts:
         running=running,
         waiting_reason=reason,
         waiting_message=message,
-        scheduled_at=_time(scheduled.get("lastTransitionTime"))
-        if scheduled.get("status") == "True"
-        else None,
+        scheduled_at=_scheduled_at(scheduled, attempt_start),
         gone=status.get("phase") in ("Succeeded", "Failed"),
         terminating="deletionTimestamp" in metadata,
         node=body.get("spec", {}).get("nodeName"),
@@ -159,14 +156,11 @@ def pod_facts(body: Json, *, warning: Json | None = None) -> PodFacts:
     )
 
 
-def is_stuck(body: Json, *, now: datetime) -> bool:
+def is_stuck(pod: PodFacts, *, now: datetime) -> bool:
     """Whether a pod has a node and does not start, and does not say why: its events may."""
-    facts = pod_facts(body)
-    silent = not facts.running and not facts.gone and facts.waiting_reason is None
+    silent = not pod.running and not pod.gone and pod.waiting_reason is None
     return (
-        silent
-        and facts.scheduled_at is not None
-        and (now - facts.scheduled_at).total_seconds() >= STUCK_SECONDS
+        silent and pod.scheduled_at is not None and (now - pod.scheduled_at).total_seconds() >= STUCK_SECONDS
     )
 
 
@@ -181,6 +175,11 @@ def _event_time(event: Mapping[str, Any]) -> str:
     series = event.get("series") or {}
     times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
     return next((str(time) for time in times if time), "")
+
+
+def _scheduled_at(scheduled: Mapping[str, Any], attempt_start: datetime | None) -> datetime | None:
+    time = _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
+    return max(time, attempt_start) if time and attempt_start else time
 
 
 def _waiting(scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
@@ -274,29 +273,3 @@ def _is_json(value: Any) -> bool:
 
 def timestamp(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def event_body(subject: Json, event: Event, *, now: datetime, kind: str = KIND) -> Json:
-    """A core/v1 Event about one of our objects, as `kubectl describe` shows it."""
-    metadata = subject["metadata"]
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
-        "involvedObject": {
-            "apiVersion": API_VERSION,
-            "kind": kind,
-            "namespace": metadata["namespace"],
-            "name": metadata["name"],
-            "uid": metadata["uid"],
-        },
-        "type": "Warning" if event.warning else "Normal",
-        "reason": event.reason,
-        "message": event.message.encode()[:EVENT_MESSAGE_BYTES].decode(errors="ignore"),
-        "source": {"component": naming.MANAGER},
-        "reportingComponent": naming.MANAGER,
-        "reportingInstance": naming.MANAGER,
-        "firstTimestamp": timestamp(now),
-        "lastTimestamp": timestamp(now),
-        "count": 1,
-    }

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 from finetune_operator.adapters.kube import (
     KUEUE_VERSION,
-    ApiError,
     ConflictError,
     ForbiddenError,
     InvalidError,
@@ -20,24 +18,22 @@ from finetune_operator.adapters.kube import (
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
-from finetune_operator.core import jobs
+from finetune_operator.core import jobs, statuses
 from finetune_operator.core.facts import (
     Action,
     CreateRayJob,
     Defaults,
     DeleteJob,
     DeleteRayJob,
-    Event,
     JobFacts,
     Observed,
     Plan,
-    PodFacts,
     RayJobFacts,
     UpstreamFacts,
-    WorkloadFacts,
 )
 from finetune_operator.manifests import naming, rayjobs, runfiles
-from finetune_operator.reconcile import facts
+from finetune_operator.reconcile import clocks, events, facts, patches, waiting
+from finetune_operator.reconcile.followers import Followers
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
 
@@ -54,44 +50,51 @@ class FineTuneJobReconciler:
     telemetry: Telemetry
     defaults: Defaults
     platform: rayjobs.Platform
-    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    """Since when trainers' reports are taken."""
+    clock: clocks.SteadyClock = clocks.CLOCK
+    followers: Followers = field(default_factory=Followers)
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
-        with self.telemetry.reconcile_seconds.labels(KIND).time():
+        with self.telemetry.measured_pass(KIND):
             try:
                 return await self._pass(key)
             except ConflictError:  # the object moved on while we looked; what we saw is stale
                 return CONFLICT_SECONDS
-            except Exception:
-                self.telemetry.reconcile_errors.labels(KIND).inc()
-                raise
 
     async def _pass(self, key: Key) -> float | None:
         body = await self.kube.get(API_VERSION, KIND, *key)
         if body is None:
             self.mailbox.forget(key)
             self.telemetry.forget_job(*key)
+            self.followers.follow(key, ())
+            self.followers.changed(key)
             return None
         seen = await self._observe(key, facts.job_facts(body))
-        plan = jobs.decide(seen, defaults=self.defaults, now=self.clock())
+        plan = jobs.decide(seen, defaults=self.defaults, now=self._now(seen.job))
         plan = await self._act(seen, plan)
         await self._write(key, body, seen, plan)
+        if plan.status.phase != seen.job.status.phase:
+            self.followers.changed(key)
         return plan.requeue_after
+
+    def _now(self, job: JobFacts) -> datetime:
+        """The time, but never one before what the job has recorded: an earlier operator's clock may have been ahead."""
+        recorded, time = statuses.latest_time(job.status), self.clock()
+        return max(time, recorded) if recorded else time
 
     async def _observe(self, key: Key, job: JobFacts) -> Observed:
         """Everything that the decision needs, read from the API server: a cache could be behind our own writes."""
         if job.deleting:
             return Observed(job=job)
+        if not jobs.is_finished(job.status) and not job.status.attempts:
+            return await self._observe_new(key, job)
+        self.followers.follow(key, ())
         if jobs.is_finished(job.status):
             return await self._observe_finished(job)
-        if not job.status.attempts:
-            return await self._observe_new(job)
         attempt = job.status.attempts[-1]
         ended = attempt.end_time is not None
         rayjob = await self._rayjob(job, attempt.ray_job)
+        recorded = statuses.latest_time(job.status)
         report, reported_at = self.mailbox.latest(key, attempt=attempt.number)
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
@@ -104,48 +107,25 @@ class FineTuneJobReconciler:
             job=job,
             rayjob=rayjob,
             inspection=await self._rayjob(job, attempt.inspection) if attempt.inspection else None,
-            pods=[await self._pod(body) for body in pods],
-            workload=await self._workload(job, rayjob) if queued and rayjob else None,
+            pods=[
+                await waiting.observe_pod(
+                    self.kube, body, attempt_start=attempt.start_time, now=self._now(job)
+                )
+                for body in pods
+            ],
+            workload=await waiting.observe_workload(self.kube, job, rayjob) if queued and rayjob else None,
             kueue_installed=not queued or await self.kube.has_group_version(KUEUE_VERSION),
             clusters=[body["metadata"]["name"] for body in clusters],
             report=report,
             reported_at=reported_at,
-            listening_since=self.started,
+            listening_since=self.clock.listening_since(),
+            clock_is_behind=recorded is not None and self.clock() < recorded,
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
         )
 
-    async def _workload(self, job: JobFacts, rayjob: RayJobFacts) -> WorkloadFacts | None:
-        """Kueue's Workload for a RayJob that it holds back, with its place in the queue where Kueue tells it."""
-        labels = {naming.LABEL_WORKLOAD_OWNER: rayjob.uid}
-        try:
-            found = await self._find(KUEUE_VERSION, "Workload", job, labels)
-            pending = await self._pending(job.namespace, rayjob.queue or "") if found else []
-        except ForbiddenError as error:  # the job runs all the same; only its place is not known
-            logger.warning("Workloads of Kueue cannot be read: %s", error)
-            return WorkloadFacts(name="")
-        return facts.workload_facts(found[0], pending=pending) if found else None
-
-    async def _pending(self, namespace: str, queue: str) -> list[Json]:
-        try:
-            return await self.kube.pending_workloads(namespace, queue)
-        except ApiError as error:  # an API server of its own, which may be away or not be for us
-            logger.debug("the place in queue %s is not known: %s", queue, error)
-            return []
-
-    async def _pod(self, body: Json) -> PodFacts:
-        """The facts of a pod. Only one that is stuck is worth a look at its events."""
-        if not facts.is_stuck(body, now=self.clock()):
-            return facts.pod_facts(body)
-        metadata = body["metadata"]
-        try:
-            events = await self.kube.events_about(metadata["namespace"], uid=metadata["uid"])
-        except ApiError as error:  # the reason stays unknown; the job goes on
-            logger.warning("events of pod %s cannot be read: %s", metadata["name"], error)
-            events = []
-        return facts.pod_facts(body, warning=facts.newest_warning(events))
-
-    async def _observe_new(self, job: JobFacts) -> Observed:
+    async def _observe_new(self, key: Key, job: JobFacts) -> Observed:
         wanted = job.spec.model.fine_tune_job_ref if job.spec else None
+        self.followers.follow(key, [(job.namespace, wanted.name)] if wanted else ())
         return Observed(
             job=job,
             upstream=await self._upstream(job, wanted.name) if wanted else None,
@@ -153,7 +133,7 @@ class FineTuneJobReconciler:
         )
 
     async def _observe_finished(self, job: JobFacts) -> Observed:
-        if not jobs.has_cleanup_left(job.status, now=self.clock()):
+        if not jobs.has_cleanup_left(job.status, now=self._now(job)):
             return Observed(job=job)
         attempt = job.status.attempts[-1]
         return Observed(
@@ -186,25 +166,31 @@ class FineTuneJobReconciler:
         """Carry out the plan's actions. An object that the API server refuses for good ends the job."""
         for action in plan.actions:
             try:
-                await self._do(seen.job, action)
+                if uid := await self._do(seen.job, action):
+                    attempts = statuses.with_last(plan.status.attempts, uid=uid)
+                    plan = replace(plan, status=plan.status.model_copy(update={"attempts": attempts}))
             except InvalidError as error:
-                return jobs.refused(seen, str(error), now=self.clock())
+                return jobs.refused(seen, str(error), now=self._now(seen.job))
             except ForbiddenError as error:
-                return jobs.forbidden(seen, str(error), now=self.clock())
+                return jobs.forbidden(seen, str(error), now=self._now(seen.job))
         return plan
 
-    async def _do(self, job: JobFacts, action: Action) -> None:
+    async def _do(self, job: JobFacts, action: Action) -> str | None:
+        """Returns the UID of an attempt's RayJob that was created. It is stored in the same pass, so that one which
+        somebody deletes at once is not created again while its pods are still there."""
         match action:
             case CreateRayJob():
-                await self._create(job, action)
+                created = await self._create(job, action)
+                return None if action.inspect or created is None else str(created["metadata"]["uid"])
             case DeleteRayJob(name, uid):
                 await self.kube.delete("ray.io/v1", "RayJob", job.namespace, name, uid=uid)
             case DeleteJob():
                 await self.kube.delete(API_VERSION, KIND, job.namespace, job.name, uid=job.uid)
+        return None
 
-    async def _create(self, job: JobFacts, action: CreateRayJob) -> None:
+    async def _create(self, job: JobFacts, action: CreateRayJob) -> Json | None:
         if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
-            return  # the decision never asks for it: an attempt is recorded together with these
+            return None  # the decision never asks for it: an attempt is recorded together with these
         owner = rayjobs.Owner(job.namespace, job.name, job.uid)
         effective, overrides = job.status.effective, job.status.attempts[-1].overrides
         places = runfiles.Places(
@@ -237,40 +223,21 @@ class FineTuneJobReconciler:
         )
         await self.kube.apply(config_map)  # first: a pod that cannot mount it would wait for it
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
-        await self.kube.create(rayjob)
+        return await self.kube.create(rayjob)
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> None:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored."""
-        patch = merge_diff(body.get("status", {}), facts.to_json(plan.status))
+        patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
         if patch:
             version = body["metadata"]["resourceVersion"]
             await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
         if seen.report is not None:
             self.mailbox.mark_written(key, seen.report)
+            if seen.report.result is not None and plan.status.attempts[-1].end_time is None:
+                self.mailbox.drop(key, seen.report)  # the attempt goes on, and its trainer reports again
         self.telemetry.show_job(*key, plan.status)
         if jobs.is_finished(plan.status) and not jobs.is_finished(seen.job.status):
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()
         for event in plan.events:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
-            await self._post(body, event)
-
-    async def _post(self, body: Json, event: Event) -> None:
-        """Post an event; one that cannot be posted is lost, as the status already says the same."""
-        try:
-            await self.kube.create(facts.event_body(body, event, now=self.clock()))
-        except ApiError as error:
-            logger.warning("event %s could not be posted: %s", event.reason, error)
-
-
-def merge_diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The smallest JSON merge patch (RFC 7386) from old to new; empty when they are equal. None removes a key."""
-    diff: dict[str, Any] = {}
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if before == after:
-            continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            diff[name] = merge_diff(before, after)
-        else:
-            diff[name] = after
-    return diff
+            await events.post(self.kube, body, event, now=self.clock())

@@ -103,10 +103,8 @@ class Fleet:
 
     def offer(self, version: int, body: bytes) -> None:
         """Hand this snapshot to every replica, now and until it applies it."""
-        now = asyncio.get_running_loop().time()
-        if self._offer is not None and now - self._offer.since >= LAG_SECONDS:
-            self._floor = self._offer.version
-        self._offer = Offer(version, body, now)
+        self._raise_floor()
+        self._offer = Offer(version, body, asyncio.get_running_loop().time())
         for replica in self._replicas.values():
             replica.offered.set()
         self._poll_now.set()
@@ -170,14 +168,18 @@ class Fleet:
             return
         if replica.pushes == pushes:  # else a push went past this answer, which says less than the push's own
             self._learn(replica, answer.version)
-        now = asyncio.get_running_loop().time()
-        if self._offer is not None and now - self._offer.since >= LAG_SECONDS:
-            self._floor = self._offer.version
+        self._raise_floor()
         if answer.version < self._floor:
             self._note(replica, f"applies snapshot {answer.version}, older than {self._floor}")
             return
         self._note(replica, None)
         replica.heard_at, replica.counters = self._clock(), answer
+
+    def _raise_floor(self) -> None:
+        """A snapshot that every replica had time to apply is the oldest one that a replica may apply."""
+        now = asyncio.get_running_loop().time()
+        if self._offer is not None and now - self._offer.since >= LAG_SECONDS:
+            self._floor = self._offer.version
 
     async def _serve(self, replica: Replica) -> None:
         """Push whenever the replica does not apply the newest snapshot."""

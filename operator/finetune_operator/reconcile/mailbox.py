@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 
 from finetune_operator.core.reports import Report
+from finetune_operator.reconcile import clocks
 from finetune_operator.reconcile.queue import Key
 
 
@@ -33,7 +34,7 @@ class Mailbox:
             return False
         if slot and slot.attempt > attempt:
             return False
-        self._slots[key] = _Slot(attempt, report, datetime.now(UTC))
+        self._slots[key] = _Slot(attempt, report, clocks.CLOCK())
         return True
 
     def latest(self, key: Key, *, attempt: int) -> tuple[Report, datetime] | tuple[None, None]:
@@ -69,6 +70,12 @@ class Mailbox:
         except TimeoutError:
             return False
         return True
+
+    def drop(self, key: Key, report: Report) -> None:
+        """The report is dealt with, and another one of the same attempt may follow, be it a result or not."""
+        slot = self._slots.get(key)
+        if slot and slot.report is report:
+            del self._slots[key]
 
     def forget(self, key: Key) -> None:
         self._slots.pop(key, None)

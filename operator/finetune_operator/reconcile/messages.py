@@ -27,7 +27,7 @@ def webhook_payload(
         "name": deployment.name,
         "namespace": deployment.namespace,
         "uid": deployment.uid,
-        "alias": alias_of(deployment),
+        "alias": deployment.alias,
         "phase": status.phase,
         "stage": status.stage,
         "reason": status.reason,
@@ -57,7 +57,7 @@ def alert_payload(
     """A message as Slack's incoming webhooks take it (https://api.slack.com/messaging/webhooks)."""
     name = f"{deployment.namespace}/{deployment.name}"
     fields = {
-        "Alias": alias_of(deployment),
+        "Alias": deployment.alias,
         "Phase": status.phase,
         "Stage": status.stage,
         "Stable": status.stable_revision,
@@ -77,7 +77,3 @@ def alert_payload(
             }
         ],
     }
-
-
-def alias_of(deployment: DeploymentFacts) -> str:
-    return (deployment.spec.alias if deployment.spec else None) or deployment.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,13 @@ from kubernetes import client, config
 from finetune_local.cluster import Cluster
 from finetune_operator.api import finetunejob
 from finetune_operator.api.base import GROUP, VERSION
+from tests.api_servers import api_server
 
 
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = Cluster(tmp_path_factory.mktemp("api-server"), files=Path(__file__).parent)
-    try:
-        running.up(("etcd", "kube-apiserver"))
+    with api_server(tmp_path_factory.mktemp("api-server")) as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture(scope="package")

@@ -5,25 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_local.ports import pick
+from tests.waiting import wait_until
+
 COMMAND = [sys.executable, "-m", "finetune_server"]
 TRAINER_IMAGE = Path(__file__).parents[3] / "trainer_image"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def call(
@@ -41,19 +36,6 @@ def call(
         return status, json.loads(content)
     except ValueError:
         return status, {"text": content.decode()}
-
-
-def wait_until(check: Callable[[], Any], *, seconds: float = 60, what: str = "") -> Any:
-    """Returns the first true result of `check`; connections that fail meanwhile are no error."""
-    deadline = time.monotonic() + seconds
-    found: Any = None
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            found = check()
-            if found:
-                return found
-        time.sleep(0.05)
-    raise AssertionError(f"{what or check} did not come true within {seconds} s; last: {found}")
 
 
 @dataclass
@@ -82,7 +64,7 @@ class Process:
             )
 
     def wait_healthy(self) -> None:
-        wait_until(self._is_healthy, what=f"health of {self.url}\n{self.log.read_text()[-3000:]}")
+        wait_until(self._is_healthy, what=lambda: f"health of {self.url}\n{self.log.read_text()[-3000:]}")
 
     def _is_healthy(self) -> bool:
         assert self.process is not None
@@ -104,7 +86,7 @@ class Process:
 @contextlib.contextmanager
 def engine(model: Path, folder: Path, *more: str) -> Iterator[Process]:
     """An engine with its agent, started but not waited for."""
-    port, agent_port = free_port(), free_port()
+    port, agent_port = pick(2)
     arguments = ["--model", str(model), "--served-model-name", "tiny", "--port", str(port)]
     arguments += ["--agent-port", str(agent_port), "--cache-dir", str(folder / "cache"), *more]
     made = Process(arguments, folder / "engine.log", port, agent_port)

@@ -19,7 +19,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.integration.server.processes import call, engine, wait_until
+from tests.integration.server.processes import call, engine
+from tests.waiting import wait_until
 
 VLLM = os.environ.get("FINETUNE_VLLM_URL")
 QUESTION = [{"role": "user", "content": "What colour is cup 3?"}]

@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from finetune_local.ports import pick
 from tests import tiny
-from tests.integration.server.processes import COMMAND, Process, call, engine, free_port, wait_until
+from tests.integration.server.processes import COMMAND, Process, call, engine
+from tests.waiting import wait_until
 
 QUESTION = [{"role": "user", "content": "What colour is cup 3?"}]
 
@@ -100,7 +102,7 @@ def test_a_killed_engine_comes_back_with_its_adapters(
 
 def start_sidecar(process: Process, token: Path) -> Process:
     """Starts an agent of its own beside the engine, as in a pod of vLLM."""
-    port = free_port()
+    (port,) = pick(1)
     arguments = ["agent", "--engine", process.url, "--port", str(port), "--token-file", str(token)]
     beside = Process([*arguments, "--api-key-file", str(token)], process.log.with_name("agent.log"), 0, port)
     beside.start()
@@ -143,7 +145,7 @@ def check_golden_rows(process: Process, right: str, file: Path) -> None:
 
 def test_a_wrong_model_is_told_in_one_line(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [*COMMAND, "--model", str(tmp_path), "--port", str(free_port()), "--agent-port", "0"],
+        [*COMMAND, "--model", str(tmp_path), "--port", str(pick(1)[0]), "--agent-port", "0"],
         capture_output=True,
         text=True,
         timeout=120,

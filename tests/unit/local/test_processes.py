@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from finetune_local import graphs, layouts, processes
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -36,11 +37,7 @@ def start(layout: layouts.Layout, script: str, identity: str = "me") -> processe
 
 
 def read_pid(path: Path) -> int:
-    for _ in range(100):
-        if path.exists() and path.read_text().strip():
-            return int(path.read_text())
-        time.sleep(0.05)
-    raise AssertionError(f"{path} was not written")
+    return int(wait_until(lambda: path.read_text().strip(), seconds=5, what=str(path)))
 
 
 def is_alive(pid: int) -> bool:

@@ -13,6 +13,28 @@ from typing import Any
 Json = dict[str, Any]
 
 SEEN, READ = "seen", "read"
+# Which test brings a case about on the laptop cluster: real API server, KubeRay, Ray and trainer. The module is
+# tests/integration/test_attempts.py unless another one is named.
+PROVOKED = {
+    "1": "test_jobs_that_cannot_start_say_why_and_end_as_they_must",
+    "3": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "7a": "test_jobs_that_cannot_start_say_why_and_end_as_they_must",
+    "8b": "test_a_ray_job_that_is_stopped_in_the_dashboard_is_cancelled",
+    "10": "test_job_lifecycle.test_apply_trains_and_publishes_an_artifact",
+    "12a": "test_what_ends_a_process_and_how_the_job_goes_on",
+    "14": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "17b": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "18": "test_a_quota_is_named_and_waited_for",
+    "21": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "23": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "25": "test_what_ends_a_process_and_how_the_job_goes_on",
+    "26": "test_kuberay_is_away_when_it_is_needed",
+    "27": "test_a_killed_job_comes_to_its_end_and_time_to_live_removes_all_but_the_artifact",
+    "28": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "29": "test_a_killed_job_comes_to_its_end_and_time_to_live_removes_all_but_the_artifact",
+    "30": "test_kuberay_is_away_when_it_is_needed",
+    "32": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+}
 LOGS = "last available logs (truncated to 20,000 chars):\n"
 
 
@@ -37,6 +59,8 @@ class EdgeCase:
     """Whether the trainer's last report is fresh."""
     step: int | None = None
     """A report of this step comes together with the status."""
+    goodbye: bool = False
+    """The trainer's last word comes together with the status: it heard SIGTERM, saved, and ended with 75."""
     artifact: bool = False
     """A report of the committed artifact comes together with the status, or an inspection finds it."""
     later: int = 0
@@ -126,8 +150,12 @@ EDGE_CASES = (
     EdgeCase("7d", "the loss is not finite (exit code 82)", exited(82, "loss is nan at step 12"),
              "Failed/NotFinite -> the end",
              "It would happen again; the message proposes a learning rate. The last finite checkpoint stays."),
-    EdgeCase("8", "the Ray job is stopped in the dashboard", status("Complete", "STOPPED"),
+    EdgeCase("8a", "the Ray job is stopped in the dashboard", status("Complete", "STOPPED"),
              "Cancelled/Cancelled -> the end", "Somebody wanted that: neither a success nor a failure to heal."),
+    EdgeCase("8b", "the same, and the trainer has said goodbye before", status("Complete", "STOPPED"),
+             "Retrying/Preempted -> Cancelled/Cancelled",
+             "The trainer hears SIGTERM and cannot know who sent it; KubeRay tells before the next attempt may start.",
+             SEEN, goodbye=True),
     EdgeCase("9", "a success with a reason of failure",
              status("Complete", "SUCCEEDED", "JobDeploymentStatusTransitionGracePeriodExceeded", "submitter hangs"),
              "Succeeded/ArtifactPublished -> the end", "The artifact is there; the reason says nothing.",
@@ -155,10 +183,14 @@ EDGE_CASES = (
              later=1900),
     EdgeCase("16", "the dashboard never answers", status("Running"), "Retrying/Stalled -> deleted, attempt 2",
              "The pods run and no trainer starts: counted from when the pods ran.", before="running", later=1900),
-    EdgeCase("17", "the RayCluster is deleted by hand and KubeRay starts it again (HTTPMode)", RUNNING,
+    EdgeCase("17a", "the RayCluster is deleted by hand and KubeRay starts it again (HTTPMode)", RUNNING,
              "Running/Training -> goes on, 3 steps lost",
              "The trainer has gone on from its newest checkpoint within the attempt; what that lost is counted.",
              step=2),
+    EdgeCase("17b", "the RayCluster or its head pod is deleted, and the trainer has time to say goodbye (HTTPMode)",
+             RUNNING, "Retrying/Preempted -> deleted, attempt 2",
+             "The checkpoint was saved just in time. KubeRay begins the same RayJob anew: after 10 s it is deleted.",
+             goodbye=True),
     EdgeCase("18", "a quota forbids the pods",
              status("Initializing", rayClusterStatus={
                  "conditions": [{"type": "ReplicaFailure", "status": "True", "message": QUOTA}]}),
@@ -173,8 +205,8 @@ EDGE_CASES = (
              "Initializing is not admission.", before="created", rayjob=KUEUE),
     EdgeCase("21", "the RayJob is suspended while it runs", status("Suspended"),
              "Queued/RayJobSuspended -> waits, preemption 1",
-             "The same attempt goes on when it is let go, from its newest checkpoint.", SEEN,
-             rayjob={"spec": {"suspend": True}}),
+             "The same attempt goes on when it is let go, from the checkpoint that was saved just in time.", SEEN,
+             rayjob={"spec": {"suspend": True}}, goodbye=True),
     EdgeCase("22", "suspended while KubeRay retries", status("Retrying"), "Queued/Queued -> waits, preemption 1",
              "With backoffLimit 0 KubeRay does not retry; where a webhook changed that, the wish to hold counts.",
              rayjob=KUEUE),

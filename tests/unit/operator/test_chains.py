@@ -30,7 +30,7 @@ def test_a_job_waits_for_its_model_and_says_so(upstream: UpstreamFacts, reason: 
     assert "base" in (plan.status.message or "")
     assert plan.status.attempts == []
     assert plan.requeue_after is not None
-    assert plan.requeue_after <= 15
+    assert plan.requeue_after <= 60  # events wake it; this is for one that was lost
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.operator import edge_pages
-from tests.unit.operator.edge_cases import EDGE_CASES, EdgeCase
+from tests.unit.operator.edge_cases import EDGE_CASES, PROVOKED, EdgeCase
 
 
 @pytest.mark.parametrize("case", EDGE_CASES, ids=[f"{case.id} {case.title}" for case in EDGE_CASES])
@@ -18,6 +18,14 @@ def test_what_kuberay_shows_becomes_what_it_must(case: EdgeCase) -> None:
 def test_no_case_is_missing() -> None:
     numbers = {int(case.id.rstrip("abcd")) for case in EDGE_CASES}
     assert numbers == set(range(1, 36))
+
+
+@pytest.mark.parametrize(("case", "test"), PROVOKED.items())
+def test_the_tests_that_provoke_a_case_exist(case: str, test: str) -> None:
+    assert case in {known.id for known in EDGE_CASES}
+    module, _, name = test.rpartition(".")
+    folder = Path(__file__).parents[2] / "integration"
+    assert f"def {name}(" in (folder / f"{module or 'test_attempts'}.py").read_text(encoding="utf-8")
 
 
 def test_the_committed_page_is_current() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from finetune_operator.adapters.routers import Refused, Routers
 from finetune_operator.api.routes import COUNTERS_PATH, ROUTES_PATH, Snapshot
 from finetune_operator.manifests.routes import to_text
 from finetune_operator.reconcile.fleet import Fleet
+from tests.waiting import until
 
 
 class Router:
@@ -75,12 +76,6 @@ async def routers(count: int) -> AsyncIterator[tuple[list[Router], Fleet]]:
             await asyncio.gather(polling, return_exceptions=True)
             for runner in runners:
                 await runner.cleanup()
-
-
-async def until(holds: Callable[[], bool], *, seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 def snapshot(version: int) -> bytes:

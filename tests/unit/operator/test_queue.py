@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from finetune_operator.reconcile.queue import FIRST_BACKOFF, Key, KeyedQueue, Worker
+from tests.waiting import until
 
 A, B = ("ns", "a"), ("ns", "b")
 
@@ -20,13 +21,6 @@ async def running(worker: Worker, concurrency: int = 8) -> AsyncIterator[KeyedQu
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for a state that must come, however busy the machine is."""
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def test_wishes_for_one_key_are_merged() -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import durations, reports
 from finetune_operator.reconcile.mailbox import Mailbox
-from tests.unit.operator.stories import ARTIFACT, START, training
+from tests.unit.operator.stories import ARTIFACT, START, result, training
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,16 @@ async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> No
     assert report is not None
     assert report.finetune.step == 3
     assert mailbox.latest(key, attempt=3) == (None, None)
+
+
+async def test_a_result_that_did_not_end_the_attempt_makes_room_for_its_next_reports() -> None:
+    mailbox, key, last = Mailbox(), ("team", "triage"), result("Preempted", 75, "stopped")
+    assert mailbox.put(key, attempt=2, report=last)
+    assert not mailbox.put(key, attempt=2, report=training(step=9))
+    mailbox.drop(key, last)
+    assert mailbox.put(key, attempt=2, report=training(step=9))
+    mailbox.drop(key, last)
+    assert mailbox.latest(key, attempt=2)[0] is not None
 
 
 def test_keys_of_newer_trainers_are_ignored() -> None:

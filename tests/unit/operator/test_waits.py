@@ -16,7 +16,10 @@ QUOTA = (
     'pods "triage-a1-head" is forbidden: exceeded quota: small, requested: cpu=4, used: cpu=8, limited: cpu=8'
 )
 NODES = "0/3 nodes are available: "
-PREEMPTION = " no new claims to deallocate, preemption: 0/3 nodes are available: 3 No preemption victims found for incoming pod."
+PREEMPTION = (
+    " no new claims to deallocate, preemption: 0/3 nodes are available: "
+    "3 No preemption victims found for incoming pod."
+)
 SECURITY = (
     'pods "x" is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false'
 )
@@ -160,12 +163,12 @@ CREATING = {
 
 def test_only_a_pod_that_has_a_node_and_says_nothing_is_stuck() -> None:
     later = START + timedelta(seconds=6)
-    assert facts.is_stuck(body(CREATING), now=later)
-    assert not facts.is_stuck(body(CREATING), now=START + timedelta(seconds=4))
-    assert not facts.is_stuck(body({"conditions": []}), now=later)
-    assert not facts.is_stuck(body({"phase": "Running"}), now=later)
+    assert facts.is_stuck(facts.pod_facts(body(CREATING)), now=later)
+    assert not facts.is_stuck(facts.pod_facts(body(CREATING)), now=START + timedelta(seconds=4))
+    assert not facts.is_stuck(facts.pod_facts(body({"conditions": []})), now=later)
+    assert not facts.is_stuck(facts.pod_facts(body({"phase": "Running"})), now=later)
     pulling = {"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}
-    assert not facts.is_stuck(body(pulling), now=later)
+    assert not facts.is_stuck(facts.pod_facts(body(pulling)), now=later)
 
 
 def test_the_newest_warning_tells_why_a_volume_is_not_there() -> None:

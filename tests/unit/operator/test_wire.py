@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
 from finetune_operator.core.facts import Event
-from finetune_operator.reconcile import facts
-from finetune_operator.reconcile.finetunejob import merge_diff
+from finetune_operator.reconcile import events, facts
+from finetune_operator.reconcile.patches import merge_diff
 from tests.unit.operator.stories import SPEC, START, Story
 
 LEAVES = st.one_of(st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
@@ -56,7 +56,7 @@ def test_a_status_of_a_newer_operator_can_still_be_read() -> None:
 
 def body(**parts: Any) -> dict[str, Any]:
     metadata = {"namespace": "team", "name": "triage", "uid": "u", "generation": 3}
-    return {"metadata": metadata, "spec": SPEC, **parts}
+    return {"kind": "FineTuneJob", "metadata": metadata, "spec": SPEC, **parts}
 
 
 def test_a_spec_that_cannot_be_read_is_a_problem_with_the_fields_name() -> None:
@@ -67,7 +67,7 @@ def test_a_spec_that_cannot_be_read_is_a_problem_with_the_fields_name() -> None:
 
 
 def test_an_event_fits_into_the_api_and_stays_text() -> None:
-    event = facts.event_body(body(), Event(warning=True, reason="BadData", message="é" * 2000), now=START)
+    event = events.build(body(), Event(warning=True, reason="BadData", message="é" * 2000), now=START)
     assert len(event["message"].encode()) <= 1024
     assert set(event["message"]) == {"é"}
 

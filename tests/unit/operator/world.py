@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.core import jobs
+from finetune_operator.core import jobs, statuses
 from finetune_operator.core.facts import (
     CreateRayJob,
     DeleteJob,
@@ -82,6 +82,7 @@ class World:
         self.quota = False
         self.held = False
         self.killed_at: str | None = None
+        self.wall = self.skew = timedelta()
         self.listening_since = self.now
         self.due = self.now
         self.next_fault: str | None = None
@@ -111,13 +112,23 @@ class World:
             report=told[1] if told else None,
             reported_at=told[2] if told else None,
             listening_since=self.listening_since,
+            clock_is_behind=self.clock < self.operator_time(job),
         )
+
+    @property
+    def clock(self) -> datetime:
+        """The operator's: as the wall clock was when it started, and steady from then on."""
+        return self.now + self.skew
+
+    def operator_time(self, job: JobFacts) -> datetime:
+        recorded = statuses.latest_time(job.status)
+        return max(self.clock, recorded) if recorded else self.clock
 
     def reconcile(self) -> None:
         if self.job is None:
             return
         seen = self.observe(self.job)
-        plan = jobs.decide(seen, defaults=DEFAULTS, now=self.now)
+        plan = jobs.decide(seen, defaults=DEFAULTS, now=self.operator_time(self.job))
         self.check(self, seen, plan)
         self.plans.append(plan)
         try:
@@ -135,7 +146,9 @@ class World:
             )
         except KilledError:
             self.report = None  # what was in its memory
-            self.listening_since = self.due = self.now
+            self.skew = self.wall
+            self.due = self.now
+            self.listening_since = self.clock
 
     def _die(self, point: str) -> None:
         if self.killed_at == point:
@@ -265,7 +278,7 @@ class World:
 
     def tell(self, ray: SimulatedRayJob, report: Report) -> None:
         if self.listening:
-            self.report = (ray.attempt, report, self.now)
+            self.report = (ray.attempt, report, self.clock)
 
     def _end(self, ray: SimulatedRayJob, report: Report) -> None:
         """The process reports and ends; KubeRay sees its exit code."""

@@ -15,6 +15,7 @@ import pytest
 
 from finetune_trainer.evaluation.metrics import parse_object, score_answers
 from finetune_trainer.progress import Clock, Endpoint, Phase, Reporter, State, format_duration
+from tests.waiting import wait_until
 
 RESULT = {"class": "Succeeded", "exitCode": 0, "message": "done", "step": 10}
 
@@ -106,7 +107,7 @@ def test_the_result_is_sent_with_a_freshly_read_token(operator: Operator, tmp_pa
     token.write_text("first\n")
     reporter = Reporter(Endpoint(operator.url, token))
     reporter.update(phase=Phase.TRAINING, step=10, total_steps=10)
-    _wait_for(lambda: operator.bodies)
+    wait_until(lambda: operator.bodies, seconds=5)
     token.write_text("second")
     assert reporter.finish(RESULT)
     assert operator.tokens == ["Bearer first", "Bearer second"]
@@ -187,10 +188,3 @@ def test_scores_are_percentages_of_all_rows() -> None:
     assert scores.exact_match == 25
     assert scores.match == {"a": 50, "b": 25}
     assert score_answers(["yes"], ["yes "], keys=(), fields=()).valid_json is None
-
-
-def _wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from finetune_trainer import machine
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.runfile import Hyperparameters, MethodType, Precision
 
@@ -98,17 +98,4 @@ def choose_threads() -> Choice[int]:
             return Choice(max(1, math.floor(float(granted))), "FINETUNE_CPUS")
         except ValueError:
             raise BadConfig(f"FINETUNE_CPUS: {granted!r} is not a number of cores") from None
-    cores = len(os.sched_getaffinity(0))
-    quota = _read_cgroup_quota(Path("/sys/fs/cgroup/cpu.max"))
-    if quota is not None and quota < cores:
-        return Choice(quota, "cgroup quota")
-    return Choice(cores, "CPU affinity")
-
-
-def _read_cgroup_quota(path: Path) -> int | None:
-    """Returns whole cores of the cgroup's quota (version 2), None without a limit."""
-    try:
-        quota, period = path.read_text().split()
-        return None if quota == "max" else max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return None
+    return Choice(*machine.count_cores())

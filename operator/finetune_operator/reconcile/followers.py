@@ -1,0 +1,41 @@
+"""Which jobs wait for the model of which other job, so that the end of one wakes the others at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from finetune_operator.reconcile.queue import Key
+
+
+def _nobody(key: Key) -> None:
+    del key
+
+
+class Followers:
+    """`wake` asks for a pass over a job; it is set once the queue exists. Kept in memory only: after a restart every
+    job is looked at, and says again for whom it waits."""
+
+    def __init__(self) -> None:
+        self.wake: Callable[[Key], None] = _nobody
+        self._wanted: dict[Key, frozenset[Key]] = {}
+        self._followers: dict[Key, set[Key]] = {}
+
+    def follow(self, job: Key, wanted: Collection[Key]) -> None:
+        """The job waits for these, and for no others any more. To be called before they are looked at: what happens
+        to them afterwards is told."""
+        before, now = self._wanted.get(job, frozenset()), frozenset(wanted)
+        for upstream in before - now:
+            self._followers[upstream].discard(job)
+            if not self._followers[upstream]:
+                del self._followers[upstream]
+        for upstream in now - before:
+            self._followers.setdefault(upstream, set()).add(job)
+        if now:
+            self._wanted[job] = now
+        else:
+            self._wanted.pop(job, None)
+
+    def changed(self, upstream: Key) -> None:
+        """A job was created, deleted, or is in another phase."""
+        for job in tuple(self._followers.get(upstream, ())):
+            self.wake(job)

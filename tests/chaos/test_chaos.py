@@ -1,0 +1,120 @@
+"""Anything goes wrong, in any order: the invariants hold all the time, and when all is healed every job succeeds.
+
+`make chaos SEED=7 FAULTS=500` repeats a schedule or draws a longer one. The seed is printed at the start.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_local import parts
+from finetune_local.cluster import Cluster
+from tests import observers
+from tests.chaos import schedules
+from tests.chaos.fleets import Fleet, PlayedFleet, RealFleet
+from tests.clients import Json, Kubectl
+
+pytestmark = pytest.mark.integration
+
+SEED = int(os.environ.get("FINETUNE_CHAOS_SEED") or secrets.randbelow(10**6))
+FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS") or 60)
+PLAYED = (*parts.CONTROL_PLANE, "operator")
+HEALING_SECONDS = 240.0
+OUT_OF_MEMORY = (
+    "GpuOutOfMemory",
+    "HostOutOfMemory",
+)  # more than once in one job: there is nothing left to give
+
+
+def let_loose(fleet: Fleet, weights: dict[str, float], *, count: int, pause: float) -> None:
+    """The faults of the schedule, one after the other; then everything is healed and every job comes to its end."""
+    print(f"chaos: seed {SEED}, {count} faults (make chaos SEED={SEED} FAULTS={FAULTS})")
+    fleet.fill()
+    for number, happening in enumerate(schedules.draw(SEED, weights, count=count, pause=pause)):
+        time.sleep(happening.after)
+        whom = fleet.happen(happening.fault, happening.pick)
+        print(f"chaos: {number + 1:4d} {happening.fault}: {whom}")
+        if number % 5 == 0:
+            fleet.fill()
+    deadline = time.monotonic() + HEALING_SECONDS
+    while left := fleet.unfinished():
+        fleet.heal()
+        assert time.monotonic() < deadline, f"seed {SEED}: not over: {_told(fleet, left)}"
+        time.sleep(1)
+
+
+def _told(fleet: Fleet, names: list[str]) -> str:
+    told = [
+        f"{job['metadata']['name']}: {job['status'].get('reason')}: {job['status'].get('message')}"
+        for job in fleet.jobs()
+        if job["metadata"]["name"] in names
+    ]
+    return "\n".join(told)
+
+
+def check_end(fleet: Fleet, jobs: list[Json]) -> None:
+    """Whoever was not ended by a person has succeeded, and nothing runs on."""
+    for job in jobs:
+        name, status = job["metadata"]["name"], job["status"]
+        excused = name in fleet.excused and status["phase"] == "Cancelled"
+        too_small = status["reason"] in OUT_OF_MEMORY and "already" in status["message"]
+        good = status["phase"] == "Succeeded" or excused or too_small
+        assert good, f"seed {SEED}: {name} {status['phase']}: {status['message']}"
+        for attempt in status.get("attempts", []):
+            assert "endTime" in attempt, f"seed {SEED}: attempt {attempt['number']} of {name} has no end"
+    fleet.kubectl("wait", "--for=delete", "pod", "--all", "--timeout=90s")
+
+
+@pytest.fixture(scope="module")
+def quick_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """API server, garbage collection, KWOK and our operator; KubeRay has left its CRDs behind and is away."""
+    running = Cluster(
+        tmp_path_factory.mktemp("chaos"), operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"}
+    )
+    try:
+        running.up((*PLAYED, "kuberay"))
+        (kuberay,) = [status.pid for status in running.status() if status.name == "kuberay"]
+        assert kuberay is not None
+        os.kill(kuberay, signal.SIGKILL)
+        yield running
+    finally:
+        running.down()
+
+
+def test_a_fleet_of_played_trainers(quick_cluster: Cluster) -> None:
+    kubectl = Kubectl(quick_cluster.kubeconfig, "fleet")
+    kubectl("create", "namespace", "fleet")
+    fleet = PlayedFleet(quick_cluster, kubectl, PLAYED, size=20, seed=SEED)
+    with observers.observe(quick_cluster, "fleet", processes=False), fleet.playing():
+        let_loose(fleet, fleet.WEIGHTS, count=FAULTS, pause=0.7)
+        jobs = fleet.jobs()
+        check_end(fleet, jobs)
+        time.sleep(2)
+        assert fleet.call(lambda: list(fleet.player.alive)) == []
+        assert fleet.jobs() == jobs, "something changed after the end"
+    assert not fleet.player.wrong, f"seed {SEED}: {fleet.player.wrong}"
+    for job in jobs:
+        digest = job["status"].get("artifact", {}).get("digest")
+        if job["status"]["phase"] == "Succeeded":
+            assert digest == fleet.player.committed[job["metadata"]["uid"]]
+        else:
+            assert digest is None
+    attempts = {name: uids for name, uids in fleet.player.uids.items() if "-a" in name.rpartition("/")[2]}
+    twice = {name: uids for name, uids in attempts.items() if len(uids) > 1}
+    assert not twice, f"seed {SEED}: RayJobs were created twice: {twice}"
+
+
+def test_a_fleet_of_real_trainers(
+    cluster: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+) -> None:
+    fleet = RealFleet(cluster, kubectl, parts.TRAINING, size=2, model=tiny_model, data=tiny_rows, steps=300)
+    with observers.observe(cluster, kubectl.namespace):
+        let_loose(fleet, fleet.WEIGHTS, count=max(4, FAULTS // 10), pause=6.0)
+        check_end(fleet, fleet.jobs())
