@@ -36,8 +36,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 class Kueue:
     """What Kueue does for one RayJob."""
 
-    def __init__(self, kubectl: Kubectl, name: str) -> None:
-        self.kubectl, self.rayjob = kubectl, f"{name}-a1"
+    def __init__(self, kubectl: Kubectl, name: str, *, attempt: int = 1) -> None:
+        self.kubectl, self.rayjob = kubectl, f"{name}-a{attempt}"
         self.workload = f"rayjob-{self.rayjob}-1a2b3"
 
     def install(self) -> None:
@@ -110,7 +110,7 @@ def conditions(status: Json) -> dict[str, Any]:
     return {one["type"]: (one["status"], one["reason"]) for one in status["conditions"]}
 
 
-def test_a_job_queues_is_let_in_is_preempted_and_is_deleted(kubectl: Kubectl) -> None:
+def test_a_job_queues_is_suspended_is_let_in_and_is_preempted(kubectl: Kubectl) -> None:
     kubectl.apply(
         job("patient", scheduling={"queueName": "team-a"}, resources={"cpu": "100m", "memory": "64Mi"})
     )
@@ -139,6 +139,18 @@ def test_a_job_queues_is_let_in_is_preempted_and_is_deleted(kubectl: Kubectl) ->
     status = kubectl.wait_job("patient", lambda s: s.get("reason") == "QueueMissing", seconds=10)["status"]
     assert f"there is no LocalQueue team-a in namespace {kubectl.namespace}" in status["message"]
 
+    # The user's own suspension takes the RayJob away; afterwards the next attempt queues.
+    kubectl("patch", "ftj", "patient", "--type=merge", "-p", '{"spec":{"suspend":true}}')
+    status = kubectl.wait_job("patient", lambda s: s.get("phase") == "Suspended", seconds=60)["status"]
+    assert "queue" not in status
+    assert kubectl.items("rayjob") == []
+    kubectl("patch", "ftj", "patient", "--type=merge", "-p", '{"spec":{"suspend":false}}')
+    kubectl.wait_job("patient", lambda s: s.get("phase") == "Queued", seconds=30)
+    kueue = Kueue(kubectl, "patient", attempt=2)
+    second = kubectl.get("rayjob", "patient-a2")
+    assert second is not None
+    assert second["spec"]["suspend"] is True
+
     kueue.queue(condition("QuotaReserved", True, "QuotaReserved", "Quota reserved in ClusterQueue all"))
     kueue.suspend(False)
     status = kubectl.wait_job(
@@ -159,16 +171,5 @@ def test_a_job_queues_is_let_in_is_preempted_and_is_deleted(kubectl: Kubectl) ->
     status = kubectl.wait_job("patient", lambda s: s.get("reason") == "Preempted", seconds=30)["status"]
     assert status["phase"] == "Queued"
     assert status["retries"]["preemption"] == 1
-    assert len(status["attempts"]) == 1
+    assert len(status["attempts"]) == 2
     assert status["queue"]["reason"] == "Preempted"
-
-    # The user's own suspension takes the RayJob away, and with it the quota.
-    kubectl("patch", "ftj", "patient", "--type=merge", "-p", '{"spec":{"suspend":true}}')
-    kubectl.wait_job("patient", lambda s: s.get("phase") == "Suspended", seconds=60)
-    assert kubectl.items("rayjob") == []
-    kubectl("patch", "ftj", "patient", "--type=merge", "-p", '{"spec":{"suspend":false}}')
-    status = kubectl.wait_job("patient", lambda s: len(s.get("attempts", [])) == 2, seconds=30)["status"]
-    kubectl.wait_job("patient", lambda s: s.get("phase") == "Queued", seconds=30)
-    second = kubectl.get("rayjob", "patient-a2")
-    assert second is not None
-    assert second["spec"]["suspend"] is True

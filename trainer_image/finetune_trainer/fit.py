@@ -5,7 +5,7 @@ A refusal costs a second; a GPU that runs out of memory, minutes.
 
 from __future__ import annotations
 
-from finetune_fit import verdicts
+from finetune_fit import memory, verdicts
 from finetune_fit.architectures import Architecture
 from finetune_fit.memory import Method, Workload
 from finetune_trainer.failures import BadConfig
@@ -25,6 +25,10 @@ def check(
     if model is None:
         return
     work = describe(run, precision=precision, length=length, on_gpu=device.memory_bytes is not None)
+    if device.memory_bytes is None:
+        needed = memory.estimate(model, work)
+        print(f"memory: needs about {verdicts.gib(needed.total)} on the CPU", flush=True)
+        return
     verdict = verdicts.judge(model, work, capacity=device.memory_bytes, device=device.description)
     if verdict.fit is verdicts.Fit.TOO_LARGE:
         raise BadConfig(f"method.type: {run.method.type} of this model does not fit: {verdict.message}")

@@ -173,3 +173,26 @@ def test_with_checkpointing_only_the_inputs_of_the_layers_are_kept(small_model: 
     one_layer = (expected - 4 * shape.layers * shape.hidden * 512) / expected
     print(f"checkpointing: kept {kept:,}, estimated {expected:,}, of which one layer {one_layer:.2f}")
     assert kept < expected < 3 * kept
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_loaded(
+    small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune_trainer import fit
+    from finetune_trainer.failures import BadConfig
+    from finetune_trainer.methods import models
+
+    def check(method: str, memory_bytes: int | None) -> str:
+        document = tiny.run_document(small_model, small_model, small_model, method=METHODS[method])
+        run = runfile.parse(json.dumps(document))
+        device = models.Device("cuda:0", "NVIDIA L4", has_bfloat16=True, memory_bytes=memory_bytes)
+        fit.check(run, read(small_model), device, precision=runfile.Precision.BFLOAT16, length=500)
+        return capsys.readouterr().out
+
+    with pytest.raises(
+        BadConfig, match=r"method.type: Full .* states alone need 2.0 GiB, and NVIDIA L4 has 2.0 GiB"
+    ):
+        check("Full", 2 * memory.GIB)
+    assert check("Full", 3 * memory.GIB).startswith("warning: memory: needs about")
+    assert check("LoRA", 16 * memory.GIB).startswith("memory: needs about")
+    assert "on the CPU" in check("LoRA", None)
