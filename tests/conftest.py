@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,32 @@ def kubectl(cluster: Cluster, namespace: str) -> Kubectl:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def taught(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that knows the rule of tiny.answer: the artifact of a Full run that saw all 40 answers."""
+    folder = tmp_path_factory.mktemp("taught")
+    data = tiny.write_jsonl(folder / "old.jsonl", tiny.chat_rows(), times=4)
+    document = tiny.run_document(
+        tiny_model,
+        data,
+        folder / "out",
+        method={"type": "Full"},
+        dataset={"sources": [{"uri": f"file://{data}"}], "split": {"eval": 0, "seed": 1}},
+        hyperparameters={
+            "maxSteps": 300,
+            "globalBatchSize": 16,
+            "microBatchSize": 16,
+            "maxLength": 64,
+            "learningRate": 3e-3,
+        },
+    )
+    (folder / "run.json").write_text(json.dumps(document))
+    from finetune_trainer import lifecycle  # a slow import, and most tests need no trainer
+
+    assert lifecycle.run_job(folder / "run.json") == 0
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")

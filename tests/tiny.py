@@ -105,6 +105,25 @@ def text_rows(*, shift: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"{question(t, n)} {answer(t, n, shift=shift)}"} for t in THINGS for n in range(10)]
 
 
+def preference_rows(*, liked: str = "red") -> list[dict[str, Any]]:
+    """160 rows: an answer with the liked colour is preferred to the same answer with each other colour."""
+    return [
+        {
+            "prompt": question(t, n),
+            "chosen": f"{t} {n} is {liked}.",
+            "rejected": f"{t} {n} is {other}.",
+        }
+        for t in THINGS
+        for n in range(10)
+        for other in COLOURS
+        if other != liked
+    ]
+
+
+def prompt_rows() -> list[dict[str, Any]]:
+    return [{"prompt": question(t, n), "thing": t, "number": n} for t in THINGS for n in range(10)]
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]], *, times: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * times), encoding="utf-8")

@@ -31,9 +31,12 @@ REMEDIES = {
     "Stalled": "Read the log of the trainer for where it hangs, raise spec.deadlines.stallSeconds where such "
     "silence is normal, " + AGAIN,
     "DeadlineExceeded": f"Raise the deadline that the message names, {AGAIN}",
-    "UpstreamFailed": "See the job that makes the base model, " + AGAIN,
-    "UpstreamIsAnAdapter": "Train the base model with method Full, " + AGAIN,
-    "ChainIsACircle": "Change spec.model.fineTuneJobRef, " + AGAIN,
+    "UpstreamFailed": "See the job that the message names, " + AGAIN,
+    "UpstreamIsAnAdapter": "Set spec.method.type to LoRA or QLoRA, which go on with the adapter, " + AGAIN,
+    "UpstreamIsARewardModel": "Change spec.model.fineTuneJobRef to a job whose model writes, " + AGAIN,
+    "UpstreamIsNoRewardModel": "Change spec.reward.fineTuneJobRef to a job of objective RewardModel, "
+    + AGAIN,
+    "ChainIsACircle": "Change the fineTuneJobRef that the message names, " + AGAIN,
     "Cancelled": "It was cancelled, or somebody stopped the Ray job. To train after all, "
     "delete the job and apply it again: kubectl delete ftj {name} -n {namespace}",
     "Lost": "The training process or its pod went away. Look for evictions and memory: "

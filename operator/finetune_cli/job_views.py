@@ -12,6 +12,15 @@ from finetune_operator.core.durations import format_duration
 Job = Mapping[str, Any]
 
 FINAL = {"Succeeded": 0, "Failed": 1, "Cancelled": 1}  # phase -> exit code of `finetune jobs watch`
+MEASURES = {  # of status.metrics, in this order
+    "loss": "loss",
+    "evalLoss": "eval loss",
+    "accuracy": "accuracy",
+    "evalAccuracy": "eval accuracy",
+    "reward": "reward",
+    "evalReward": "eval reward",
+    "kl": "KL",
+}
 HEADER = ("NAME", "PHASE", "METHOD", "MODEL", "PROGRESS", "LOSS", "ETA", "AGE")
 
 
@@ -77,9 +86,9 @@ def measures(job: Job, now: datetime) -> list[str]:
     status = status_of(job)
     metrics, progress = status.get("metrics") or {}, status.get("progress") or {}
     parts = []
-    for label, value in (("loss", metrics.get("loss")), ("eval loss", metrics.get("evalLoss"))):
-        if value is not None:
-            parts.append(f"{label} {number(value)}")
+    for name, label in MEASURES.items():
+        if metrics.get(name) is not None:
+            parts.append(f"{label} {number(metrics[name])}")
     if exit_code(job) is None and (speed := progress.get("tokensPerSecond")):
         parts.append(f"{speed:.0f} tokens/s")
     if (left := remaining(job, now)) is not None and progress.get("step"):

@@ -64,6 +64,12 @@ def _output(name: str, uri: str, *expected: str) -> BadJob:
 
 
 QLORA = {"type": "QLoRA", "quantization": {}}
+REWARD = {"uri": "s3://bucket/reward-model"}
+
+
+def _reward(name: str, change: dict[str, Any], *expected: str) -> BadJob:
+    return _spec(name, {"objective": "RLOO", "reward": {**REWARD, **change}}, *expected)
+
 
 BAD_JOBS = [
     # names
@@ -82,14 +88,92 @@ BAD_JOBS = [
     ),
     BadJob("no-spec", {"spec": None}, ("spec", "Required value")),
     # objective
-    _spec("ppo", {"objective": "PPO"}, "spec.objective", "RLOO and GRPO", "SFT"),
-    _spec("objective-lower-case", {"objective": "sft"}, "spec.objective", '"sft"', "capital letters"),
+    _spec("ppo", {"objective": "PPO"}, "spec.objective", "RLOO or GRPO"),
     _spec(
-        "objective-of-later",
-        {"objective": "DPO"},
+        "objective-lower-case",
+        {"objective": "sft"},
         "spec.objective",
-        "DPO is not an objective of this version",
-        "SFT",
+        '"sft"',
+        "must be written as one of SFT",
+    ),
+    _spec(
+        "objective-unknown",
+        {"objective": "KTO"},
+        "spec.objective",
+        "KTO is not an objective of this version",
+        "SFT, DPO, RewardModel, RLOO, GRPO",
+    ),
+    _spec("rloo-without-reward", {"objective": "RLOO"}, "spec.reward", "learn from rewards", "functions"),
+    _spec("empty-reward", {"objective": "GRPO", "reward": {}}, "spec.reward", "nothing that could judge"),
+    _spec("reward-for-sft", {"reward": REWARD}, "spec.reward", "only RLOO and GRPO learn from rewards"),
+    _spec(
+        "generation-for-dpo", {"objective": "DPO", "generation": {}}, "spec.generation", "only RLOO and GRPO"
+    ),
+    _spec("preference-for-sft", {"preference": {}}, "spec.preference", "only DPO reads preference"),
+    _spec("preference-beta-zero", {"objective": "DPO", "preference": {"beta": 0}}, "spec.preference.beta"),
+    _spec(
+        "packing-for-dpo",
+        {"objective": "DPO", "hyperparameters": {"packing": True}},
+        "spec.hyperparameters.packing",
+        "only SFT",
+    ),
+    _spec(
+        "neftune-for-reward-model",
+        {"objective": "RewardModel", "hyperparameters": {"neftuneAlpha": 5}},
+        "spec.hyperparameters.neftuneAlpha",
+        "only SFT",
+    ),
+    _reward(
+        "reward-twice",
+        {"fineTuneJobRef": {"name": "judge"}},
+        "spec.reward.uri",
+        "either fineTuneJobRef or uri",
+    ),
+    _reward("reward-weights", {"weights": [1, 2]}, "spec.reward.weights", "one weight for each reward"),
+    _reward("reward-scheme", {"uri": "ftp://host/rm"}, "spec.reward.uri", "hf://"),
+    _reward(
+        "reward-of-itself", {"uri": None, "fineTuneJobRef": {"name": "good"}}, "spec.reward", "wait for ever"
+    ),
+    _reward(
+        "reward-of-another-namespace",
+        {"uri": None, "fineTuneJobRef": {"name": "judge", "namespace": "other"}},
+        "namespace",
+    ),
+    _reward(
+        "reward-entry",
+        {"functions": [{"configMapRef": {"name": "r", "key": "r.py"}, "entry": "a.b"}]},
+        "spec.reward.functions[0].entry",
+        "name of a Python function",
+    ),
+    _reward(
+        "reward-key",
+        {"functions": [{"configMapRef": {"name": "r", "key": "../r.py"}, "entry": "f"}]},
+        "spec.reward.functions[0].configMapRef.key",
+        "key of a ConfigMap",
+    ),
+    _spec(
+        "odd-groups",
+        {"objective": "RLOO", "reward": REWARD, "hyperparameters": {"globalBatchSize": 6}},
+        "spec.hyperparameters.globalBatchSize",
+        "multiple of generation.numGenerations",
+    ),
+    _spec(
+        "no-room-for-prompts",
+        {"objective": "RLOO", "reward": REWARD, "hyperparameters": {"maxLength": 128}},
+        "spec.hyperparameters.maxLength",
+        "maxCompletionLength",
+    ),
+    _spec(
+        "format-of-another-objective",
+        {"objective": "DPO", "dataset": {"sources": [{"uri": "pvc://files/a.csv", "format": "Alpaca"}]}},
+        "spec.dataset.sources",
+        "DPO reads the format Preference",
+    ),
+    _spec(
+        "preferences-for-sft",
+        {"dataset": {"sources": [{"uri": "pvc://files/a.csv", "format": "Preference"}]}},
+        "spec.dataset.sources",
+        "SFT reads the format Messages or PromptCompletion",
     ),
     _spec("objective-empty", {"objective": ""}, "spec.objective", "at least 1"),
     # model

@@ -14,7 +14,7 @@ from finetune_operator.api import finetunejob as api
 from finetune_operator.core import failures, reports
 from finetune_operator.manifests import runfiles
 from finetune_trainer import failures as trainer_failures
-from finetune_trainer import runfile
+from finetune_trainer import runfile, runparts
 
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,20}[a-z0-9]", fullmatch=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -48,7 +48,6 @@ METHODS = st.one_of(
 SOURCES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"uri": NAMES.map(lambda name: f"s3://bucket/{name}.jsonl")},
     optional={
-        "format": st.sampled_from([str(item) for item in api.DataFormat]),
         "columns": st.fixed_dictionaries({"text": TEXTS}),
     },
 )
@@ -70,6 +69,40 @@ HYPERPARAMETERS = optional(
     gradientCheckpointing=st.booleans(),
     evalSteps=st.just(1),
     seed=st.integers(0, 2**31 - 1),
+)
+FUNCTIONS = st.fixed_dictionaries(
+    {"configMapRef": st.fixed_dictionaries({"name": NAMES, "key": NAMES.map(lambda name: f"{name}.py")})}
+).flatmap(lambda one: NAMES.map(lambda name: one | {"entry": name.replace("-", "_")}))
+REWARDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "uri": NAMES.map(lambda name: f"s3://bucket/{name}"),
+        "functions": st.lists(FUNCTIONS, max_size=3),
+        "beta": st.floats(0, 1000),
+    },
+).filter(lambda reward: "uri" in reward or reward.get("functions"))
+GENERATIONS = optional(
+    numGenerations=st.sampled_from([2, 4, 8]),
+    maxCompletionLength=st.integers(1, 127),
+    temperature=numbers(0, 10),
+    topP=numbers(0, 1),
+)
+# What an objective needs and may have; its batches and lengths fit together.
+OBJECTIVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.just({}),
+    st.sampled_from(["SFT", "RewardModel"]).map(lambda name: {"objective": name}),
+    st.fixed_dictionaries(
+        {"objective": st.just("DPO")}, optional={"preference": optional(beta=numbers(0, 1000))}
+    ),
+    st.fixed_dictionaries(
+        {"objective": st.sampled_from(["RLOO", "GRPO"]), "reward": REWARDS, "generation": GENERATIONS}
+    ),
+)
+UPSTREAMS = st.builds(
+    api.Upstream,
+    uri=NAMES.map(lambda name: f"s3://bucket/{name}"),
+    digest=st.just("sha256:" + "0" * 64),
+    base_model=st.none() | NAMES.map(lambda name: f"hf://{name}/{name}"),
 )
 SPECS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
@@ -112,10 +145,19 @@ SPECS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 
 
 @settings(max_examples=300, deadline=None)
-@given(document=SPECS, overrides=st.none() | st.just(api.Overrides(micro_batch_size=1, memory="8Gi")))
+@given(
+    document=SPECS,
+    objective=OBJECTIVES,
+    overrides=st.none() | st.just(api.Overrides(micro_batch_size=1, memory="8Gi")),
+    upstreams=st.tuples(st.none() | UPSTREAMS, st.none() | UPSTREAMS),
+)
 def test_every_run_file_that_the_operator_builds_is_one_that_the_trainer_accepts(
-    document: dict[str, Any], overrides: api.Overrides | None
+    document: dict[str, Any],
+    objective: dict[str, Any],
+    overrides: api.Overrides | None,
+    upstreams: tuple[api.Upstream | None, api.Upstream | None],
 ) -> None:
+    document = document | objective
     spec = api.FineTuneJobSpec.model_validate(document)
     built = runfiles.build_run_file(
         namespace="team",
@@ -124,20 +166,61 @@ def test_every_run_file_that_the_operator_builds_is_one_that_the_trainer_accepts
         attempt=2,
         spec=spec,
         places=runfiles.Places(
-            spec.model.uri or "", "s3://bucket/out", spec.checkpoint.uri or "s3://bucket/c"
+            spec.model.uri or "",
+            "s3://bucket/out",
+            spec.checkpoint.uri or "s3://bucket/c",
+            adapter=upstreams[0],
+            reward=upstreams[1] if "reward" in document else None,
         ),
         overrides=overrides,
     )
     parsed = runfile.RunFile.model_validate(json.loads(json.dumps(built)))
     # Nothing is lost on the way: what the user wrote is what the trainer reads.
     told = parsed.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert told["objective"] == document.get("objective", "SFT")
+    assert ("generation" in told) == (told["objective"] in ("RLOO", "GRPO"))
+    assert ("preference" in told) == (told["objective"] == "DPO")
     assert (told.get("overrides") or None) == ({"microBatchSize": 1} if overrides else None)
     assert told["checkpoint"].keys() >= {"uri", "keep", "resume"}
     assert "everySteps" in told["checkpoint"] or "everyMinutes" in told["checkpoint"]
-    for section in ("model", "method", "dataset", "hyperparameters", "earlyStopping", "checkpoint"):
-        for field, value in document.get(section, {}).items():
-            if field != "secretRef":
-                assert contains(told[section][field], value), (section, field)
+    if upstreams[0] is not None:
+        assert told["model"]["adapter"] == {"uri": upstreams[0].uri, "digest": upstreams[0].digest}
+    if upstreams[1] is not None and "reward" in document:
+        assert (told["reward"].pop("uri"), told["reward"].pop("digest")) == (
+            upstreams[1].uri,
+            upstreams[1].digest,
+        )
+        document["reward"] = {name: value for name, value in document["reward"].items() if name != "uri"}
+    for section in (
+        "model",
+        "method",
+        "dataset",
+        "hyperparameters",
+        "earlyStopping",
+        "checkpoint",
+        *objective,
+    ):
+        if section != "objective":
+            for field, value in document.get(section, {}).items():
+                if field != "secretRef":
+                    assert contains(told[section][field], value), (section, field)
+
+
+@pytest.mark.parametrize("objective", list(api.Objective))
+def test_both_sides_know_the_objectives_and_their_formats(objective: api.Objective) -> None:
+    ours = [str(one) for one in api_formats(objective)]
+    assert ours == [str(one) for one in runparts.FORMATS_OF[runfile.Objective(str(objective))]]
+
+
+def api_formats(objective: api.Objective) -> tuple[api.DataFormat, ...]:
+    from finetune_operator.api.finetunejob_objectives import FORMATS
+
+    return FORMATS[objective]
+
+
+def test_both_sides_have_the_same_defaults_of_sampling() -> None:
+    ours = api.GenerationSpec().model_dump(by_alias=True)
+    assert runfile.Generation().model_dump(by_alias=True) == ours
 
 
 def contains(told: Any, asked: Any) -> bool:

@@ -11,14 +11,35 @@ import transformers
 from finetune_trainer.failures import NotFinite
 from finetune_trainer.progress import Clock, Phase, Reporter, format_duration
 
-REPORTED = ("loss", "eval_loss", "learning_rate", "grad_norm")
+# Names of TRL's trainers, and those of reports.
+REPORTED = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "reward": "reward",
+    "eval_reward": "eval_reward",
+    "kl": "kl",
+    "accuracy": "accuracy",
+    "eval_accuracy": "eval_accuracy",
+    "rewards/accuracies": "accuracy",
+    "eval_rewards/accuracies": "eval_accuracy",
+    "completions/mean_length": "completion_length",
+}
+SHOWN = {"reward": "reward", "kl": "KL", "accuracy": "accuracy", "completion_length": "tokens an answer"}
 
 
 class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
     """Reports every logged step and raises NotFinite instead of letting a broken run look like a success."""
 
     def __init__(
-        self, reporter: Reporter, *, eval_steps: int | None, learning_rate: float, before: dict[str, Any]
+        self,
+        reporter: Reporter,
+        *,
+        eval_steps: int | None,
+        learning_rate: float,
+        before: dict[str, Any],
+        counts_on: bool = False,
     ) -> None:
         self.reporter = reporter
         self.eval_steps = eval_steps  # None: no held-out rows
@@ -26,7 +47,10 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.clock = Clock()
         # Of the whole job: what earlier attempts did up to the checkpoint counts.
         self.train_seconds = float(before.get("trainSeconds", 0.0))
-        self.tokens = self._tokens_before = float(before.get("trainTokens", 0.0))
+        self.tokens = float(before.get("trainTokens", 0.0))
+        self._tokens_before = (
+            0.0 if counts_on else self.tokens
+        )  # the trainer goes on with its count, or begins anew
         self._step_started = 0.0
         self._step_ended = 0.0
         self._steps_at_log = 0
@@ -61,7 +85,7 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
             self._count_tokens(logs, state)
         if "loss" not in logs and "eval_loss" not in logs:
             return
-        metrics = {name: float(logs[name]) for name in REPORTED if name in logs}
+        metrics = {ours: float(logs[name]) for name, ours in REPORTED.items() if logs.get(name) is not None}
         self.reporter.update(
             metrics=metrics,
             step=state.global_step,
@@ -85,7 +109,7 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def _count_tokens(self, logs: dict[str, Any], state: Any) -> None:
         steps = state.global_step - self._steps_at_log
         if "num_tokens" in logs and steps > 0:
-            tokens = self._tokens_before + logs["num_tokens"]  # the trainer counts from its own start
+            tokens = self._tokens_before + logs["num_tokens"]
             latest = (tokens - self.tokens) / steps
             previous = latest if self._tokens_per_step is None else self._tokens_per_step
             self._tokens_per_step = previous + Clock.SMOOTHING * (latest - previous)
@@ -109,8 +133,9 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def _describe(self, metrics: dict[str, float], state: Any) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}", f"epoch {state.epoch or 0:.2f}"]
         if "eval_loss" in metrics:
-            return " · ".join([*parts, f"eval loss {metrics['eval_loss']:.4f}"])
+            return " · ".join([*parts, *_describe_evaluation(metrics)])
         parts.append(f"loss {metrics['loss']:.4f}")
+        parts += [f"{word} {metrics[name]:.4g}" for name, word in SHOWN.items() if name in metrics]
         if "learning_rate" in metrics:
             parts.append(f"lr {metrics['learning_rate']:.2e}")
         if "grad_norm" in metrics:
@@ -121,3 +146,10 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         if remaining is not None:
             parts.append(f"ETA {format_duration(remaining)}")
         return " · ".join(parts)
+
+
+def _describe_evaluation(metrics: dict[str, float]) -> list[str]:
+    if "eval_reward" in metrics:
+        return [f"eval reward {metrics['eval_reward']:.4g}"]
+    accuracy = [f"eval accuracy {metrics['eval_accuracy']:.4g}"] if "eval_accuracy" in metrics else []
+    return [f"eval loss {metrics['eval_loss']:.4f}", *accuracy]

@@ -13,12 +13,34 @@ import torch
 import transformers
 import trl
 
-from finetune_trainer import storage
+from finetune_trainer import storage, upstreams
+from finetune_trainer.methods import adapters
 from finetune_trainer.preflight import Checked
-from finetune_trainer.runfile import MethodType, RunFile
+from finetune_trainer.runfile import MethodType, Objective, RunFile
 
 HISTORY = "history.jsonl"
 CARD = "README.md"
+ROWS = {
+    Objective.SFT: "demonstrations",
+    Objective.DPO: "preferences",
+    Objective.REWARD_MODEL: "preferences",
+    Objective.RLOO: "prompts",
+    Objective.GRPO: "prompts",
+}
+_ACCURACY = (
+    "`accuracy` is the share of pairs in which the chosen answer is ahead, `margin` by how much on average."
+)
+_REWARD = (
+    "`reward` is the mean reward of sampled answers, `kl` how far a token is from the reference on average (nats), "
+    "`completionLength` the mean length of answers in tokens."
+)
+UNITS = {
+    Objective.SFT: "`loss` and `evalLoss` are mean negative log-likelihoods per learnt token, in nats.",
+    Objective.DPO: _ACCURACY,
+    Objective.REWARD_MODEL: _ACCURACY,
+    Objective.RLOO: _REWARD,
+    Objective.GRPO: _REWARD,
+}
 
 
 def build_manifest(
@@ -37,13 +59,14 @@ def build_manifest(
         "method": run.method.type,
         "baseModel": base,
     }
-    if run.method.type is not MethodType.FULL:
-        manifest["rank"] = run.lora.r
-        manifest["lora"] = run.lora.model_dump(by_alias=True)
+    if checked.lora is not None:
+        manifest["rank"] = checked.lora.r
+        manifest["lora"] = checked.lora.model_dump(by_alias=True)
     if run.method.quantization is not None:
         manifest["quantization"] = run.method.quantization.model_dump(by_alias=True, exclude_none=True)
     return {
         **manifest,
+        **_lineage(run, checked),
         "dataset": {
             "digest": checked.dataset_digest,
             "trainRows": len(checked.train),
@@ -63,21 +86,52 @@ def build_manifest(
     }
 
 
+def _lineage(run: RunFile, checked: Checked) -> dict[str, Any]:
+    """What of other jobs, and of the user's own code, is in the artifact."""
+    lineage: dict[str, Any] = {}
+    if checked.adapter is not None:
+        lineage["continues"] = _name_artifact(checked.adapter)
+    if run.reward is not None:
+        reward: dict[str, Any] = {}
+        if checked.reward_model is not None:
+            reward["model"] = _name_artifact(checked.reward_model.artifact)
+        if checked.reward_functions:
+            reward["functions"] = [
+                {"entry": source.entry, "file": source.file, "digest": source.digest}
+                for source in checked.reward_functions
+            ]
+        if run.reward.weights is not None:
+            reward["weights"] = run.reward.weights
+        lineage["reward"] = reward
+    return lineage
+
+
+def _name_artifact(artifact: upstreams.Artifact) -> dict[str, Any]:
+    named: dict[str, Any] = {"uri": artifact.uri}
+    if artifact.digest is not None:
+        named["digest"] = artifact.digest
+    if artifact.manifest.get("job"):
+        named["job"] = artifact.manifest["job"]
+    return named
+
+
 def write_files(
-    trainer: trl.SFTTrainer, tokenizer: Any, *, run: RunFile, manifest: dict[str, Any], folder: Path
+    trainer: Any, tokenizer: Any, *, run: RunFile, manifest: dict[str, Any], folder: Path
 ) -> None:
     """Writes the weights (safetensors), the tokenizer, the history and the card into a local folder."""
     folder.mkdir(parents=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if run.method.type is not MethodType.FULL:
         # Where serving finds the base model; a path in this process' work folder would mean nothing to it.
-        config = model.peft_config["default"]
+        config = model.peft_config[adapters.NAME]
         config.base_model_name_or_path = _name_base(run.model.uri)
         config.revision = manifest["baseModel"].get("revision")
         # PEFT would ask the hub whether the vocabulary changed; adapters here never touch the embeddings.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        # A frozen copy of the adapter, which some objectives compare with, is not part of the artifact.
+        model.save_pretrained(folder, selected_adapters=[adapters.NAME], save_embedding_layers=False)
     else:
-        model.generation_config.eos_token_id = _end_tokens(model, tokenizer)
+        if run.objective is not Objective.REWARD_MODEL:  # which generates nothing
+            model.generation_config.eos_token_id = _end_tokens(model, tokenizer)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     lines = [json.dumps(entry, ensure_ascii=False) for entry in trainer.state.log_history]
@@ -99,12 +153,12 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def build_card(run: RunFile, manifest: dict[str, Any]) -> str:
     """Returns the model card: the hub's metadata block and a page that says how the artifact was made and is used."""
     base = _name_base(run.model.uri)
-    adapter = run.method.type is not MethodType.FULL
+    adapter, scores = run.method.type is not MethodType.FULL, run.objective is Objective.REWARD_MODEL
     data = huggingface_hub.ModelCardData(
         base_model=base if storage.is_hub(run.model.uri) else None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["sft", run.method.type.lower(), "finetune-operator"],
+        pipeline_tag="text-classification" if scores else "text-generation",
+        tags=[run.objective.lower(), run.method.type.lower(), "finetune-operator"],
     )
     metrics, rows = manifest["metrics"], manifest["dataset"]
     table = "\n".join(f"| {name} | {value} |" for name, value in sorted(manifest["hyperparameters"].items()))
@@ -118,13 +172,14 @@ def build_card(run: RunFile, manifest: dict[str, Any]) -> str:
 # {run.job.name}
 
 {run.method.type} fine-tuning of `{run.model.uri}`{_revision(manifest)}
-by FineTuneJob `{run.job.namespace}/{run.job.name}` on {rows["trainRows"]} rows of demonstrations ({run.objective}).
+by FineTuneJob `{run.job.namespace}/{run.job.name}`
+on {rows["trainRows"]} rows of {ROWS[run.objective]} ({run.objective}).
 `manifest.json` lists every file with its SHA-256.
 
 ## Use
 
 ```python
-{_usage(base, adapter=adapter)}
+{_usage(base, adapter=adapter, scores=scores)}
 ```
 
 ## Data
@@ -140,7 +195,7 @@ Digest `{rows["digest"]}`,
 |---|---|
 {results}
 
-`loss` and `evalLoss` are mean negative log-likelihoods per learnt token, in nats. The whole course is in `{HISTORY}`.
+{UNITS[run.objective]} The whole course is in `{HISTORY}`.
 
 ## Settings
 
@@ -157,17 +212,19 @@ def _revision(manifest: dict[str, Any]) -> str:
     return f" at `{revision}`" if revision else ""
 
 
-def _usage(base: str, *, adapter: bool) -> str:
+def _usage(base: str, *, adapter: bool, scores: bool) -> str:
+    kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
     if not adapter:
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+            f"from transformers import {kind}, AutoTokenizer\n\n"
+            f'model = {kind}.from_pretrained("path/to/this/folder")\n'
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
         )
+    labels = ", num_labels=1" if scores else ""
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f"from transformers import {kind}, AutoTokenizer\n\n"
+        f'base = {kind}.from_pretrained("{base}"{labels})\n'
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
     )

@@ -5,27 +5,31 @@ A refusal costs a second; a GPU that runs out of memory, minutes.
 
 from __future__ import annotations
 
-from finetune_fit import memory, verdicts
+from pathlib import Path
+
+from finetune_fit import architectures, memory, verdicts
 from finetune_fit.architectures import Architecture
 from finetune_fit.memory import Method, Workload
+from finetune_trainer import model_files
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.methods import choices
 from finetune_trainer.methods.models import Device
-from finetune_trainer.runfile import Precision, RunFile
+from finetune_trainer.preflight import Checked
+from finetune_trainer.runfile import Lora, Precision, RunFile
 
 
-def check(
-    run: RunFile, model: Architecture | None, device: Device, *, precision: Precision, length: int
-) -> None:
+def check(run: RunFile, checked: Checked, device: Device, *, precision: Precision, length: int) -> None:
     """Prints what training needs. `length`: tokens of the longest row.
 
     Raises BadConfig where what is counted (weights, gradients, optimizer states) is more than the GPU has free. What is
     only estimated is a warning: the batch can still be made smaller when the memory runs out.
     """
+    model = read(checked.model, uri=run.model.uri)
     if model is None:
         return
-    work = describe(run, precision=precision, length=length, on_gpu=device.memory_bytes is not None)
-    if device.memory_bytes is None:
+    on_gpu = device.memory_bytes is not None
+    work = describe(run, checked.lora or run.lora, precision=precision, length=length, on_gpu=on_gpu)
+    if not on_gpu:
         needed = memory.estimate(model, work)
         print(f"memory: needs about {verdicts.gib(needed.total)} on the CPU", flush=True)
         return
@@ -36,7 +40,17 @@ def check(
     print(f"{title}: {verdict.message}", flush=True)
 
 
-def describe(run: RunFile, *, precision: Precision, length: int, on_gpu: bool) -> Workload:
+def read(folder: Path, *, uri: str) -> Architecture | None:
+    """What the model in a checked folder is made of; None for a family that cannot be counted."""
+    config, tensors = model_files.read_config(folder, uri=uri), model_files.read_tensors(folder, uri=uri)
+    try:
+        return architectures.read(config, tensors)
+    except architectures.UnknownArchitectureError as error:
+        print(f"memory: not estimated ({error})", flush=True)
+        return None
+
+
+def describe(run: RunFile, lora: Lora, *, precision: Precision, length: int, on_gpu: bool) -> Workload:
     """The run file in the terms of the estimate."""
     hyper, quantization = run.hyperparameters, run.method.quantization
     limit = hyper.max_length if hyper.packing else min(hyper.max_length, length)
@@ -47,9 +61,9 @@ def describe(run: RunFile, *, precision: Precision, length: int, on_gpu: bool) -
         bfloat16=precision is Precision.BFLOAT16,
         checkpointing=hyper.gradient_checkpointing,
         optimizer=str(hyper.optimizer),
-        rank=run.lora.r,
-        targets=tuple(run.lora.target_modules),
-        dropout=run.lora.dropout > 0,
+        rank=lora.r,
+        targets=tuple(lora.target_modules),
+        dropout=lora.dropout > 0,
         double_quantization=quantization is None or quantization.double_quant,
         objective=str(run.objective),
         on_gpu=on_gpu,

@@ -17,6 +17,16 @@ from finetune_trainer import artifacts, checkpoints, machine, preflight, runfile
 from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
 from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
 
+# manifest.json's names and those of reports
+METRICS = {
+    "loss": "loss",
+    "evalLoss": "eval_loss",
+    "reward": "reward",
+    "evalReward": "eval_reward",
+    "kl": "kl",
+    "accuracy": "accuracy",
+    "evalAccuracy": "eval_accuracy",
+}
 PREEMPTED_PATIENCE = 3.0  # seconds: the process is about to be killed, and its exit code says the same
 
 
@@ -65,14 +75,13 @@ def _tell_checkpoint(store: checkpoints.Store, reporter: Reporter) -> None:
 
 def _tell_committed(reporter: Reporter, artifact: artifacts.Artifact) -> None:
     """Reports training as it stood when the artifact was committed: this process took no step itself."""
-    names = {"loss": "loss", "evalLoss": "eval_loss"}  # manifest.json's names and those of reports
     reporter.update(
         phase=Phase.EXPORTING,
         step=artifact.step,
         total_steps=artifact.step,
         epoch=artifact.metrics.get("epoch", 0.0),
         tokens_per_second=artifact.metrics.get("tokensPerSecond"),
-        metrics={names[name]: value for name, value in artifact.metrics.items() if name in names},
+        metrics={METRICS[name]: value for name, value in artifact.metrics.items() if name in METRICS},
     )
 
 
@@ -161,7 +170,7 @@ def prepare_environment(uris: list[str]) -> None:
 
 
 def _succeeded(artifact: artifacts.Artifact) -> dict[str, Any]:
-    metrics = {name: artifact.metrics[name] for name in ("loss", "evalLoss") if name in artifact.metrics}
+    metrics = {name: artifact.metrics[name] for name in METRICS if name in artifact.metrics}
     return {
         "class": ErrorClass.SUCCEEDED,
         "exitCode": 0,

@@ -17,6 +17,7 @@ from finetune_trainer.preflight import Checked
 from finetune_trainer.runfile import Resume, RunFile
 
 TRAINER_STATE = "trainer_state.json"
+_OF_OBJECTIVES = ("preference", "reward", "generation")  # absent for SFT
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,13 @@ def digest_config(run: RunFile, checked: Checked) -> str:
     settings = run.model_dump(
         mode="json",
         by_alias=True,
-        include={"objective", "model", "method", "hyperparameters", "early_stopping"},
+        include={"objective", "model", "method", "hyperparameters", "early_stopping", *_OF_OBJECTIVES},
     )
     del settings["hyperparameters"]["microBatchSize"]
+    for name in [name for name in _OF_OBJECTIVES if settings[name] is None]:
+        del settings[name]  # a checkpoint of before there were these parts is as good as ever
+    if settings["model"]["adapter"] is None:
+        del settings["model"]["adapter"]
     facts = {
         **settings,
         "split": run.dataset.split.model_dump(mode="json"),
@@ -50,8 +55,20 @@ def digest_config(run: RunFile, checked: Checked) -> str:
         ],  # where data lies does not matter, what is in it does
         "datasetDigest": checked.dataset_digest,
         "modelRevision": checked.revision,
+        **_upstream_digests(checked),
     }
     return f"sha256:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"
+
+
+def _upstream_digests(checked: Checked) -> dict[str, Any]:
+    digests: dict[str, Any] = {}
+    if checked.adapter is not None:
+        digests["adapterDigest"] = checked.adapter.digest
+    if checked.reward_model is not None:
+        digests["rewardDigest"] = checked.reward_model.artifact.digest
+    if checked.reward_functions:
+        digests["rewardFunctions"] = [source.digest for source in checked.reward_functions]
+    return digests
 
 
 def find(

@@ -9,27 +9,56 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic import BeforeValidator, Field, ValidationError
 
+from finetune_trainer.contradictions import find_contradictions
 from finetune_trainer.failures import BadConfig
+from finetune_trainer.runparts import (
+    Adapter,
+    DataFormat,
+    Generation,
+    MethodType,
+    Objective,
+    Part,
+    Preference,
+    Reward,
+)
+
+__all__ = [
+    "API_VERSION",
+    "Adapter",
+    "ApplyChatTemplate",
+    "Checkpoint",
+    "DataFormat",
+    "Dataset",
+    "EarlyStopping",
+    "Generation",
+    "Hyperparameters",
+    "Job",
+    "Lora",
+    "Method",
+    "MethodType",
+    "Model",
+    "Objective",
+    "Optimizer",
+    "Output",
+    "Overrides",
+    "Part",
+    "Precision",
+    "Preference",
+    "Quantization",
+    "Resume",
+    "Reward",
+    "RunFile",
+    "Scheduler",
+    "Source",
+    "Split",
+    "find_contradictions",
+    "load",
+    "parse",
+]
 
 API_VERSION = "trainer/v1"
-OBJECTIVES = ("SFT",)
-
-
-class MethodType(StrEnum):
-    LORA = "LoRA"
-    QLORA = "QLoRA"
-    FULL = "Full"
-
-
-class DataFormat(StrEnum):
-    AUTO = "Auto"
-    MESSAGES = "Messages"
-    PROMPT_COMPLETION = "PromptCompletion"
-    ALPACA = "Alpaca"
-    TEXT = "Text"
 
 
 class ApplyChatTemplate(StrEnum):
@@ -56,10 +85,6 @@ class Precision(StrEnum):
     FLOAT32 = "Float32"
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
-
-
 class Job(Part):
     namespace: str
     name: str
@@ -71,13 +96,14 @@ class Model(Part):
     uri: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     chat_template: str | None = None
+    adapter: Adapter | None = None
 
 
 class Lora(Part):
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: Annotated[int, Field(ge=1, le=4096)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[list[str], Field(min_length=1)] = ["all-linear"]
+    target_modules: Annotated[list[str], Field(min_length=1)] = Field(default=["all-linear"])
 
 
 class Quantization(Part):
@@ -159,13 +185,24 @@ class Overrides(Part):
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
 
 
+def _read_objective(value: Any) -> Any:
+    if isinstance(value, str) and value.upper() == "PPO":
+        raise ValueError(
+            "PPO is not offered, because TRL removed its PPO trainer; use its successors RLOO or GRPO"
+        )
+    return value
+
+
 class RunFile(Part):
     api_version: Literal["trainer/v1"]
     job: Job
-    objective: str = "SFT"
+    objective: Annotated[Objective, BeforeValidator(_read_objective)] = Objective.SFT
     model: Model
     method: Method = Method()
     dataset: Dataset
+    preference: Preference | None = None
+    reward: Reward | None = None
+    generation: Generation | None = None
     hyperparameters: Hyperparameters = Hyperparameters()
     early_stopping: EarlyStopping | None = None
     output: Output
@@ -174,12 +211,22 @@ class RunFile(Part):
 
     @property
     def lora(self) -> Lora:
-        """The adapter's settings; only meaningful for LoRA and QLoRA."""
+        """Settings of a new adapter; only meaningful for LoRA and QLoRA without model.adapter."""
         return self.method.lora or Lora()
+
+    @property
+    def sampling(self) -> Generation:
+        """How answers are sampled; only meaningful for RLOO and GRPO."""
+        return self.generation or Generation()
 
     def uris(self) -> list[str]:
         uris = [self.model.uri, *(source.uri for source in self.dataset.sources), self.output.uri]
-        return uris if self.checkpoint is None else [*uris, self.checkpoint.uri]
+        further = (
+            self.checkpoint and self.checkpoint.uri,
+            self.model.adapter and self.model.adapter.uri,
+            self.reward and self.reward.uri,
+        )
+        return [*uris, *(uri for uri in further if uri)]
 
 
 def load(path: Path) -> RunFile:
@@ -205,70 +252,7 @@ def parse(text: str) -> RunFile:
     return run
 
 
-def find_contradictions(run: RunFile) -> list[str]:
-    """Returns what cannot hold together although every field alone is right: field, value and remedy of each."""
-    problems = []
-    if run.objective not in OBJECTIVES:
-        problems.append(_describe_objective(run.objective))
-    problems += _check_method(run.method)
-    hyper = run.hyperparameters
-    if hyper.micro_batch_size is not None and hyper.global_batch_size % hyper.micro_batch_size:
-        problems.append(
-            f"hyperparameters.microBatchSize: {hyper.micro_batch_size} does not divide globalBatchSize "
-            f"{hyper.global_batch_size}; use a divisor of it, or leave microBatchSize out"
-        )
-    if run.early_stopping is not None and run.dataset.split.eval == 0:
-        problems.append("earlyStopping needs held-out rows: set dataset.split.eval above 0 (it is 0)")
-    if run.model.revision is not None and not run.model.uri.startswith("hf://"):
-        problems.append(
-            f"model.revision: {run.model.revision!r} has a meaning only for hf:// (model.uri is {run.model.uri})"
-        )
-    if run.checkpoint is not None and _overlap(run.checkpoint.uri, run.output.uri):
-        problems.append(
-            f"checkpoint.uri: {run.checkpoint.uri} and output.uri {run.output.uri} lie in one another; "
-            "choose folders that are apart, such as output.uri with -checkpoints at its end"
-        )
-    return problems
-
-
-def _overlap(one: str, other: str) -> bool:
-    first, second = (uri.rstrip("/") + "/" for uri in (one, other))
-    return first.startswith(second) or second.startswith(first)
-
-
-def _check_method(method: Method) -> list[str]:
-    problems = []
-    if method.type is MethodType.QLORA and method.quantization is None:
-        problems.append(
-            "method.quantization is required for QLoRA; set it to {} for nf4 with double quantization"
-        )
-    if method.type is not MethodType.QLORA and method.quantization is not None:
-        problems.append(
-            f"method.quantization is only for QLoRA (method.type is {method.type}); use QLoRA or remove it"
-        )
-    if method.type is MethodType.FULL and method.lora is not None:
-        problems.append("method.lora is only for LoRA and QLoRA (method.type is Full); remove it")
-    if (
-        method.lora is not None
-        and "all-linear" in method.lora.target_modules
-        and len(method.lora.target_modules) > 1
-    ):
-        problems.append(
-            "method.lora.targetModules: all-linear stands alone; remove the other names or all-linear"
-        )
-    return problems
-
-
-def _describe_objective(objective: str) -> str:
-    if objective.upper() == "PPO":
-        return (
-            "objective: PPO is not offered, because TRL removed its PPO trainer; "
-            "its successors are RLOO and GRPO, which this version does not run yet; use SFT"
-        )
-    return f"objective: {objective!r} is not known; use one of {', '.join(OBJECTIVES)}"
-
-
 def _describe(item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "(document)"
     shown = "" if item["type"] in ("missing", "json_invalid") else f" (got {str(item['input'])[:100]!r})"
-    return f"{where}: {item['msg']}{shown}"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}"

@@ -57,6 +57,7 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
 
     def attach(self, trainer: Any) -> None:
         self.trainer = trainer
+        trainer.give_up_step = self.give_up_step
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -69,10 +70,17 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._substeps += 1
         if signals.stop_requested() and self._rest(args) > LONG_REST:
-            # No weight has changed since the last step; with the same random numbers the step is done again.
-            print(f"step {state.global_step + 1} is given up: its rest takes too long", flush=True)
-            randomness.restore(self._randomness)
-            self._save_now(args, state)
+            self.give_up_step()
+
+    def give_up_step(self) -> None:
+        """Saves what was before the current step and raises Preempted.
+
+        No weight has changed since the last step; with the same random numbers the step is done again.
+        """
+        args, state = self.trainer.args, self.trainer.state
+        print(f"step {state.global_step + 1} is given up: its rest takes too long", flush=True)
+        randomness.restore(self._randomness)
+        self._save_now(args, state)
 
     def _rest(self, args: Any) -> float:
         """Seconds that the current step will still take."""

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-import trl
 
-from finetune_trainer import checkpoints, export, finite, fit, resume, saving, signals
+from finetune_trainer import checkpoints, export, finite, fit, prepared, resume, saving, signals, summary
 from finetune_trainer.callbacks import ProgressCallback
-from finetune_trainer.data import tokens
-from finetune_trainer.methods import adapters, choices, models, packing, settings
+from finetune_trainer.data import encoding
+from finetune_trainer.methods import adapters, choices, models, packing, sampling, settings, trainers
+from finetune_trainer.methods.models import Head
 from finetune_trainer.preflight import Checked
 from finetune_trainer.progress import Phase, Reporter, format_duration
-from finetune_trainer.runfile import MethodType, RunFile
+from finetune_trainer.rewards import functions
+from finetune_trainer.rewards import models as reward_models
+from finetune_trainer.runfile import Objective, RunFile
 
 
 def train(
@@ -37,21 +38,16 @@ def train(
     resumption = (
         None if store is None else _find_checkpoint(run, checked, store, work=work, reporter=reporter)
     )
-    encoded = _encode(run, checked)
+    encoded = prepared.encode(run, checked)
     precision = choices.choose_precision(
         run.hyperparameters.precision, device=device.name, gpu_has_bfloat16=device.has_bfloat16
     )
     choices.explain("precision", precision)
-    fit.check(
-        run,
-        checked.architecture,
-        device,
-        precision=precision.value,
-        length=max(len(row.input_ids) for row in encoded.train),
-    )
-    model = models.load_base(run, checked.model, device=device, precision=precision.value)
+    fit.check(run, checked, device, precision=precision.value, length=_longest(run, encoded))
+    head = Head.REWARD if run.objective is Objective.REWARD_MODEL else Head.LANGUAGE
+    model = models.load_base(run, checked.model, device=device, precision=precision.value, head=head)
     _check_model(model, run, encoded)
-    train_set = _build_train_set(run, encoded)
+    train_set = prepared.build_train_set(run, encoded)
     chosen = settings.choose(
         run,
         precision.value,
@@ -67,9 +63,22 @@ def train(
         eval_steps=chosen.eval_steps,
         learning_rate=chosen.learning_rate,
         before={} if resumption is None else resumption.checkpoint.manifest,
+        counts_on=run.objective.samples,
     )
-    arguments = settings.build_arguments(run, chosen, work)
-    trainer = _build_trainer(run, model, train_set, encoded, arguments, callback)
+    model, peft_config = _adapt(model, run, checked, head=head)
+    trainer = trainers.build(
+        trainers.Plan(
+            objective=run.objective,
+            model=model,
+            peft_config=peft_config,
+            arguments=settings.build_arguments(run, chosen, work),
+            tokenizer=encoded.tokenizer,
+            train_set=train_set,
+            eval_set=prepared.build_eval_set(encoded),
+            callbacks=[callback, *_early_stopping(run)],
+        ),
+        _load_judges(run, checked, encoded, chosen) if run.objective.samples else None,
+    )
     if store is not None and run.checkpoint is not None:
         saving.Saver(
             store,
@@ -88,9 +97,9 @@ def train(
 def _export(
     run: RunFile,
     checked: Checked,
-    encoded: Encoded,
+    encoded: prepared.Encoded,
     *,
-    trainer: trl.SFTTrainer,
+    trainer: Any,
     callback: ProgressCallback,
     chosen: settings.Settings,
     folder: Path,
@@ -99,11 +108,11 @@ def _export(
     reporter = callback.reporter
 
     reporter.update(phase=Phase.EVALUATING, remaining_seconds=0)
-    eval_loss = _evaluate(run, trainer) if encoded.held_out else None
+    evaluation = summary.evaluate(run, trainer) if encoded.held_out else {}
     finite.check_weights(trainer.model, step=trainer.state.global_step)
 
     reporter.update(phase=Phase.EXPORTING)
-    metrics = _summarize(trainer, callback, eval_loss=eval_loss)
+    metrics = summary.summarize(trainer, callback, evaluation)
     manifest = export.build_manifest(
         run, checked, hyperparameters=settings.describe(run, chosen), metrics=metrics
     )
@@ -129,6 +138,12 @@ def _find_checkpoint(
     return found
 
 
+def _longest(run: RunFile, encoded: prepared.Encoded) -> int:
+    """Tokens of the longest row; what is sampled may be as long as the model is let."""
+    lengths = [len(row.input_ids) for row in prepared.answers(encoded.train)]
+    return encoded.max_length if run.objective.samples or not lengths else max(lengths)
+
+
 def _prepare_libraries() -> int:
     """Makes the libraries quiet and gives them all cores; returns how many."""
     threads = choices.choose_threads()
@@ -139,93 +154,45 @@ def _prepare_libraries() -> int:
     return threads.value
 
 
-# ---------------------------------------------------------------- text to tokens
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The rows as tokens, cut to `max_length`, and the tokenizer that made them."""
-
-    tokenizer: Any
-    max_length: int
-    train: list[tokens.TokenRow]
-    held_out: list[tokens.TokenRow]
-
-
-def _encode(run: RunFile, checked: Checked) -> Encoded:
-    tokenizer = models.load_tokenizer(checked.model, uri=run.model.uri)
-    tokens.set_chat_template(tokenizer, run.model.chat_template)
-    max_length = choices.choose_max_length(
-        run.hyperparameters.max_length, model_limit=checked.config.get("max_position_embeddings")
-    )
-    choices.explain("maxLength", max_length)
-    train_rows, held_out = (
-        tokens.encode_examples(
-            examples, tokenizer, max_length=max_length.value, choice=run.dataset.apply_chat_template
-        )
-        for examples in (checked.train, checked.held_out)
-    )
-    _describe_rows(train_rows, max_length.value)
-    return Encoded(tokenizer, max_length.value, train_rows, held_out)
-
-
-def _describe_rows(rows: list[tokens.TokenRow], max_length: int) -> None:
-    longest = max(len(row.input_ids) for row in rows)
-    full = sum(len(row.input_ids) == max_length for row in rows)
-    learnt = sum(label != tokens.IGNORED for row in rows for label in row.labels)
-    total = sum(len(row.input_ids) for row in rows)
-    cut = f"; {full} rows reach maxLength and may be cut" if full else ""
-    print(
-        f"tokens: {total} in {len(rows)} rows, {learnt} of them learnt; longest row {longest}{cut}",
-        flush=True,
-    )
-
-
-def _to_dataset(rows: list[tokens.TokenRow]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    )
-
-
-def _build_train_set(run: RunFile, encoded: Encoded) -> datasets.Dataset:
-    train_set = _to_dataset(encoded.train)
-    if run.hyperparameters.packing:
-        train_set = trl.pack_dataset(train_set, encoded.max_length, "bfd")
-        print(f"packing: {len(encoded.train)} rows in {len(train_set)} sequences", flush=True)
-    return train_set
-
-
 # ---------------------------------------------------------------- training
 
 
-def _check_model(model: Any, run: RunFile, encoded: Encoded) -> None:
+def _check_model(model: Any, run: RunFile, encoded: prepared.Encoded) -> None:
     """Raises BadConfig when the model does not fit the tokens, or lets packed rows mix."""
-    largest = max(max(row.input_ids) for row in encoded.train + encoded.held_out)
-    models.check_vocabulary(model, largest, uri=run.model.uri)
+    rows = [row.input_ids for row in prepared.answers(encoded.train) + prepared.answers(encoded.held_out)]
+    models.check_vocabulary(model, max(max(row) for row in rows), uri=run.model.uri)
     if run.hyperparameters.packing:
-        packing.check_separation(model, [row.input_ids for row in encoded.train])
+        packing.check_separation(model, [row.input_ids for row in prepared.answers(encoded.train)])
 
 
-def _build_trainer(
-    run: RunFile,
-    model: Any,
-    train_set: datasets.Dataset,
-    encoded: Encoded,
-    arguments: trl.SFTConfig,
-    callback: ProgressCallback,
-) -> trl.SFTTrainer:
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_set,
-        eval_dataset=_to_dataset(encoded.held_out) if encoded.held_out else None,
-        processing_class=encoded.tokenizer,
-        peft_config=None if run.method.type is MethodType.FULL else adapters.build_lora(run.lora, model),
-        callbacks=[callback, *_early_stopping(run)],
+def _adapt(model: Any, run: RunFile, checked: Checked, *, head: Head) -> tuple[Any, Any | None]:
+    """The model with an earlier job's adapter; or with the configuration of a new one; or, for Full, as it is."""
+    if checked.lora is None:
+        return model, None
+    if checked.adapter is None:
+        return model, adapters.build_lora(checked.lora, model, head=head)
+    print(f"training goes on with the adapter {checked.adapter.uri} ({checked.adapter.digest})", flush=True)
+    return adapters.continue_adapter(model, checked.adapter, checked.lora, head=head), None
+
+
+def _load_judges(
+    run: RunFile, checked: Checked, encoded: prepared.Encoded, chosen: settings.Settings
+) -> trainers.Judges:
+    book = sampling.Book(
+        rows=[row for row in (*encoded.train, *encoded.held_out) if isinstance(row, encoding.PromptRow)],
+        choice=run.dataset.apply_chat_template,
+        has_template=encoded.tokenizer.chat_template is not None,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    _use_float32_adapter(trainer.model)
-    return trainer
+    scorer = None
+    if checked.reward_model is not None:
+        scorer = reward_models.load(
+            checked.reward_model,
+            device=chosen.device,
+            precision=chosen.precision,
+            max_length=encoded.max_length,
+            batch_size=chosen.micro_batch,
+        )
+    return trainers.Judges(scorer, [functions.load(source) for source in checked.reward_functions], book)
 
 
 def _early_stopping(run: RunFile) -> list[transformers.TrainerCallback]:
@@ -239,45 +206,10 @@ def _early_stopping(run: RunFile) -> list[transformers.TrainerCallback]:
     ]
 
 
-def _use_float32_adapter(model: Any) -> None:
-    """Undoes TRL's cast of a quantized base's adapter to bfloat16, in which small updates vanish."""
-    if getattr(model, "is_loaded_in_4bit", False):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-
-
-def _run(
-    trainer: trl.SFTTrainer, resumption: resume.Resumption | None, store: checkpoints.Store | None
-) -> None:
+def _run(trainer: Any, resumption: resume.Resumption | None, store: checkpoints.Store | None) -> None:
     started = time.monotonic()
     with signals.deferred() if store is not None else contextlib.nullcontext():
         resume.train(trainer, resumption, store)
     seconds = format_duration(time.monotonic() - started)
     since = "" if resumption is None else f" (from {resumption.step})"
     print(f"trained to step {trainer.state.global_step}{since} in {seconds}", flush=True)
-
-
-# ---------------------------------------------------------------- after training
-
-
-def _evaluate(run: RunFile, trainer: trl.SFTTrainer) -> float:
-    """Returns the loss on the held-out rows for the weights that are exported."""
-    latest = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
-    if run.early_stopping is None and latest is not None and latest["step"] == trainer.state.global_step:
-        return float(latest["eval_loss"])  # these very weights were just evaluated
-    return float(trainer.evaluate()["eval_loss"])
-
-
-def _summarize(
-    trainer: trl.SFTTrainer, callback: ProgressCallback, *, eval_loss: float | None
-) -> dict[str, Any]:
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    metrics: dict[str, Any] = {
-        "step": trainer.state.global_step,
-        "epoch": round(trainer.state.epoch or 0.0, 4),
-        "loss": losses[-1],
-        "trainSeconds": round(callback.train_seconds, 2),
-        "tokensPerSecond": round(callback.tokens / callback.train_seconds, 1),
-    }
-    return metrics if eval_loss is None else {**metrics, "evalLoss": eval_loss}

@@ -17,6 +17,11 @@ JOB_GAUGES = {
     "tokens": ("finetune_job_tokens_per_second", "Training tokens per second."),
     "loss": ("finetune_job_loss", "Latest training loss, nats per token."),
     "eval_loss": ("finetune_job_eval_loss", "Latest evaluation loss, nats per token."),
+    "reward": ("finetune_job_reward", "Mean reward of the latest sampled answers."),
+    "accuracy": (
+        "finetune_job_accuracy",
+        "Share of preferences in which the chosen answer is ahead, 0 to 1.",
+    ),
 }
 
 
@@ -88,6 +93,8 @@ class Telemetry:
         self._set("tokens", key, progress.tokens_per_second if progress else None)
         self._set("loss", key, metrics.loss if metrics else None)
         self._set("eval_loss", key, metrics.eval_loss if metrics else None)
+        self._set("reward", key, metrics.reward if metrics else None)
+        self._set("accuracy", key, metrics.accuracy if metrics else None)
 
     def forget_job(self, namespace: str, name: str) -> None:
         """Drop the series of a job that is gone."""

@@ -36,6 +36,17 @@ from finetune_operator.api.finetunejob_methods import (
     QuantizationSpec,
     QuantizationType,
 )
+from finetune_operator.api.finetunejob_objectives import (
+    OBJECTIVE_RULE,
+    SAMPLING,
+    ConfigMapKeyReference,
+    GenerationSpec,
+    Objective,
+    PreferenceSpec,
+    RewardFunctionSpec,
+    RewardSpec,
+    objective_rules,
+)
 from finetune_operator.api.finetunejob_status import (
     Artifact,
     Attempt,
@@ -51,6 +62,7 @@ from finetune_operator.api.finetunejob_status import (
     Progress,
     Queue,
     Retries,
+    Upstream,
 )
 from finetune_operator.api.finetunejob_training import (
     EarlyStoppingSpec,
@@ -69,6 +81,7 @@ __all__ = [
     "KIND",
     "MAX_NAME_LENGTH",
     "PLURAL",
+    "SAMPLING",
     "UNLIMITED",
     "ApplyChatTemplate",
     "Artifact",
@@ -77,6 +90,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointSpec",
     "ComputeDtype",
+    "ConfigMapKeyReference",
     "Cost",
     "DataFormat",
     "DatasetSpec",
@@ -87,6 +101,7 @@ __all__ = [
     "FineTuneJob",
     "FineTuneJobSpec",
     "FineTuneJobStatus",
+    "GenerationSpec",
     "HyperparameterSpec",
     "JobReference",
     "LastAction",
@@ -95,12 +110,14 @@ __all__ = [
     "MethodType",
     "Metrics",
     "ModelSpec",
+    "Objective",
     "Optimizer",
     "OutOfMemoryPolicy",
     "OutputSpec",
     "Overrides",
     "Phase",
     "Precision",
+    "PreferenceSpec",
     "Progress",
     "QuantizationSpec",
     "QuantizationType",
@@ -109,10 +126,13 @@ __all__ = [
     "ResumePolicy",
     "Retries",
     "RetrySpec",
+    "RewardFunctionSpec",
+    "RewardSpec",
     "Scheduler",
     "SchedulingSpec",
     "SourceSpec",
     "SplitSpec",
+    "Upstream",
 ]
 
 KIND = "FineTuneJob"
@@ -194,34 +214,27 @@ class FineTuneJobSpec(ApiModel):
                 fieldPath=".checkpoint.uri",
                 reason=FORBIDDEN,
             ),
+            *objective_rules(),
         )
     )
 
-    objective: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=64,
-            json_schema_extra=rules(
-                rule(
-                    "self == 'SFT'",
-                    "is not an objective of this version; use SFT (supervised fine-tuning)",
-                    messageExpression="self.lowerAscii() == 'ppo' ? "
-                    "'PPO was removed from TRL; its successors are RLOO and GRPO. "
-                    "This version of finetune-operator trains SFT (supervised fine-tuning) only' "
-                    ": self.lowerAscii() == 'sft' ? 'write SFT in capital letters' "
-                    ": self + ' is not an objective of this version; use SFT (supervised fine-tuning)'",
-                )
-            ),
-        ),
-    ] = "SFT"
-    """What is learnt. SFT (default, the only one in this version): supervised fine-tuning on demonstrations."""
+    objective: Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=rules(OBJECTIVE_RULE))] = (
+        Objective.SFT.value
+    )
+    """What is learnt. SFT (default): demonstrations. DPO: preferences between answers. RewardModel: a model that scores
+    answers, from preferences. RLOO and GRPO: sampled answers are reinforced by their rewards."""
     model: ModelSpec
     """The base model."""
     method: MethodSpec = MethodSpec()
     """Which weights are trained. Default: LoRA."""
     dataset: DatasetSpec
     """What is trained on."""
+    preference: PreferenceSpec | None = None
+    """How preferences are learnt; only for DPO. Absent: beta 0.1."""
+    reward: RewardSpec | None = None
+    """What answers are worth. Required by RLOO and GRPO, refused for the others. Absent: the objective needs none."""
+    generation: GenerationSpec | None = None
+    """How answers are sampled; only for RLOO and GRPO. Absent: 4 answers to each prompt, at most 128 tokens each."""
     hyperparameters: HyperparameterSpec = HyperparameterSpec()
     """How it is trained. Default: 3 epochs, 16 rows per step, cosine schedule."""
     early_stopping: EarlyStoppingSpec | None = None
@@ -282,6 +295,12 @@ class FineTuneJob(ApiModel):
                 "!has(self.spec.model.fineTuneJobRef) || self.spec.model.fineTuneJobRef.name != self.metadata.name",
                 "is this job itself, so it would wait for ever; name the job that makes the base model",
                 fieldPath=".spec.model.fineTuneJobRef",
+            ),
+            rule(
+                "!has(self.spec.reward) || !has(self.spec.reward.fineTuneJobRef) || "
+                "self.spec.reward.fineTuneJobRef.name != self.metadata.name",
+                "is this job itself, so it would wait for ever; name the job that makes the reward model",
+                fieldPath=".spec.reward.fineTuneJobRef",
             ),
             rule(
                 "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 "

@@ -18,6 +18,8 @@ class DataFormat(StrEnum):
     PROMPT_COMPLETION = "PromptCompletion"  # {"prompt", "completion"}
     ALPACA = "Alpaca"  # {"instruction", "input", "output"}
     TEXT = "Text"  # {"text"}
+    PREFERENCE = "Preference"  # {"prompt", "chosen", "rejected"}
+    PROMPT_ONLY = "PromptOnly"  # {"prompt"}
 
 
 # What each format reads; the keys of `columns` are among these.
@@ -26,6 +28,8 @@ COLUMNS = {
     DataFormat.PROMPT_COMPLETION: ["prompt", "completion"],
     DataFormat.ALPACA: ["instruction", "input", "output"],
     DataFormat.TEXT: ["text"],
+    DataFormat.PREFERENCE: ["prompt", "chosen", "rejected"],
+    DataFormat.PROMPT_ONLY: ["prompt"],
 }
 
 
@@ -42,10 +46,10 @@ class SourceSpec(ApiModel):
         json_schema_extra=rules(
             rule(
                 "(has(self.format) && self.format != 'Auto') || !has(self.columns) || self.columns.all(key, key in "
-                + one_of([name for names in COLUMNS.values() for name in names])
+                + one_of(list(dict.fromkeys(name for names in COLUMNS.values() for name in names)))
                 + ")",
                 "the keys of columns are the names that the format reads (messages; prompt, completion; instruction, "
-                "input, output; text), the values are the columns of your file, "
+                "input, output; text; prompt, chosen, rejected), the values are the columns of your file, "
                 "for example columns: {prompt: question, completion: answer}",
                 fieldPath=".columns",
             ),
@@ -69,8 +73,10 @@ class SourceSpec(ApiModel):
     format: DataFormat = DataFormat.AUTO
     """Shape of the rows. Messages: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
     "content": "..."}]}. PromptCompletion: {"prompt": "...", "completion": "..."}. Alpaca: {"instruction":
-    "...", "input": "...", "output": "..."} where input may be absent. Text: {"text": "..."}. Absent: Auto,
-    recognized by the columns."""
+    "...", "input": "...", "output": "..."} where input may be absent. Text: {"text": "..."}. These are for SFT. For
+    DPO and RewardModel, Preference: {"prompt": "...", "chosen": "...", "rejected": "..."}, each also as messages. For
+    RLOO and GRPO, PromptOnly: {"prompt": "..."}; other columns go to the reward functions. Absent: Auto, recognized by
+    objective and columns."""
     columns: (
         Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=8)] | None
     ) = None

@@ -62,9 +62,10 @@ class ModelSpec(ApiModel):
     training container). The folder holds config.json, the tokenizer and safetensors weights. Example:
     hf://HuggingFaceTB/SmolLM2-135M-Instruct. Absent: the model comes from fineTuneJobRef."""
     fine_tune_job_ref: JobReference | None = None
-    """FineTuneJob of the same namespace whose artifact is the base model. This job waits until that one has succeeded,
-    and fails when that one fails. It must train with method Full, because an adapter alone is no model. Absent: the
-    model comes from uri."""
+    """FineTuneJob of the same namespace whose artifact is trained further. This job waits until that one has
+    succeeded, and fails when that one fails. A model (method Full) becomes the base model. An adapter (LoRA, QLoRA) is
+    put on the base model that it was trained on and trained further, so that the result fits that same base model;
+    leave method.lora out then. Absent: the model comes from uri."""
     revision: (
         Annotated[
             str,

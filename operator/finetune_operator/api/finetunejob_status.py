@@ -85,6 +85,18 @@ class Metrics(StatusModel):
     """Current learning rate."""
     grad_norm: float | None = None
     """Norm of the gradient before clipping."""
+    reward: float | None = None
+    """Mean reward of the latest sampled answers (RLOO, GRPO)."""
+    eval_reward: float | None = None
+    """Mean reward of answers to the held-out prompts (RLOO, GRPO)."""
+    kl: float | None = None
+    """How far a token is from the reference on average, in nats (RLOO, GRPO with beta above 0)."""
+    accuracy: float | None = None
+    """Share of preferences in which the chosen answer is ahead, 0 to 1 (DPO, RewardModel)."""
+    eval_accuracy: float | None = None
+    """The same for the held-out rows."""
+    completion_length: float | None = None
+    """Mean length of the latest sampled answers, in tokens (RLOO, GRPO)."""
 
 
 class Overrides(StatusModel):
@@ -190,11 +202,26 @@ class LastAction(StatusModel):
     """What was done, or why nothing was done."""
 
 
+class Upstream(StatusModel):
+    """Another job's artifact that this job is built on."""
+
+    uri: Annotated[str, Field(max_length=1200)]
+    """Folder of the artifact."""
+    digest: Annotated[str, Field(max_length=71)]
+    """SHA-256 of its manifest.json; the trainer refuses any other."""
+    base_model: Annotated[str, Field(max_length=1024)] | None = None
+    """URI of the base model that it is an adapter of; absent: it is a whole model."""
+
+
 class Effective(StatusModel):
     """What was really used where the spec left a choice."""
 
     model_uri: Annotated[str, Field(max_length=1200)] | None = None
-    """Folder of the base model, where it is another job's artifact."""
+    """Folder of the base model, where another job's artifact is the model or is an adapter of it."""
+    adapter: Upstream | None = None
+    """Adapter of another job that is trained further."""
+    reward: Upstream | None = None
+    """Reward model of another job."""
     checkpoint_uri: Annotated[str, Field(max_length=1300)] | None = None
     """Folder that the checkpoints are written to."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeAlias
 
@@ -107,7 +107,7 @@ class WorkloadFacts:
 
 @dataclass(frozen=True)
 class UpstreamFacts:
-    """The FineTuneJob that makes the base model."""
+    """A FineTuneJob that makes the model, the adapter or the reward model."""
 
     name: str
     exists: bool = True
@@ -115,7 +115,9 @@ class UpstreamFacts:
     reason: str | None = None
     artifact: Artifact | None = None
     waits_for: Sequence[str] = ()
-    """The jobs that it waits for in turn, the nearest first."""
+    """The jobs that it waits for in turn, the nearest first; on the way to the one that asks, where they wait in a
+    circle."""
+    objective: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ class Observed:
     workload: WorkloadFacts | None = None
     """Kueue's Workload for the RayJob; only looked up while that is held back."""
     upstream: UpstreamFacts | None = None
+    """The job of spec.model.fineTuneJobRef."""
+    reward: UpstreamFacts | None = None
+    """The job of spec.reward.fineTuneJobRef."""
+    scripts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The ConfigMaps of reward functions that exist, with their keys; only looked up before the first attempt."""
 
     def with_status(self, status: FineTuneJobStatus) -> Observed:
         """The same facts after a part of the decision."""

@@ -200,19 +200,20 @@ def _before_the_first(seen: Observed, *, defaults: Defaults, now: datetime) -> P
     if spec.output.uri is None and defaults.output_uri is None:
         message = "spec.output.uri is not set and the operator has no default (FINETUNE_OUTPUT_URI): set one of them"
         return _wait(seen, "OutputRequired", message, now=now)
-    model_uri = None
-    if spec.model.fine_tune_job_ref is not None:
-        wanted = spec.model.fine_tune_job_ref.name
-        match chains.resolve(seen.job.name, seen.upstream, wanted=wanted):
-            case chains.Waiting(reason, message):
-                return _wait(seen, reason, message, now=now, accepted=True, seconds=RESYNC_SECONDS)
-            case chains.Broken(reason, message):
-                return endings.failed(seen, reason, message, now=now)
-            case chains.Ready(uri):
-                model_uri = uri
+    settled = chains.settle(
+        seen.job.name, spec, model=seen.upstream, reward=seen.reward, scripts=seen.scripts
+    )
+    match settled:
+        case chains.Waiting(reason, message, is_polled):
+            seconds = WAITING_SECONDS if is_polled else RESYNC_SECONDS
+            return _wait(seen, reason, message, now=now, accepted=True, seconds=seconds)
+        case chains.Broken(reason, message):
+            return endings.failed(seen, reason, message, now=now)
+        case chains.Ready():
+            pass
     if not seen.kuberay_installed:
         return attempts.wait_for_kuberay(seen, now=now)
-    return _record_first_attempt(seen, spec, model_uri=model_uri, defaults=defaults, now=now)
+    return _record_first_attempt(seen, spec, settled, defaults=defaults, now=now)
 
 
 def _wait(
@@ -232,7 +233,7 @@ def _wait(
 
 
 def _record_first_attempt(
-    seen: Observed, spec: FineTuneJobSpec, *, model_uri: str | None, defaults: Defaults, now: datetime
+    seen: Observed, spec: FineTuneJobSpec, settled: chains.Ready, *, defaults: Defaults, now: datetime
 ) -> Plan:
     job = seen.job
     name = f"{job.name}-a1"
@@ -247,7 +248,9 @@ def _record_first_attempt(
         attempts=[Attempt(number=1, ray_job=name, start_time=now)],
         start_time=now,
         effective=Effective(
-            model_uri=model_uri,
+            model_uri=settled.model_uri,
+            adapter=settled.adapter,
+            reward=settled.reward,
             output_uri=output,
             checkpoint_uri=spec.checkpoint.uri or f"{output.rstrip('/')}-checkpoints",
             image=spec.resources.image or defaults.image,

@@ -155,11 +155,6 @@ def checkpoint_of(report: Report, *, known: Checkpoint | None, now: datetime) ->
 
 def metrics_of(report: Report, *, known: Metrics | None) -> Metrics:
     """The latest metrics; one that this report does not carry keeps its last value."""
-    told = {
-        "loss": report.number("loss"),
-        "eval_loss": report.number("eval_loss"),
-        "learning_rate": report.number("learning_rate"),
-        "grad_norm": report.number("grad_norm"),
-    }
+    told = {name: report.number(name) for name in Metrics.model_fields}
     new = {name: rounded(value) for name, value in told.items() if value is not None}
     return (known or Metrics()).model_copy(update=new)

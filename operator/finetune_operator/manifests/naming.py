@@ -20,6 +20,7 @@ RUN_FILE_KEY = "run.json"
 AUTHORITY_KEY = "ca.crt"
 TOKEN_FOLDER = "/var/run/secrets/finetune.dev"  # noqa: S105 - a path
 VOLUMES_FOLDER = "/mnt/finetune"
+REWARD_FUNCTIONS_FOLDER = "/mnt/finetune-rewards"  # below it a folder for each function, by its number
 
 
 def labels(job: str, attempt: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator.api.base import SecretReference
-from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec
+from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, RewardFunctionSpec
 from finetune_operator.manifests import naming
 from finetune_operator.manifests.runfiles import Places
 
@@ -72,6 +72,7 @@ def build_rayjob(
     pod_spec = _pod_spec(
         owner,
         claims=volume_claims(spec, places),
+        functions=[] if inspect else reward_functions(spec),
         container={
             **_container(owner, attempt, spec, image, platform),
             "resources": _resources(spec, memory=memory, inspect=inspect),
@@ -120,16 +121,23 @@ def _pod_spec(
     owner: Owner,
     *,
     claims: Sequence[str],
+    functions: Sequence[RewardFunctionSpec],
     container: dict[str, Any],
     config_map: str,
     grace_seconds: int,
 ) -> dict[str, Any]:
-    mounts = [
+    mounts: list[dict[str, Any]] = [
         {"name": f"claim-{i}", "mountPath": f"{naming.VOLUMES_FOLDER}/{c}"} for i, c in enumerate(claims)
     ]
-    volumes = [
+    volumes: list[dict[str, Any]] = [
         {"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": c}} for i, c in enumerate(claims)
     ]
+    for i, function in enumerate(functions):
+        key = function.config_map_ref.key
+        path = f"{naming.REWARD_FUNCTIONS_FOLDER}/{i}"
+        mounts.append({"name": f"reward-{i}", "mountPath": path, "readOnly": True})
+        source = {"name": function.config_map_ref.name, "items": [{"key": key, "path": key}]}
+        volumes.append({"name": f"reward-{i}", "configMap": source})
     return {
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": grace_seconds,
@@ -163,7 +171,7 @@ def _container(
     return {
         "name": naming.HEAD_CONTAINER,
         "image": image,
-        "env": _environment(owner, attempt, platform),
+        "env": [*_environment(owner, attempt, platform), *_reward_variables(spec)],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets(spec)],
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -187,6 +195,16 @@ def _environment(owner: Owner, attempt: int, platform: Platform) -> list[dict[st
     return [{"name": name, "value": value} for name, value in variables.items()]
 
 
+def _reward_variables(spec: FineTuneJobSpec) -> list[dict[str, str]]:
+    if not reward_functions(spec):
+        return []
+    return [{"name": "FINETUNE_REWARD_FUNCTIONS", "value": naming.REWARD_FUNCTIONS_FOLDER}]
+
+
+def reward_functions(spec: FineTuneJobSpec) -> Sequence[RewardFunctionSpec]:
+    return spec.reward.functions if spec.reward else ()
+
+
 def _token_source(owner: Owner) -> dict[str, Any]:
     """A token that is good for one thing: reporting for this job. The API server itself does not accept it."""
     return {
@@ -207,19 +225,20 @@ def _resources(spec: FineTuneJobSpec, *, memory: str | None, inspect: bool) -> d
 
 
 def secrets(spec: FineTuneJobSpec) -> list[str]:
-    """Names of the Secrets that the spec refers to, each once, in the order model, dataset, output."""
+    """Names of the Secrets that the spec refers to, each once, in the order model, dataset, output, reward."""
     references: list[SecretReference | None] = [
         spec.model.secret_ref,
         spec.dataset.secret_ref,
         spec.output.secret_ref,
+        spec.reward.secret_ref if spec.reward else None,
     ]
     return list(dict.fromkeys(reference.name for reference in references if reference))
 
 
 def volume_claims(spec: FineTuneJobSpec, places: Places) -> list[str]:
     """Names of the PersistentVolumeClaims in the job's pvc:// URIs, each once, in the order of use."""
-    uris = [places.model_uri, *(source.uri for source in spec.dataset.sources), places.output_uri]
-    uris += [places.checkpoint_uri] if places.checkpoint_uri else []
+    uris = [places.model_uri, *(source.uri for source in spec.dataset.sources), *places.uris()]
+    uris += [spec.reward.uri] if spec.reward and spec.reward.uri else []
     return list(
         dict.fromkeys(uri.removeprefix("pvc://").split("/", 1)[0] for uri in uris if uri.startswith("pvc://"))
     )

@@ -230,15 +230,21 @@ def upstream_facts(body: Json | None, *, name: str, waits_for: Sequence[str] = (
         reason=status.reason,
         artifact=status.artifact,
         waits_for=tuple(waits_for),
+        objective=body.get("spec", {}).get("objective"),
     )
 
 
-def upstream_name(body: Json) -> str | None:
-    """The job whose artifact a FineTuneJob asks for as its base model."""
-    found: Any = body.get("spec")
-    for name in ("model", "fineTuneJobRef", "name"):  # the spec of another job may be of another version
-        found = found.get(name) if isinstance(found, dict) else None
-    return str(found) if found else None
+def upstream_names(body: Json) -> list[str]:
+    """The jobs whose artifacts a FineTuneJob asks for: as its model, and as its reward model."""
+    found = [_inside(body, "spec", part, "fineTuneJobRef", "name") for part in ("model", "reward")]
+    return [str(name) for name in found if name]
+
+
+def _inside(value: Any, *path: str) -> Any:
+    """What lies at the path; None where the object is of another shape, as one of another version may be."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _time(text: str | None) -> datetime | None:

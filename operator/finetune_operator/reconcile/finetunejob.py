@@ -124,13 +124,27 @@ class FineTuneJobReconciler:
         )
 
     async def _observe_new(self, key: Key, job: JobFacts) -> Observed:
-        wanted = job.spec.model.fine_tune_job_ref if job.spec else None
-        self.followers.follow(key, [(job.namespace, wanted.name)] if wanted else ())
+        spec = job.spec
+        model = spec.model.fine_tune_job_ref if spec else None
+        reward = spec.reward.fine_tune_job_ref if spec and spec.reward else None
+        self.followers.follow(key, [(job.namespace, one.name) for one in (model, reward) if one])
         return Observed(
             job=job,
-            upstream=await self._upstream(job, wanted.name) if wanted else None,
+            upstream=await self._upstream(job, model.name) if model else None,
+            reward=await self._upstream(job, reward.name) if reward else None,
+            scripts=await self._scripts(job),
             kuberay_installed=await self.kube.has_group_version("ray.io/v1"),
         )
+
+    async def _scripts(self, job: JobFacts) -> dict[str, list[str]]:
+        """The ConfigMaps of the job's reward functions that exist, with their keys."""
+        functions = job.spec.reward.functions if job.spec and job.spec.reward else []
+        found: dict[str, list[str]] = {}
+        for name in dict.fromkeys(function.config_map_ref.name for function in functions):
+            body = await self.kube.get("v1", "ConfigMap", job.namespace, name)
+            if body is not None:
+                found[name] = sorted((body.get("data") or {}).keys())
+        return found
 
     async def _observe_finished(self, job: JobFacts) -> Observed:
         if not jobs.has_cleanup_left(job.status, now=self._now(job)):
@@ -143,15 +157,20 @@ class FineTuneJobReconciler:
         )
 
     async def _upstream(self, job: JobFacts, name: str) -> UpstreamFacts:
-        """The job that is waited for, and those that it waits for itself, as far as the chain goes."""
+        """The job that is waited for, and those that it waits for itself: the way back to `job` where there is one."""
         body = await self.kube.get(API_VERSION, KIND, job.namespace, name)
-        chain: list[str] = []
-        following = facts.upstream_name(body) if body else None
-        while following is not None and following not in chain and len(chain) < MOST_LINKS:
-            chain.append(following)
-            next_body = await self.kube.get(API_VERSION, KIND, job.namespace, following)
-            following = facts.upstream_name(next_body) if next_body else None
-        return facts.upstream_facts(body, name=name, waits_for=chain)
+        seen: list[str] = []
+        ways = [[following] for following in (facts.upstream_names(body) if body else [])]
+        while ways and len(seen) < MOST_LINKS:
+            way = ways.pop(0)
+            if way[-1] == job.name:
+                return facts.upstream_facts(body, name=name, waits_for=way)
+            if way[-1] in seen:
+                continue
+            seen.append(way[-1])
+            link = await self.kube.get(API_VERSION, KIND, job.namespace, way[-1])
+            ways += [[*way, following] for following in (facts.upstream_names(link) if link else [])]
+        return facts.upstream_facts(body, name=name, waits_for=seen)
 
     async def _rayjob(self, job: JobFacts, name: str) -> RayJobFacts | None:
         body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name)
@@ -197,6 +216,8 @@ class FineTuneJobReconciler:
             output_uri=job.status.effective.output_uri,
             checkpoint_uri=effective.checkpoint_uri,
             model_uri=effective.model_uri or job.spec.model.uri or "",
+            adapter=effective.adapter,
+            reward=effective.reward,
         )
         run_file = runfiles.build_run_file(
             namespace=job.namespace,

@@ -149,6 +149,25 @@ GOOD_SPECS: dict[str, dict[str, Any]] = {
     "deadlines": {"deadlines": {"startSeconds": 60, "totalSeconds": 3600, "stallSeconds": 60}},
     "suspended": {"suspend": True, "ttlSecondsAfterFinished": 0},
     "chained": {"model": {"uri": None, "fineTuneJobRef": {"name": "base"}}},
+    "dpo": {"objective": "DPO", "preference": {"beta": 0.3}},
+    "reward-model": {
+        "objective": "RewardModel",
+        "dataset": {
+            "sources": [{"uri": "pvc://files/a.csv", "format": "Preference", "columns": {"chosen": "a"}}]
+        },
+    },
+    "rloo": {"objective": "RLOO", "reward": {"fineTuneJobRef": {"name": "judge"}, "beta": 0}},
+    "grpo": {
+        "objective": "GRPO",
+        "reward": {
+            "uri": "hf://organization/reward-model",
+            "functions": [{"configMapRef": {"name": "rewards", "key": "r.py"}, "entry": "polite"}],
+            "weights": [1, -0.5],
+            "secretRef": {"name": "hf"},
+        },
+        "generation": {"numGenerations": 8, "maxCompletionLength": 64, "temperature": 0.7, "topP": 0.9},
+        "dataset": {"sources": [{"uri": "pvc://files/a.jsonl", "format": "PromptOnly"}]},
+    },
 }
 
 

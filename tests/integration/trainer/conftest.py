@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_trainer import lifecycle
+from finetune_trainer import lifecycle, signals
 from tests import tiny
 
 OLD_RULE, NEW_RULE = 0, 2  # shifts of the rule in tiny.answer; the second contradicts the first in every row
@@ -56,25 +57,26 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", tiny.chat_rows())
 
 
-@pytest.fixture(scope="session")
-def taught(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that knows the old rule: the artifact of a Full run, 40 of 40 answers seen in training."""
-    folder = tmp_path_factory.mktemp("taught")
-    data = tiny.write_jsonl(folder / "old.jsonl", tiny.chat_rows(shift=OLD_RULE), times=4)
-    document = tiny.run_document(
-        tiny_model,
-        data,
-        folder / "out",
-        method={"type": "Full"},
-        dataset={"sources": [{"uri": f"file://{data}"}], "split": {"eval": 0, "seed": 1}},
-        hyperparameters={
-            "maxSteps": 300,
-            "globalBatchSize": 16,
-            "microBatchSize": 16,
-            "maxLength": 64,
-            "learningRate": 3e-3,
-        },
-    )
-    (folder / "run.json").write_text(json.dumps(document))
-    assert lifecycle.run_job(folder / "run.json") == 0
-    return folder / "out"
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The signal handlers of the command; pytest's own come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_stopped(run: Run, handlers: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Runs a run file as `run` does, with a SIGTERM in the step that is named first."""
+    from finetune_trainer import train
+
+    own = train._early_stopping
+
+    def run_stopped(stop: Any, model: Path, data: Path, **parts: Any) -> Ended:
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "_early_stopping", lambda run: [*own(run), stop])
+            return run(model, data, **parts)
+
+    return run_stopped

@@ -181,12 +181,15 @@ def test_what_cannot_fit_is_refused_before_weights_are_loaded(
     from finetune_trainer import fit
     from finetune_trainer.failures import BadConfig
     from finetune_trainer.methods import models
+    from finetune_trainer.preflight import Checked
 
     def check(method: str, memory_bytes: int | None) -> str:
         document = tiny.run_document(small_model, small_model, small_model, method=METHODS[method])
         run = runfile.parse(json.dumps(document))
         device = models.Device("cuda:0", "NVIDIA L4", has_bfloat16=True, memory_bytes=memory_bytes)
-        fit.check(run, read(small_model), device, precision=runfile.Precision.BFLOAT16, length=500)
+        config = json.loads((small_model / "config.json").read_text(encoding="utf-8"))
+        checked = Checked(small_model, None, config, [], [], "sha256:0")
+        fit.check(run, checked, device, precision=runfile.Precision.BFLOAT16, length=500)
         return capsys.readouterr().out
 
     with pytest.raises(

@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
-from finetune_trainer import signals, storage
+from finetune_trainer import storage
 from tests import tiny
 from tests.buckets import serve_bucket
 from tests.integration.trainer.conftest import Ended, Run
+from tests.integration.trainer.stopping import (
+    StopAt,
+    assert_same,
+    job,
+    losses,
+    schedule,
+    whole,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -28,97 +35,11 @@ pytestmark = pytest.mark.integration
 LORA = {"type": "LoRA", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targetModules": ["all-linear"]}}
 STEPS = 40
 HYPER = {"maxSteps": STEPS, "globalBatchSize": 8, "microBatchSize": 4, "maxLength": 64, "evalSteps": 7}
-MEASURED = ("loss", "grad_norm", "learning_rate", "eval_loss")  # of history.jsonl; the rest are times
-
-
-def job(attempt: int) -> dict[str, Any]:
-    return {"namespace": "default", "name": "tiny", "uid": "uid-1", "attempt": attempt}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "ck"
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The signal handlers of the command; pytest's own come back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signals.install()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-class StopAt(transformers.TrainerCallback):  # type: ignore[misc]
-    """Sends this process a SIGTERM during a step: a real signal, at a place that no load of the machine moves."""
-
-    def __init__(self, step: int, *, during: str = "step_end") -> None:
-        self.step = step
-        self.during = during
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.during == "substep" and state.global_step == self.step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.during == "step_end" and state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.during == "evaluation" and state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.fixture
-def run_stopped(run: Run, handlers: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """Runs a run file as `run` does, with a SIGTERM in the step that is named first."""
-    from finetune_trainer import train
-
-    own = train._early_stopping
-
-    def run_stopped(stop: StopAt, model: Path, data: Path, **parts: Any) -> Ended:
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "_early_stopping", lambda run: [*own(run), stop])
-            return run(model, data, **parts)
-
-    return run_stopped
-
-
-def schedule(folder: Path | str, **parts: Any) -> dict[str, Any]:
-    uri = folder if isinstance(folder, str) else f"file://{folder}"
-    return {"uri": uri, "everySteps": 5, "keep": 2, **parts}
-
-
-def history(ended: Ended) -> list[dict[str, Any]]:
-    """The measured course: one entry per logged step and per evaluation."""
-    lines = [json.loads(line) for line in (ended.output / "history.jsonl").read_text().splitlines()]
-    return [
-        {"step": line["step"], **{name: line[name] for name in MEASURED if name in line}}
-        for line in lines
-        if "loss" in line or "eval_loss" in line
-    ]
-
-
-def losses(ended: Ended) -> list[dict[str, Any]]:
-    return [entry for entry in history(ended) if "loss" in entry]
-
-
-def weights(ended: Ended) -> str:
-    [file] = list(ended.output.glob("*.safetensors"))
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def whole(folder: Path) -> list[int]:
-    return sorted(int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob("*/complete"))
-
-
-def assert_same(resumed: Ended, alone: Ended) -> None:
-    assert resumed.code == alone.code == 0, resumed.log
-    assert losses(resumed) == losses(alone)
-    evaluations = [entry for entry in history(alone) if "eval_loss" in entry]
-    assert all(entry in evaluations for entry in history(resumed) if "eval_loss" in entry)
-    assert weights(resumed) == weights(alone)
 
 
 @pytest.mark.parametrize(

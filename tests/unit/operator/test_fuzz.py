@@ -129,7 +129,7 @@ def test_a_broken_spec_is_a_problem_that_names_the_field_and_never_a_crash(broke
         assert broken.field in (job.problem or ""), f"{broken.how}: {job.problem}"
     for status in play(job):
         assert len(status.message or "") <= 4096
-    facts.upstream_name(body(broken.spec))
+    facts.upstream_names(body(broken.spec))
     if job.spec is not None:
         build(job.spec)
 
@@ -154,7 +154,7 @@ def test_a_run_file_with_anything_in_it_is_read_or_refused(spec: Json, data: st.
 @given(spec=specs.valid_specs(), data=st.data())
 def test_junk_anywhere_in_a_spec_never_crashes_the_operator(spec: Json, data: st.DataObject) -> None:
     junk = body(specs.replaced(spec, data.draw))
-    facts.upstream_name(junk)
+    facts.upstream_names(junk)
     job = facts.job_facts(junk)
     play(job)
     if job.spec is not None:
@@ -176,7 +176,7 @@ def test_a_spec_that_is_no_spec_at_all(spec: Any) -> None:
     job = facts.job_facts(body(spec))
     assert job.spec is None
     assert len(play(job)[-1].message or "") <= 4096
-    assert facts.upstream_name(body(spec)) is None
+    assert facts.upstream_names(body(spec)) == []
 
 
 def test_a_spec_of_a_mebibyte_is_one_problem_of_readable_length() -> None:

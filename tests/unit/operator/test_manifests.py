@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.api.finetunejob import FineTuneJobSpec, Upstream
 from finetune_operator.manifests import naming, rayjobs, runfiles
 
 OWNER = rayjobs.Owner("team", "triage", "uid-1")
@@ -208,3 +208,66 @@ def test_a_model_that_another_job_made_is_named_by_its_folder() -> None:
     )
     assert run_file["model"] == {"uri": "s3://models/base"}
     assert "checkpoint" not in run_file
+
+
+REWARDED: dict[str, Any] = {
+    "objective": "RLOO",
+    "reward": {
+        "fineTuneJobRef": {"name": "judge"},
+        "functions": [
+            {"configMapRef": {"name": "rewards", "key": "a.py"}, "entry": "f"},
+            {"configMapRef": {"name": "rewards", "key": "b.py"}, "entry": "g"},
+        ],
+        "secretRef": {"name": "judges-store"},
+    },
+}
+CHAIN = runfiles.Places(
+    "pvc://bases/tiny",
+    "pvc://models/out",
+    "pvc://checkpoints/out",
+    adapter=Upstream(uri="pvc://sft/a", digest="sha256:" + "a" * 64, base_model="pvc://bases/tiny"),
+    reward=Upstream(uri="pvc://judges/r", digest="sha256:" + "b" * 64, base_model="pvc://judge-bases/tiny"),
+)
+
+
+def test_reward_functions_are_mounted_side_by_side_and_named_to_the_trainer() -> None:
+    container = pod(build(REWARDED))["containers"][0]
+    mounts = {m["name"]: m for m in container["volumeMounts"]}
+    assert mounts["reward-0"] == {
+        "name": "reward-0", "mountPath": "/mnt/finetune-rewards/0", "readOnly": True
+    }  # fmt: skip
+    assert mounts["reward-1"]["mountPath"] == "/mnt/finetune-rewards/1"
+    volumes = {v["name"]: v for v in pod(build(REWARDED))["volumes"]}
+    assert volumes["reward-1"]["configMap"] == {"name": "rewards", "items": [{"key": "b.py", "path": "b.py"}]}
+    environment = {e["name"]: e.get("value") for e in container["env"]}
+    assert environment["FINETUNE_REWARD_FUNCTIONS"] == "/mnt/finetune-rewards"
+    assert "reward-0" not in {v["name"] for v in pod(build(REWARDED, inspect=True))["volumes"]}
+    assert "FINETUNE_REWARD_FUNCTIONS" not in {e["name"] for e in pod(build())["containers"][0]["env"]}
+
+
+def test_the_claims_of_a_chain_are_mounted_and_its_secret_is_given() -> None:
+    spec = FineTuneJobSpec.model_validate(BASE | REWARDED)
+    assert rayjobs.volume_claims(spec, CHAIN) == [
+        "bases", "files", "sft", "judges", "judge-bases", "models", "checkpoints"
+    ]  # fmt: skip
+    assert rayjobs.secrets(spec)[-1] == "judges-store"
+
+
+def test_a_run_file_of_a_chain_names_adapter_and_reward_model_with_their_digests() -> None:
+    spec = BASE | {"model": {"fineTuneJobRef": {"name": "sft"}}} | REWARDED
+    run_file = runfiles.build_run_file(
+        namespace="team",
+        name="triage",
+        uid="u",
+        attempt=1,
+        spec=FineTuneJobSpec.model_validate(spec),
+        places=CHAIN,
+    )
+    adapter = {"uri": "pvc://sft/a", "digest": "sha256:" + "a" * 64}
+    assert run_file["model"] == {"uri": "pvc://bases/tiny", "adapter": adapter}
+    assert run_file["method"] == {"type": "LoRA"}, "the adapter's own settings"
+    assert run_file["reward"]["uri"] == "pvc://judges/r"
+    assert run_file["reward"]["digest"] == "sha256:" + "b" * 64
+    assert [one["entry"] for one in run_file["reward"]["functions"]] == ["f", "g"]
+    assert run_file["generation"]["numGenerations"] == 4
+    assert "secret" not in json.dumps(run_file).lower()

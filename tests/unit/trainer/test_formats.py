@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from finetune_trainer.data.files import Row
-from finetune_trainer.data.formats import Chat, Pair, detect_format, parse_rows
+from finetune_trainer.data.formats import detect_format, parse_rows
+from finetune_trainer.data.shapes import Chat, Pair
 from finetune_trainer.failures import BadConfig, BadData
 from finetune_trainer.runfile import DataFormat, Source
 

@@ -12,6 +12,8 @@ from finetune_trainer import runfile
 from finetune_trainer.failures import BadConfig
 from tests import tiny
 
+RLOO: dict[str, Any] = {"objective": "RLOO", "reward": {"uri": "file:///rm"}}
+
 
 def document(**parts: Any) -> dict[str, Any]:
     return tiny.run_document(Path("/model"), Path("/rows.jsonl"), Path("/out"), **parts)
@@ -35,7 +37,48 @@ def test_a_full_run_file_is_read() -> None:
     ("parts", "expected"),
     [
         ({"objective": "PPO"}, ["objective", "RLOO", "GRPO"]),
-        ({"objective": "DPO"}, ["objective: 'DPO' is not known; use one of SFT"]),
+        ({"objective": "KTO"}, ["objective", "'SFT', 'DPO', 'RewardModel', 'RLOO' or 'GRPO'", "KTO"]),
+        ({"objective": "RLOO"}, ["reward is required for RLOO", "reward.functions"]),
+        ({"objective": "GRPO", "reward": {}}, ["reward is required for GRPO"]),
+        ({"reward": {"uri": "file:///rm"}}, ["reward has no meaning for objective SFT; remove it"]),
+        ({"generation": {}}, ["generation has no meaning for objective SFT"]),
+        (
+            {"objective": "RewardModel", "preference": {}},
+            ["preference has no meaning for objective RewardModel"],
+        ),
+        (
+            {"objective": "DPO", "hyperparameters": {"packing": True, "neftuneAlpha": 5}},
+            ["hyperparameters.packing has no meaning for objective DPO", "hyperparameters.neftuneAlpha"],
+        ),
+        (
+            {"objective": "DPO", "dataset": {"sources": [{"uri": "file:///r.csv", "format": "Text"}]}},
+            ["dataset.sources[0].format: Text is not for objective DPO; use Preference, or Auto"],
+        ),
+        (
+            {**RLOO, "hyperparameters": {"globalBatchSize": 6}},
+            ["globalBatchSize: 6 completions", "generation.numGenerations 4", "multiple"],
+        ),
+        (
+            {**RLOO, "hyperparameters": {"maxLength": 128}},
+            ["generation.maxCompletionLength: 128 leaves no room", "maxLength 128"],
+        ),
+        (
+            {**RLOO, "reward": {"uri": "file:///rm", "weights": [1, 2]}},
+            ["reward.weights: 2 weights for 1 rewards", "the reward model first"],
+        ),
+        (
+            {**RLOO, "reward": {"functions": [{"configMapRef": {"name": "a", "key": "../x"}, "entry": "f"}]}},
+            ["reward.functions.0.configMapRef.key", "../x"],
+        ),
+        ({**RLOO, "generation": {"numGenerations": 1}}, ["generation.numGenerations", "2"]),
+        (
+            {"model": {"uri": "file:///m", "adapter": {"uri": "file:///a"}}, "method": {"type": "Full"}},
+            ["method.type: Full trains all weights", "model.adapter"],
+        ),
+        (
+            {"model": {"uri": "file:///m", "adapter": {"uri": "file:///a", "digest": "abc"}}},
+            ["model.adapter.digest", "sha256"],
+        ),
         ({"method": {"type": "QLoRA"}}, ["method.quantization is required for QLoRA", "{}"]),
         ({"method": {"type": "LoRA", "quantization": {}}}, ["method.quantization is only for QLoRA", "LoRA"]),
         ({"method": {"type": "Full", "lora": {}}}, ["method.lora is only for LoRA and QLoRA"]),
@@ -94,3 +137,27 @@ def test_checkpoints_and_overrides_are_read() -> None:
     assert run.overrides.micro_batch_size == 2
     assert run.uris()[-1] == "file:///out-checkpoints"
     assert runfile.parse(json.dumps(document())).checkpoint is None
+
+
+def test_parts_of_the_objectives_are_read_and_their_folders_count() -> None:
+    digest = "sha256:" + "0" * 64
+    run = runfile.parse(
+        json.dumps(
+            document(
+                objective="GRPO",
+                model={"uri": "file:///model", "adapter": {"uri": "file:///sft", "digest": digest}},
+                reward={
+                    "uri": "file:///rm",
+                    "digest": digest,
+                    "functions": [{"configMapRef": {"name": "rewards", "key": "r.py"}, "entry": "polite"}],
+                    "weights": [1, -0.5],
+                },
+                hyperparameters={"globalBatchSize": 16, "maxLength": 256},
+            )
+        )
+    )
+    assert run.objective is runfile.Objective.GRPO
+    assert run.reward is not None
+    assert run.reward.count == 2
+    assert (run.sampling.num_generations, run.sampling.temperature) == (4, 1.0)
+    assert run.uris()[-2:] == ["file:///sft", "file:///rm"]

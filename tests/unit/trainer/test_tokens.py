@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.data import tokens
-from finetune_trainer.data.formats import Chat, Pair
+from finetune_trainer.data.shapes import Chat, Pair
 from finetune_trainer.failures import BadConfig, BadData
 from finetune_trainer.runfile import ApplyChatTemplate
 from tests import tiny

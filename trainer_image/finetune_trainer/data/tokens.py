@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 
-from finetune_trainer.data.formats import NO_TEMPLATE, Chat, Example, Pair, Turn, as_chat
+from finetune_trainer.data.cells import Turn
+from finetune_trainer.data.shapes import NO_TEMPLATE, Chat, Example, Pair, as_chat
 from finetune_trainer.failures import BadConfig, BadData
 from finetune_trainer.runfile import ApplyChatTemplate
 

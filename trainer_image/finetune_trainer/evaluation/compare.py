@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from finetune_trainer import artifacts
-from finetune_trainer.data import formats, tokens
+from finetune_trainer.data import shapes, tokens
 from finetune_trainer.evaluation import generation
 from finetune_trainer.evaluation.metrics import Scores, score_answers
 from finetune_trainer.failures import BadConfig, BadData
@@ -57,7 +57,7 @@ class Options:
 
 
 def compare(
-    base: Path, adapter: Path, examples: Sequence[formats.Example], *, base_uri: str, options: Options
+    base: Path, adapter: Path, examples: Sequence[shapes.Example], *, base_uri: str, options: Options
 ) -> Comparison:
     """Answers every example twice and scores both sides. Raises BadConfig, BadData or ModelNotFound."""
     transformers.utils.logging.disable_progress_bar()
@@ -93,6 +93,8 @@ def _load_tuned(model: Any, adapter: Path, device: models.Device) -> Any:
     if _is_adapter(adapter):
         import peft
 
+        if peft.PeftConfig.from_pretrained(str(adapter)).task_type != "CAUSAL_LM":
+            raise BadConfig(f"--adapter {adapter} is a reward model, which writes no answers to compare")
         try:
             return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
         except (RuntimeError, ValueError) as error:  # torch reports shapes that do not fit as RuntimeError
@@ -110,16 +112,16 @@ def _without_adapter(model: Any) -> Any:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
-def build_question(example: formats.Example, tokenizer: Any) -> Question:
+def build_question(example: shapes.Example, tokenizer: Any) -> Question:
     """Splits an example before its last answer. Raises BadData for plain text, which asks nothing."""
     choice = ApplyChatTemplate.AUTO
-    if isinstance(example, formats.Pair):
+    if isinstance(example, shapes.Pair):
         if example.chat_prompt is None:
             raise BadData(
                 f"{example.where}: format Text has no question; "
                 "compare needs messages, prompt/completion or instruction/output"
             )
-        if not formats.as_chat(example, choice=choice, has_template=tokenizer.chat_template is not None):
+        if not shapes.as_chat(example, choice=choice, has_template=tokenizer.chat_template is not None):
             row = tokens.encode_example(example, tokenizer, choice=choice)
             ids = tokenizer(example.prompt)["input_ids"]
             return Question(ids, example.prompt, example.completion, row)
@@ -128,7 +130,7 @@ def build_question(example: formats.Example, tokenizer: Any) -> Question:
     turns = example.turns[: last + 1]
     text = tokens.render(turns[:-1], tokenizer, prompt=True, where=example.where)
     row = tokens.encode_example(
-        formats.Chat(turns=turns, context=last, where=example.where), tokenizer, choice=choice
+        shapes.Chat(turns=turns, context=last, where=example.where), tokenizer, choice=choice
     )
     return Question(
         tokenizer(text, add_special_tokens=False)["input_ids"],

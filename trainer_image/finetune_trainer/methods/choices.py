@@ -9,9 +9,17 @@ from typing import Any, Generic, TypeVar
 
 from finetune_trainer import machine
 from finetune_trainer.failures import BadConfig
-from finetune_trainer.runfile import Hyperparameters, MethodType, Precision
+from finetune_trainer.runfile import Hyperparameters, MethodType, Objective, Precision, Reward
 
-LEARNING_RATES = {MethodType.LORA: 2e-4, MethodType.QLORA: 2e-4, MethodType.FULL: 2e-5}
+# Of adapters, and of all weights: preferences and rewards are learnt in smaller steps than demonstrations.
+LEARNING_RATES = {
+    Objective.SFT: (2e-4, 2e-5),
+    Objective.DPO: (5e-5, 1e-6),
+    Objective.REWARD_MODEL: (1e-4, 1e-5),
+    Objective.RLOO: (5e-5, 1e-6),
+    Objective.GRPO: (5e-5, 1e-6),
+}
+KL_PENALTIES = {Objective.RLOO: 0.05, Objective.GRPO: 0.0}
 LARGEST_MICRO_BATCH = 8  # rows; a safe start for a small GPU, and more gains nothing on a CPU
 EVALUATIONS = 10  # per run
 LOGGED_STEPS = 400  # log lines of a run at most, so that a long run's log stays readable
@@ -29,10 +37,19 @@ def explain(name: str, choice: Choice[Any]) -> None:
     print(f"{name}: {choice.value} ({choice.reason})", flush=True)
 
 
-def choose_learning_rate(hyper: Hyperparameters, method: MethodType) -> Choice[float]:
+def choose_learning_rate(
+    hyper: Hyperparameters, method: MethodType, objective: Objective = Objective.SFT
+) -> Choice[float]:
     if hyper.learning_rate is not None:
         return Choice(hyper.learning_rate, "as given")
-    return Choice(LEARNING_RATES[method], f"default for {method}")
+    adapter, whole = LEARNING_RATES[objective]
+    return Choice(whole if method is MethodType.FULL else adapter, f"default for {objective} with {method}")
+
+
+def choose_kl_penalty(reward: Reward | None, objective: Objective) -> Choice[float]:
+    if reward is not None and reward.beta is not None:
+        return Choice(reward.beta, "as given")
+    return Choice(KL_PENALTIES[objective], f"default for {objective}")
 
 
 def choose_micro_batch(hyper: Hyperparameters, *, override: int | None = None) -> Choice[int]:
@@ -73,11 +90,13 @@ def choose_max_length(asked: int, *, model_limit: int | None) -> Choice[int]:
     return Choice(asked, "as given")
 
 
-def choose_total_steps(hyper: Hyperparameters, *, rows: int) -> Choice[int]:
+def choose_total_steps(hyper: Hyperparameters, *, rows: int, rows_per_step: int | None = None) -> Choice[int]:
+    """`rows_per_step` is the global batch unless a row is answered several times."""
     if hyper.max_steps is not None:
         return Choice(hyper.max_steps, "maxSteps")
-    value = max(1, math.ceil(hyper.epochs * math.ceil(rows / hyper.global_batch_size)))
-    return Choice(value, f"{hyper.epochs:g} epochs of {rows} rows, {hyper.global_batch_size} a step")
+    each = rows_per_step or hyper.global_batch_size
+    value = max(1, math.ceil(hyper.epochs * math.ceil(rows / each)))
+    return Choice(value, f"{hyper.epochs:g} epochs of {rows} rows, {each} a step")
 
 
 def choose_eval_steps(hyper: Hyperparameters, *, total_steps: int) -> Choice[int]:

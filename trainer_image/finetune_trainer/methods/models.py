@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from finetune_trainer.failures import BadConfig, ModelNotFound
 from finetune_trainer.runfile import MethodType, Precision, Quantization, RunFile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+CLASSIFIER_HEADS = ("score", "classifier")  # as transformers' models call them; PEFT trains and saves these
+
+
+class Head(StrEnum):
+    LANGUAGE = "causal language model"
+    REWARD = "sequence classification model"
+
+
+LOADERS = {
+    Head.LANGUAGE: transformers.AutoModelForCausalLM,
+    Head.REWARD: transformers.AutoModelForSequenceClassification,
+}
 
 
 @dataclass(frozen=True)
@@ -56,24 +71,22 @@ def load_tokenizer(path: Path, *, uri: str) -> Any:
     return tokenizer
 
 
-def load_base(run: RunFile, path: Path, *, device: Device, precision: Precision) -> Any:
-    """Returns the base model on its device; for QLoRA quantized and prepared. Raises BadConfig or ModelNotFound."""
-    options: dict[str, Any] = {"dtype": _weights_dtype(run.method.type, precision)}
-    if run.method.quantization is not None:
-        options["quantization_config"] = build_quantization(run.method.quantization, precision=precision)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=False, use_safetensors=True, device_map={"": device.name}, **options
-        )
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ModelNotFound(
-            f"model.uri: the weights of {run.model.uri} cannot be loaded ({_first_line(error)})"
-        ) from error
-    except (ValueError, KeyError) as error:
-        raise BadConfig(
-            f"model.uri: {run.model.uri} is no causal language model that transformers knows ({_first_line(error)}); "
-            "models that bring their own code are not run"
-        ) from error
+def load_base(
+    run: RunFile, path: Path, *, device: Device, precision: Precision, head: Head = Head.LANGUAGE
+) -> Any:
+    """Returns the base model on its device; for QLoRA quantized and prepared. Raises BadConfig or ModelNotFound.
+
+    With `Head.REWARD` it gets a new head with one output, drawn by the run's seed, unless its files bring one.
+    """
+    transformers.set_seed(run.hyperparameters.seed)
+    model = _load(
+        path,
+        head,
+        uri=run.model.uri,
+        device=device,
+        dtype=_weights_dtype(run.method.type, precision),
+        quantization=build_quantization(run.method.quantization, precision=precision, head=head),
+    )
     if run.method.quantization is not None:
         import peft
 
@@ -82,6 +95,51 @@ def load_base(run: RunFile, path: Path, *, device: Device, precision: Precision)
             model, use_gradient_checkpointing=run.hyperparameters.gradient_checkpointing
         )
     return model
+
+
+def load_classifier(
+    path: Path, *, uri: str, device: Device, precision: Precision, quantization: Quantization | None
+) -> Any:
+    """Returns a model with one output, to be used and not trained. Raises BadConfig or ModelNotFound."""
+    return _load(
+        path,
+        Head.REWARD,
+        uri=uri,
+        device=device,
+        dtype=_weights_dtype(MethodType.LORA, precision),
+        quantization=build_quantization(quantization, precision=precision, head=Head.REWARD),
+        field="reward",
+    )
+
+
+def _load(
+    path: Path,
+    head: Head,
+    *,
+    uri: str,
+    device: Device,
+    dtype: torch.dtype,
+    quantization: Any | None,
+    field: str = "model.uri",
+) -> Any:
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    if head is Head.REWARD:
+        options["num_labels"] = 1
+    try:
+        return LOADERS[head].from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, device_map={"": device.name}, **options
+        )
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelNotFound(
+            f"{field}: the weights of {uri} cannot be loaded ({_first_line(error)})"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise BadConfig(
+            f"{field}: {uri} is no {head} that transformers knows ({_first_line(error)}); "
+            "models that bring their own code are not run"
+        ) from error
 
 
 def _keep_gradients(model: Any) -> None:
@@ -104,13 +162,19 @@ def _weights_dtype(method: MethodType, precision: Precision) -> torch.dtype:
     )
 
 
-def build_quantization(spec: Quantization, *, precision: Precision) -> Any:
+def build_quantization(
+    spec: Quantization | None, *, precision: Precision, head: Head = Head.LANGUAGE
+) -> Any | None:
+    if spec is None:
+        return None
     default = "bfloat16" if precision is Precision.BFLOAT16 else "float32"
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.type,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=DTYPES[spec.compute_dtype or default],
+        # A head that is trained as a whole cannot be quantized. None: transformers leaves out the language head.
+        llm_int8_skip_modules=list(CLASSIFIER_HEADS) if head is Head.REWARD else None,
     )
 
 

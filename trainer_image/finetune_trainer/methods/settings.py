@@ -9,7 +9,7 @@ from typing import Any
 import trl
 
 from finetune_trainer.methods import choices, models
-from finetune_trainer.runfile import Optimizer, Precision, RunFile, Scheduler
+from finetune_trainer.runfile import Objective, Optimizer, Precision, Preference, RunFile, Scheduler
 
 CHECKPOINTS = "checkpoints"  # in the work folder: where the trainer saves before anything is uploaded
 
@@ -30,6 +30,7 @@ class Settings:
     total_steps: int
     eval_steps: int | None  # None: no held-out rows
     device: models.Device
+    beta: float | None = None  # how much leaving the reference costs; None: the objective has none
 
     def to_report(self) -> dict[str, Any]:
         """What the job's status shows of them."""
@@ -41,14 +42,21 @@ class Settings:
         }
 
 
+def prompts_per_step(run: RunFile) -> int | None:
+    """Rows of an optimizer step where each row is answered several times, None elsewhere."""
+    if not run.objective.samples:
+        return None
+    return run.hyperparameters.global_batch_size // run.sampling.num_generations
+
+
 def choose(
     run: RunFile, precision: Precision, max_length: int, device: models.Device, *, rows: int, evaluate: bool
 ) -> Settings:
     """Chooses what the run file leaves open and prints the reasons. Of packed `rows` each sequence counts as one."""
     hyper = run.hyperparameters
-    learning_rate = choices.choose_learning_rate(hyper, run.method.type)
+    learning_rate = choices.choose_learning_rate(hyper, run.method.type, run.objective)
     micro_batch = choices.choose_micro_batch(hyper, override=run.overrides.micro_batch_size)
-    total_steps = choices.choose_total_steps(hyper, rows=rows)
+    total_steps = choices.choose_total_steps(hyper, rows=rows, rows_per_step=prompts_per_step(run))
     eval_steps = choices.choose_eval_steps(hyper, total_steps=total_steps.value)
     choices.explain("learningRate", learning_rate)
     choices.explain("microBatchSize", micro_batch)
@@ -63,15 +71,35 @@ def choose(
         total_steps=total_steps.value,
         eval_steps=eval_steps.value if evaluate else None,
         device=device,
+        beta=_choose_beta(run),
     )
 
 
-def build_arguments(run: RunFile, settings: Settings, work: Path) -> trl.SFTConfig:
-    """The settings and the rest of the run file as TRL's configuration."""
+def _choose_beta(run: RunFile) -> float | None:
+    if run.objective.samples:
+        penalty = choices.choose_kl_penalty(run.reward, run.objective)
+        choices.explain("reward.beta", penalty)
+        return penalty.value
+    if run.objective is Objective.DPO:
+        return (run.preference or Preference()).beta
+    return None
+
+
+CONFIGS = {
+    Objective.SFT: trl.SFTConfig,
+    Objective.DPO: trl.DPOConfig,
+    Objective.REWARD_MODEL: trl.RewardConfig,
+    Objective.RLOO: trl.RLOOConfig,
+    Objective.GRPO: trl.GRPOConfig,
+}
+
+
+def build_arguments(run: RunFile, settings: Settings, work: Path) -> Any:
+    """The settings and the rest of the run file as TRL's configuration for the objective."""
     hyper = run.hyperparameters
     on_cpu = settings.device.name == "cpu"
     keep_best = run.early_stopping is not None
-    return trl.SFTConfig(
+    return CONFIGS[run.objective](
         output_dir=str(work / CHECKPOINTS),
         max_steps=settings.total_steps,
         per_device_train_batch_size=settings.micro_batch,
@@ -96,8 +124,8 @@ def build_arguments(run: RunFile, settings: Settings, work: Path) -> trl.SFTConf
         save_total_limit=1,
         save_only_model=True,  # for the best weights; Saver wants more, and says so when it saves
         load_best_model_at_end=keep_best,
-        metric_for_best_model="eval_loss" if keep_best else None,
-        greater_is_better=False if keep_best else None,
+        metric_for_best_model=watched(run.objective) if keep_best else None,
+        greater_is_better=run.objective.samples if keep_best else None,
         logging_steps=choices.choose_logging_steps(settings.total_steps),
         logging_first_step=True,
         logging_nan_inf_filter=False,  # with the filter a NaN is logged as 0 and the run counts as a success
@@ -105,16 +133,51 @@ def build_arguments(run: RunFile, settings: Settings, work: Path) -> trl.SFTConf
         disable_tqdm=True,
         seed=hyper.seed,
         data_seed=hyper.seed,
-        packing=hyper.packing,
-        eval_packing=False,
-        max_length=settings.max_length,
-        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokens and cut already
+        **_own_arguments(run, settings),
     )
+
+
+def watched(objective: Objective) -> str:
+    """The metric of an evaluation that tells whether training gets anywhere."""
+    return "eval_reward" if objective.samples else "eval_loss"
+
+
+def _own_arguments(run: RunFile, settings: Settings) -> dict[str, Any]:
+    """What only the objective's configuration knows. Rows are tokens and cut already."""
+    hyper, sampling, reward = run.hyperparameters, run.sampling, run.reward
+    match run.objective:
+        case Objective.SFT:
+            return {
+                "packing": hyper.packing,
+                "eval_packing": False,
+                "max_length": settings.max_length,
+                "dataset_kwargs": {"skip_prepare_dataset": True},
+            }
+        case Objective.DPO:
+            return {"beta": settings.beta, "max_length": None, "remove_unused_columns": False}
+        case Objective.REWARD_MODEL:
+            return {"max_length": None}
+        case _:
+            return {
+                "beta": settings.beta,
+                "reward_weights": None if reward is None else reward.weights,
+                "num_generations": sampling.num_generations,
+                "num_generations_eval": 1,
+                "max_completion_length": sampling.max_completion_length,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": 0,
+                "disable_dropout": True,  # the answer's probabilities must be those of the model that is served
+            }
 
 
 def describe(run: RunFile, settings: Settings) -> dict[str, Any]:
     """Every hyperparameter with the value that was used, under the names of the spec."""
     given = run.hyperparameters.model_dump(by_alias=True, exclude_none=True, mode="json")
+    if run.objective.samples:
+        given |= run.sampling.model_dump(by_alias=True, mode="json")
+    if settings.beta is not None:
+        given["beta"] = settings.beta
     chosen = {
         "learningRate": settings.learning_rate,
         "microBatchSize": settings.micro_batch,

@@ -1,0 +1,146 @@
+"""Users' reward functions: how they are called, and how each way to go wrong is told, with the line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer import runfile
+from finetune_trainer.data.shapes import Prompt
+from finetune_trainer.failures import BadConfig, BadData
+from finetune_trainer.rewards import functions
+from tests import tiny
+
+
+def run_file(*entries: str) -> runfile.RunFile:
+    reward = {
+        "functions": [
+            {"configMapRef": {"name": "rewards", "key": "r.py"}, "entry": entry} for entry in entries
+        ]
+    }
+    document = tiny.run_document(
+        Path("/model"),
+        Path("/rows.jsonl"),
+        Path("/out"),
+        objective="GRPO",
+        reward=reward,
+        hyperparameters={"globalBatchSize": 8, "maxLength": 256},
+    )
+    return runfile.parse(json.dumps(document))
+
+
+@pytest.fixture
+def find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Mounts a file as the pod has it and returns the function `f` (or another entry) of it, unloaded."""
+    monkeypatch.setenv(functions.FOLDER_VARIABLE, str(tmp_path))
+
+    def find(text: str, *, entry: str = "f") -> functions.Source:
+        (tmp_path / "0").mkdir(exist_ok=True)
+        (tmp_path / "0" / "r.py").write_text(text)
+        (source,) = functions.find(run_file(entry))
+        return source
+
+    return find
+
+
+def test_a_function_gets_the_columns_that_it_asks_for(find: Any) -> None:
+    text = (
+        "def f(prompts, completions, number):\n    return [len(c) + n for c, n in zip(completions, number)]\n"
+    )
+    function = functions.load(find(text))
+    assert function(["a", "b"], ["xx", "y"], {"number": [1, 2], "other": [3, 4]}) == [3.0, 3.0]
+    everything = functions.load(
+        find("def f(prompts, completions, **columns):\n    return [len(columns)] * 2\n")
+    )
+    assert everything(["a", "b"], ["xx", "y"], {"number": [1, 2], "other": [3, 4]}) == [2.0, 2.0]
+
+
+def test_an_entry_may_be_imported_or_assigned(find: Any) -> None:
+    text = (
+        "import functools\ndef g(prompts, completions, k):\n    return [k] * len(completions)\n"
+        "f = functools.partial(g, k=2)\n"
+    )
+    assert functions.load(find(text))(["a"], ["b"], {}) == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def f(prompts, completions)\n    return []\n", ["expected ':'", "r.py line 1", "def f("]),
+        ("def g(prompts, completions):\n    return []\n", ["entry 'f' is not defined in r.py", "has: g"]),
+        ("", ["which has: none"]),
+        ("async def f(prompts, completions):\n    return []\n", ["f is async", "plain function"]),
+    ],
+)
+def test_a_wrong_file_is_refused_without_running_it(find: Any, text: str, expected: list[str]) -> None:
+    with pytest.raises(BadConfig) as caught:
+        find(text)
+    for part in ("reward.functions[0] (ConfigMap rewards, key r.py)", *expected):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "import no_such_module\ndef f(prompts, completions):\n    return []\n",
+            ["ModuleNotFoundError", "line 1"],
+        ),
+        ("f = 3\n", ["f in r.py is no function, but 3"]),
+        ("def f(prompts):\n    return []\n", ["cannot be called with (prompts, completions, **columns)"]),
+        ("raise SystemExit(2)\ndef f(prompts, completions):\n    return []\n", ["SystemExit: 2", "line 1"]),
+    ],
+)
+def test_a_file_that_fails_as_it_is_loaded(find: Any, text: str, expected: list[str]) -> None:
+    source = find(text)
+    with pytest.raises(BadConfig) as caught:
+        functions.load(source)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("x = 1\n    return [1 / 0]", ["ZeroDivisionError: division by zero", "r.py line 3: return [1 / 0]"]),
+        ("return [int(c) for c in completions]", ["ValueError: invalid literal", "line 2"]),
+        ("import json\n    return [json.loads('{')]", ["JSONDecodeError", "r.py line 3: return [json"]),
+        ("return [1.0]", ["returned 1 rewards for 2 completions"]),
+        ("return None", ["returned None", "a list with one number per completion"]),
+        ("return [1.0, float('nan')]", ["returned nan for completion 1", "finite"]),
+        ("return ['good', 1]", ["returned 'good' for completion 0", "numbers"]),
+        ("return [None, 1]", ["returned None for completion 0"]),
+    ],
+)
+def test_a_function_that_fails_names_its_line(find: Any, body: str, expected: list[str]) -> None:
+    function = functions.load(find(f"def f(prompts, completions):\n    {body}\n"))
+    with pytest.raises(BadConfig) as caught:
+        function(["a", "b"], ["x", "y"], {})
+    for part in ("reward.functions[0]", *expected):
+        assert part in str(caught.value)
+
+
+def test_a_column_with_the_name_of_an_argument_is_refused(find: Any) -> None:
+    source = find("def f(prompts, completions):\n    return []\n")
+    rows = [Prompt("q", "rows.jsonl line 7", {"completions": "x"})]
+    with pytest.raises(BadData, match=r"rows.jsonl line 7: column 'completions'.*rename it"):
+        functions.check_columns(rows, [source])
+    functions.check_columns(rows, [])
+
+
+def test_functions_that_are_not_mounted_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(functions.FOLDER_VARIABLE, raising=False)
+    with pytest.raises(BadConfig, match="no reward functions are mounted here"):
+        functions.find(run_file("f"))
+    monkeypatch.setenv(functions.FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(BadConfig, match="check the key of the ConfigMap"):
+        functions.find(run_file("f"))
+
+
+def test_the_digest_is_that_of_the_text(find: Any) -> None:
+    one, other = (find(f"def f(prompts, completions):\n    return [{n}]\n").digest for n in (1, 2))
+    assert one != other
+    assert one.startswith("sha256:")

@@ -1,0 +1,1 @@
+"""What sampled answers are worth: users' functions and reward models."""
