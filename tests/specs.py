@@ -43,6 +43,7 @@ TEXTS: dict[str, st.SearchStrategy[str]] = {
     "retry.preemptions": st.sampled_from(["Unlimited", 0, "17", 1000]),
     "scheduling.queueName": NAMES,
 }  # fmt: skip
+SUPERVISED = ("Auto", "Messages", "PromptCompletion", "Alpaca", "Text")  # formats for SFT
 # Objects whose rules between fields `_reconcile` knows.
 RECONCILED = frozenset(
     {"spec", "model", "method", "sources", "hyperparameters", "resources", "backoffSeconds", "targetModules"}
@@ -123,6 +124,8 @@ def _is_known(part: Json, path: tuple[str, ...]) -> bool:
 def _reconcile(spec: Json) -> Json:
     """The nearest spec that keeps the rules between fields."""
     spec = copy.deepcopy(spec)
+    for part in ("preference", "generation", "reward"):  # of objectives other than SFT
+        spec.pop(part, None)
     _reconcile_model(spec["model"])
     method = spec.get("method", {})
     _reconcile_method(method, spec.get("hyperparameters", {}))
@@ -168,6 +171,8 @@ def _reconcile_data(spec: Json) -> None:
     data = spec["dataset"]
     data["sources"] = list({source["uri"]: source for source in data["sources"]}.values())
     for source in data["sources"]:
+        if source.get("format") not in SUPERVISED:
+            source.pop("format", None)
         allowed = finetunejob_columns(source.get("format", "Auto"))
         if "columns" in source:
             source["columns"] = {name: text for name, text in source["columns"].items() if name in allowed}
