@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import jobs, local, rollouts
+from finetune_cli import job_planning, jobs, local, rollouts
 
 app = typer.Typer(
     name="finetune",
@@ -15,6 +15,7 @@ app = typer.Typer(
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(local.app, name="local")
+app.command("plan")(job_planning.plan)
 
 
 def main() -> None:

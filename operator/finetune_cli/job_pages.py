@@ -57,6 +57,13 @@ WAITING = {
 }
 
 
+# Reasons of a job that waits and for which nobody has to do anything.
+ORDINARY = frozenset(
+    {"", "Accepted", "Provisioning", "Submitting", "Starting", "Stopping", "Resumed", "Queued", "NameTaken",
+     "WaitingForModel", "AdmissionChecks", "Preempted"}
+)  # fmt: skip
+
+
 def describe(job: Job, events: Sequence[Mapping[str, Any]], now: datetime) -> str:
     """The whole page. `events` are the job's Event objects in any order; the last five are shown."""
     sections = [
@@ -64,9 +71,11 @@ def describe(job: Job, events: Sequence[Mapping[str, Any]], now: datetime) -> st
         section("What", what(job)),
         section("Why", [status_of(job).get("message") or "The operator has not looked at the job yet."]),
         section("Do", [next_step(job)]),
+        section("Queue", _queue(job)),
         section("Progress", _progress(job, now)),
         section("Used", _effective(job)),
         section("Result", result_lines(job)),
+        section("Cost", _cost(job)),
         section("Attempts", _attempts(job)),
         section("Conditions", condition_lines(job, now)),
         section("Events", event_lines(events, now)),
@@ -105,6 +114,8 @@ def next_step(job: Job) -> str:
         return REMEDIES.get(reason, REMEDIES["Internal"]).format(**names)
     if phase == "Pending" and _refused(status):
         return "Do what the message says; the operator tries again by itself."
+    if phase in ("Pending", "Provisioning", "Queued") and reason not in ORDINARY:
+        return "Do what the message says; the job goes on by itself then."
     if phase in WAITING:
         return WAITING[phase].format(**names)
     return f"Nothing; it runs. To follow it: finetune jobs watch {meta['name']} -n {meta['namespace']}"
@@ -153,6 +164,29 @@ def _effective(job: Job) -> list[str]:
         "modelUri": "model",
     }
     return [f"{label}: {effective[key]}" for key, label in labels.items() if effective.get(key) is not None]
+
+
+def _queue(job: Job) -> list[str]:
+    queue = status_of(job).get("queue")
+    if queue is None:
+        return []
+    place = f", position {queue['position']}" if queue.get("position") is not None else ""
+    lines = [f"{queue['name']}{place}: {queue['reason']}"]
+    if queue.get("workload"):
+        lines.append(f"more: kubectl describe workload {queue['workload']} -n {job['metadata']['namespace']}")
+    return lines
+
+
+def _cost(job: Job) -> list[str]:
+    cost = status_of(job).get("cost")
+    if cost is None:
+        return []
+    lost = cost.get("lostGpuSeconds", 0)
+    used = f"{format_duration(cost.get('gpuSeconds', 0))} of GPUs"
+    line = used + (f", {format_duration(lost)} of them lost" if lost else "")
+    if cost.get("estimated") is not None:
+        line += f"; about {cost['estimated']:.2f} {cost.get('currency', '')}".rstrip()
+    return [line]
 
 
 def _attempts(job: Job) -> list[str]:

@@ -29,7 +29,7 @@ def render_live(job: job_views.Job, now: datetime, trouble: str | None = None) -
     phase = status.get("phase", "Pending")
     took = job_views.elapsed(job, now)
     title = Text.assemble(
-        (job["metadata"]["name"], "bold"), f"  {spec['method']['type']} of {spec['model']['uri']}"
+        (job["metadata"]["name"], "bold"), f"  {spec['method']['type']} of {job_views.model_of(job)}"
     )
     state = Text.assemble(
         (phase, COLOURS.get(phase, "bold")), "  ", status.get("message") or "waits for the operator"

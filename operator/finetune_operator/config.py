@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import ValidationError
 
+from finetune_fit.prices import PriceTable
 from finetune_operator.core import endpoints
 from finetune_operator.core.elections import Terms
 from finetune_operator.core.endpoints import AllowList
@@ -63,6 +65,10 @@ class OperatorConfig:
     agent_token_file: Path | None
     engine_endpoints: AllowList
     """Engines and agents that deployments may name: nobody else gets the agents' token."""
+    prices: PriceTable | None
+    """What an hour of each kind of GPU costs."""
+    accelerator_label: str
+    """Label of nodes that spec.resources.acceleratorType selects."""
     alert_providers_file: Path | None
     """JSON {name: URL}."""
     drain_seconds: float
@@ -112,6 +118,16 @@ def _pod_defaults(environ: Mapping[str, str], name: str) -> PodDefaults:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ConfigurationError(f"{name}={str(file)!r}: {where}: {first['msg']}") from error
+
+
+def _prices(environ: Mapping[str, str], name: str) -> PriceTable | None:
+    file = _file(environ, name)
+    if file is None:
+        return None
+    try:
+        return PriceTable.parse(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{name}={str(file)!r}: {error}") from error
 
 
 def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -210,6 +226,8 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         engine_endpoints=_engine_endpoints(
             environ, "FINETUNE_ENGINE_ENDPOINTS", configured=(engine_url, agent_url)
         ),
+        prices=_prices(environ, "FINETUNE_PRICES_FILE"),
+        accelerator_label=environ.get("FINETUNE_ACCELERATOR_LABEL") or "nvidia.com/gpu.product",
         alert_providers_file=_file(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
         drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
         leader_election=_choice(environ, "FINETUNE_LEADER_ELECTION", "false", ("true", "false")) == "true",

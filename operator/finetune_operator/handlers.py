@@ -15,6 +15,7 @@ import kopf
 from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import GROUP, VERSION
 from finetune_operator.manifests import naming
+from finetune_operator.reconcile import facts
 from finetune_operator.reconcile.queue import Key
 
 Notice: TypeAlias = Callable[[str | None, Mapping[str, Any]], bool]
@@ -75,6 +76,12 @@ def build_registry(
     @kopf.on.event("v1", "pods", labels=ours, registry=registry)
     async def pod_changed(event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
         job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
+
+    # Without Kueue there is no such resource, and Kopf waits until there is one. Workloads do not carry labels of ours.
+    @kopf.on.event("kueue.x-k8s.io", "v1beta2", "workloads", registry=registry)
+    async def workload_changed(namespace: str | None, body: kopf.Body, **_: Any) -> None:
+        if job := facts.workload_owner(dict(body)):
+            job_changed((namespace or "", job), True)
 
     return registry
 

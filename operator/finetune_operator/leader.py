@@ -97,12 +97,13 @@ def _reconciler(
             authority_pem=authority.read(),
             termination_grace_seconds=settings.termination_grace_seconds,
             pod_defaults=settings.pod_defaults,
+            accelerator_label=settings.accelerator_label,
         )
 
     return FineTuneJobReconciler(
         kube=kube,
         mailbox=mailbox,
         telemetry=telemetry,
-        defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image),
+        defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image, prices=settings.prices),
         platform=platform,
     )

@@ -14,7 +14,7 @@ import datasets
 import torch
 import transformers
 
-from finetune_trainer import checkpoints, export, finite, prepared, resume, saving, signals, summary
+from finetune_trainer import checkpoints, export, finite, fit, prepared, resume, saving, signals, summary
 from finetune_trainer.callbacks import ProgressCallback
 from finetune_trainer.data import encoding
 from finetune_trainer.methods import adapters, choices, models, packing, sampling, settings, trainers
@@ -43,6 +43,7 @@ def train(
         run.hyperparameters.precision, device=device.name, gpu_has_bfloat16=device.has_bfloat16
     )
     choices.explain("precision", precision)
+    fit.check(run, checked, device, precision=precision.value, length=_longest(run, encoded))
     head = Head.REWARD if run.objective is Objective.REWARD_MODEL else Head.LANGUAGE
     model = models.load_base(run, checked.model, device=device, precision=precision.value, head=head)
     _check_model(model, run, encoded)
@@ -135,6 +136,12 @@ def _find_checkpoint(
             resumed_from_step=found.step, step=found.step, checkpoint=found.checkpoint.to_report()
         )
     return found
+
+
+def _longest(run: RunFile, encoded: prepared.Encoded) -> int:
+    """Tokens of the longest row; what is sampled may be as long as the model is let."""
+    lengths = [len(row.input_ids) for row in prepared.answers(encoded.train)]
+    return encoded.max_length if run.objective.samples or not lengths else max(lengths)
 
 
 def _prepare_libraries() -> int:

@@ -27,6 +27,8 @@ FIELD_MANAGER = "finetune-operator"
 REQUEST_SECONDS = 30
 BUSY_TRIES = 4  # of a request that the server was too busy to begin with (429)
 BUSY_SECONDS = 5.0  # the longest that one is held back, whatever Retry-After says
+KUEUE_VERSION = "kueue.x-k8s.io/v1beta2"  # served since Kueue 0.15
+KUEUE_VISIBILITY = "visibility.kueue.x-k8s.io/v1beta2"
 IN_CLUSTER_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 PLURALS = {
     ("v1", "ConfigMap"): "configmaps",
@@ -35,6 +37,7 @@ PLURALS = {
     ("coordination.k8s.io/v1", "Lease"): "leases",
     ("ray.io/v1", "RayCluster"): "rayclusters",
     ("ray.io/v1", "RayJob"): "rayjobs",
+    (KUEUE_VERSION, "Workload"): "workloads",
     (API_VERSION, finetunejob.KIND): finetunejob.PLURAL,
     (API_VERSION, adapterdeployment.KIND): adapterdeployment.PLURAL,
 }
@@ -118,6 +121,19 @@ class Kube:
             "GET", _path(api_version, kind, namespace), query=[("labelSelector", selector)], missing_ok=True
         )
         return list(answer["items"]) if answer else []
+
+    async def events_about(self, namespace: str, *, uid: str) -> list[Json]:
+        """The core/v1 Events about one object, in any order."""
+        query = [("fieldSelector", f"involvedObject.uid={uid}")]
+        answer = await self._request("GET", _path("v1", "Event", namespace), query=query)
+        return list(answer["items"]) if answer else []
+
+    async def pending_workloads(self, namespace: str, queue: str) -> list[Json]:
+        """The Workloads that wait in a LocalQueue of Kueue, the next one first (at most 1000). Empty where Kueue does
+        not serve that list."""
+        path = f"/apis/{KUEUE_VISIBILITY}/namespaces/{namespace}/localqueues/{queue}/pendingworkloads"
+        answer = await self._request("GET", path, missing_ok=True)
+        return list(answer.get("items", [])) if answer else []
 
     async def list_all(self, api_version: str, kind: str, namespaces: Sequence[str]) -> list[Json]:
         """All objects of a kind in these namespaces; of the whole cluster where none is named."""

@@ -60,7 +60,8 @@ def _build_finetunejob() -> Document:
             _column("Age", ".metadata.creationTimestamp", kind="date"),
             _column("Step", ".status.progress.step", kind="integer", priority=1),
             _column("ETA", ".status.progress.eta", priority=1),
-            _column("Reason", ".status.reason", priority=1),
+            _column("Reason", ".status.reason"),
+            _column("Message", ".status.message", priority=1),
             _column("Artifact", ".status.artifact.uri", priority=1),
         ],
     )

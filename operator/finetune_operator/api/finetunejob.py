@@ -51,6 +51,7 @@ from finetune_operator.api.finetunejob_status import (
     Artifact,
     Attempt,
     Checkpoint,
+    Cost,
     Effective,
     ErrorClass,
     FineTuneJobStatus,
@@ -59,6 +60,7 @@ from finetune_operator.api.finetunejob_status import (
     Overrides,
     Phase,
     Progress,
+    Queue,
     Retries,
     Upstream,
 )
@@ -70,6 +72,7 @@ from finetune_operator.api.finetunejob_training import (
     Precision,
     ResourcesSpec,
     Scheduler,
+    SchedulingSpec,
 )
 from finetune_operator.api.rules import FORBIDDEN, rule, rules
 
@@ -88,6 +91,7 @@ __all__ = [
     "CheckpointSpec",
     "ComputeDtype",
     "ConfigMapKeyReference",
+    "Cost",
     "DataFormat",
     "DatasetSpec",
     "DeadlineSpec",
@@ -117,6 +121,7 @@ __all__ = [
     "Progress",
     "QuantizationSpec",
     "QuantizationType",
+    "Queue",
     "ResourcesSpec",
     "ResumePolicy",
     "Retries",
@@ -124,6 +129,7 @@ __all__ = [
     "RewardFunctionSpec",
     "RewardSpec",
     "Scheduler",
+    "SchedulingSpec",
     "SourceSpec",
     "SplitSpec",
     "Upstream",
@@ -236,6 +242,8 @@ class FineTuneJobSpec(ApiModel):
     patience 3."""
     resources: ResourcesSpec = ResourcesSpec()
     """What the training pod gets. Default: 1 CPU, 4Gi memory, no GPU."""
+    scheduling: SchedulingSpec = SchedulingSpec()
+    """Who decides when there is room. Default: nobody but the cluster's scheduler."""
     output: OutputSpec = OutputSpec()
     """Where the artifact goes. Default: a folder of its own below the operator's output folder."""
     checkpoint: CheckpointSpec = CheckpointSpec()

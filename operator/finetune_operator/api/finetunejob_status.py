@@ -163,6 +163,34 @@ class Checkpoint(StatusModel):
     """When the operator learnt of it."""
 
 
+class Queue(StatusModel):
+    """The job's place in a queue of Kueue; present while it waits there."""
+
+    name: Annotated[str, Field(max_length=63)]
+    """LocalQueue in the job's namespace."""
+    position: int | None = None
+    """How many Workloads of that queue come first, plus one; absent where Kueue does not tell."""
+    workload: Annotated[str, Field(max_length=253)] | None = None
+    """Name of Kueue's Workload for the attempt; absent until Kueue has made it."""
+    reason: Annotated[str, Field(max_length=64)]
+    """One word for why it waits, for example Pending, Preempted or QueueMissing."""
+    message: Message = ""
+    """What Kueue says."""
+
+
+class Cost(StatusModel):
+    """What the job has used, over all attempts."""
+
+    gpu_seconds: int = 0
+    """GPUs times the seconds in which the training pod ran."""
+    lost_gpu_seconds: int = 0
+    """Part of gpuSeconds whose work no checkpoint and no artifact holds."""
+    estimated: float | None = None
+    """gpuSeconds by the operator's price table; absent where that has no price for the GPU."""
+    currency: Annotated[str, Field(max_length=8)] | None = None
+    """Currency of estimated."""
+
+
 class LastAction(StatusModel):
     """What became of the annotation finetune.dev/action."""
 
@@ -248,8 +276,8 @@ class FineTuneJobStatus(StatusModel):
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=keyed_list("type"))] = (
         Field(default_factory=list)
     )
-    """Accepted, ResourcesReady, Training, CheckpointAvailable, Suspended, ArtifactPublished, and at the end Complete or
-    Failed."""
+    """Accepted, QuotaReserved (with a queue), ResourcesReady, Training, CheckpointAvailable, Suspended,
+    ArtifactPublished, and at the end Complete or Failed."""
     progress: Progress | None = None
     """How far training is; at most one write in 10 seconds."""
     metrics: Metrics | None = None
@@ -266,6 +294,10 @@ class FineTuneJobStatus(StatusModel):
     """What the next attempt is given instead of what the spec says."""
     checkpoint: Checkpoint | None = None
     """The newest checkpoint."""
+    queue: Queue | None = None
+    """The job's place in a queue of Kueue; present while it waits there."""
+    cost: Cost | None = None
+    """What the job has used, over all attempts; absent where it used no GPU."""
     last_action: LastAction | None = None
     """What became of the annotation finetune.dev/action."""
     suspended_seconds: int | None = None

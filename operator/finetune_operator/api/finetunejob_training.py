@@ -102,6 +102,17 @@ class EarlyStoppingSpec(ApiModel):
 class ResourcesSpec(ApiModel):
     """What the training pod gets."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.acceleratorType) || self.gpusPerWorker > 0",
+                "the training pod has no GPU; set gpusPerWorker to 1, or remove acceleratorType",
+                fieldPath=".acceleratorType",
+                reason=FORBIDDEN,
+            )
+        )
+    )
+
     image: (
         Annotated[
             str,
@@ -126,6 +137,49 @@ class ResourcesSpec(ApiModel):
     """Memory request and limit of the training pod as a Kubernetes quantity, for example 16Gi. Default 4Gi."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     """GPUs of the training pod, 0 or 1. Default 0: training runs on the CPU."""
+    accelerator_type: (
+        Annotated[
+            str,
+            Field(
+                min_length=1,
+                max_length=63,
+                json_schema_extra=rules(
+                    rule(
+                        "self.matches('^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$')",
+                        "must be the value of a node's label, for example NVIDIA-L4 or NVIDIA-A100-SXM4-80GB",
+                    )
+                ),
+            ),
+        ]
+        | None
+    ) = None
+    """Kind of GPU, as the nodes' label nvidia.com/gpu.product names it (the operator may be configured for another
+    label), for example NVIDIA-L4 or NVIDIA-H100-80GB-HBM3. The training pod runs only on such nodes, and
+    `finetune plan` compares the job with this GPU's memory. Absent: any GPU."""
+
+
+class SchedulingSpec(ApiModel):
+    """Who decides when there is room for the job."""
+
+    queue_name: (
+        Annotated[
+            str,
+            Field(
+                min_length=1,
+                max_length=63,
+                json_schema_extra=rules(
+                    rule(
+                        "self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+                        "must be the name of a LocalQueue of Kueue in the job's namespace: lower-case letters, digits "
+                        "and '-', for example team-a",
+                    )
+                ),
+            ),
+        ]
+        | None
+    ) = None
+    """LocalQueue of Kueue in the job's namespace. The job then starts when the queue has quota for it, and may be
+    preempted by the queue; it goes on from its newest checkpoint. Absent: the job starts at once."""
 
 
 class OutputSpec(ApiModel):

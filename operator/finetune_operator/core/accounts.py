@@ -67,10 +67,12 @@ def lost_steps(seen: Observed, *, last_step: int | None) -> int | None:
 
 
 def gpu_seconds(seen: Observed, *, now: datetime) -> int | None:
-    """GPUs times the seconds since the attempt's pod ran; None where it has no GPU."""
+    """GPUs times the seconds in which the attempt's pod ran, with those before a queue held it back; None where it has
+    no GPU."""
     spec = seen.job.spec
     if spec is None or not spec.resources.gpus_per_worker:
         return None
     since = statuses.holds_since(seen.job.status, ConditionType.RESOURCES_READY)
     seconds = (now - since).total_seconds() if since else 0.0
-    return spec.resources.gpus_per_worker * max(0, round(seconds))
+    before = seen.job.status.attempts[-1].gpu_seconds or 0
+    return before + spec.resources.gpus_per_worker * max(0, round(seconds))

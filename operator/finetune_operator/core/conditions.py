@@ -12,6 +12,7 @@ from finetune_operator.api.base import Condition
 
 class ConditionType(StrEnum):
     ACCEPTED = "Accepted"  # the operator understands the spec and can act on it
+    QUOTA_RESERVED = "QuotaReserved"  # the queue has let the job in
     RESOURCES_READY = "ResourcesReady"  # the training pod runs
     TRAINING = "Training"  # optimizer steps are being taken
     CHECKPOINT_AVAILABLE = "CheckpointAvailable"  # another attempt would not begin at step 0

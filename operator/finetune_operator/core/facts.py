@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeAlias
 
+from finetune_fit.prices import PriceTable
 from finetune_operator.api.finetunejob import Artifact, FineTuneJobSpec, FineTuneJobStatus, Phase
 from finetune_operator.core import reports
 
@@ -83,6 +84,28 @@ class PodFacts:
 
 
 @dataclass(frozen=True)
+class WorkloadFacts:
+    """Kueue's Workload for a RayJob."""
+
+    name: str
+    """Empty where we may not read it."""
+    active: bool = True
+    """False: Kueue or a person has taken it out of the queue (spec.active)."""
+    quota_reserved: bool = False
+    admitted: bool = False
+    reason: str = ""
+    """Of condition QuotaReserved: Pending, Inadmissible, ..."""
+    message: str = ""
+    evicted: str = ""
+    """Why it had to go, while it has not been let in again: Preempted, PodsReadyTimeout, AdmissionCheck, ..."""
+    evicted_message: str = ""
+    checks: Sequence[str] = ()
+    """Admission checks that are not ready, with what they say."""
+    position: int | None = None
+    """Place in the LocalQueue, from 1."""
+
+
+@dataclass(frozen=True)
 class UpstreamFacts:
     """A FineTuneJob that makes the model, the adapter or the reward model."""
 
@@ -115,6 +138,10 @@ class Observed:
     clock_is_behind: bool = False
     """Whether the clock was set back behind what the job has recorded: its time stands still until then."""
     kuberay_installed: bool = True
+    kueue_installed: bool = True
+    """Only looked up where spec.scheduling.queueName is set."""
+    workload: WorkloadFacts | None = None
+    """Kueue's Workload for the RayJob; only looked up while that is held back."""
     upstream: UpstreamFacts | None = None
     """The job of spec.model.fineTuneJobRef."""
     reward: UpstreamFacts | None = None
@@ -131,6 +158,8 @@ class Observed:
 class Defaults:
     output_uri: str | None
     image: str
+    prices: PriceTable | None = None
+    """What an hour of a GPU costs."""
 
 
 @dataclass(frozen=True)

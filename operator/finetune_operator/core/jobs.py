@@ -19,7 +19,17 @@ from finetune_operator.api.finetunejob import (
     LastAction,
     Phase,
 )
-from finetune_operator.core import attempts, chains, deadlines, endings, running, statuses, suspensions
+from finetune_operator.core import (
+    attempts,
+    chains,
+    costs,
+    deadlines,
+    endings,
+    running,
+    statuses,
+    suspensions,
+    waits,
+)
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
 from finetune_operator.core.facts import (
@@ -48,6 +58,8 @@ def decide(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
     if is_finished(seen.job.status):
         return _after_the_end(seen, now=now)
     plan = _decide_unfinished(_with_action(seen), defaults=defaults, now=now)
+    status = costs.updated(seen.job.status, plan.status, spec=seen.job.spec, prices=defaults.prices)
+    plan = replace(plan, status=status)
     return replace(plan, events=statuses.events(seen.job.status, plan.status))
 
 
@@ -307,7 +319,9 @@ def refused(seen: Observed, message: str, *, now: datetime) -> Plan:
 
 def forbidden(seen: Observed, message: str, *, now: datetime) -> Plan:
     """A quota or a missing right stands in the way: say so and try again."""
-    reason = "QuotaExceeded" if "exceeded quota" in message else "Forbidden"
+    reason = waits.reason_of_refusal(message, otherwise="Forbidden")
+    if reason != "Forbidden":
+        message = waits.refusal("what the job needs", message)
     claim = Claim(ConditionType.RESOURCES_READY, False, reason, message)
     status = statuses.build(seen, Phase.PENDING, reason, message, claims=[claim], now=now)
     return Plan(status=status, events=statuses.events(seen.job.status, status), requeue_after=WAITING_SECONDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from finetune_operator.api.finetunejob import (
@@ -14,7 +14,17 @@ from finetune_operator.api.finetunejob import (
     Progress,
     Retries,
 )
-from finetune_operator.core import accounts, attempts, deadlines, failures, reports, statuses, words
+from finetune_operator.core import (
+    accounts,
+    attempts,
+    deadlines,
+    failures,
+    queues,
+    reports,
+    statuses,
+    waits,
+    words,
+)
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.durations import format_duration
@@ -23,12 +33,8 @@ from finetune_operator.core.reports import Report
 
 RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
 WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
-HEED_SECONDS = 15.0  # KubeRay looks at a new RayJob within this time if it runs
+QUEUED_SECONDS = 30.0  # a queue's news arrive as watch events; only the position in it does not
 FRESH_SECONDS = 30.0
-PULL_GRACE = timedelta(minutes=10)  # registries have outages; an image that does not exist stays away longer
-NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
-NOT_PULLED = NEVER_PULLED | {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable"}
-CRASHING = frozenset({"CrashLoopBackOff"})
 
 PHASE_TEXTS = {
     Phase.VALIDATING: ("Validating", "the trainer checks configuration, model and data"),
@@ -138,10 +144,13 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
     phase = reports.phase_of(report) if report else _phase_without_report(known)
     training = phase is Phase.RUNNING
     reason, message = PHASE_TEXTS[phase]
-    updates: dict[str, Any] = {"attempts": statuses.with_last(known.attempts, uid=rayjob.uid)}
+    updates: dict[str, Any] = {
+        "attempts": statuses.with_last(known.attempts, uid=rayjob.uid),
+    }
     claims = [
         Claim(ConditionType.RESOURCES_READY, True, "PodsRunning", "the training pod runs"),
         Claim(ConditionType.TRAINING, training, reason, message),
+        *queues.admitted(rayjob),
     ]
     if report is not None:
         checkpoint = reports.checkpoint_of(report, known=known.checkpoint, now=now)
@@ -187,11 +196,9 @@ def _held_back(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Plan:
             text = f"RayJob {rayjob.name} was suspended while it ran"
             return attempts.end(seen, Ending(ErrorClass.PREEMPTED, text), now=now)
         retries = retries.model_copy(update={"preemption": retries.preemption + 1})
-    if rayjob.queue:
-        reason, message = "Queued", f"waits in queue {rayjob.queue} until there is room"
-    else:
-        reason = "RayJobSuspended"
-        message = f"RayJob {rayjob.name} was suspended by someone else: set its spec.suspend to false"
+    place = queues.look(seen, rayjob, now=now)
+    reason, message = place.reason, place.message
+    quota = [] if place.queue is None else [queues.claim(seen.workload, place)]
     status = statuses.build(
         seen,
         Phase.QUEUED,
@@ -200,20 +207,25 @@ def _held_back(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Plan:
         claims=[
             Claim(ConditionType.RESOURCES_READY, False, reason, message),
             Claim(ConditionType.TRAINING, False, reason, message),
+            *quota,
         ],
         now=now,
-        attempts=statuses.with_last(known.attempts, uid=rayjob.uid),
+        attempts=statuses.with_last(
+            known.attempts, uid=rayjob.uid, gpu_seconds=accounts.gpu_seconds(seen, now=now) if taken else None
+        ),
         retries=retries if retries != Retries() else known.retries,
+        queue=place.queue,
     )
-    return Plan(status=status, requeue_after=WAITING_SECONDS)
+    return Plan(status=status, requeue_after=QUEUED_SECONDS if seen.workload else WAITING_SECONDS)
 
 
 def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
     """No process yet. An image that cannot be had ends the attempt; anything else waits, and says for what."""
-    hopeless = _hopeless(seen, now=now)
+    hopeless = waits.hopeless(seen, now=now)
     if hopeless is not None:
         return attempts.end(seen, hopeless, now=now)
-    reason, message = _why_it_waits(seen, rayjob, now=now)
+    wait = waits.why(seen, rayjob, now=now)
+    reason, message = wait.reason, wait.message
     ready = rayjob.deployment_status == "Running"  # KubeRay says so once every pod of the cluster is ready
     claim = Claim(ConditionType.RESOURCES_READY, False, reason, message)
     if ready:
@@ -224,40 +236,10 @@ def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now:
         Phase.PROVISIONING,
         reason,
         message,
-        claims=[claim],
+        claims=[claim, *queues.admitted(rayjob)],
         now=now,
         attempts=statuses.with_last(seen.job.status.attempts, uid=rayjob.uid),
     )
-    again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=WAITING_SECONDS)
+    most = waits.next_look(rayjob, now=now, most=WAITING_SECONDS)
+    again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=most)
     return Plan(status=status, requeue_after=again)
-
-
-def _hopeless(seen: Observed, *, now: datetime) -> Ending | None:
-    """Why the attempt cannot start, where waiting does not help."""
-    for pod in seen.pods:
-        reason = pod.waiting_reason or ""
-        waited = pod.scheduled_at is not None and now - pod.scheduled_at >= PULL_GRACE
-        told = f"pod {pod.name}: {reason}: {pod.waiting_message}"
-        if reason in NEVER_PULLED or (reason in NOT_PULLED and waited):
-            text = f"the image cannot be had ({told}): correct spec.resources.image or the pull secret"
-            return Ending(ErrorClass.BAD_CONFIG, text, final=True)
-        if reason in CRASHING and waited:
-            return Ending(ErrorClass.INTERNAL, f"the container ends again and again ({told})")
-    return None
-
-
-def _why_it_waits(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> tuple[str, str]:
-    waiting = next((pod for pod in seen.pods if pod.waiting_reason), None)
-    if waiting is not None and waiting.waiting_reason is not None:
-        return waiting.waiting_reason, f"pod {waiting.name}: {waiting.waiting_message}"
-    if rayjob.cluster_problem:
-        reason = "QuotaExceeded" if "exceeded quota" in rayjob.cluster_problem else "PodsNotCreated"
-        return reason, f"the pods of RayJob {rayjob.name} cannot be created: {rayjob.cluster_problem}"
-    old = rayjob.created is not None and (now - rayjob.created).total_seconds() >= HEED_SECONDS
-    if not rayjob.deployment_status and not rayjob.known_to_kuberay and not rayjob.managed_elsewhere and old:
-        message = f"KubeRay does not look at RayJob {rayjob.name}: see that its operator runs"
-        return "KubeRayUnavailable", message
-    if rayjob.deployment_status in ("Retrying", "Waiting"):
-        message = f"KubeRay starts RayJob {rayjob.name} again by itself: its backoffLimit was changed"
-        return "RayJobRetrying", message
-    return "Provisioning", f"RayJob {rayjob.name} starts"

@@ -35,6 +35,7 @@ def build(
             "phase": phase or known.phase,
             "reason": reason,
             "message": message[:4000],
+            "queue": None,  # whoever has a place in one says so
             "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
             **updates,
         }

@@ -36,6 +36,8 @@ class Platform:
     status_url: str
     authority_pem: str | None
     termination_grace_seconds: int
+    accelerator_label: str = "nvidia.com/gpu.product"
+    """Label of nodes that spec.resources.acceleratorType selects."""
     pod_defaults: PodDefaults = field(default_factory=PodDefaults)
 
 
@@ -80,6 +82,8 @@ def build_rayjob(
         config_map=name,
         platform=platform,
     )
+    if spec.resources.accelerator_type and not inspect:
+        pod_spec["nodeSelector"] = {platform.accelerator_label: spec.resources.accelerator_type}
     rayjob_spec: dict[str, Any] = {
         "entrypoint": INSPECTION_ENTRYPOINT if inspect else ENTRYPOINT,
         "submissionMode": platform.submission_mode,
@@ -101,12 +105,13 @@ def build_rayjob(
         # With a second try the submitter would start the same job again from its beginning.
         rayjob_spec["submitterConfig"] = {"backoffLimit": 0}
         rayjob_spec["submitterPodTemplate"] = pods.submitter_template(image, platform.pod_defaults)
-    return {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": _metadata(owner, name, attempt),
-        "spec": rayjob_spec,
-    }
+    metadata = _metadata(owner, name, attempt)
+    queue = spec.scheduling.queue_name
+    if queue is not None and not inspect:
+        # From here on Kueue owns `suspend`. Created suspended: without it the job would run before Kueue has seen it.
+        metadata["labels"] |= {naming.LABEL_QUEUE: queue}
+        rayjob_spec["suspend"] = True
+    return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": rayjob_spec}
 
 
 def _metadata(owner: Owner, name: str, attempt: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ NOT_FOR_THE_TRAINER: dict[str, Any] = {
     "dataset": {"secret_ref"},
     "reward": {"secret_ref", "fine_tune_job_ref"},
     "resources": True,
+    "scheduling": True,
     "output": True,
     "checkpoint": True,
     "retry": True,

@@ -12,8 +12,11 @@ from pydantic import ValidationError
 from finetune_operator.adapters.kube import Json
 from finetune_operator.api.base import ACTION_ANNOTATION, StatusModel
 from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, UpstreamFacts
+from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, UpstreamFacts, WorkloadFacts
 from finetune_operator.manifests import naming
+
+PROBLEMS = 5  # of a spec that are named
+STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its events are asked for
 
 
 def job_facts(body: Json) -> JobFacts:
@@ -39,10 +42,14 @@ def job_facts(body: Json) -> JobFacts:
 
 
 def spec_problem(error: ValidationError) -> str:
-    """What is wrong with a spec, field by field."""
-    return "; ".join(
-        f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
-    )
+    """What is wrong with a spec, field by field: the first few, for people read it and a status has its limits."""
+    found = error.errors(include_url=False, include_input=False)
+    lines = [
+        f"{'.'.join(['spec', *(str(part) for part in item['loc'])])[:300]}: {item['msg'][:300]}"
+        for item in found[:PROBLEMS]
+    ]
+    more = [f"and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
+    return "; ".join(lines + more)
 
 
 def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
@@ -70,6 +77,49 @@ def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
     )
 
 
+def workload_facts(body: Json, *, pending: Sequence[Json] = ()) -> WorkloadFacts:
+    """The facts of a Kueue Workload; `pending` are those that wait in its LocalQueue, as the visibility API lists
+    them."""
+    metadata, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
+    conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
+    quota, evicted = conditions.get("QuotaReserved", {}), conditions.get("Evicted", {})
+    gone = evicted.get("status") == "True"
+    place = next((item for item in pending if item.get("metadata", {}).get("name") == metadata["name"]), {})
+    position = place.get("positionInLocalQueue")
+    return WorkloadFacts(
+        name=metadata["name"],
+        active=spec.get("active", True),
+        quota_reserved=quota.get("status") == "True",
+        admitted=conditions.get("Admitted", {}).get("status") == "True",
+        reason=quota.get("reason", ""),
+        message=quota.get("message", ""),
+        evicted=evicted.get("reason", "Evicted") if gone else "",
+        evicted_message=_eviction(conditions) if gone else "",
+        checks=[
+            f"{check.get('name')} ({check.get('message') or check.get('state')})"
+            for check in status.get("admissionChecks", [])
+            if check.get("state") != "Ready"
+        ],
+        position=None if position is None else int(position) + 1,
+    )
+
+
+def _eviction(conditions: Mapping[str, Mapping[str, Any]]) -> str:
+    """Preempted says for whom; Evicted says why in general."""
+    preempted = conditions.get("Preempted", {})
+    told = preempted if preempted.get("status") == "True" else conditions["Evicted"]
+    return str(told.get("message", ""))
+
+
+def workload_owner(body: Json) -> str | None:
+    """The FineTuneJob whose RayJob a Workload may be for, by the names that we give RayJobs; None: not ours."""
+    for owner in body.get("metadata", {}).get("ownerReferences", []):
+        job, dash, number = str(owner.get("name", "")).rpartition("-a")
+        if owner.get("kind") == "RayJob" and dash and job and number.isdecimal():
+            return job
+    return None
+
+
 def _cluster_problem(status: Mapping[str, Any]) -> str:
     """Why a RayCluster's pods cannot be created: its condition ReplicaFailure, or its reason in older KubeRays."""
     for condition in status.get("conditions", []):
@@ -79,16 +129,19 @@ def _cluster_problem(status: Mapping[str, Any]) -> str:
     return " ".join(str(status.get("reason", "")).split())
 
 
-def pod_facts(body: Json, *, attempt_start: datetime | None = None) -> PodFacts:
-    """Whether a pod runs and, if not, why: what the scheduler says, or what its containers wait for. It was not
+def pod_facts(body: Json, *, attempt_start: datetime | None = None, warning: Json | None = None) -> PodFacts:
+    """Whether a pod runs and, if not, why: what the scheduler says, what its containers wait for, or else the newest
+    `warning` (core/v1 Event) about it, which is where a kubelet tells of volumes that it cannot mount. It was not
     scheduled before the attempt began, whatever another machine's clock says."""
     metadata, status = body["metadata"], body.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
-    containers = status.get("containerStatuses", [])
+    containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
     disrupted = conditions.get("DisruptionTarget", {})
     scheduled = conditions.get("PodScheduled", {})
     running = status.get("phase") == "Running"
     reason, message = (None, "") if running and not _crashes(containers) else _waiting(scheduled, containers)
+    if reason is None and warning is not None and not running:
+        reason, message = str(warning.get("reason", "")) or None, str(warning.get("message", ""))
     return PodFacts(
         name=metadata["name"],
         running=running,
@@ -102,6 +155,27 @@ def pod_facts(body: Json, *, attempt_start: datetime | None = None) -> PodFacts:
         out_of_memory=any(_ended(container).get("reason") == "OOMKilled" for container in containers),
         disruption=_disruption(disrupted),
     )
+
+
+def is_stuck(pod: PodFacts, *, now: datetime) -> bool:
+    """Whether a pod has a node and does not start, and does not say why: its events may."""
+    silent = not pod.running and not pod.gone and pod.waiting_reason is None
+    return (
+        silent and pod.scheduled_at is not None and (now - pod.scheduled_at).total_seconds() >= STUCK_SECONDS
+    )
+
+
+def newest_warning(events: Sequence[Json]) -> Json | None:
+    """The latest Event that tells of trouble."""
+    warnings = [event for event in events if event.get("type") == "Warning"]
+    return max(warnings, key=_event_time, default=None)
+
+
+def _event_time(event: Mapping[str, Any]) -> str:
+    """When it was last seen, as text that sorts (RFC 3339 in UTC); two generations of Event name it differently."""
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    return next((str(time) for time in times if time), "")
 
 
 def _scheduled_at(scheduled: Mapping[str, Any], attempt_start: datetime | None) -> datetime | None:
@@ -163,9 +237,15 @@ def upstream_facts(body: Json | None, *, name: str, waits_for: Sequence[str] = (
 
 def upstream_names(body: Json) -> list[str]:
     """The jobs whose artifacts a FineTuneJob asks for: as its model, and as its reward model."""
-    spec = body.get("spec", {})
-    references = [(spec.get(part) or {}).get("fineTuneJobRef") or {} for part in ("model", "reward")]
-    return [str(reference["name"]) for reference in references if reference.get("name")]
+    found = [_inside(body, "spec", part, "fineTuneJobRef", "name") for part in ("model", "reward")]
+    return [str(name) for name in found if name]
+
+
+def _inside(value: Any, *path: str) -> Any:
+    """What lies at the path; None where the object is of another shape, as one of another version may be."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _time(text: str | None) -> datetime | None:

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, Json
+from finetune_operator.adapters.kube import (
+    KUEUE_VERSION,
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    Json,
+)
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
@@ -26,7 +32,7 @@ from finetune_operator.core.facts import (
     UpstreamFacts,
 )
 from finetune_operator.manifests import naming, rayjobs, runfiles
-from finetune_operator.reconcile import clocks, events, facts, patches
+from finetune_operator.reconcile import clocks, events, facts, patches, waiting
 from finetune_operator.reconcile.followers import Followers
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
@@ -108,6 +114,7 @@ class FineTuneJobReconciler:
         quiet = rayjob is None or (
             not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
         )
+        queued = rayjob is not None and rayjob.is_held_back and rayjob.queue is not None
         labels = naming.job_labels(job.name) if ended else naming.labels(job.name, attempt.number)
         pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels, fresh=ended)
         clusters = await self._find("ray.io/v1", "RayCluster", job, labels, fresh=True) if ended else []
@@ -117,7 +124,14 @@ class FineTuneJobReconciler:
             inspection=await self._rayjob(job, attempt.inspection, fresh=fresh)
             if attempt.inspection
             else None,
-            pods=[facts.pod_facts(body, attempt_start=attempt.start_time) for body in pods],
+            pods=[
+                await waiting.observe_pod(
+                    self.kube, body, attempt_start=attempt.start_time, now=self._now(job)
+                )
+                for body in pods
+            ],
+            workload=await waiting.observe_workload(self.kube, job, rayjob) if queued and rayjob else None,
+            kueue_installed=not queued or await self.kube.has_group_version(KUEUE_VERSION),
             clusters=[body["metadata"]["name"] for body in clusters],
             report=report,
             reported_at=reported_at,

@@ -41,7 +41,7 @@ def pods(defaults: PodDefaults) -> dict[str, Json]:
         spec=FineTuneJobSpec.model_validate(SPEC),
         image="trainer:1",
         places=runfiles.Places("pvc://models/tiny", "pvc://models/out", "pvc://checkpoints/out"),
-        platform=rayjobs.Platform("K8sJobMode", "https://operator:8090", "PEM", 120, defaults),
+        platform=rayjobs.Platform("K8sJobMode", "https://operator:8090", "PEM", 120, pod_defaults=defaults),
     )
     templates = {
         "head": rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"],

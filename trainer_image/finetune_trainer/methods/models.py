@@ -36,12 +36,16 @@ class Device:
     name: str  # "cuda:0" or "cpu"
     description: str  # for people, such as "NVIDIA L4" or "cpu (4 threads)"
     has_bfloat16: bool
+    memory_bytes: int | None = None  # that is free; None on a CPU
 
 
 def find_device(*, threads: int) -> Device:
     if torch.cuda.is_available():
         return Device(
-            "cuda:0", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
+            "cuda:0",
+            torch.cuda.get_device_name(0),
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            memory_bytes=torch.cuda.mem_get_info(0)[0],
         )
     return Device("cpu", f"cpu ({threads} threads)", has_bfloat16=False)
 

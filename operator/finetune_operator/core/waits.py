@@ -1,0 +1,222 @@
+"""Why an attempt does not run yet: one word for programs, and one sentence with the remedy for people.
+
+What stands in the way nearest to the trainer is told: a pod that is there says more than a cluster that could not make
+one, and that more than KubeRay, which has not looked yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobSpec
+from finetune_operator.core.attempts import Ending
+from finetune_operator.core.facts import Observed, PodFacts, RayJobFacts
+
+HEED_SECONDS = (
+    12.0  # KubeRay looks at a new RayJob within this time if it runs; it has taken 10 after its own start
+)
+SLOW_SECONDS = 10.0  # less is ordinary
+PULL_GRACE = timedelta(minutes=10)  # registries have outages; an image that does not exist stays away longer
+NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
+NOT_PULLED = NEVER_PULLED | {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable"}
+CRASHING = frozenset({"CrashLoopBackOff"})
+CONFIG_ERRORS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+LONGEST = 700  # characters that are quoted of other programs' messages
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What is waited for."""
+
+    reason: str
+    message: str
+
+
+def next_look(rayjob: RayJobFacts, *, now: datetime, most: float) -> float:
+    """Seconds until the reason may be another one though nothing has changed, at most `most`."""
+    if rayjob.known_to_kuberay or rayjob.created is None:
+        return most
+    due = HEED_SECONDS - (now - rayjob.created).total_seconds()
+    return min(most, due) if due > 0 else most
+
+
+def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
+    """Why the trainer of this attempt does not run yet."""
+    waiting = next((pod for pod in seen.pods if pod.waiting_reason), None)
+    if waiting is not None:
+        return of_pod(waiting, seen.job.spec)
+    if rayjob.cluster_problem:
+        return of_cluster(rayjob)
+    old = rayjob.created is not None and (now - rayjob.created).total_seconds() >= HEED_SECONDS
+    if not rayjob.deployment_status and not rayjob.known_to_kuberay and not rayjob.managed_elsewhere and old:
+        message = (
+            f"KubeRay does not look at RayJob {rayjob.name}: see that its operator runs (kubectl get pods -A "
+            "-l app.kubernetes.io/name=kuberay-operator) and watches this namespace"
+        )
+        return Wait("KubeRayUnavailable", message)
+    if rayjob.deployment_status in ("Retrying", "Waiting"):
+        message = f"KubeRay starts RayJob {rayjob.name} again by itself: its backoffLimit was changed"
+        return Wait("RayJobRetrying", message)
+    slow = next((pod for pod in seen.pods if _is_slow(pod, now=now)), None)
+    if slow is not None:
+        where = f"pod {slow.name} starts on node {slow.node}"
+        return Wait("Provisioning", f"{where}; where its image is large and new there, that takes minutes")
+    return Wait("Provisioning", f"RayJob {rayjob.name} starts")
+
+
+def _is_slow(pod: PodFacts, *, now: datetime) -> bool:
+    """Whether a pod has a node and still does not run. The first seconds are worth no status of their own."""
+    if pod.running or pod.gone or pod.scheduled_at is None:
+        return False
+    return (now - pod.scheduled_at).total_seconds() >= SLOW_SECONDS
+
+
+def hopeless(seen: Observed, *, now: datetime) -> Ending | None:
+    """How the attempt ends where waiting does not help any more; None: it may."""
+    for pod in seen.pods:
+        reason = pod.waiting_reason or ""
+        waited = pod.scheduled_at is not None and now - pod.scheduled_at >= PULL_GRACE
+        told = f"pod {pod.name}: {reason}: {pod.waiting_message}"
+        if reason in NEVER_PULLED or (reason in NOT_PULLED and waited):
+            text = f"the image cannot be had ({told}): correct spec.resources.image or the pull secret"
+            return Ending(ErrorClass.BAD_CONFIG, text, final=True)
+        if reason in CRASHING and waited:
+            return Ending(ErrorClass.INTERNAL, f"the container ends again and again ({told})")
+    return None
+
+
+# ---------------------------------------------------------------- a pod that cannot run
+
+
+def of_pod(pod: PodFacts, spec: FineTuneJobSpec | None) -> Wait:
+    """Why a pod that exists does not run, by its scheduler's or its kubelet's words."""
+    reason, told = pod.waiting_reason or "", _quoted(pod.waiting_message)
+    if reason == "Unschedulable":
+        return _unscheduled(pod, told, spec)
+    if reason == "SchedulingGated":
+        gated = f"pod {pod.name} is held back by a scheduling gate: see who set it (kubectl get pod {pod.name} -o yaml)"
+        return Wait(reason, gated)
+    if reason in NOT_PULLED:
+        image = f" {spec.resources.image}" if spec and spec.resources.image else ""
+        text = (
+            f"the image{image} of pod {pod.name} cannot be pulled: {told}; correct spec.resources.image, or see that "
+            f"the registry answers and the pull secret is right (after {int(PULL_GRACE.total_seconds() // 60)} minutes "
+            "the job fails)"
+        )
+        return Wait(reason, text)
+    if missing := _missing_object(pod.waiting_message):
+        return missing(pod.name)
+    if reason in CRASHING:
+        return Wait(
+            reason, f"the container of pod {pod.name} ends again and again: {told}; kubectl logs {pod.name}"
+        )
+    if reason in CONFIG_ERRORS:
+        return Wait(reason, f"the container of pod {pod.name} cannot be made: {told}; correct spec.resources")
+    return Wait(reason, f"pod {pod.name} cannot start: {told}; kubectl describe pod {pod.name} says more")
+
+
+def _unscheduled(pod: PodFacts, told: str, spec: FineTuneJobSpec | None) -> Wait:
+    if missing := _missing_object(pod.waiting_message):
+        return missing(pod.name)
+    if "unbound immediate PersistentVolumeClaims" in pod.waiting_message:
+        text = (
+            f"a PersistentVolumeClaim of pod {pod.name} has no volume yet: {told}; see kubectl get pvc, its storage "
+            "class must be able to make one"
+        )
+        return Wait("VolumeClaimUnbound", text)
+    asked = _asked(spec)
+    if "Insufficient" in told:
+        text = f"no node has room for pod {pod.name}{asked}: {told}; wait, add nodes, or ask for less in spec.resources"
+        return Wait("Unschedulable", text)
+    if "node affinity" in told or "node selector" in told:
+        wanted = f" {spec.resources.accelerator_type}" if spec and spec.resources.accelerator_type else ""
+        text = (
+            f"no node is of the kind that pod {pod.name} asks for: {told}; add nodes with accelerator{wanted}, or "
+            "change spec.resources.acceleratorType"
+            if wanted
+            else f"no node is of the kind that pod {pod.name} asks for: {told}; see the pod's nodeSelector and affinity"
+        )
+        return Wait("NoMatchingNode", text)
+    if "untolerated taint" in told:
+        text = f"every node that could take pod {pod.name} is tainted: {told}; add nodes, or tolerations to the pods"
+        return Wait("NodesTainted", text)
+    return Wait("Unschedulable", f"the scheduler finds no node for pod {pod.name}{asked}: {told}")
+
+
+def _asked(spec: FineTuneJobSpec | None) -> str:
+    if spec is None:
+        return ""
+    resources = spec.resources
+    gpus = f", {resources.gpus_per_worker} GPU" if resources.gpus_per_worker else ""
+    return f" ({resources.cpu} CPU, {resources.memory} memory{gpus})"
+
+
+_SECRET = re.compile(r"""secrets? "?([^"\s]+?)"? not found|references non-existent secret key""")
+_CONFIG_MAP = re.compile(r"""configmaps? "?([^"\s]+?)"? not found""")
+_CLAIM = re.compile(r"""persistentvolumeclaims? "?([^"\s]+?)"? (not found|is being deleted)""", re.IGNORECASE)
+
+
+def _missing_object(message: str) -> Callable[[str], Wait] | None:
+    """What to say of an object that the pod refers to and that is not there, or None."""
+    if found := _SECRET.search(message):
+        name = (found.group(1) or "").rpartition("/")[2]
+        text = f"Secret {name} is missing: create it, or correct the secretRef in the spec that names it"
+        return lambda pod: Wait("SecretMissing", f"pod {pod} cannot start: {text}")
+    if found := _CONFIG_MAP.search(message):
+        name = found.group(1).rpartition("/")[2]
+        text = f"ConfigMap {name} is missing: somebody deleted it; cancel this job and create it again"
+        return lambda pod: Wait("ConfigMapMissing", f"pod {pod} cannot start: {text}")
+    if found := _CLAIM.search(message):
+        name = found.group(1).rpartition("/")[2]
+        text = f"PersistentVolumeClaim {name} is missing: create it, or correct the pvc:// URI that names it"
+        return lambda pod: Wait("VolumeClaimMissing", f"pod {pod} cannot start: {text}")
+    return None
+
+
+# ---------------------------------------------------------------- pods that cannot be made
+
+
+def of_cluster(rayjob: RayJobFacts) -> Wait:
+    """Why KubeRay's pods are refused, by the API server's words."""
+    problem = rayjob.cluster_problem
+    return Wait(
+        reason_of_refusal(problem, otherwise="PodsNotCreated"),
+        refusal(f"the pods of RayJob {rayjob.name}", problem),
+    )
+
+
+def reason_of_refusal(problem: str, *, otherwise: str) -> str:
+    """One word for why the API server does not take an object."""
+    if "exceeded quota" in problem or "failed quota" in problem:
+        return "QuotaExceeded"
+    if "violates PodSecurity" in problem:
+        return "PodSecurity"
+    if "LimitRange" in problem or "usage per Container" in problem or "usage per Pod" in problem:
+        return "LimitRangeExceeded"
+    return otherwise
+
+
+REMEDIES = {
+    "QuotaExceeded": "wait until others have finished, ask for less in spec.resources, or have the ResourceQuota of "
+    "the namespace raised",
+    "PodSecurity": "have the platform's pod defaults corrected, or use a namespace that allows such pods",
+    "LimitRangeExceeded": "ask for less in spec.resources, or have the LimitRange of the namespace changed",
+}
+
+
+def refusal(what: str, problem: str) -> str:
+    """The sentence for it. `what` cannot be created."""
+    remedy = REMEDIES.get(reason_of_refusal(problem, otherwise=""), "correct what the message names")
+    return f"{what} cannot be created: {_quoted(problem)}; {remedy}"
+
+
+def _quoted(message: str) -> str:
+    """Another program's message as a part of a sentence of ours."""
+    line = " ".join(message.split()).rstrip(".; ")
+    # The scheduler repeats every node in the part on preemption, which helps nobody.
+    for noise in (". no new claims to deallocate", ". preemption:", ", preemption:"):
+        line = line.partition(noise)[0]
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

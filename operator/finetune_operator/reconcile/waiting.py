@@ -1,0 +1,48 @@
+"""What is read only while a job waits: the events of a pod that is stuck, and Kueue's Workload of a RayJob."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+
+from finetune_operator.adapters.kube import KUEUE_VERSION, ApiError, ForbiddenError, Json, Kube
+from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, WorkloadFacts
+from finetune_operator.manifests import naming
+from finetune_operator.reconcile import facts
+
+logger = logging.getLogger(__name__)
+
+
+async def observe_pod(kube: Kube, body: Json, *, attempt_start: datetime, now: datetime) -> PodFacts:
+    """The facts of a pod. Only one that is stuck is worth a look at its events."""
+    pod = facts.pod_facts(body, attempt_start=attempt_start)
+    if not facts.is_stuck(pod, now=now):
+        return pod
+    metadata = body["metadata"]
+    try:
+        events = await kube.events_about(metadata["namespace"], uid=metadata["uid"])
+    except ApiError as error:  # the reason stays unknown; the job goes on
+        logger.warning("events of pod %s cannot be read: %s", metadata["name"], error)
+        return pod
+    return facts.pod_facts(body, attempt_start=attempt_start, warning=facts.newest_warning(events))
+
+
+async def observe_workload(kube: Kube, job: JobFacts, rayjob: RayJobFacts) -> WorkloadFacts | None:
+    """Kueue's Workload for a RayJob that it holds back, with its place in the queue where Kueue tells it."""
+    labels = {naming.LABEL_WORKLOAD_OWNER: rayjob.uid}
+    try:
+        found = await kube.find(KUEUE_VERSION, "Workload", job.namespace, labels=labels)
+    except ForbiddenError as error:  # the job runs all the same; only its place is not known
+        logger.warning("Workloads of Kueue cannot be read: %s", error)
+        return WorkloadFacts(name="")
+    if not found:
+        return None
+    return facts.workload_facts(found[0], pending=await _pending(kube, job.namespace, rayjob.queue or ""))
+
+
+async def _pending(kube: Kube, namespace: str, queue: str) -> list[Json]:
+    try:
+        return await kube.pending_workloads(namespace, queue)
+    except ApiError as error:  # an API server of its own, which may be away or not be for us
+        logger.debug("the place in queue %s is not known: %s", queue, error)
+        return []

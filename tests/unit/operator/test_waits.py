@@ -1,0 +1,198 @@
+"""Why a job waits: one word, one sentence with a remedy, for everything that can stand in the way."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.finetunejob import Phase
+from finetune_operator.core.facts import PodFacts
+from finetune_operator.reconcile import facts
+from tests.unit.operator.stories import START, Story, rayjob
+
+QUOTA = (
+    'pods "triage-a1-head" is forbidden: exceeded quota: small, requested: cpu=4, used: cpu=8, limited: cpu=8'
+)
+NODES = "0/3 nodes are available: "
+PREEMPTION = (
+    " no new claims to deallocate, preemption: 0/3 nodes are available: "
+    "3 No preemption victims found for incoming pod."
+)
+SECURITY = (
+    'pods "x" is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false'
+)
+
+
+def told(pod: PodFacts | None = None, spec: dict[str, Any] | None = None, **more: Any) -> tuple[str, str]:
+    """Reason and message of a job whose attempt was created and does not run."""
+    story = Story(spec).started()
+    pods = [pod] if pod else []
+    plan = story.step(rayjob=rayjob(**({"deployment": "Initializing"} | more)), pods=pods)
+    assert plan.status.phase is Phase.PROVISIONING
+    assert plan.requeue_after is not None
+    assert plan.requeue_after <= 15
+    ready = {c.type: c for c in plan.status.conditions}["ResourcesReady"]
+    assert (ready.status, ready.reason, ready.message) == ("False", plan.status.reason, plan.status.message)
+    return plan.status.reason or "", plan.status.message or ""
+
+
+def pod(reason: str, message: str, **more: Any) -> PodFacts:
+    return PodFacts("triage-a1-head", False, reason, message, scheduled_at=START, **more)
+
+
+GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4"}}
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "word", "parts"),
+    [
+        (
+            "Unschedulable", NODES + "3 Insufficient nvidia.com/gpu." + PREEMPTION,
+            "Unschedulable",
+            ("no node has room", "1 CPU, 4Gi memory, 1 GPU", "3 Insufficient nvidia.com/gpu;", "ask for less"),
+        ),
+        (
+            "Unschedulable", NODES + "3 node(s) didn't match Pod's node affinity/selector." + PREEMPTION,
+            "NoMatchingNode", ("NVIDIA-L4", "spec.resources.acceleratorType"),
+        ),
+        (
+            "Unschedulable", NODES + "3 node(s) had untolerated taint {gpu: only}.",
+            "NodesTainted", ("tainted", "tolerations"),
+        ),
+        (
+            "Unschedulable", NODES + 'persistentvolumeclaim "files" not found. not found',
+            "VolumeClaimMissing", ("PersistentVolumeClaim files is missing", "create it", "pvc://"),
+        ),
+        (
+            "Unschedulable", NODES + "pod has unbound immediate PersistentVolumeClaims.",
+            "VolumeClaimUnbound", ("no volume yet", "storage class"),
+        ),
+        ("SchedulingGated", "", "SchedulingGated", ("scheduling gate",)),
+        (
+            "ImagePullBackOff", 'Back-off pulling image "trainer:2"',
+            "ImagePullBackOff", ("cannot be pulled", "trainer:2", "pull secret", "10 minutes"),
+        ),
+        (
+            "CreateContainerConfigError", 'secret "hf-token" not found',
+            "SecretMissing", ("Secret hf-token is missing", "secretRef"),
+        ),
+        (
+            "FailedMount", 'MountVolume.SetUp failed for volume "run-file" : configmap "triage-a1" not found',
+            "ConfigMapMissing", ("ConfigMap triage-a1 is missing",),
+        ),
+        (
+            "FailedMount", 'MountVolume.SetUp failed for volume "s" : secret "team/store" not found',
+            "SecretMissing", ("Secret store is missing",),
+        ),
+        ("CrashLoopBackOff", "back-off 10s restarting", "CrashLoopBackOff", ("again and again", "kubectl logs")),
+        ("RunContainerError", "no such device", "RunContainerError", ("no such device", "spec.resources")),
+        ("FailedCreatePodSandBox", "no network", "FailedCreatePodSandBox", ("no network", "kubectl describe pod")),
+    ],
+)  # fmt: skip
+def test_a_pod_that_does_not_start_says_why_and_what_to_do(
+    reason: str, message: str, word: str, parts: tuple[str, ...]
+) -> None:
+    found, text = told(pod(reason, message), GPU)
+    assert found == word
+    for part in parts:
+        assert part in text
+    assert "preemption:" not in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("problem", "word", "remedy"),
+    [
+        (QUOTA, "QuotaExceeded", "ask for less in spec.resources"),
+        (SECURITY, "PodSecurity", "platform's pod defaults"),
+        ("maximum memory usage per Container is 1Gi, but limit is 4Gi", "LimitRangeExceeded", "LimitRange"),
+        ('serviceaccount "x" not found', "PodsNotCreated", "correct what the message names"),
+    ],
+)
+def test_pods_that_cannot_be_made_say_why(problem: str, word: str, remedy: str) -> None:
+    found, text = told(cluster_problem=problem)
+    assert found == word
+    assert remedy in text
+    assert problem[:40] in text
+
+
+def test_a_rayjob_that_nobody_looks_at_names_kuberay_within_15_seconds() -> None:
+    story = Story().started()
+    unseen = rayjob("", known_to_kuberay=False, created=story.now)
+    plan = story.step(rayjob=unseen, after=12)
+    assert plan.status.reason == "Provisioning"
+    assert plan.requeue_after == 10
+    plan = story.step(rayjob=unseen)
+    assert plan.status.reason == "KubeRayUnavailable"
+    assert "see that its operator runs" in (plan.status.message or "")
+
+
+def test_a_pod_that_is_quick_costs_no_status_of_its_own() -> None:
+    story = Story().started()
+    slow = PodFacts("triage-a1-head", False, scheduled_at=story.now, node="n1")
+    before = story.step(rayjob=rayjob("Initializing"), after=9).status
+    assert story.step(rayjob=rayjob("Initializing"), pods=[slow], after=1).status == before
+    assert "starts on node n1" in (
+        story.step(rayjob=rayjob("Initializing"), pods=[slow]).status.message or ""
+    )
+
+
+def test_a_very_long_message_is_cut() -> None:
+    _, text = told(pod("Unschedulable", NODES + "Insufficient cpu " * 5000))
+    assert len(text) < 1200
+
+
+# ---------------------------------------------------------------- from the wire
+
+
+def body(status: dict[str, Any]) -> dict[str, Any]:
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T12:00:00Z"}
+    return {
+        "metadata": {"name": "p", "namespace": "n", "uid": "u"},
+        "spec": {"nodeName": "n1"},
+        "status": {"phase": "Pending", "conditions": [scheduled], **status},
+    }
+
+
+CREATING = {
+    "containerStatuses": [{"name": "ray-head", "state": {"waiting": {"reason": "ContainerCreating"}}}]
+}
+
+
+def test_only_a_pod_that_has_a_node_and_says_nothing_is_stuck() -> None:
+    later = START + timedelta(seconds=6)
+    assert facts.is_stuck(facts.pod_facts(body(CREATING)), now=later)
+    assert not facts.is_stuck(facts.pod_facts(body(CREATING)), now=START + timedelta(seconds=4))
+    assert not facts.is_stuck(facts.pod_facts(body({"conditions": []})), now=later)
+    assert not facts.is_stuck(facts.pod_facts(body({"phase": "Running"})), now=later)
+    pulling = {"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}
+    assert not facts.is_stuck(facts.pod_facts(body(pulling)), now=later)
+
+
+def test_the_newest_warning_tells_why_a_volume_is_not_there() -> None:
+    events: list[dict[str, Any]] = [
+        {
+            "type": "Warning",
+            "reason": "FailedMount",
+            "message": "old",
+            "lastTimestamp": "2026-01-01T12:00:00Z",
+        },
+        {"type": "Normal", "reason": "Pulling", "message": "x", "lastTimestamp": "2026-01-01T12:09:00Z"},
+        {
+            "type": "Warning",
+            "reason": "FailedMount",
+            "message": "new",
+            "eventTime": "2026-01-01T12:00:01.000001Z",
+            "series": {"lastObservedTime": "2026-01-01T12:05:00Z"},
+        },
+    ]
+    pod = facts.pod_facts(body(CREATING), warning=facts.newest_warning(events))
+    assert (pod.waiting_reason, pod.waiting_message) == ("FailedMount", "new")
+    assert facts.newest_warning([events[1]]) is None
+
+
+def test_an_init_container_counts_too() -> None:
+    waiting = {"initContainerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull", "message": "m"}}}]}
+    assert facts.pod_facts(body(waiting)).waiting_reason == "ErrImagePull"
