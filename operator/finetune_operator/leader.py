@@ -104,6 +104,8 @@ def _reconciler(
         kube=kube,
         mailbox=mailbox,
         telemetry=telemetry,
-        defaults=Defaults(output_uri=settings.output_uri, image=settings.trainer_image, prices=settings.prices),
+        defaults=Defaults(
+            output_uri=settings.output_uri, image=settings.trainer_image, prices=settings.prices
+        ),
         platform=platform,
     )
