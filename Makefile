@@ -22,7 +22,7 @@ test-unit: setup ## the tests that need no cluster and train nothing
 	@$(PYTEST) tests/unit
 
 chaos: setup ## faults at random over two fleets of jobs; SEED=n repeats a run, FAULTS=n (default 200) draws more
-	@FINETUNE_CHAOS_SEED=$(SEED) FINETUNE_CHAOS_FAULTS=$(or $(FAULTS),200) $(PYTEST) -s tests/chaos
+	@FINETUNE_CHAOS_SEED=$(or $(SEED),$$RANDOM) FINETUNE_CHAOS_FAULTS=$(or $(FAULTS),200) $(PYTEST) -s tests/chaos
 
 e2e-cluster: setup ## real pods: the chart on the cluster that KUBECONFIG (or E2E_CLUSTER, see tools/e2e-cluster) names
 	@tools/e2e-cluster

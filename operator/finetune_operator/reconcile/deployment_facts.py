@@ -10,7 +10,7 @@ from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.adapterdeployment_traffic import SourceReference
 from finetune_operator.api.base import ACTION_ANNOTATION
-from finetune_operator.api.finetunejob_methods import MethodType
+from finetune_operator.api.finetunejob import FineTuneJobSpec, MethodType, Objective
 from finetune_operator.api.finetunejob_status import Phase
 from finetune_operator.core.rollout_facts import (
     AdapterFacts,
@@ -72,12 +72,8 @@ def wanted_by_job(name: str, body: Json | None) -> Wanted:
     artifact = job.status.artifact
     match job.status.phase:
         case Phase.SUCCEEDED if artifact is not None:
-            if job.spec is not None and job.spec.method.type is MethodType.FULL:
-                return Wanted(
-                    reason="NotAnAdapter",
-                    message=f"FineTuneJob {name} trained a whole model (method Full), which no engine can load as an "
-                    "adapter; use a job with method LoRA, QLoRA or another adapter method",
-                )
+            if refusal := _not_servable(name, job.spec):
+                return refusal
             return Wanted(
                 artifact=ArtifactFacts(
                     digest=artifact.digest,
@@ -99,6 +95,25 @@ def wanted_by_job(name: str, body: Json | None) -> Wanted:
                 reason="WaitingForFineTuneJob",
                 message=f"waiting for FineTuneJob {name}, which is {phase or 'Pending'}",
             )
+
+
+def _not_servable(name: str, spec: FineTuneJobSpec | None) -> Wanted | None:
+    """Why the artifact of a job that succeeded is nothing that an engine can load and that answers users."""
+    if spec is None:
+        return None
+    if spec.method.type is MethodType.FULL:
+        return Wanted(
+            reason="NotAnAdapter",
+            message=f"FineTuneJob {name} trained a whole model (method Full), which no engine can load as an "
+            "adapter; use a job with method LoRA, QLoRA or another adapter method",
+        )
+    if spec.objective is Objective.REWARD_MODEL:
+        return Wanted(
+            reason="NotALanguageModel",
+            message=f"FineTuneJob {name} trained a reward model, which scores answers and writes none; use a job "
+            "with another objective, for example the one that was trained with this reward model",
+        )
+    return None
 
 
 def engine_facts(url: str, agent_url: str, told: agents.AgentStatus | agents.Unheard) -> EngineFacts:

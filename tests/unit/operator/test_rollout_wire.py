@@ -85,7 +85,7 @@ def test_a_spec_that_cannot_be_read_is_a_problem_and_no_error() -> None:
     assert "spec.baseModelRef" in (found.problem or "")
 
 
-def job(phase: str, method: str = "LoRA", *, artifact: bool = True) -> dict[str, Any]:
+def job(phase: str, method: str = "LoRA", *, objective: str = "SFT", artifact: bool = True) -> dict[str, Any]:
     status: dict[str, Any] = {"phase": phase, "message": "out of memory"}
     if artifact:
         status["artifact"] = {
@@ -96,6 +96,7 @@ def job(phase: str, method: str = "LoRA", *, artifact: bool = True) -> dict[str,
             "rank": 8,
         }
     spec = {
+        "objective": objective,
         "model": {"uri": "hf://m/n"},
         "method": {"type": method},
         "dataset": {"sources": [{"uri": "s3://d/x"}]},
@@ -110,6 +111,7 @@ def job(phase: str, method: str = "LoRA", *, artifact: bool = True) -> dict[str,
         (job("Running", artifact=False), "WaitingForFineTuneJob"),
         (job("Failed", artifact=False), "FineTuneJobFailed"),
         (job("Succeeded", "Full"), "NotAnAdapter"),
+        (job("Succeeded", objective="RewardModel"), "NotALanguageModel"),
     ],
 )
 def test_why_a_job_has_no_adapter_yet(body: dict[str, Any] | None, reason: str) -> None:
