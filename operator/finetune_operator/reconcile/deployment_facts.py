@@ -107,7 +107,7 @@ def _not_servable(name: str, spec: FineTuneJobSpec | None) -> Wanted | None:
             message=f"FineTuneJob {name} trained a whole model (method Full), which no engine can load as an "
             "adapter; use a job with method LoRA, QLoRA or another adapter method",
         )
-    if spec.objective is Objective.REWARD_MODEL:
+    if spec.objective == Objective.REWARD_MODEL:
         return Wanted(
             reason="NotALanguageModel",
             message=f"FineTuneJob {name} trained a reward model, which scores answers and writes none; use a job "
