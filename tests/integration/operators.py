@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.rayjob_player import Player, Story, all_well
 from finetune_local import binaries, kubeapi, objects
 from finetune_local.cluster import Cluster
@@ -25,6 +27,7 @@ from tests.clients import FINAL, Kubectl, KubectlError
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
+RIGHTS = ROOT / "operator" / "finetune_local" / "manifests" / "operator-rbac.yaml"
 PARTS = ("etcd", "kube-apiserver", "kube-controller-manager")
 
 
@@ -53,6 +56,14 @@ def apply_ray_crds(cluster: Cluster) -> None:
         path for path in found.crds.glob("*.yaml") if "rayjobs" in path.name or "rayclusters" in path.name
     ]
     objects.apply_crds(cluster.client(), files, memory=cluster.layout.run / "applied-ray.state")
+
+
+def grant_own_rights(kubectl: Kubectl) -> None:
+    """What the operator may do in its own namespace, in the test's: that is where its Lease and routes are here."""
+    documents = yaml.safe_load_all(RIGHTS.read_text(encoding="utf-8"))
+    for document in documents:
+        if document["kind"] in ("Role", "RoleBinding"):
+            kubectl.apply({**document, "metadata": {**document["metadata"], "namespace": kubectl.namespace}})
 
 
 class Operator:
@@ -154,6 +165,7 @@ class Stage:
         self, cluster: Cluster, kubectl: Kubectl, *, story: Story = all_well, pace: float = 0.05
     ) -> None:
         self.kubectl = kubectl
+        grant_own_rights(kubectl)
         server = f"https://127.0.0.1:{cluster.ports['kube-apiserver']}"
         self.player = Player(
             server, kubeapi.client_context(cluster.layout.pki, "admin"), story=story, pace=pace

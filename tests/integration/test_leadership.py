@@ -66,13 +66,15 @@ def pair(
     second = Operator(
         tmp_path / "b", proxies[1].kubeconfig, stage.kubectl.namespace, **TERMS, FINETUNE_STATUS_URL=url
     )
-    first.start()
-    wait_until(first.leads)
-    second.start()
-    wait_until(lambda: second.get("/healthz") == "ok\n")
-    yield first, second
-    for operator in (first, second):
-        operator.kill()
+    try:
+        first.start()
+        wait_until(first.leads)
+        second.start()
+        wait_until(lambda: second.get("/healthz") == "ok\n")
+        yield first, second
+    finally:
+        for operator in (first, second):
+            operator.kill()
 
 
 def writes(proxy: ApiProxy, *, since: float) -> list[str]:
