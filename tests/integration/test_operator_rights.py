@@ -115,7 +115,7 @@ def test_every_rule_is_used_and_none_is_missing(lab: Lab, cluster: Cluster, tmp_
     lab.wait(serves(BETTER), seconds=PATIENCE)
 
     for name in ("ends", "cancelled"):
-        kubectl.wait_job(name, lambda s: bool(s.get("attempts", [{}])[-1].get("uid")), seconds=PATIENCE)
+        kubectl.wait_job(name, lambda s: bool((s.get("attempts") or [{}])[-1].get("uid")), seconds=PATIENCE)
     result = {"class": "BadData", "exitCode": 65, "message": "line 1: not JSON", "step": 0}
     assert report(lab, "ends", {"finetune": {"result": result}}) == 200
     lab.eventually(lambda: kubectl.get("ftj", "ends") is None, seconds=PATIENCE)

@@ -54,6 +54,7 @@ def test_least_job_gets_every_default(create: Any) -> None:
             "seed": 42,
         },
         "resources": {"cpu": "1", "memory": "4Gi", "gpusPerWorker": 0},
+        "scheduling": {},
         "output": {},
         "checkpoint": {"keep": 2, "resume": "Auto"},
         "retry": {

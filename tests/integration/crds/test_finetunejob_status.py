@@ -119,10 +119,10 @@ def test_kubectl_shows_columns_category_and_conditions(
     create(GOOD, dry_run=False)
     patch(api, namespace, {"status": started()}, status=True)
     narrow = kubectl("get", "ftj").splitlines()
-    assert narrow[0].split() == ["NAME", "PHASE", "METHOD", "MODEL", "PROGRESS", "LOSS", "AGE"]
+    assert narrow[0].split() == ["NAME", "PHASE", "METHOD", "MODEL", "PROGRESS", "LOSS", "AGE", "REASON"]
     assert narrow[1].split()[:6] == ["good", "Running", "LoRA", "hf://organization/model", "45%", "1.25"]
     wide = kubectl("get", "finetunejob", "-o", "wide").splitlines()
-    assert wide[0].split()[7:] == ["STEP", "ETA", "REASON", "ARTIFACT"]
+    assert wide[0].split()[7:] == ["STEP", "ETA", "REASON", "MESSAGE", "ARTIFACT"]
     assert wide[1].split()[7:] == ["45", "3m20s", "Training", "s3://bucket/good"]
     assert "good" in kubectl("get", "finetune")
     assert kubectl("get", "ftj", "--field-selector", "status.phase=Running", "-o", "name").split()
