@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 import socket
+import time
 from collections.abc import Container, Iterable, Mapping
 
 # Below the range that Linux uses for outgoing connections (32768) and above Ray's worker ports (10002 to 19999).
 FIRST, LAST = 20_000, 32_000
+DYING_SECONDS = 3.0  # a killed process holds its port until the kernel has taken down its memory
 
 
 def is_free(port: int) -> bool:
@@ -22,19 +24,28 @@ def is_free(port: int) -> bool:
     return True
 
 
+def _becomes_free(port: int) -> bool:
+    deadline = time.monotonic() + DYING_SECONDS
+    while not is_free(port):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def choose(
     names: Iterable[str], *, known: Mapping[str, int], in_use_by_us: Iterable[str] = ()
 ) -> dict[str, int]:
     """One port per name.
 
-    A known port is kept when it is free or held by our own running part (`in_use_by_us`, names).
+    A known port is kept when it is held by our own running part (`in_use_by_us`, names), or free within seconds.
     Raises OSError when the range is exhausted.
     """
     ours = set(in_use_by_us)
     chosen: dict[str, int] = {}
     for name in names:
         port = known.get(name)
-        if port is not None and (name in ours or is_free(port)):
+        if port is not None and (name in ours or _becomes_free(port)):
             chosen[name] = port
     missing = [name for name in names if name not in chosen]
     return chosen | dict(zip(missing, pick(len(missing), taken=set(chosen.values())), strict=True))

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import random
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,9 +126,17 @@ class Player:
         played = self._played.get(uid)
         if played is None:
             played = self._played[uid] = _Played(body)
-            group.create_task(self._control(uid, played))
+            task = group.create_task(self._control(uid, played))
+            task.add_done_callback(self._ended)
         played.body = body
         played.changed.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A player that fails is a fault of the test's: it must be told, or the operator looks guilty."""
+        if not task.cancelled() and task.exception() is not None:
+            error = "".join(traceback.format_exception(task.exception()))
+            self.wrong.append(error)
+            print(f"chaos: the player of {task.get_name()} failed: {error}")
 
     # ------------------------------------------------------------ KubeRay
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -25,7 +26,19 @@ def test_known_ports_are_kept_and_all_differ() -> None:
     assert ports.choose(["a", "b", "c"], known=first) == first
 
 
-def test_a_port_that_somebody_else_took_is_replaced(busy: int) -> None:
+def test_a_port_that_a_killed_part_still_holds_for_a_moment_is_kept() -> None:
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    dying = threading.Timer(0.2, listener.close)
+    dying.start()
+    assert ports.choose(["a"], known={"a": port}) == {"a": port}
+    dying.join()
+
+
+def test_a_port_that_somebody_else_took_is_replaced(busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "DYING_SECONDS", 0.1)
     chosen = ports.choose(["a"], known={"a": busy})
     assert chosen["a"] != busy
 
