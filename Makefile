@@ -16,7 +16,7 @@ demo: setup ## the tour: cluster up, fine-tune, serve, promote a better adapter,
 test: setup ## every test: unit, integration (real API server, KubeRay, Ray), end to end
 	@$(BIN)/finetune local build
 	@$(BIN)/python -m finetune_local.models
-	@$(PYTEST)
+	@$(PYTEST) -n 2 --dist loadfile
 
 test-unit: setup ## the tests that need no cluster and train nothing
 	@$(PYTEST) tests/unit
