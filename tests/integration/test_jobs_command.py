@@ -191,7 +191,7 @@ def test_validate_says_spelling_and_values_at_once(jobs: Jobs) -> None:
     text = jobs("validate", "-f", "-", text=json.dumps(bad), code=1)
     assert "-: FineTuneJob good: not valid" in text
     assert "spec.hyperparameters.learning_rate: unknown field; did you mean learningRate?" in text
-    assert 'spec.objective: "PPO": PPO was removed from TRL; its successors are RLOO and GRPO' in text
+    assert 'spec.objective: "PPO": PPO was removed from TRL; use its successors RLOO or GRPO' in text
 
 
 def test_validate_knows_what_a_started_job_forbids(jobs: Jobs) -> None:

@@ -100,9 +100,10 @@ def test_a_result_is_stored_before_it_is_acknowledged_and_is_final(
     result = {"class": "BadData", "exitCode": 65, "message": "train.jsonl line 17: not JSON", "step": 0}
     mine = token(kubectl, waiting_job)
     assert post(waiting_job, mine, {"finetune": {"result": result}})[0] == 200
-    status = kubectl.job(waiting_job)["status"]
-    assert (status["phase"], status["reason"]) == ("Failed", "BadData")
-    assert "line 17" in status["message"]
+    assert "line 17" in kubectl.job(waiting_job)["status"]["message"]
+    # The pods never ran, so KubeRay waits: the RayJob is taken down first.
+    status = kubectl.wait_job(waiting_job, lambda s: s["phase"] == "Failed", seconds=30)["status"]
+    assert (status["reason"], "line 17" in status["message"]) == ("BadData", True)
     code, answer = post(
         waiting_job, mine, {"finetune": {"result": result | {"class": "Internal", "exitCode": 1}}}
     )
