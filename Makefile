@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q --no-header
 
-.PHONY: help setup demo test test-unit chaos e2e-cluster lint format crds bench bench-fleet up down clean
+.PHONY: help setup demo test test-unit test-faults chaos e2e-cluster lint format crds bench bench-fleet up down clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -13,10 +13,14 @@ setup: ## create .venv and install what is pinned
 demo: setup ## the tour: cluster up, fine-tune, serve, promote a better adapter, roll back a bad one
 	@examples/quickstart/demo
 
-test: setup ## every test: unit, integration (real API server, KubeRay, Ray), end to end
+test: setup ## unit, integration (real API server, KubeRay, Ray), end to end; the long faults are test-faults
 	@$(BIN)/finetune local build
 	@$(BIN)/python -m finetune_local.models
-	@$(PYTEST) -n 2 --dist loadfile
+	@$(PYTEST) -n 2 --dist loadfile -m "not faults"
+
+test-faults: setup ## kills at named points, API faults, leadership, outages, retries and chaos: about half an hour
+	@$(BIN)/finetune local build
+	@$(PYTEST) -m faults
 
 test-unit: setup ## the tests that need no cluster and train nothing
 	@$(PYTEST) tests/unit

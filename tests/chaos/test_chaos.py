@@ -20,7 +20,7 @@ from tests.chaos import schedules
 from tests.chaos.fleets import Fleet, PlayedFleet, RealFleet
 from tests.clients import Json, Kubectl
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 SEED = int(os.environ.get("FINETUNE_CHAOS_SEED") or 7)  # `make chaos` draws another one each time
 FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS") or 30)

@@ -18,7 +18,7 @@ from tests.integration.api_proxy import ApiProxy, Fault, Kind
 from tests.integration.operators import PARTS, Operator, Stage, api_server, wait_until
 from tests.integration.test_kills import check, quick_retries, story
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 SEED = int(os.environ.get("FINETUNE_TEST_SEED", "20261121"))
 AWAY_SECONDS = float(os.environ.get("FINETUNE_TEST_AWAY_SECONDS", "60"))

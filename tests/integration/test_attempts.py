@@ -22,7 +22,7 @@ from tests import observers, trainers
 from tests.clients import FINAL, Json, Kubectl, finetunejob
 from tests.observers import Observer
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 INTERVAL = 40  # steps between checkpoints
 INVALID = (

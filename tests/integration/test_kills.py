@@ -20,7 +20,7 @@ from tests.clients import Kubectl
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
 from tests.integration.operators import Keeper, Operator, Stage, api_server, wait_until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 WRITES = r"^(POST|PUT|PATCH|DELETE) (?!.*tokenreviews)"
 # Each named point is a request of the operator: the kill falls right before or right after the server did it.

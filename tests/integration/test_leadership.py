@@ -15,7 +15,7 @@ from tests.clients import Kubectl
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
 from tests.integration.operators import Operator, Stage, api_server, wait_until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 LEASE = 6.0  # seconds; shorter than the default, so that the tests are
 TERMS = {

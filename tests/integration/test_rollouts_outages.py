@@ -17,7 +17,7 @@ from tests.clients import Json, Kubectl
 from tests.integration.rollout_lab import Engine
 from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, deployment, serves
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 WAITS = {"canary": {"steps": [{"setWeight": 30}, {"pause": {}}]}}
 
