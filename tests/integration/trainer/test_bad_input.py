@@ -87,7 +87,7 @@ CASES = [
         ("method.quantization is required",),
         parts={"method": {"type": "QLoRA"}},
     ),
-    Case("ppo", 64, "BadConfig", ("RLOO and GRPO",), parts={"objective": "PPO"}),
+    Case("ppo", 64, "BadConfig", ("RLOO or GRPO",), parts={"objective": "PPO"}),
     Case(
         "micro-batch",
         64,
@@ -127,8 +127,8 @@ CASES = [
     ),
     Case(
         "hub-out-of-reach",  # tests may not ask it
-        1,
-        "Internal",
+        74,
+        "Storage",
         ("hf://nobody/nothing", "check the network"),
         parts={"model": {"uri": "hf://nobody/nothing"}},
     ),
