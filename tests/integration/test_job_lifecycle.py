@@ -81,7 +81,10 @@ def test_a_user_sees_progress_in_kubectl_get(kubectl: Kubectl, tiny_model: Path,
     kubectl.apply(finetunejob("columns", tiny_model, tiny_rows, method=qlora))
     kubectl.finished("columns")
     header, row = kubectl("get", "ftj", "columns", "-o", "wide").splitlines()
-    assert " ".join(header.split()) == "NAME PHASE METHOD MODEL PROGRESS LOSS AGE STEP ETA REASON MESSAGE ARTIFACT"
+    assert (
+        " ".join(header.split())
+        == "NAME PHASE METHOD MODEL PROGRESS LOSS AGE STEP ETA REASON MESSAGE ARTIFACT"
+    )
     cells = row.split()
     assert cells[1:3] == ["Succeeded", "QLoRA"]
     assert cells[4] == "100%"
