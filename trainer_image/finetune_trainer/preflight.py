@@ -12,15 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import artifacts, model_files, storage, upstreams
+from finetune_trainer import artifacts, folders, model_files, storage, upstreams
 from finetune_trainer.data import files, formats, shapes, splits
 from finetune_trainer.failures import (
     BadConfig,
     BadData,
-    ModelNotFound,
-    StorageFailed,
-    TrainerError,
-    is_storage_trouble,
 )
 from finetune_trainer.methods import targets
 from finetune_trainer.rewards import functions, sources
@@ -187,7 +183,7 @@ def find_source(source: Source, folder: Path) -> Path:
             "check the file's permissions or the credentials in dataset.secretRef"
         ) from error
     except (OSError, ValueError) as error:
-        raise _unreadable(f"dataset.sources: {source.uri}", error) from error
+        raise folders.unreadable(f"dataset.sources: {source.uri}", error) from error
     if empty:
         raise BadData(f"dataset.sources: {source.uri} is empty; it needs at least one row")
     return path
@@ -201,34 +197,10 @@ def find_model(
     uri: str, revision: str | None, work: Path, *, field: str = "model.uri"
 ) -> tuple[Path, str | None]:
     """Returns the folder of the base model and, for a hub model, its commit. Raises ModelNotFound."""
-    if storage.is_hub(uri):
-        from finetune_trainer.methods import hub  # imports huggingface_hub
-
-        return hub.fetch_model(uri, revision)
-    path = storage.local_path(uri)
-    if path is None:
-        path = _fetch_model(uri, work / "model")
-    elif not path.is_dir():
-        raise ModelNotFound(f"{field}: {uri} is not a folder (looked at {path}); check the path")
-    return model_files.check_model_files(path, uri=uri), None
-
-
-def _fetch_model(uri: str, folder: Path) -> Path:
-    try:
-        return storage.fetch_folder(uri, folder)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"model.uri: there is nothing at {uri}; check bucket and path") from error
-    except PermissionError as error:
-        raise ModelNotFound(
-            f"model.uri: {uri} may not be read; check the credentials in model.secretRef"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(f"model.uri: {uri}", error) from error
-
-
-def _unreadable(what: str, error: Exception) -> TrainerError:
-    kind = StorageFailed if is_storage_trouble(error) else TrainerError
-    return kind(f"{what} cannot be read ({storage.describe_error(error)})")
+    path, commit = folders.fetch(
+        uri, work / "model", field=field, credentials="in model.secretRef", revision=revision
+    )
+    return (path if commit else model_files.check_model_files(path, uri=uri)), commit
 
 
 def check_template(run: RunFile, examples: Sequence[shapes.AnyExample], *, has_template: bool) -> None:

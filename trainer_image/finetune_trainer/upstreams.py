@@ -8,14 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import artifacts, storage
-from finetune_trainer.failures import (
-    BadConfig,
-    ModelNotFound,
-    StorageFailed,
-    TrainerError,
-    is_storage_trouble,
-)
+from finetune_trainer import artifacts, folders
+from finetune_trainer.failures import BadConfig, ModelNotFound
 from finetune_trainer.runfile import Lora, RunFile
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -54,7 +48,7 @@ def find(uri: str, folder: Path, *, field: str, digest: str | None = None) -> Ar
 
     Raises ModelNotFound, which names the field, and StorageFailed.
     """
-    path = _fetch(uri, folder, field=field)
+    path, _ = folders.fetch(uri, folder, field=field, credentials="of the job's Secrets")
     file = path / artifacts.MANIFEST
     if not file.is_file():
         if digest is not None:
@@ -79,29 +73,6 @@ def find(uri: str, folder: Path, *, field: str, digest: str | None = None) -> Ar
         ) from error
     _verify(path, files, uri=uri, field=field)
     return Artifact(uri, path, found, manifest)
-
-
-def _fetch(uri: str, folder: Path, *, field: str) -> Path:
-    if storage.is_hub(uri):
-        from finetune_trainer.methods import hub  # imports huggingface_hub
-
-        return hub.fetch_model(uri, None)[0]
-    path = storage.local_path(uri)
-    if path is not None:
-        if not path.is_dir():
-            raise ModelNotFound(f"{field}: {uri} is not a folder (looked at {path}); check the path")
-        return path
-    try:
-        return storage.fetch_folder(uri, folder)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"{field}: there is nothing at {uri}; check bucket and path") from error
-    except PermissionError as error:
-        raise ModelNotFound(
-            f"{field}: {uri} may not be read; check the credentials of the job's Secrets"
-        ) from error
-    except (OSError, ValueError) as error:
-        kind = StorageFailed if is_storage_trouble(error) else TrainerError
-        raise kind(f"{field}: {uri} cannot be read ({storage.describe_error(error)})") from error
 
 
 def _verify(path: Path, files: dict[str, str], *, uri: str, field: str) -> None:
