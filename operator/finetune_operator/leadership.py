@@ -11,11 +11,11 @@ import asyncio
 import logging
 import random
 import socket
-import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from finetune_operator.adapters import elapsed
 from finetune_operator.adapters.kube import ApiError, ConflictError, Kube, UnavailableError
 from finetune_operator.core import elections
 from finetune_operator.core.elections import LeaseFacts, Terms
@@ -30,11 +30,6 @@ RELEASE_SECONDS = 3.0
 
 class LeadershipLostError(Exception):
     """The Lease could not be renewed in time, or somebody else holds it: nothing may be done any more."""
-
-
-def monotonic() -> float:
-    """Seconds on a clock that nobody sets and that goes on while the process is stopped and the machine sleeps."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def identity() -> str:
@@ -54,7 +49,7 @@ class Leadership:
         terms: Terms,
         name: str = NAME,
         me: str | None = None,
-        clock: Callable[[], float] = monotonic,
+        clock: Callable[[], float] = elapsed.seconds,
     ) -> None:
         self._kube = kube
         self._namespace = namespace

@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune_operator.adapters import elapsed
 from finetune_operator.adapters.kube import ConflictError, Json, Kube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
 
 WATCHED = frozenset({(API_VERSION, KIND), ("ray.io/v1", "RayJob"), ("v1", "Pod")})
 GROUP_SECONDS = 300.0  # for which an API group that was there counts as there
-# Goes on while the machine sleeps, where the kernel has such a clock: after that nothing is believed.
-_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 BELIEF_SECONDS = 120.0  # for which an object of which nothing is heard is believed to be as it was
 
 Name = tuple[str, str, str, str]
@@ -42,7 +41,8 @@ class Sightings:
     """The newest known version of each watched object, without what nobody here asks about. What is believed no more
     is dropped, so memory follows what happens and not what has ever been."""
 
-    def __init__(self, *, clock: Callable[[], float] = lambda: time.clock_gettime(_WITH_SLEEP)) -> None:
+    def __init__(self, *, clock: Callable[[], float] = elapsed.seconds) -> None:
+        """`clock` counts sleep too: after that nothing is believed."""
         self._clock = clock
         self._known: OrderedDict[Name, _Known] = OrderedDict()  # what was heard of last is at the end
         self._pods: dict[

@@ -11,13 +11,9 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+from finetune_operator.adapters.elapsed import seconds as seconds_with_sleep
+
 SLEPT_SECONDS = 5.0  # a sleep of this length is one; the two counts differ by microseconds otherwise
-# Linux leaves sleep out of CLOCK_MONOTONIC and counts it in CLOCK_BOOTTIME.
-_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def _elapsed() -> float:
-    return time.clock_gettime(_WITH_SLEEP)
 
 
 class SteadyClock:
@@ -28,7 +24,7 @@ class SteadyClock:
         self,
         *,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),
-        elapsed: Callable[[], float] = _elapsed,
+        elapsed: Callable[[], float] = seconds_with_sleep,
         awake: Callable[[], float] = time.monotonic,
     ) -> None:
         self._elapsed = elapsed
