@@ -10,6 +10,7 @@ from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.manifests import rayjobs, runfiles
 from finetune_operator.manifests.pods import PodDefaults
 from tests.clients import Json, Kubectl, KubectlError
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -61,6 +62,7 @@ def pods(defaults: PodDefaults) -> dict[str, Json]:
 @pytest.fixture
 def restricted(kubectl: Kubectl, namespace: str) -> Kubectl:
     kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
+    wait_until(lambda: kubectl.get("serviceaccount", "default"), what="the service account that pods get")
     return kubectl
 
 
