@@ -16,6 +16,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from finetune_operator.api import crds, finetunejob
+from finetune_operator.api.finetunejob_objectives import FORMATS, GENERATIONS, SAMPLING, Objective
 
 Json = dict[str, Any]
 Path = tuple[str | int, ...]
@@ -26,7 +27,11 @@ PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 
 # Texts that have rules, by the last two parts of their path.
 TEXTS: dict[str, st.SearchStrategy[str]] = {
-    "spec.objective": st.just("SFT"),
+    "spec.objective": st.sampled_from(list(Objective)),
+    "reward.uri": NAMES.map(lambda name: f"s3://rewards/{name}"),
+    "configMapRef.name": NAMES,
+    "configMapRef.key": NAMES.map(lambda name: f"{name}.py"),
+    "functions.entry": st.sampled_from(["score", "_judge", "Length2"]),
     "model.uri": NAMES.map(lambda name: f"hf://acme/{name}"),
     "sources.uri": NAMES.map(lambda name: f"s3://data/{name}.jsonl"),
     "output.uri": NAMES.map(lambda name: f"s3://out/{name}"),
@@ -43,10 +48,19 @@ TEXTS: dict[str, st.SearchStrategy[str]] = {
     "retry.preemptions": st.sampled_from(["Unlimited", 0, "17", 1000]),
     "scheduling.queueName": NAMES,
 }  # fmt: skip
-SUPERVISED = ("Auto", "Messages", "PromptCompletion", "Alpaca", "Text")  # formats for SFT
 # Objects whose rules between fields `_reconcile` knows.
 RECONCILED = frozenset(
-    {"spec", "model", "method", "sources", "hyperparameters", "resources", "backoffSeconds", "targetModules"}
+    {
+        "spec",
+        "model",
+        "method",
+        "sources",
+        "reward",
+        "hyperparameters",
+        "resources",
+        "backoffSeconds",
+        "targetModules",
+    }
 )
 
 
@@ -124,9 +138,8 @@ def _is_known(part: Json, path: tuple[str, ...]) -> bool:
 def _reconcile(spec: Json) -> Json:
     """The nearest spec that keeps the rules between fields."""
     spec = copy.deepcopy(spec)
-    for part in ("preference", "generation", "reward"):  # of objectives other than SFT
-        spec.pop(part, None)
     _reconcile_model(spec["model"])
+    _reconcile_objective(spec)
     method = spec.get("method", {})
     _reconcile_method(method, spec.get("hyperparameters", {}))
     _reconcile_data(spec)
@@ -146,6 +159,44 @@ def _reconcile_model(model: Json) -> None:
         model["uri"] = model.get("uri", "hf://acme/tiny")
     if "uri" not in model:
         model.pop("revision", None)
+
+
+def _reconcile_objective(spec: Json) -> None:
+    objective = spec.get("objective", Objective.SFT)
+    if objective != Objective.DPO:
+        spec.pop("preference", None)
+    if objective != Objective.SFT:
+        for field in ("packing", "neftuneAlpha"):
+            spec.get("hyperparameters", {}).pop(field, None)
+    if objective in SAMPLING:
+        _reconcile_reward(spec.setdefault("reward", {}))
+        _reconcile_generation(spec)
+    else:
+        spec.pop("reward", None)
+        spec.pop("generation", None)
+
+
+def _reconcile_reward(reward: Json) -> None:
+    if "uri" in reward:
+        reward.pop("fineTuneJobRef", None)
+    models = int("uri" in reward or "fineTuneJobRef" in reward)
+    if not models and not reward.get("functions"):
+        reward["uri"] = "s3://rewards/judge"
+        models = 1
+    judges = models + len(reward.get("functions", ()))
+    if "weights" in reward:
+        reward["weights"] = (reward["weights"] * judges)[:judges]
+
+
+def _reconcile_generation(spec: Json) -> None:
+    """The batch counts answers, and the length holds a prompt and an answer."""
+    generation = spec.get("generation", {})
+    hyper = spec.setdefault("hyperparameters", {})
+    hyper["globalBatchSize"] = generation.get("numGenerations", GENERATIONS) * 4
+    length = max(hyper.get("maxLength", 1024), 16)
+    hyper["maxLength"] = length
+    if "generation" in spec or length <= 128:
+        spec.setdefault("generation", generation)["maxCompletionLength"] = length // 2
 
 
 def _reconcile_method(method: Json, hyper: Json) -> None:
@@ -171,7 +222,7 @@ def _reconcile_data(spec: Json) -> None:
     data = spec["dataset"]
     data["sources"] = list({source["uri"]: source for source in data["sources"]}.values())
     for source in data["sources"]:
-        if source.get("format") not in SUPERVISED:
+        if source.get("format") not in ("Auto", *FORMATS[spec.get("objective", Objective.SFT)]):
             source.pop("format", None)
         allowed = finetunejob_columns(source.get("format", "Auto"))
         if "columns" in source:
