@@ -14,8 +14,10 @@ from finetune_local.ports import pick
 @contextlib.contextmanager
 def serve_bucket(name: str) -> Iterator[dict[str, str]]:
     """Serves an empty bucket; yields the environment variables with which clients reach it."""
+    import s3fs
     from moto.server import ThreadedMotoServer
 
+    s3fs.S3FileSystem.clear_instance_cache()  # a client of an earlier bucket would go on with its connections
     (port,) = pick(1)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()

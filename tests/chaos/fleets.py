@@ -21,6 +21,7 @@ from finetune_operator.manifests import naming
 from tests import trainers
 from tests.chaos.player import Player, Process
 from tests.clients import FINAL, Json, Kubectl, KubectlError, finetunejob
+from tests.clusters import pid_of
 
 Result = TypeVar("Result")
 RETRY = {"maxInfraRetries": 1000, "maxUserRetries": 1000, "backoffSeconds": {"min": 0, "max": 2}}
@@ -111,7 +112,7 @@ class Fleet:
         return self._kill("operator")
 
     def operator_stands_still(self, pick: float) -> str:
-        pid = self._pid("operator")
+        pid = pid_of(self.cluster, "operator")
         os.kill(pid, signal.SIGSTOP)
         time.sleep(1 + 3 * pick)
         os.kill(pid, signal.SIGCONT)
@@ -139,13 +140,8 @@ class Fleet:
     def _names_of(self, kind: str) -> list[str]:
         return [body["metadata"]["name"] for body in self.kubectl.items(kind, "-l", naming.LABEL_JOB)]
 
-    def _pid(self, part: str) -> int:
-        (pid,) = [status.pid for status in self.cluster.status() if status.name == part]
-        assert pid is not None, f"{part} does not run"
-        return pid
-
     def _kill(self, part: str) -> str:
-        os.kill(self._pid(part), signal.SIGKILL)
+        os.kill(pid_of(self.cluster, part), signal.SIGKILL)
         self.cluster.up(self.parts)
         return part
 

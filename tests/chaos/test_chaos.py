@@ -15,7 +15,7 @@ import pytest
 
 from finetune_local import parts
 from finetune_local.cluster import Cluster
-from tests import observers
+from tests import clusters, observers
 from tests.chaos import schedules
 from tests.chaos.fleets import Fleet, PlayedFleet, RealFleet
 from tests.clients import Json, Kubectl
@@ -79,9 +79,7 @@ def quick_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
     )
     try:
         running.up((*PLAYED, "kuberay"))
-        (kuberay,) = [status.pid for status in running.status() if status.name == "kuberay"]
-        assert kuberay is not None
-        os.kill(kuberay, signal.SIGKILL)
+        os.kill(clusters.pid_of(running, "kuberay"), signal.SIGKILL)
         yield running
     finally:
         running.down()

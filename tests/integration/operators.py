@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from finetune_local import binaries, kubeapi, objects
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
 from tests.clients import FINAL, Kubectl, KubectlError
+from tests.clusters import api_server
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -32,15 +33,11 @@ PARTS = ("etcd", "kube-apiserver", "kube-controller-manager")
 
 
 @contextlib.contextmanager
-def api_server(folder: Path) -> Iterator[Cluster]:
+def played_cluster(folder: Path) -> Iterator[Cluster]:
     """An API server with its garbage collector and KubeRay's CRDs, and no KubeRay."""
-    running = Cluster(folder)
-    try:
-        running.up(PARTS)
+    with api_server(folder, "kube-controller-manager") as running:
         apply_ray_crds(running)
         yield running
-    finally:
-        running.down()
 
 
 def apply_ray_crds(cluster: Cluster) -> None:
@@ -222,6 +219,18 @@ class Stage:
         }
 
 
+@contextlib.contextmanager
+def staged(cluster: Cluster, namespace: str, *, story: Story = all_well) -> Iterator[Stage]:
+    """A stage in a new namespace."""
+    kubectl = Kubectl(cluster.kubeconfig, namespace)
+    kubectl("create", "namespace", namespace)
+    playing = Stage(cluster, kubectl, story=story)
+    try:
+        yield playing
+    finally:
+        playing.close()
+
+
 def small_job(name: str, /, **spec: Any) -> Json:
     return {
         "apiVersion": "finetune.dev/v1alpha1",
@@ -235,12 +244,3 @@ def small_job(name: str, /, **spec: Any) -> Json:
             **spec,
         },
     }
-
-
-def wait_until(holds: Callable[[], bool], *, seconds: float = 30, what: str = "") -> float:
-    """Seconds that it took."""
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < seconds, what or "it did not happen in time"
-        time.sleep(0.05)
-    return time.monotonic() - began

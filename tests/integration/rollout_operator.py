@@ -18,8 +18,8 @@ from typing import Any
 
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
-from tests.api_servers import API_SERVER
 from tests.clients import Json, Kubectl, KubectlError
+from tests.clusters import API_SERVER
 from tests.integration.rollout_lab import AGENT_TOKEN, ROUTER_TOKEN, Engine, Loop, Router
 from tests.waiting import wait_until
 

@@ -15,8 +15,8 @@ from finetune_local.cluster import Cluster
 from finetune_operator.api import adapterdeployment
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.base import GROUP, VERSION
-from tests.api_servers import api_server
 from tests.clients import Json, Kubectl, KubectlError
+from tests.clusters import api_server
 from tests.integration.bad_deployments import BAD_DEPLOYMENTS, DIGEST, GOOD, METRIC, BadDeployment
 from tests.patches import merged
 

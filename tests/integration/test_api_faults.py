@@ -13,10 +13,10 @@ import pytest
 
 from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
-from tests.clients import Kubectl
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
-from tests.integration.operators import PARTS, Operator, Stage, api_server, wait_until
+from tests.integration.operators import PARTS, Operator, Stage, played_cluster, staged
 from tests.integration.test_kills import check, quick_retries, story
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
@@ -27,17 +27,14 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api")) as cluster:
+    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def stage(api: Cluster) -> Iterator[Stage]:
-    kubectl = Kubectl(api.kubeconfig, f"faults-{next(_numbers)}")
-    kubectl("create", "namespace", kubectl.namespace)
-    playing = Stage(api, kubectl, story=story)
-    yield playing
-    playing.close()
+    with staged(api, f"faults-{next(_numbers)}", story=story) as playing:
+        yield playing
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def proxy(api: Cluster, tmp_path: Path) -> Iterator[ApiProxy]:
 def operator(proxy: ApiProxy, stage: Stage, tmp_path: Path) -> Iterator[Operator]:
     running = Operator(tmp_path / "operator", proxy.kubeconfig, stage.kubectl.namespace)
     running.start()
-    wait_until(lambda: running.get("/healthz") == "ok\n")
+    wait_until(lambda: running.get("/healthz") == "ok\n", seconds=30)
     yield running
     assert running.is_alive(), running.log()[-3000:]
     running.kill()
@@ -95,7 +92,7 @@ def test_watches_end_again_and_again(gone: bool, operator: Operator, proxy: ApiP
 
 def test_the_api_server_is_away(operator: Operator, proxy: ApiProxy, stage: Stage) -> None:
     stage.apply("well-before", "lost-before", **quick_retries(""))
-    wait_until(lambda: len(stage.rayjobs_ever()) == 2)
+    wait_until(lambda: len(stage.rayjobs_ever()) == 2, seconds=30)
     proxy.away.set()
     stage.apply("well-meanwhile")
     time.sleep(AWAY_SECONDS)
@@ -109,7 +106,7 @@ def test_the_api_server_and_etcd_are_killed_and_etcd_forgets_its_past(
 ) -> None:
     """After a compaction a watch that goes on from before gets 410 Gone from the real server."""
     stage.apply("well-before", "lost-before", **quick_retries(""))
-    wait_until(lambda: len(stage.rayjobs_ever()) == 2)
+    wait_until(lambda: len(stage.rayjobs_ever()) == 2, seconds=30)
     for part in ("kube-apiserver", "etcd"):
         (pid,) = [status.pid for status in api.status() if status.name == part]
         assert pid is not None

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from finetune_local.cluster import Cluster
-from tests.api_servers import api_server
 from tests.clients import Kubectl
+from tests.clusters import api_server
 
 pytestmark = pytest.mark.integration
 

@@ -15,6 +15,7 @@ import pytest
 from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests.clients import Json, Kubectl, finetunejob
+from tests.clusters import pid_of
 
 pytestmark = pytest.mark.integration
 
@@ -24,12 +25,6 @@ def whole(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, started again after a test that broke it."""
     yield cluster
     cluster.up(parts.TRAINING)
-
-
-def pid_of(cluster: Cluster, part: str) -> int:
-    (pid,) = [status.pid for status in cluster.status() if status.name == part]
-    assert pid is not None, f"{part} does not run"
-    return pid
 
 
 def is_training(status: Json) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
-from tests.api_servers import API_SERVER, api_server
 from tests.clients import Kubectl
+from tests.clusters import API_SERVER, api_server
 from tests.commands import Command
 from tests.integration.bad_jobs import GOOD
 

@@ -16,9 +16,9 @@ import pytest
 
 from benchmarks.rayjob_player import Ending
 from finetune_local.cluster import Cluster
-from tests.clients import Kubectl
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
-from tests.integration.operators import Keeper, Operator, Stage, api_server, wait_until
+from tests.integration.operators import Keeper, Operator, Stage, played_cluster, staged
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
@@ -44,17 +44,14 @@ def story(job: str, attempt: int) -> Ending:
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api")) as cluster:
+    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def stage(api: Cluster) -> Iterator[Stage]:
-    kubectl = Kubectl(api.kubeconfig, f"kills-{next(_numbers)}")
-    kubectl("create", "namespace", kubectl.namespace)
-    playing = Stage(api, kubectl, story=story)
-    yield playing
-    playing.close()
+    with staged(api, f"kills-{next(_numbers)}", story=story) as playing:
+        yield playing
 
 
 @pytest.fixture
@@ -68,7 +65,7 @@ def proxy(api: Cluster, tmp_path: Path) -> Iterator[ApiProxy]:
 def keeper(proxy: ApiProxy, stage: Stage, tmp_path: Path) -> Iterator[Keeper]:
     operator = Operator(tmp_path / "operator", proxy.kubeconfig, stage.kubectl.namespace)
     kept = Keeper(operator)
-    wait_until(lambda: operator.get("/healthz") == "ok\n")
+    wait_until(lambda: operator.get("/healthz") == "ok\n", seconds=30)
     yield kept
     kept.close()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from finetune_local.cluster import Cluster
-from tests.clients import Kubectl
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
-from tests.integration.operators import Operator, Stage, api_server, wait_until
+from tests.integration.operators import Operator, Stage, played_cluster, staged
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
@@ -31,17 +31,14 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api")) as cluster:
+    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def stage(api: Cluster) -> Iterator[Stage]:
-    kubectl = Kubectl(api.kubeconfig, f"lead-{next(_numbers)}")
-    kubectl("create", "namespace", kubectl.namespace)
-    playing = Stage(api, kubectl)
-    yield playing
-    playing.close()
+    with staged(api, f"lead-{next(_numbers)}") as playing:
+        yield playing
 
 
 @pytest.fixture
@@ -68,9 +65,9 @@ def pair(
     )
     try:
         first.start()
-        wait_until(first.leads)
+        wait_until(first.leads, seconds=30)
         second.start()
-        wait_until(lambda: second.get("/healthz") == "ok\n")
+        wait_until(lambda: second.get("/healthz") == "ok\n", seconds=30)
         yield first, second
     finally:
         for operator in (first, second):
@@ -109,9 +106,11 @@ def test_after_a_kill_the_other_one_goes_on_within_the_lease(
 ) -> None:
     stage.player.pace = 1.0  # jobs last for seconds, so that the kill falls into their middle
     stage.apply("one", "two")
-    wait_until(lambda: len(stage.rayjobs_ever()) == 2)
+    wait_until(lambda: len(stage.rayjobs_ever()) == 2, seconds=30)
     pair[0].kill()
-    assert wait_until(pair[1].leads) <= LEASE + RETRY + 1.0
+    began = time.monotonic()
+    wait_until(pair[1].leads, seconds=30)
+    assert time.monotonic() - began <= LEASE + RETRY + 1.0
     pair[0].start()  # as its kubelet does; what trainers report to it goes to the other one
     stage.apply("three")
     found = stage.finished("one", "two", "three", seconds=120)
@@ -122,7 +121,9 @@ def test_after_a_kill_the_other_one_goes_on_within_the_lease(
 
 def test_a_leader_that_ends_hands_over_at_once(pair: tuple[Operator, Operator], stage: Stage) -> None:
     pair[0].signal(signal.SIGTERM)
-    assert wait_until(pair[1].leads) < LEASE, "the Lease was not released"
+    began = time.monotonic()
+    wait_until(pair[1].leads, seconds=30)
+    assert time.monotonic() - began < LEASE, "the Lease was not released"
     assert pair[0].process is not None
     assert pair[0].process.wait(timeout=15) == 0
 
@@ -141,7 +142,7 @@ def test_a_leader_that_was_stopped_does_nothing_when_it_goes_on(
     names = [f"job-{number}" for number in range(12)]
     held = proxies[0].add(Fault(Kind.DELAY, r"PATCH .*/finetunejobs/.*/status", seconds=0.5))
     stage.apply(*names)
-    wait_until(lambda: held.hits >= 2)
+    wait_until(lambda: held.hits >= 2, seconds=30)
     pair[0].signal(signal.SIGSTOP)
     wait_until(pair[1].leads, seconds=LEASE + 5)
     stage.apply("later")
@@ -167,7 +168,7 @@ def test_a_leader_cut_off_from_the_api_server_writes_no_more_and_ends_when_it_ca
     wait_until(pair[1].leads, seconds=LEASE * 2)
     assert "nothing is written until it is" in pair[0].log()
     stage.apply("meanwhile")
-    wait_until(lambda: "meanwhile-a1" in stage.rayjobs_ever())
+    wait_until(lambda: "meanwhile-a1" in stage.rayjobs_ever(), seconds=30)
     back = time.time()
     proxies[0].away.clear()
     assert pair[0].process is not None
@@ -199,9 +200,9 @@ def test_a_report_reaches_the_leader_through_any_replica(
     pair[0].signal(signal.SIGTERM)
     assert pair[0].process is not None
     pair[0].process.wait(timeout=15)
-    wait_until(pair[1].leads)
+    wait_until(pair[1].leads, seconds=30)
     pair[0].start()
-    wait_until(lambda: pair[0].get("/healthz") == "ok\n")
+    wait_until(lambda: pair[0].get("/healthz") == "ok\n", seconds=30)
     stage.apply("far")
     status = stage.finished("far")["far"]
     assert (status["phase"], status["artifact"]["uri"]) == ("Succeeded", "file:///artifacts/far")

@@ -17,8 +17,8 @@ import yaml
 from finetune_local import binaries, certificates
 from finetune_local.cluster import Cluster
 from finetune_operator.manifests import naming
-from tests.api_servers import API_SERVER
 from tests.clients import Json, Kubectl, finetunejob
+from tests.clusters import API_SERVER
 from tests.integration.rollout_operator import BETTER, GOOD, Lab, serves
 from tools import chart_pages
 

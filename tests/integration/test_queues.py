@@ -11,26 +11,21 @@ from typing import Any
 
 import pytest
 
-from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests.clients import Json, Kubectl
+from tests.clusters import WITHOUT_RAY, started
 from tests.integration.test_waits import job
 
 pytestmark = pytest.mark.integration
 
-WITHOUT_RAY = (*parts.CONTROL_PLANE, "ray-gateway", "kuberay", "operator")
 VERSION = "v1beta2"
 QUOTA = "couldn't assign flavors to pod set head: insufficient unused quota for cpu in flavor default, 100m more needed"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = Cluster(tmp_path_factory.mktemp("queues"))
-    try:
-        running.up(WITHOUT_RAY)
+    with started(tmp_path_factory.mktemp("queues"), WITHOUT_RAY) as running:
         yield running
-    finally:
-        running.down()
 
 
 class Kueue:

@@ -17,7 +17,8 @@ from benchmarks.rayjob_player import progress
 from finetune_local import certificates
 from finetune_local.cluster import Cluster
 from tests.clients import Kubectl
-from tests.integration.operators import Operator, api_server, small_job, wait_until
+from tests.integration.operators import Operator, played_cluster, small_job
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -41,12 +42,12 @@ class Endpoint:
             FINETUNE_STATUS_URL="https://127.0.0.1:1",
         )
         self.operator.start()
-        wait_until(lambda: self.operator.get("/healthz") == "ok\n")
+        wait_until(lambda: self.operator.get("/healthz") == "ok\n", seconds=30)
 
     def apply(self, name: str) -> str:
         """The job's UID, once its RayJob is there."""
         self.kubectl.apply(small_job(name))
-        wait_until(lambda: self.kubectl.get("rayjob", f"{name}-a1") is not None)
+        wait_until(lambda: self.kubectl.get("rayjob", f"{name}-a1") is not None, seconds=30)
         return str(self.kubectl.job(name)["metadata"]["uid"])
 
     def token(self, uid: str, *, namespace: str = "reports") -> str:
@@ -72,7 +73,7 @@ class Endpoint:
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    with api_server(tmp_path_factory.mktemp("api")) as cluster:
+    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
         running = Endpoint(cluster, tmp_path_factory.mktemp("endpoint"))
         yield running
         running.operator.kill()
@@ -134,7 +135,7 @@ def test_a_trainer_of_a_deleted_job_says_nothing_about_its_namesake(endpoint: En
     former = endpoint.token(endpoint.apply("again"))
     assert endpoint.post("again", former, progress(1, 2))[0] == 200
     endpoint.kubectl("delete", "ftj", "again")
-    wait_until(lambda: endpoint.kubectl.get("rayjob", "again-a1") is None)
+    wait_until(lambda: endpoint.kubectl.get("rayjob", "again-a1") is None, seconds=30)
     uid = endpoint.apply("again")
     failed = {"finetune": {"result": {"class": "BadData", "exitCode": 65, "message": "from the grave"}}}
     assert endpoint.post("again", former, failed)[0] in (401, 409)

@@ -11,8 +11,8 @@ import yaml
 
 from finetune_local.cluster import Cluster
 from finetune_operator.api.base import ACTION_ANNOTATION
-from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
+from tests.clusters import api_server
 from tests.commands import Command
 from tests.unit.cli.rollouts import aborted, canary, paused, promoted
 from tests.waiting import wait_until

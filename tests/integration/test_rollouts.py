@@ -12,8 +12,8 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from finetune_operator.api.routes import Route, Snapshot
-from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
+from tests.clusters import api_server
 from tests.integration.rollout_lab import Router
 from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, serves
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
-from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
+from tests.clusters import api_server
 from tests.integration.rollout_lab import Engine
 from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, deployment, serves
 

@@ -15,8 +15,8 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from finetune_local.ports import pick
-from tests.api_servers import api_server
 from tests.clients import Json, Kubectl
+from tests.clusters import api_server
 from tests.integration.rollout_operator import BETTER, COLLECTOR, GOOD, Lab, serves
 from tests.prometheus_program import find_prometheus
 

@@ -21,6 +21,7 @@ from finetune_trainer import lifecycle
 from tests import tiny
 from tests.adapters import commit_artifact, write_adapter
 from tests.clients import Json, Kubectl
+from tests.clusters import pid_of
 from tests.integration.rollout_operator import serves
 
 pytestmark = pytest.mark.integration
@@ -166,12 +167,6 @@ def wait(kubectl: Kubectl, until: Callable[[Json], bool], *, seconds: float = 60
             return status
         assert time.monotonic() < deadline, json.dumps(status, indent=1)
         time.sleep(0.2)
-
-
-def pid_of(cluster: Cluster, part: str) -> int:
-    (pid,) = [status.pid for status in cluster.status() if status.name == part]
-    assert pid is not None
-    return pid
 
 
 def test_no_request_fails_while_a_better_adapter_takes_over_and_the_operator_dies(

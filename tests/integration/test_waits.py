@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 
-from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests.clients import Json, Kubectl
+from tests.clusters import WITHOUT_RAY, started
 
 pytestmark = pytest.mark.integration
 
-WITHOUT_RAY = (*parts.CONTROL_PLANE, "ray-gateway", "kuberay", "operator")
 SECONDS = 15
 NODE = "trouble"
 GPU = "NVIDIA-L4"
@@ -30,12 +29,8 @@ GPU = "NVIDIA-L4"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = Cluster(tmp_path_factory.mktemp("waits"))
-    try:
-        running.up(WITHOUT_RAY)
+    with started(tmp_path_factory.mktemp("waits"), WITHOUT_RAY) as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture(scope="module")

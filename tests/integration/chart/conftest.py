@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from finetune_local.cluster import Cluster
-from tests.api_servers import api_server
+from tests.clusters import api_server
 
 
 @pytest.fixture(scope="package")

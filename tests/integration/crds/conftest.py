@@ -11,7 +11,7 @@ from kubernetes import client, config
 from finetune_local.cluster import Cluster
 from finetune_operator.api import finetunejob
 from finetune_operator.api.base import GROUP, VERSION
-from tests.api_servers import api_server
+from tests.clusters import api_server
 
 
 @pytest.fixture(scope="package")
