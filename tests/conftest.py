@@ -19,6 +19,10 @@ from tests.clients import Kubectl
 # Set before any test imports transformers: nothing here may ask a hub.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
 
+# Files that run side by side get a core each: threads of one training that wait for the other's stop both.
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+    os.environ.setdefault("FINETUNE_CPUS", "1")
+
 # A busy machine says nothing about the code.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")

@@ -190,13 +190,13 @@ def _reconcile_reward(reward: Json) -> None:
 
 def _reconcile_generation(spec: Json) -> None:
     """The batch counts answers, and the length holds a prompt and an answer."""
-    generation = spec.get("generation", {})
+    generation: Json = spec.get("generation", {})
     hyper = spec.setdefault("hyperparameters", {})
     hyper["globalBatchSize"] = generation.get("numGenerations", GENERATIONS) * 4
     length = max(hyper.get("maxLength", 1024), 16)
     hyper["maxLength"] = length
     if "generation" in spec or length <= 128:
-        spec.setdefault("generation", generation)["maxCompletionLength"] = length // 2
+        spec["generation"] = generation | {"maxCompletionLength": min(length // 2, 65536)}
 
 
 def _reconcile_method(method: Json, hyper: Json) -> None:

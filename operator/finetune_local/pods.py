@@ -7,6 +7,7 @@ value that points at or below a mount is rewritten to match.
 from __future__ import annotations
 
 import dataclasses
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
@@ -131,6 +132,9 @@ def environment_of(pod: Object, references: References) -> dict[str, str]:
     # A pod without GPUs sees none, as in a cluster; with GPUs Ray itself says which.
     if not gpus_of(pod):
         values.setdefault("CUDA_VISIBLE_DEVICES", "")
+    # No cgroup holds a pod to its CPU limit here; as many threads as it allows come near it.
+    if cores := cores_of(pod):
+        values.setdefault("FINETUNE_CPUS", str(min(cores, len(os.sched_getaffinity(0)))))
     return {name: value for name, value in values.items() if name not in RAY_OWN}
 
 
@@ -166,6 +170,12 @@ def field_of(pod: Object, path: str) -> str:
 def gpus_of(pod: Object) -> int:
     """NVIDIA GPUs that the container may use."""
     return int(container_of(pod).get("resources", {}).get("limits", {}).get("nvidia.com/gpu", 0))
+
+
+def cores_of(pod: Object) -> int:
+    """Whole cores of the container's CPU limit, at least 1; 0 without a limit."""
+    limit = container_of(pod).get("resources", {}).get("limits", {}).get("cpu")
+    return 0 if limit is None else max(1, int(parse_quantity(str(limit))))
 
 
 def pick_items(data: Mapping[str, str], source: Object, what: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -143,6 +144,18 @@ def test_what_ray_sets_itself_is_not_overwritten() -> None:
 def test_a_pod_without_gpus_sees_none() -> None:
     assert environment()["CUDA_VISIBLE_DEVICES"] == ""
     assert "CUDA_VISIBLE_DEVICES" not in environment(resources={"limits": {"nvidia.com/gpu": "1"}})
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("200m", "1"), ("1", "1"), ("1024", "all"), (None, None)])
+def test_a_cpu_limit_bounds_the_threads(limit: str | None, threads: str | None) -> None:
+    found = environment(resources={"limits": {"cpu": limit}} if limit else {})
+    expected = str(len(os.sched_getaffinity(0))) if threads == "all" else threads
+    assert found.get("FINETUNE_CPUS") == expected
+
+
+def test_the_pods_own_threads_win() -> None:
+    own = [{"name": "FINETUNE_CPUS", "value": "7"}]
+    assert environment(env=own, resources={"limits": {"cpu": "1"}})["FINETUNE_CPUS"] == "7"
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a/../../x"])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from finetune_cli import job_plans
 from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.finetunejob_status import Upstream
 from finetune_operator.core import jobs
 from finetune_operator.core.facts import JobFacts, Observed
 from finetune_operator.manifests import rayjobs, runfiles
@@ -37,6 +38,7 @@ FAST = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
+REWARD = Upstream(uri="s3://chain/reward", digest=f"sha256:{0:064x}")
 PLATFORMS = [rayjobs.Platform(mode, "http://operator:8090", None, 30) for mode in ("K8sJobMode", "HTTPMode")]
 
 
@@ -77,7 +79,10 @@ def play(job: JobFacts) -> list[FineTuneJobStatus]:
 def build(spec: FineTuneJobSpec) -> list[Json]:
     """The run file and the RayJobs of the spec."""
     places = runfiles.Places(
-        spec.model.uri or "s3://chain/model", spec.output.uri or "s3://default/out", spec.checkpoint.uri
+        spec.model.uri or "s3://chain/model",
+        spec.output.uri or "s3://default/out",
+        spec.checkpoint.uri,
+        reward=REWARD if spec.reward is not None and spec.reward.fine_tune_job_ref else None,
     )
     run_file = runfiles.build_run_file(
         namespace="team", name="triage", uid="u", attempt=1, spec=spec, places=places
