@@ -31,8 +31,11 @@ def is_training(status: Json) -> bool:
     return status.get("phase") == "Running" and status.get("progress", {}).get("step", 0) > 0
 
 
-def slow_job(name: str, model: Path, data: Path, *, steps: int = 600) -> Json:
-    """About 20 s of training with 600 steps, where nothing else uses the cores."""
+STEPS = 300
+
+
+def slow_job(name: str, model: Path, data: Path, *, steps: int = STEPS) -> Json:
+    """About 10 s of training with 300 steps, where nothing else uses the cores."""
     hyperparameters = {"maxSteps": steps, "globalBatchSize": 16, "maxLength": 64, "learningRate": 0.01}
     return finetunejob(name, model, data, hyperparameters=hyperparameters)
 
@@ -46,9 +49,9 @@ def test_a_part_that_is_killed_while_a_job_trains_costs_nothing(
     os.kill(pid_of(whole, part), signal.SIGKILL)
     time.sleep(1)
     whole.up(parts.TRAINING)
-    status = kubectl.finished("survivor")
+    status = kubectl.finished("survivor", seconds=300)  # most of it is start-up, where the cores are shared
     assert status["phase"] == "Succeeded", status["message"]
-    assert status["progress"]["step"] == 600
+    assert status["progress"]["step"] == STEPS
     (attempt,) = status["attempts"]
     assert attempt["uid"] == uid, "the job ran twice"
     assert len(kubectl.items("rayjob")) == 1
