@@ -59,8 +59,6 @@ class Objective:
 OBJECTIVES = {
     "SFT": Objective(),
     "DPO": Objective(sequences=2, reference=True),
-    "KTO": Objective(sequences=2, reference=True),
-    "ORPO": Objective(sequences=2, all_logits=True),
     "RewardModel": Objective(sequences=2),
     "RLOO": Objective(reference=True, scores=True, generates=True),
     "GRPO": Objective(reference=True, scores=True, generates=True),

@@ -37,7 +37,7 @@ class Sources:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The programs by name, and KubeRay's CRD files."""
+    """The programs by name, and the folder of the CRD files that one of them needs."""
 
     programs: dict[str, Path]
     crds: Path | None
@@ -57,8 +57,8 @@ def obtain(
         )
     maker = _Maker(sources=sources, announce=announce, detail=detail)
     found = {program: maker.obtain(program) for program in programs}
-    needs_crds = any(pins.tool_of(program).crds for program in found)
-    return Found(programs=found, crds=maker.obtain_crds(pins.KUBERAY) if needs_crds else None)
+    with_crds = next((tool for tool in map(pins.tool_of, found) if tool.crds), None)
+    return Found(programs=found, crds=maker.obtain_crds(with_crds) if with_crds else None)
 
 
 def find_kubectl(sources: Sources, *, announce: Announce, detail: Announce) -> Path:
@@ -99,8 +99,9 @@ class _Maker:
         return self._executable(target)
 
     def obtain_crds(self, tool: pins.Tool) -> Path:
-        if self.sources.assets is not None and (self.sources.assets / "crds").is_dir():
-            return self.sources.assets / "crds"
+        given = self.sources.assets / "crds" if self.sources.assets and tool is pins.KUBERAY else None
+        if given is not None and given.is_dir():
+            return given
         target = tool_folder(tool, self.sources) / "crds"
         if not target.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ ETCD_VERSION = "v3.6.7"
 KWOK_VERSION = "v0.8.0"
 KUBERAY_VERSION = "v1.6.2"
 HELM_VERSION = "v3.22.0"
+KUEUE_VERSION = "v0.15.2"
 _MINOR = KUBERNETES_VERSION.split(".")[1]
 # Without these the API server calls itself v0.0.0-master and clients misjudge what it can do.
 _KUBERNETES_FLAGS = " ".join(
@@ -84,7 +85,14 @@ HELM = Tool(  # no part of the laptop cluster: the tests of the chart need it
     packages={"helm": "helm.sh/helm/v3/cmd/helm"},
     ldflags=_HELM_FLAGS,
 )
-TOOLS = (ETCD, KUBERNETES, KWOK, KUBERAY, HELM)
+KUEUE = Tool(  # neither: the tests of queues need it
+    name="kueue",
+    version=KUEUE_VERSION,
+    module="sigs.k8s.io/kueue",
+    packages={"kueue": "sigs.k8s.io/kueue/cmd/kueue"},
+    crds="config/components/crd/bases",
+)
+TOOLS = (ETCD, KUBERNETES, KWOK, KUBERAY, HELM, KUEUE)
 
 
 def tool_of(program: str) -> Tool:

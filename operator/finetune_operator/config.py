@@ -29,7 +29,7 @@ class OperatorConfig:
     namespaces: tuple[str, ...]
     """Namespaces to serve; empty means all."""
     submission_mode: str
-    """How KubeRay submits: HTTPMode or K8sJobMode."""
+    """How KubeRay submits: K8sJobMode, SidecarMode or HTTPMode."""
     trainer_image: str
     """Training image of jobs that name none."""
     output_uri: str | None
@@ -199,7 +199,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
     return OperatorConfig(
         namespaces=tuple(n.strip() for n in environ.get("FINETUNE_NAMESPACES", "").split(",") if n.strip()),
         submission_mode=_choice(
-            environ, "FINETUNE_SUBMISSION_MODE", "K8sJobMode", ("HTTPMode", "K8sJobMode")
+            environ, "FINETUNE_SUBMISSION_MODE", "K8sJobMode", ("K8sJobMode", "SidecarMode", "HTTPMode")
         ),
         trainer_image=environ.get("FINETUNE_TRAINER_IMAGE") or "finetune-trainer:0.1.0",
         output_uri=(environ.get("FINETUNE_OUTPUT_URI") or "").rstrip("/") or None,

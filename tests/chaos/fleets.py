@@ -20,6 +20,7 @@ from finetune_local.cluster import Cluster
 from finetune_operator.manifests import naming
 from tests import trainers
 from tests.chaos.player import Player, Process
+from tests.chaos.rollouts import Rollouts
 from tests.clients import FINAL, Json, Kubectl, KubectlError, finetunejob
 from tests.clusters import pid_of
 
@@ -69,11 +70,14 @@ class Fleet:
 
     def happen(self, fault: str, pick: float) -> str:
         """Do it to somebody; returns to whom, or why to nobody."""
-        act: Callable[[float], str] = getattr(self, fault.replace(" ", "_"))
         try:
-            return act(pick)
+            return self.act(fault)(pick)
         except KubectlError as error:  # gone meanwhile, or the API server is away: another fault is at work
             return str(error).splitlines()[0][:100]
+
+    def act(self, fault: str) -> Callable[[float], str]:
+        act: Callable[[float], str] = getattr(self, fault.replace(" ", "_"))
+        return act
 
     def suspend(self, pick: float) -> str:
         return self._patch_job(pick, suspend=True)
@@ -196,17 +200,21 @@ class RealFleet(Fleet):
 
 
 class PlayedFleet(Fleet):
-    """Real API server, garbage collection and KWOK; KubeRay and the trainers are played in a thread."""
+    """Real API server, garbage collection and KWOK; KubeRay and the trainers are played in a thread.
+
+    Beside it, the same operator leads two rollouts.
+    """
 
     WEIGHTS: ClassVar[dict[str, float]] = {
         "killed": 6, "term": 5, "hang": 2, "code 74": 3, "code 83": 2, "code 84": 2, "code 1": 2, "code 80": 1,
         "code 81": 1, "code 65": 1, "forsaken": 5, "suspend": 4, "resume": 8, "cancel": 1, "job deleted": 1,
         "rayjob deleted": 4, "rayjob held": 3, "rayjob released": 8, "silence": 2, "operator killed": 3,
-        "operator stands still": 2, "apiserver killed": 1,
+        "operator stands still": 2, "apiserver killed": 1, **Rollouts.WEIGHTS,
     }  # fmt: skip
 
-    def __init__(self, *args: Any, seed: int, **more: Any) -> None:
+    def __init__(self, *args: Any, seed: int, rollouts: Rollouts, **more: Any) -> None:
         super().__init__(*args, **more)
+        self.rollouts = rollouts
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(
@@ -256,6 +264,11 @@ class PlayedFleet(Fleet):
         if fault.startswith("code "):
             return self._order(pick, fault.removeprefix("code "))
         return super().happen(fault, pick)
+
+    def act(self, fault: str) -> Callable[[float], str]:
+        if fault in Rollouts.WEIGHTS:
+            return lambda pick: self.rollouts.happen(fault, pick)
+        return super().act(fault)
 
     def killed(self, pick: float) -> str:
         return self._order(pick, "kill")

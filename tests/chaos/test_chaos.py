@@ -18,7 +18,9 @@ from finetune_local.cluster import Cluster
 from tests import clusters, observers
 from tests.chaos import schedules
 from tests.chaos.fleets import Fleet, PlayedFleet, RealFleet
+from tests.chaos.rollouts import Rollouts
 from tests.clients import Json, Kubectl
+from tests.integration.rollout_operator import Serving
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
@@ -71,11 +73,21 @@ def check_end(fleet: Fleet, jobs: list[Json]) -> None:
     fleet.kubectl("wait", "--for=delete", "pod", "--all", "--timeout=90s")
 
 
-@pytest.fixture(scope="module")
-def quick_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    made = Serving(tmp_path, routers=3)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def quick_cluster(tmp_path: Path, serving: Serving) -> Iterator[Cluster]:
     """API server, garbage collection, KWOK and our operator; KubeRay has left its CRDs behind and is away."""
+    environment = {"FINETUNE_PROGRESS_SECONDS": "1", "FINETUNE_NAMESPACE": "fleet"}
     running = Cluster(
-        tmp_path_factory.mktemp("chaos"), operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"}
+        tmp_path / "chaos", operator_environment={**environment, **serving.operator_environment()}
     )
     try:
         running.up((*PLAYED, "kuberay"))
@@ -85,12 +97,19 @@ def quick_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
         running.down()
 
 
-def test_a_fleet_of_played_trainers(quick_cluster: Cluster) -> None:
+def test_a_fleet_of_played_trainers_and_two_rollouts(quick_cluster: Cluster, serving: Serving) -> None:
     kubectl = Kubectl(quick_cluster.kubeconfig, "fleet")
     kubectl("create", "namespace", "fleet")
-    fleet = PlayedFleet(quick_cluster, kubectl, PLAYED, size=min(30, max(6, FAULTS // 5)), seed=SEED)
-    with observers.observe(quick_cluster, "fleet", processes=False), fleet.playing():
+    rollouts = Rollouts(serving, kubectl)
+    size = min(30, max(6, FAULTS // 5))
+    fleet = PlayedFleet(quick_cluster, kubectl, PLAYED, size=size, seed=SEED, rollouts=rollouts)
+    with (
+        observers.observe(quick_cluster, "fleet", processes=False),
+        fleet.playing(),
+        rollouts.under_traffic(),
+    ):
         let_loose(fleet, fleet.WEIGHTS, count=FAULTS, pause=0.7)
+        rollouts.settle()
         jobs = fleet.jobs()
         check_end(fleet, jobs)
         time.sleep(2)

@@ -2,7 +2,8 @@
 
 `make e2e-cluster` runs these against whatever KUBECONFIG names. Settings, all from the environment:
 FINETUNE_E2E_OPERATOR_IMAGE, FINETUNE_E2E_TRAINER_IMAGE: references that the nodes can pull or have;
-FINETUNE_E2E_HOST_PATH: a folder of the one node for the volume, where the cluster has no default StorageClass.
+FINETUNE_E2E_HOST_PATH: a folder of the one node for the volume, where the cluster has no default StorageClass;
+FINETUNE_E2E_KUBELET_PID: the one node's kubelet, where it is a process of this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients import Kubectl
-from tests.cluster.objects import NAMESPACE, SYSTEM, Settings, claim, prepare, restricted_namespace, volume
+from tests.cluster.objects import NAMESPACE, SYSTEM, Settings, claim, enforce, prepare, volume
 from tests.integration.chart.helm import helm
 from tools.chart_pages import CHART, NAME, ROOT
 
@@ -43,7 +44,7 @@ def system(settings: Settings) -> Kubectl:
 @pytest.fixture(scope="session")
 def installed(settings: Settings, system: Kubectl) -> Iterator[Kubectl]:
     """The chart, installed as docs/install.md says, in a namespace that enforces `restricted`."""
-    restricted_namespace(system, SYSTEM)
+    enforce(system, SYSTEM, "restricted")
     install(settings)
     yield system
     if not os.environ.get("FINETUNE_E2E_KEEP"):
@@ -51,11 +52,11 @@ def installed(settings: Settings, system: Kubectl) -> Iterator[Kubectl]:
         system("delete", "namespace", NAMESPACE, "--wait=false", "--ignore-not-found")
 
 
-def install(settings: Settings) -> None:
+def install(settings: Settings, *, submission_mode: str = "K8sJobMode") -> None:
     helm(
         *("upgrade", "--install", NAME, str(ROOT / CHART), f"--namespace={SYSTEM}"),
         *("--wait", "--timeout=5m", *settings.helm_flags),
-        values=settings.values(),
+        values=settings.values(submission_mode),
     )
 
 
@@ -63,7 +64,7 @@ def install(settings: Settings) -> None:
 def team(settings: Settings, installed: Kubectl) -> Kubectl:
     """kubectl in the namespace of the jobs; it enforces `restricted` and has the claim `files` with model and rows."""
     kubectl = Kubectl(settings.kubeconfig, NAMESPACE)
-    restricted_namespace(installed, NAMESPACE)
+    enforce(installed, NAMESPACE, "restricted")
     if settings.host_path is not None:
         installed.apply(volume(settings.host_path))
     kubectl.apply(claim(settings.host_path is not None))

@@ -17,6 +17,8 @@ from tools import chart_pages
 SYSTEM = chart_pages.NAMESPACE
 NAMESPACE = "finetune-e2e"
 PREPARE_SECONDS = 240
+JOB_SECONDS = 420  # two cores: starting Ray and importing PyTorch takes a minute
+LONG: Json = {"maxSteps": 2000, "globalBatchSize": 8, "maxLength": 64, "learningRate": 0.01}
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,26 @@ class Settings:
     operator_image: str
     trainer_image: str
     host_path: Path | None
+    kubelet: int | None
+    """PID of the one node's kubelet, where it is a process of this machine."""
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> Self:
         """Raises KeyError for a variable that is missing."""
-        host_path = environ.get("FINETUNE_E2E_HOST_PATH")
+        host_path, kubelet = environ.get("FINETUNE_E2E_HOST_PATH"), environ.get("FINETUNE_E2E_KUBELET_PID")
         return cls(
             kubeconfig=Path(environ["KUBECONFIG"]),
             operator_image=environ["FINETUNE_E2E_OPERATOR_IMAGE"],
             trainer_image=environ["FINETUNE_E2E_TRAINER_IMAGE"],
             host_path=Path(host_path) if host_path else None,
+            kubelet=int(kubelet) if kubelet else None,
         )
 
     @property
     def helm_flags(self) -> tuple[str, ...]:
         return (f"--kubeconfig={self.kubeconfig}",)
 
-    def values(self) -> Json:
+    def values(self, submission_mode: str) -> Json:
         """The chart's values: small, and otherwise what it installs by default."""
         repository, _, tag = self.operator_image.rpartition(":")
         return {
@@ -53,13 +58,18 @@ class Settings:
                 "resources": {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
             },
             "router": {"replicas": 1, "resources": {"requests": {"cpu": "20m", "memory": "128Mi"}}},
-            "trainer": {"image": self.trainer_image, "terminationGracePeriodSeconds": 60},
+            "trainer": {
+                "image": self.trainer_image,
+                "terminationGracePeriodSeconds": 60,
+                "submissionMode": submission_mode,
+            },
         }
 
 
-def restricted_namespace(kubectl: Kubectl, name: str) -> None:
-    label = {"pod-security.kubernetes.io/enforce": "restricted"}
-    kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": label}})
+def enforce(kubectl: Kubectl, namespace: str, standard: str) -> None:
+    """Make the namespace, where it is not there yet, enforce this Pod Security Standard."""
+    label = {"pod-security.kubernetes.io/enforce": standard}
+    kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": label}})
 
 
 def volume(folder: Path) -> Json:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 
 import pytest
 
 from tests.clients import Json, Kubectl
 from tests.cluster.conftest import install
-from tests.cluster.objects import SYSTEM, Settings, head_pod, job, leader, run_pod, wait_for
+from tests.cluster.objects import (
+    JOB_SECONDS,
+    LONG,
+    SYSTEM,
+    Settings,
+    head_pod,
+    job,
+    leader,
+    run_pod,
+    wait_for,
+)
 from tests.integration.chart.helm import helm
 from tools.chart_pages import NAME
-
-JOB_SECONDS = 420  # two cores: starting Ray and importing PyTorch takes a minute
-LONG: Json = {"maxSteps": 2000, "globalBatchSize": 8, "maxLength": 64, "learningRate": 0.01}
 
 
 def test_the_chart_runs_two_replicas_of_which_one_leads(installed: Kubectl) -> None:
@@ -85,6 +95,52 @@ def test_a_killed_pod_costs_one_interval_at_most(team: Kubectl) -> None:
     assert len(status["attempts"]) == 2
     assert status["attempts"][0]["lostSteps"] <= interval
     assert status["attempts"][1]["resumedFromStep"] >= interval
+
+
+KILL_TRAINER = """
+import os
+import signal
+
+for number in filter(str.isdigit, os.listdir("/proc")):
+    with open(f"/proc/{number}/cmdline", "rb") as file:
+        words = file.read().split(b"\\0")
+    if any(word.endswith(b"finetune-trainer") for word in words[:2]):
+        os.kill(int(number), signal.SIGKILL)
+        print("killed", number)
+"""
+
+
+def test_a_killed_trainer_costs_one_interval_at_most(team: Kubectl) -> None:
+    """The process dies, its pod and Ray live on."""
+    checkpoint = {"uri": "pvc://files/checkpoints/shot", "everySteps": 50}
+    team.apply(job("shot", hyperparameters={**LONG, "maxSteps": 300}, checkpoint=checkpoint))
+    team.wait_job("shot", lambda s: s.get("progress", {}).get("step", 0) > 50, seconds=JOB_SECONDS)
+    pod = head_pod(team, "shot")["metadata"]["name"]
+    assert "killed" in team("exec", pod, "-c", "ray-head", "--", "python", "-c", KILL_TRAINER)
+    status = team.finished("shot", seconds=2 * JOB_SECONDS)
+    assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
+    assert len(status["attempts"]) == 2
+    assert status["attempts"][0]["lostSteps"] <= 50
+    assert status["attempts"][1]["resumedFromStep"] >= 50
+
+
+def test_a_kubelet_that_is_away_for_a_minute_costs_nothing(team: Kubectl, settings: Settings) -> None:
+    """The node gets NotReady and its pods leave their Services; the containers run on."""
+    if settings.kubelet is None:
+        pytest.skip("needs the node's kubelet as a process of this machine: FINETUNE_E2E_KUBELET_PID")
+    team.apply(job("severed", hyperparameters={**LONG, "maxSteps": 600}))
+    team.wait_job("severed", lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=JOB_SECONDS)
+    os.kill(settings.kubelet, signal.SIGSTOP)
+    try:
+        time.sleep(60)
+        node = team.items("nodes")[0]
+        ready = next(one["status"] for one in node["status"]["conditions"] if one["type"] == "Ready")
+    finally:
+        os.kill(settings.kubelet, signal.SIGCONT)
+    assert ready == "Unknown"
+    status = team.finished("severed", seconds=2 * JOB_SECONDS)
+    assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
+    assert len(status["attempts"]) == 1
 
 
 def test_the_leaders_death_is_not_noticed(team: Kubectl, installed: Kubectl) -> None:

@@ -28,24 +28,67 @@ GOOD, BETTER, BAD = "a" * 8, "b" * 8, "c" * 8
 COLLECTOR = "kube-controller-manager"  # of garbage
 
 
-class Lab:
-    """One operator, some engines, some routers; `kubectl` speaks to the API server that they share."""
+class Serving:
+    """What an operator rolls out to: an engine, some routers, and users that send requests."""
 
-    def __init__(self, cluster: Cluster, kubectl: Kubectl, folder: Path, *, routers: int = 2) -> None:
-        self.cluster, self.kubectl, self.folder = cluster, kubectl, folder
+    def __init__(self, folder: Path, *, routers: int = 2) -> None:
+        self.folder = folder
         self.loop = Loop()
         self.engine = Engine(self.loop)
         self.engine.start()
         self.routers = [Router(self.loop) for _ in range(routers)]
         for router in self.routers:
             router.start()
-        self._process: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
         self._traffic: list[threading.Thread] = []
         self.failed_requests = 0
-        self.environment: dict[str, str] = {}
         (folder / "router-token").write_text(ROUTER_TOKEN)
         (folder / "agent-token").write_text(AGENT_TOKEN)
+
+    def operator_environment(self) -> dict[str, str]:
+        return {
+            "FINETUNE_ROUTER_ADMIN_URLS": ",".join(router.url for router in self.routers),
+            "FINETUNE_ROUTER_TOKEN_FILE": str(self.folder / "router-token"),
+            "FINETUNE_ENGINE_URL": "http://127.0.0.1:9",
+            "FINETUNE_AGENT_URL": self.engine.url,
+            "FINETUNE_AGENT_TOKEN_FILE": str(self.folder / "agent-token"),
+            "FINETUNE_DRAIN_SECONDS": "1",
+        }
+
+    def send(
+        self, fails: Callable[[str], bool] = lambda revision: False, *, alias: str = "bot", rate: float = 200
+    ) -> None:
+        """Traffic in the background until the lab closes: many users, spread over the routers."""
+
+        def run() -> None:
+            number = 0
+            while not self._stop.wait(1 / rate):
+                number += 1
+                router = self.routers[number % len(self.routers)]
+                if router.serve(alias, f"user {number % 997}", fails) is None:
+                    self.failed_requests += 1
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self._traffic.append(thread)
+
+    def close(self) -> None:
+        self._stop.set()
+        for thread in self._traffic:
+            thread.join(timeout=10)
+        for server in (self.engine, *self.routers):
+            server.stop()
+        self.loop.close()
+
+
+class Lab(Serving):
+    """The same with an operator of its own; `kubectl` speaks to the API server that they share."""
+
+    def __init__(self, cluster: Cluster, kubectl: Kubectl, folder: Path, *, routers: int = 2) -> None:
+        super().__init__(folder, routers=routers)
+        self.cluster, self.kubectl = cluster, kubectl
+        self._process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
         self.ports = choose(("metrics", "status"), known={})
 
     def start(self) -> None:
@@ -59,12 +102,7 @@ class Lab:
             "FINETUNE_LOG_FORMAT": "plain",
             "FINETUNE_STATUS_PORT": str(self.ports["status"]),
             "FINETUNE_METRICS_PORT": str(self.ports["metrics"]),
-            "FINETUNE_ROUTER_ADMIN_URLS": ",".join(router.url for router in self.routers),
-            "FINETUNE_ROUTER_TOKEN_FILE": str(self.folder / "router-token"),
-            "FINETUNE_ENGINE_URL": "http://127.0.0.1:9",
-            "FINETUNE_AGENT_URL": self.engine.url,
-            "FINETUNE_AGENT_TOKEN_FILE": str(self.folder / "agent-token"),
-            "FINETUNE_DRAIN_SECONDS": "1",
+            **self.operator_environment(),
             **self.environment,
         }
         with (self.folder / "operator.log").open("ab") as log:
@@ -89,13 +127,8 @@ class Lab:
         self.cluster.up((*API_SERVER, COLLECTOR))
 
     def close(self) -> None:
-        self._stop.set()
-        for thread in self._traffic:
-            thread.join(timeout=10)
         self.kill()
-        for server in (self.engine, *self.routers):
-            server.stop()
-        self.loop.close()
+        super().close()
 
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -158,25 +191,6 @@ class Lab:
 
     def annotate(self, action: str, *, name: str = "bot") -> None:
         self.kubectl("annotate", "adep", name, f"finetune.dev/action={action}", "--overwrite")
-
-    # -- traffic
-
-    def send(
-        self, fails: Callable[[str], bool] = lambda revision: False, *, alias: str = "bot", rate: float = 200
-    ) -> None:
-        """Traffic in the background until the lab closes: many users, spread over the routers."""
-
-        def run() -> None:
-            number = 0
-            while not self._stop.wait(1 / rate):
-                number += 1
-                router = self.routers[number % len(self.routers)]
-                if router.serve(alias, f"user {number % 997}", fails) is None:
-                    self.failed_requests += 1
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        self._traffic.append(thread)
 
 
 def deployment(name: str, revision: str, /, **spec: Any) -> Json:

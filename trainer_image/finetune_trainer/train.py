@@ -14,7 +14,18 @@ import datasets
 import torch
 import transformers
 
-from finetune_trainer import checkpoints, export, finite, fit, prepared, resume, saving, signals, summary
+from finetune_trainer import (
+    checkpoints,
+    export,
+    finite,
+    fit,
+    notices,
+    prepared,
+    resume,
+    saving,
+    signals,
+    summary,
+)
 from finetune_trainer.callbacks import ProgressCallback
 from finetune_trainer.data import encoding
 from finetune_trainer.methods import adapters, choices, models, packing, sampling, settings, trainers
@@ -208,7 +219,10 @@ def _early_stopping(run: RunFile) -> list[transformers.TrainerCallback]:
 
 def _run(trainer: Any, resumption: resume.Resumption | None, store: checkpoints.Store | None) -> None:
     started = time.monotonic()
-    with signals.deferred() if store is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if store is not None:
+            stack.enter_context(signals.deferred())
+            stack.enter_context(notices.heeded())
         resume.train(trainer, resumption, store)
     seconds = format_duration(time.monotonic() - started)
     since = "" if resumption is None else f" (from {resumption.step})"

@@ -134,7 +134,7 @@ def test_pods_of_the_chart_are_accepted_where_restricted_is_enforced(
         ({"image": {"digest": "sha256:abc"}}, "digest"),
         ({"image": {"repository": ""}}, "repository"),
         ({"trainer": {"outputUri": "/artifacts"}}, "outputUri"),
-        ({"trainer": {"submissionMode": "SidecarMode"}}, "submissionMode"),
+        ({"trainer": {"submissionMode": "InteractiveMode"}}, "submissionMode"),
         ({"trainer": {"podDefaults": {"hostNetwork": True}}}, "hostNetwork"),
         ({"statusEndpoint": {"port": 70000}}, "port"),
         ({"statusEndpoint": {"tls": {"mode": "Off"}}}, "mode"),

@@ -27,7 +27,7 @@ def test_lists_and_folders_are_tidied() -> None:
         ("FINETUNE_METRICS_PORT", "0"),
         ("FINETUNE_PROGRESS_SECONDS", "nan"),
         ("FINETUNE_TERMINATION_GRACE_SECONDS", "-1"),
-        ("FINETUNE_SUBMISSION_MODE", "SidecarMode"),
+        ("FINETUNE_SUBMISSION_MODE", "InteractiveMode"),
         ("FINETUNE_LOG_FORMAT", "xml"),
         ("FINETUNE_LEADER_ELECTION", "yes"),
         ("FINETUNE_LEASE_SECONDS", "0"),
