@@ -16,7 +16,7 @@ demo: setup ## the tour: cluster up, fine-tune, serve, promote a better adapter,
 test: setup ## unit, integration (real API server, KubeRay, Ray), end to end; the long faults are test-faults
 	@$(BIN)/finetune local build
 	@$(BIN)/python -m finetune_local.models
-	@$(PYTEST) -n 2 --dist loadfile -m "not faults"
+	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 test-faults: setup ## kills at named points, API faults, leadership, outages, retries and chaos: about half an hour
 	@$(BIN)/finetune local build
