@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -51,7 +52,12 @@ def started(cluster: Cluster, folder: Path) -> Iterator[None]:
     with log.open("wb") as stream:
         process = subprocess.Popen(
             ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
-            env={"KUBECONFIG": str(cluster.kubeconfig)},
+            env={
+                "KUBECONFIG": str(cluster.kubeconfig),
+                "HOME": str(folder),
+                "USER": "kueue",
+                "PATH": os.defpath,
+            },
             stdout=stream,
             stderr=stream,
         )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from finetune_trainer import notices
+from tests import tiny
 from tests.clusters import started
 from tests.integration.trainer.conftest import Run
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
-HYPER: dict[str, Any] = {"maxSteps": 5000, "globalBatchSize": 8, "maxLength": 64, "evalSteps": 5000}
+HYPER: dict[str, Any] = {"maxSteps": 20_000, "globalBatchSize": 8, "maxLength": 64, "evalSteps": 20_000}
 DRAIN = """
 import sys, time
 from ray._raylet import GcsClient
@@ -39,36 +40,40 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_a_drained_node_saves_a_checkpoint_first(
-    ray: Cluster,
-    tiny_model: Path,
-    chat_file: Path,
-    run: Run,
-    handlers: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ray: Cluster, tiny_model: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    address, folder = f"127.0.0.1:{ray.ports['ray']}", tmp_path / "checkpoints"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(notices, "INTERVAL", 0.5)
-    drained: list[str] = []
+    from ray.job_submission import JobSubmissionClient
 
-    def drain() -> None:
-        time.sleep(4)
-        done = subprocess.run(
-            [sys.executable, "-c", DRAIN, address], capture_output=True, text=True, timeout=60, check=False
-        )
-        drained.append(done.stdout + done.stderr)
-
-    thread = threading.Thread(target=drain)
-    thread.start()
+    folder, run_file = tmp_path / "checkpoints", tmp_path / "run.json"
     checkpoint = {"uri": f"file://{folder}", "everySteps": 100_000}
-    ended = run(tiny_model, chat_file, checkpoint=checkpoint, hyperparameters=HYPER)
-    thread.join()
-    assert drained[0].startswith("(True"), drained
-    assert (ended.code, ended.result["class"]) == (75, "Preempted"), ended.log
-    assert "Ray drains this node" in ended.log
-    assert 0 < ended.result["step"] < HYPER["maxSteps"]
-    assert (folder / f"checkpoint-{ended.result['step']}" / "complete").exists()
+    document = tiny.run_document(
+        tiny_model, chat_file, tmp_path / "out", checkpoint=checkpoint, hyperparameters=HYPER
+    )
+    run_file.write_text(json.dumps(document))
+    client = JobSubmissionClient(f"http://127.0.0.1:{ray.ports['ray-dashboard']}")
+    job = client.submit_job(
+        entrypoint=f"{sys.executable} -m finetune_trainer run --run-file {run_file}",
+        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}},
+    )
+    wait_until(
+        lambda: "\nstep 1/" in client.get_job_logs(job), seconds=120, what=lambda: client.get_job_logs(job)
+    )
+    address = f"127.0.0.1:{ray.ports['ray']}"
+    done = subprocess.run(
+        [sys.executable, "-c", DRAIN, address], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith("(True"), done.stdout + done.stderr
+    wait_until(
+        lambda: "TRAINER_RESULT" in client.get_job_logs(job),
+        seconds=45,
+        what=lambda: client.get_job_logs(job)[-2000:],
+    )
+    log = client.get_job_logs(job)
+    assert "Ray drains this node" in log
+    result = json.loads(log.partition("TRAINER_RESULT ")[2].splitlines()[0])
+    assert (result["exitCode"], result["class"]) == (75, "Preempted"), log
+    assert 0 < result["step"] < HYPER["maxSteps"]
+    assert (folder / f"checkpoint-{result['step']}" / "complete").exists()
 
 
 def test_a_ray_that_does_not_answer_stops_nothing(
@@ -78,5 +83,10 @@ def test_a_ray_that_does_not_answer_stops_nothing(
     monkeypatch.setattr(notices, "INTERVAL", 0.1)
     monkeypatch.setattr(notices, "TIMEOUT", 0.5)
     checkpoint = {"uri": f"file://{tmp_path / 'checkpoints'}", "everySteps": 100}
-    ended = run(tiny_model, chat_file, checkpoint=checkpoint, hyperparameters={**HYPER, "maxSteps": 20})
+    ended = run(
+        tiny_model,
+        chat_file,
+        checkpoint=checkpoint,
+        hyperparameters={**HYPER, "maxSteps": 20, "evalSteps": 20},
+    )
     assert ended.code == 0, ended.log
