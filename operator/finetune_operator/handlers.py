@@ -36,6 +36,9 @@ async def watch(
         registry=build_registry(
             notice=notice, job_changed=job_changed, deployment_changed=deployment_changed
         ),
+        # For peering, which is not used. Kopf would ask for the user's name, and a pod's user may have none. Its type
+        # is a NewType of str that Kopf does not export.
+        identity=naming.MANAGER,  # type: ignore[arg-type]
         clusterwide=not namespaces,
         namespaces=namespaces,
     )

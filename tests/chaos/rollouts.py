@@ -29,7 +29,7 @@ class Rollouts:
     """`WEIGHTS` are the faults that it knows; `happen` does one and returns to whom."""
 
     WEIGHTS: ClassVar[dict[str, float]] = {
-        "another revision": 6, "verb": 5, "router away": 2, "router restarted": 3, "router lies": 2,
+        "another revision": 12, "verb": 6, "router away": 2, "router restarted": 3, "router lies": 2,
         "counters spoilt": 2, "engine slow": 2, "load refused": 1,
     }  # fmt: skip
 

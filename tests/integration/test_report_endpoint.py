@@ -40,7 +40,10 @@ class Endpoint:
             FINETUNE_TLS_KEY_FILE=str(pair.key),
             FINETUNE_TLS_CA_FILE=str(folder / "ca.crt"),
             FINETUNE_STATUS_URL="https://127.0.0.1:1",
+            HOME="/",
         )
+        # As in a pod, whose user has no name.
+        self.operator.program[:0] = ["unshare", "--user", "--map-user=65532"]
         self.operator.start()
         wait_until(lambda: self.operator.get("/healthz") == "ok\n", seconds=30)
 
