@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks import router_targets
 from benchmarks.pages import current_load, describe_machine, write_section
-from benchmarks.router import PACKAGES, Measurement, measure
+from benchmarks.router import MANY, PACKAGES, Measurement, measure
 
 RATES = (
     500,
@@ -31,6 +31,7 @@ RATES = (
     3000,
 )  # requests a second; 750 is half of the 1,500 that one worker has to take
 CONNECTIONS = 1000
+ALIAS_PAIRS, ALIAS_SECONDS = 24, 1.5  # short and many: the machine's speed changes within seconds
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def main() -> None:
         for subject in subjects:
             measure(subject, size=1024, connections=8, seconds=options.seconds)
         turns = {rate: [turn(subjects, rate, options.seconds) for _ in range(options.runs)] for rate in RATES}
-    section = build_section(turns)
+        ratios = sorted(compare_aliases(router) for _ in range(ALIAS_PAIRS))
+    section = build_section(turns) + build_aliases(ratios)
     section += f"\nCommand: `python -m benchmarks.router_latency --runs {options.runs}`.\n"
     section += describe_machine(PACKAGES, load=load)
     print(section)
@@ -81,6 +83,23 @@ def turn(subjects: tuple[router_targets.Subject, ...], rate: float, seconds: flo
         if subject.name == "router":
             stolen = psutil.cpu_times().steal - before
     return Turn(runs, stolen)
+
+
+def compare_aliases(router: router_targets.Subject) -> float:
+    """Requests per CPU second with 1,000 aliases in turn, as a share of those with one."""
+    one, many = (
+        measure(router, size=1024, connections=32, seconds=ALIAS_SECONDS, aliases=aliases).per_cpu_second
+        for aliases in (1, MANY)
+    )
+    return many / one
+
+
+def build_aliases(ratios: list[float]) -> str:
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return (
+        f"\n1,000 aliases in turn: {statistics.median(ratios):.2f} times the requests per CPU second of one (median of "
+        f"{len(ratios)} pairs of {ALIAS_SECONDS:g} s; the middle half from {low:.2f} to {high:.2f}).\n"
+    )
 
 
 def build_section(turns: dict[int, list[Turn]]) -> str:
