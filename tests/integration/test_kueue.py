@@ -8,12 +8,17 @@ from collections.abc import Iterator
 import pytest
 
 from finetune_local.cluster import Cluster
-from tests import kueue
+from tests import kueue, namespaces
 from tests.clients import Json, Kubectl
 from tests.clusters import WITHOUT_RAY, started
 from tests.integration.test_waits import job
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(
+        not namespaces.are_allowed(), reason="Kueue's certificates have a fixed path: needs user namespaces"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
