@@ -96,10 +96,8 @@ def node_is_ready(client: kubeapi.ApiClient) -> bool:
 
 def capacity() -> dict[str, str]:
     """CPUs that we may use, memory, and NVIDIA GPUs where there are any, as Kubernetes quantities."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     resources = {
-        "cpu": str(cpus),
+        "cpu": str(usable_cpus()),
         "memory": f"{psutil.virtual_memory().total >> 20}Mi",
         "ephemeral-storage": f"{shutil.disk_usage('/').total >> 20}Mi",
         "pods": "110",
@@ -108,6 +106,12 @@ def capacity() -> dict[str, str]:
     if gpus:
         resources["nvidia.com/gpu"] = str(gpus)
     return resources
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
 def count_gpus() -> int:

@@ -7,11 +7,12 @@ value that points at or below a mount is rewritten to match.
 from __future__ import annotations
 
 import dataclasses
-import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from finetune_local import objects
 
 Object = Mapping[str, Any]
 
@@ -134,7 +135,7 @@ def environment_of(pod: Object, references: References) -> dict[str, str]:
         values.setdefault("CUDA_VISIBLE_DEVICES", "")
     # No cgroup holds a pod to its CPU limit here; as many threads as it allows come near it.
     if cores := cores_of(pod):
-        values.setdefault("FINETUNE_CPUS", str(min(cores, len(os.sched_getaffinity(0)))))
+        values.setdefault("FINETUNE_CPUS", str(min(cores, objects.usable_cpus())))
     return {name: value for name, value in values.items() if name not in RAY_OWN}
 
 

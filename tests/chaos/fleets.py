@@ -70,14 +70,15 @@ class Fleet:
 
     def happen(self, fault: str, pick: float) -> str:
         """Do it to somebody; returns to whom, or why to nobody."""
+        act: Callable[[float], str] = getattr(self.actor(fault), fault.replace(" ", "_"))
         try:
-            return self.act(fault)(pick)
+            return act(pick)
         except KubectlError as error:  # gone meanwhile, or the API server is away: another fault is at work
             return str(error).splitlines()[0][:100]
 
-    def act(self, fault: str) -> Callable[[float], str]:
-        act: Callable[[float], str] = getattr(self, fault.replace(" ", "_"))
-        return act
+    def actor(self, fault: str) -> object:
+        """Whose method the fault is."""
+        return self
 
     def suspend(self, pick: float) -> str:
         return self._patch_job(pick, suspend=True)
@@ -265,10 +266,8 @@ class PlayedFleet(Fleet):
             return self._order(pick, fault.removeprefix("code "))
         return super().happen(fault, pick)
 
-    def act(self, fault: str) -> Callable[[float], str]:
-        if fault in Rollouts.WEIGHTS:
-            return lambda pick: self.rollouts.happen(fault, pick)
-        return super().act(fault)
+    def actor(self, fault: str) -> object:
+        return self.rollouts if fault in Rollouts.WEIGHTS else self
 
     def killed(self, pick: float) -> str:
         return self._order(pick, "kill")

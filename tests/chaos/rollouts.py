@@ -13,6 +13,7 @@ from typing import ClassVar, TypeVar
 from tests.clients import Json, Kubectl, KubectlError
 from tests.integration.rollout_lab import Router
 from tests.integration.rollout_operator import BAD, BETTER, GOOD, Serving, deployment, serves
+from tests.waiting import wait_until
 
 Item = TypeVar("Item")
 
@@ -26,7 +27,7 @@ SETTLING_SECONDS = 120.0
 
 
 class Rollouts:
-    """`WEIGHTS` are the faults that it knows; `happen` does one and returns to whom."""
+    """`WEIGHTS` are the faults that it knows: each is a method that does it and returns to whom."""
 
     WEIGHTS: ClassVar[dict[str, float]] = {
         "another revision": 12, "verb": 6, "router away": 2, "router restarted": 3, "router lies": 2,
@@ -57,10 +58,6 @@ class Rollouts:
                 if route.stable
             }
             assert not stable & HARMFUL, "a revision that fails all of its requests became stable"
-
-    def happen(self, fault: str, pick: float) -> str:
-        act: Callable[[float], str] = getattr(self, fault.replace(" ", "_"))
-        return act(pick)
 
     def settle(self) -> None:
         """Nothing is wrong any more: a good revision takes over, and a harmful one is rolled back by itself."""
@@ -136,16 +133,17 @@ class Rollouts:
         self.kubectl("annotate", "adep", name, f"finetune.dev/action={verb}", "--overwrite")
 
     def _wait(self, name: str, until: Callable[[Json], bool]) -> Json:
-        deadline = time.monotonic() + SETTLING_SECONDS
-        status: Json = {}
-        while not until(status):
-            assert time.monotonic() < deadline, f"{name}: {status}"
-            time.sleep(0.2)
+        last: Json = {}
+
+        def look() -> Json | None:
+            nonlocal last
             try:
-                status = (self.kubectl.get("adep", name) or {}).get("status", {})
+                last = (self.kubectl.get("adep", name) or {}).get("status", {})
             except KubectlError:  # the API server is away
-                continue
-        return status
+                return None
+            return last if until(last) else None
+
+        return wait_until(look, seconds=SETTLING_SECONDS, what=lambda: f"{name}: {last}")
 
 
 def _one_of(items: Sequence[Item], pick: float) -> Item:

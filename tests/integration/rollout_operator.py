@@ -19,7 +19,7 @@ from typing import Any
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
 from tests.clients import Json, Kubectl, KubectlError
-from tests.clusters import API_SERVER
+from tests.clusters import API_SERVER, pid_of
 from tests.integration.rollout_lab import AGENT_TOKEN, ROUTER_TOKEN, Engine, Loop, Router
 from tests.waiting import wait_until
 
@@ -119,9 +119,7 @@ class Lab(Serving):
 
     def stop_api_server(self) -> None:
         """SIGKILL; `start_api_server` brings it back with all that it stored."""
-        (pid,) = [part.pid for part in self.cluster.status() if part.name == "kube-apiserver"]
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid_of(self.cluster, "kube-apiserver"), signal.SIGKILL)
 
     def start_api_server(self) -> None:
         self.cluster.up((*API_SERVER, COLLECTOR))

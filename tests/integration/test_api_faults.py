@@ -13,6 +13,7 @@ import pytest
 
 from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
+from tests.clusters import pid_of
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
 from tests.integration.operators import PARTS, Operator, Stage, played_cluster, staged
 from tests.integration.test_kills import check, quick_retries, story
@@ -108,9 +109,7 @@ def test_the_api_server_and_etcd_are_killed_and_etcd_forgets_its_past(
     stage.apply("well-before", "lost-before", **quick_retries(""))
     wait_until(lambda: len(stage.rayjobs_ever()) == 2, seconds=30)
     for part in ("kube-apiserver", "etcd"):
-        (pid,) = [status.pid for status in api.status() if status.name == part]
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid_of(api, part), signal.SIGKILL)
     time.sleep(2)
     api.up(PARTS)
     _compact(api)

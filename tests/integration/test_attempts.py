@@ -20,6 +20,7 @@ from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests import observers, trainers
 from tests.clients import FINAL, Json, Kubectl, finetunejob
+from tests.clusters import pid_of
 from tests.observers import Observer
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
@@ -95,9 +96,7 @@ def test_what_ends_a_process_and_how_the_job_goes_on(
     assert (preempted["class"], preempted["exitCode"], preempted["lostSteps"]) == ("Preempted", 75, 0)
 
     kubectl.wait_job("tough", training(3))
-    (operator,) = [status.pid for status in cluster.status() if status.name == "operator"]
-    assert operator is not None
-    os.kill(operator, signal.SIGKILL)
+    os.kill(pid_of(cluster, "operator"), signal.SIGKILL)
     trainers.send(seen.namespace, "tough", signal.SIGTERM)
     cluster.up(parts.TRAINING)
     unheard = ended(kubectl, "tough", 3)
@@ -324,9 +323,7 @@ def test_kuberay_is_away_when_it_is_needed(
     """A RayJob is deleted and cannot go; a job is applied and nobody looks at it; both go on when KubeRay is back."""
     kubectl.apply(job("stuck", tiny_model, tiny_rows))
     kubectl.wait_job("stuck", training(1))
-    (kuberay,) = [status.pid for status in cluster.status() if status.name == "kuberay"]
-    assert kuberay is not None
-    os.kill(kuberay, signal.SIGKILL)
+    os.kill(pid_of(cluster, "kuberay"), signal.SIGKILL)
     kubectl("delete", "rayjob", "stuck-a1", "--wait=false")
     kubectl.apply(job("unseen", tiny_model, tiny_rows, resources={"cpu": "1000", "memory": "1Gi"}))
     status = kubectl.wait_job("unseen", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=120)[

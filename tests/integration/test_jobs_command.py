@@ -15,7 +15,7 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from tests.clients import Kubectl
-from tests.clusters import API_SERVER, api_server
+from tests.clusters import API_SERVER, api_server, pid_of
 from tests.commands import Command
 from tests.integration.bad_jobs import GOOD
 
@@ -103,9 +103,7 @@ def test_watch_gives_up_in_time(jobs: Jobs) -> None:
 def test_watch_survives_the_api_server(jobs: Jobs, cluster: Cluster) -> None:
     jobs.kubectl.apply(GOOD)
     process = jobs.watch()
-    (server,) = [part for part in cluster.status() if part.name == "kube-apiserver"]
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
+    os.kill(pid_of(cluster, "kube-apiserver"), signal.SIGKILL)
     time.sleep(2)
     assert process.poll() is None
     cluster.up(API_SERVER)

@@ -13,16 +13,13 @@ from tests.clients import Json, Kubectl
 from tests.clusters import WITHOUT_RAY, started
 from tests.integration.test_waits import job
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.skipif(
-        not namespaces.are_allowed(), reason="Kueue's certificates have a fixed path: needs user namespaces"
-    ),
-]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if not namespaces.are_allowed():
+        pytest.skip("Kueue's certificates have a fixed path: needs user namespaces")
     folder = tmp_path_factory.mktemp("kueue")
     with started(folder / "cluster", WITHOUT_RAY) as running, kueue.started(running, folder):
         yield running
@@ -32,10 +29,16 @@ def queued(name: str, queue: str = "team", *, cpu: str = "300m") -> Json:
     return job(name, scheduling={"queueName": queue}, resources={"cpu": cpu, "memory": "64Mi"})
 
 
+def is_true(condition: str, status: Json) -> bool:
+    return any((one["type"], one["status"]) == (condition, "True") for one in status.get("conditions", []))
+
+
 def is_let_in(status: Json) -> bool:
-    return any(
-        (one["type"], one["status"]) == ("QuotaReserved", "True") for one in status.get("conditions", [])
-    )
+    return is_true("QuotaReserved", status)
+
+
+def has_its_pods(status: Json) -> bool:
+    return is_true("ResourcesReady", status)
 
 
 def test_a_full_queue_lets_the_next_one_in_when_there_is_room(kubectl: Kubectl) -> None:
@@ -77,7 +80,7 @@ def test_a_queue_that_does_not_exist_is_named_until_somebody_makes_it(kubectl: K
 def test_a_stopped_queue_is_named_and_holds_what_runs(kubectl: Kubectl) -> None:
     kueue.queue(kubectl, "team", cpu="1")
     kubectl.apply(queued("held"))
-    kubectl.wait_job("held", is_let_in, seconds=30)
+    kubectl.wait_job("held", has_its_pods, seconds=30)  # what has no pods yet loses nothing: no preemption
     stop = json.dumps({"spec": {"stopPolicy": "HoldAndDrain"}})
     kubectl("patch", "clusterqueue", f"{kubectl.namespace}-team", "--type=merge", "-p", stop)
     status = kubectl.wait_job("held", lambda s: s.get("phase") == "Queued", seconds=60)["status"]

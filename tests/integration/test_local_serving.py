@@ -18,6 +18,7 @@ import pytest
 
 from finetune_local import errors, parts, processes
 from finetune_local.cluster import Cluster, State
+from tests.clusters import pid_of
 
 pytestmark = pytest.mark.integration
 
@@ -69,8 +70,7 @@ def complete(cluster: Cluster) -> dict[str, Any]:
 
 
 def kill(cluster: Cluster, part: str) -> int:
-    (pid,) = [line.pid for line in cluster.status() if line.name == part]
-    assert pid is not None
+    pid = pid_of(cluster, part)
     os.kill(pid, signal.SIGKILL)
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=5)
     return pid
@@ -125,7 +125,7 @@ def test_the_engine_sees_the_folders_behind_the_claims(laptop: Cluster) -> None:
 
 
 def test_the_engine_stands_back_behind_trainings(laptop: Cluster) -> None:
-    (pid,) = [line.pid for line in laptop.status() if line.name == "engine"]
+    pid = pid_of(laptop, "engine")
     process = psutil.Process(pid)
     assert process.nice() == 5
     waiting = [Path(f"/proc/{pid}/task/{thread.id}/stat").read_text() for thread in process.threads()]
@@ -139,7 +139,7 @@ def test_up_brings_a_killed_part_back_with_what_it_knew(laptop: Cluster, part: s
     assert states(laptop)[part] is State.CRASHED
     laptop.up(parts.SERVING)
     assert set(states(laptop).values()) == {State.RUNNING}
-    assert next(line.pid for line in laptop.status() if line.name == part) != pid
+    assert pid_of(laptop, part) != pid
     assert complete(laptop)["usage"]["completion_tokens"] == 3, "the route was on disk"
 
 

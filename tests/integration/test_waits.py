@@ -18,7 +18,7 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from tests.clients import Json, Kubectl
-from tests.clusters import WITHOUT_RAY, started
+from tests.clusters import WITHOUT_RAY, pid_of, started
 
 pytestmark = pytest.mark.integration
 
@@ -94,6 +94,8 @@ def told(kubectl: Kubectl, name: str, reason: str, *parts: str) -> Json:
 
 def test_a_quota(kubectl: Kubectl) -> None:
     kubectl("create", "quota", "small", "--hard=limits.memory=64Mi")
+    # The API server enforces a quota from its own cache of them, which is behind for a moment.
+    kubectl("wait", "quota", "small", "--for=jsonpath={.status.hard}", "--timeout=30s")
     kubectl.apply(job("limited"))
     told(kubectl, "limited", "QuotaExceeded", "exceeded quota: small", "ask for less in spec.resources")
     kubectl("delete", "quota", "small")
@@ -195,8 +197,7 @@ def test_a_volume_that_cannot_be_mounted_is_told_by_an_event(kubectl: Kubectl) -
 
 
 def test_a_kuberay_that_is_away(cluster: Cluster, kubectl: Kubectl) -> None:
-    (pid,) = [part.pid for part in cluster.status() if part.name == "kuberay"]
-    assert pid is not None
+    pid = pid_of(cluster, "kuberay")
     os.kill(pid, signal.SIGKILL)
     try:
         kubectl.apply(job("alone"))

@@ -19,25 +19,26 @@ TIMEOUT = 5.0  # seconds for one
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
     """While inside, and where Ray started this process, a notice sends it SIGTERM, once."""
-    address, over = os.environ.get("RAY_ADDRESS"), threading.Event()
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        yield
+        return
+    over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(address, over), name="ray-notices", daemon=True)
-    if address:
-        watcher.start()
+    watcher.start()
     try:
         yield
     finally:
         over.set()
-        if address:
-            watcher.join(2 * TIMEOUT)
+        watcher.join(2 * TIMEOUT)
 
 
 def _watch(address: str, over: threading.Event) -> None:
-    if over.wait(INTERVAL):  # before the import, which takes a second: a short training does without
-        return
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, without types
-
     client = None
-    while not over.is_set():
+    while not over.wait(INTERVAL):
+        # After the first wait, because this takes a second: a short training does without.
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, without types
+
         # Whatever Ray says: a training must not end because nobody tells it about nodes.
         with contextlib.suppress(Exception):
             client = client or GcsClient(address=address)
@@ -45,4 +46,3 @@ def _watch(address: str, over: threading.Event) -> None:
                 print("Ray drains this node: a checkpoint is saved, and training ends", flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-        over.wait(INTERVAL)

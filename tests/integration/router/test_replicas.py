@@ -174,7 +174,8 @@ async def test_a_replica_that_is_added_gets_the_route_before_it_counts(tmp_path:
             # Nobody's counters are taken before the replica applies the routes. One that is late with an answer still
             # counts by what it told before.
             most = itertools.accumulate((applied for _, applied, _ in moments), max)
-            assert all(heard <= max(applied, 1) for (_, _, heard), applied in zip(moments, most, strict=True))
+            pairs = zip(moments, most, strict=True)
+            assert all(heard <= max(applied, 1) for (_, _, heard), applied in pairs), moments
             assert {told.version for told in fleet.counters()} == {7}
             async with (
                 aiohttp.ClientSession() as client,

@@ -39,7 +39,10 @@ FAST = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
 REWARD = Upstream(uri="s3://chain/reward", digest=f"sha256:{0:064x}")
-PLATFORMS = [rayjobs.Platform(mode, "http://operator:8090", None, 30) for mode in ("K8sJobMode", "HTTPMode")]
+PLATFORMS = [
+    rayjobs.Platform(mode, "http://operator:8090", None, 30)
+    for mode in ("K8sJobMode", "SidecarMode", "HTTPMode")
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
