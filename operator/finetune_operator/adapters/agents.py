@@ -37,8 +37,10 @@ class Engine(AgentModel):
 
 
 class Capacity(AgentModel):
+    """Null, or 0 from older agents: the engine's limit is not known."""
+
     max_loras: int | None = None
-    loaded_loras: int = 0
+    loaded_loras: int | None = None
     max_lora_rank: int | None = None
 
 

@@ -86,8 +86,10 @@ class EngineFacts:
     instance: str = ""
     base_models: Sequence[str] = ()
     max_loras: int | None = None
+    """None: the limit is not known, so none is assumed."""
     loaded_loras: int = 0
     max_rank: int | None = None
+    """None: the same."""
     adapters: Mapping[str, AdapterFacts] = field(default_factory=dict)
     """By served name."""
 

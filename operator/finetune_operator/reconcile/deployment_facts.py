@@ -129,9 +129,10 @@ def engine_facts(url: str, agent_url: str, told: agents.AgentStatus | agents.Unh
         message=engine.message,
         instance=engine.instance,
         base_models=tuple(dict.fromkeys([*engine.base_models, *named])),
-        max_loras=capacity.max_loras,
-        loaded_loras=capacity.loaded_loras,
-        max_rank=capacity.max_lora_rank,
+        # No engine takes nothing: what is not known limits nothing, and the engine has the last word.
+        max_loras=capacity.max_loras or None,
+        loaded_loras=capacity.loaded_loras or 0,
+        max_rank=capacity.max_lora_rank or None,
         adapters={
             adapter.name: AdapterFacts(
                 digest=adapter.digest, state=adapter.state, reason=adapter.reason, message=adapter.message
