@@ -23,7 +23,6 @@ from finetune_router.upstreams import (
 )
 
 MOST_ENGINES = 3  # tried for one revision
-DOWN_SECONDS = 2.0  # an engine that refused a connection is left out for so long, where there are others
 # Bytes; an answer up to this size is complete before the user gets its first byte. Not above the mark where a
 # connection stops reading: it would wait for ever.
 BUFFERED_ANSWER = HIGH_WATER
@@ -131,13 +130,18 @@ class Forwarder:
 
     async def _once(self, upstream: Upstream, leg: Leg, outgoing: Outgoing, attempt: Attempt) -> None:
         upstream.outstanding += 1
+        upstream.note_chosen()
         reply: Reply | None = None
         try:
             reply = await self._exchange(upstream, outgoing, attempt)
             attempt.failure = _judge(reply, leg)
         except ConnectFailedError:
-            upstream.down_until = time.perf_counter() + DOWN_SECONDS
-            attempt.failure = Failure.UNREACHABLE
+            # Cut short by the request's own end, it says nothing of the engine.
+            if time.perf_counter() < outgoing.deadline:
+                upstream.note_unreachable()
+                attempt.failure = Failure.UNREACHABLE
+            else:
+                attempt.failure = Failure.TIMEOUT
         except UpstreamTimeoutError:
             attempt.failure = Failure.TIMEOUT
         except UpstreamError:

@@ -21,6 +21,7 @@ import httptools
 
 HIGH_WATER = 256 * 1024  # bytes kept for a slow reader before the engine's socket is paused
 LOW_WATER = 64 * 1024
+DOWN_SECONDS = 2.0  # an engine that could not be reached is left out for so long, where there are others
 IDLE_SECONDS = 4.0  # engines on uvicorn close an idle connection after 5 s
 _JOIN_BELOW = 16 * 1024  # bytes; copying a shorter body costs less than a second buffer
 _HEAD_LIMIT = 64 * 1024  # bytes of response headers
@@ -304,6 +305,19 @@ class Upstream:
         self._idle: deque[Connection] = deque()
         self.outstanding = 0
         self.down_until = 0.0
+        self.is_suspect = False
+        """Whether the last connection could not be made."""
+
+    def note_unreachable(self) -> None:
+        """Leave it out for a while, where there are others."""
+        self.is_suspect = True
+        self.down_until = time.perf_counter() + DOWN_SECONDS
+
+    def note_chosen(self) -> None:
+        """Of an engine that could not be reached, one request at a time finds out whether it can: a dead machine
+        takes each of them the whole time to connect."""
+        if self.is_suspect:
+            self.down_until = time.perf_counter() + DOWN_SECONDS
 
     def take_idle(self) -> Connection | None:
         """A kept connection, the one used last first. Younger than what engines keep open, see IDLE_SECONDS."""
@@ -319,7 +333,7 @@ class Upstream:
         return None
 
     async def connect(self, *, within: float) -> Connection:
-        """A new connection. Raises ConnectFailedError or UpstreamTimeoutError."""
+        """A new connection. Raises ConnectFailedError, also when there is none within that many seconds."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(within):
@@ -327,9 +341,11 @@ class Upstream:
                     lambda: Connection(loop), self.address.host, self.address.port, ssl=self._context
                 )
         except TimeoutError:
-            raise UpstreamTimeoutError("no connection in time") from None
+            raise ConnectFailedError("no connection in time") from None
         except OSError as error:
             raise ConnectFailedError(f"cannot connect: {error}") from None
+        self.is_suspect = False
+        self.down_until = 0.0
         return connection
 
     def give_back(self, connection: Connection) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -225,6 +227,43 @@ async def test_an_engine_that_refuses_is_left_out_for_a_while(
         await router.push(route(alias, target("base", url, engine.url)))
         await arms_of(session, router, alias, [f"u{n}" for n in range(30)])
     assert len(engine.seen) == 30
+
+
+@contextlib.contextmanager
+def dead_machine() -> Iterator[str]:
+    """The URL of a port where connections hang: its queue is full, and the kernel drops what else comes."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def test_an_engine_on_a_dead_machine_is_retried_elsewhere_and_left_out(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    with dead_machine() as url:
+        await router.push(route(alias, target("base", url, engine.url)))
+        users = [f"u{n}" for n in range(20)]
+        assert set((await arms_of(session, router, alias, users)).values()) == {"Stable"}
+        assert len(engine.seen) == 20
+        began = time.monotonic()
+        await arms_of(session, router, alias, users)
+        assert time.monotonic() - began < 0.9, "the dead engine was tried again at once"
+    assert "errors" not in (await router.arm(alias, Arm.STABLE)).events
+
+
+async def test_a_candidate_on_a_dead_machine_falls_back(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    with dead_machine() as url:
+        await router.push(route(alias, target("base", engine.url), target(CANDIDATE, url), weight=100))
+        async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+            assert (response.status, response.headers["x-adapter-fallback"]) == (200, "true")
+    assert (await router.arm(alias, Arm.CANDIDATE)).events["errors"] == 1
 
 
 async def test_the_engine_with_the_fewest_requests_is_taken(
