@@ -17,6 +17,7 @@ from finetune_operator.core import rollout_checks as checks
 from finetune_operator.core.conditions import Claim
 from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
 
+NOT_PUBLISHED = "NotPublished"
 LATE_SECONDS = 15.0  # routers answer within milliseconds, and a restart takes a few seconds
 
 
@@ -159,6 +160,11 @@ def behind(turn: Turn) -> tuple[str, str]:
         return "RoutersBehind", "no router is known: is FINETUNE_ROUTER_ADMIN_URLS of the operator right?"
     if since is None or turn.elapsed(since) < LATE_SECONDS:
         return "Publishing", f"the weights are being published: {told}"
+    if turn.weights.version is None:
+        return NOT_PUBLISHED, (
+            f"the newest routes do not have the recorded weights since {clock(since)}: the operator's log says why it "
+            "does not publish them; restart the operator if it says nothing"
+        )
     others = "; ".join(routing.behind[:3]) or "a router"
     more = f" and {len(routing.behind) - 3} more" if len(routing.behind) > 3 else ""
     return "RoutersBehind", (

@@ -30,7 +30,7 @@ CONDITIONS = {
     "MetricsAvailable": Severity.INFO,
     "RoutesStored": Severity.WARN,
 }
-TRAFFIC_ALARMS = frozenset({"CandidateLost", "RoutersBehind"})
+TRAFFIC_ALARMS = frozenset({"CandidateLost", "NotPublished", "RoutersBehind"})
 """Reasons of a TrafficRouted that is False that are told; the others are ordinary and over in a moment."""
 
 

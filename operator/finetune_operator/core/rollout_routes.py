@@ -15,7 +15,7 @@ from finetune_operator.api.routes import HeaderMatch, Pin, Route, Signal, Signal
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core.analysis_plans import parse_seconds, plan_analysis
 from finetune_operator.core.rollout_facts import Observed
-from finetune_operator.core.rollout_turns import ROUTED, Turn
+from finetune_operator.core.rollout_turns import Turn
 
 
 def build(turn: Turn) -> Route | None:
@@ -29,7 +29,7 @@ def build(turn: Turn) -> Route | None:
     if status.stable_revision is None and status.candidate_revision is None:
         return None
     candidate = None
-    if not turn.first and status.stage in ROUTED:
+    if not turn.first and turn.routed:
         candidate = _target(turn.seen, turn.candidate)
     if candidate is not None and not candidate.upstreams:
         candidate = None

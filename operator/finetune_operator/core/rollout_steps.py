@@ -113,8 +113,11 @@ def _behind(turn: Turn) -> tuple[str, str] | None:
 
 def wait_for(turn: Turn, held: tuple[str, str]) -> Turn:
     """Hold. A candidate that an engine lacks though it answers is waited for no longer than the deadline; a stable
-    revision as long as it takes, because there is nothing to go back to."""
+    revision as long as it takes, because there is nothing to go back to. Weights that never get into the routes are an
+    error of ours, and no reason to leave users between two revisions for ever."""
     turn = turn.say(*held).again_in(stages.SOON_SECONDS)
+    if held[0] == conditions.NOT_PUBLISHED:
+        return stages.within_deadline(turn, AbortReason.PROGRESS_DEADLINE_EXCEEDED)
     candidate = turn.candidate
     if candidate is None or held[0] != "AdapterMissing":
         return turn

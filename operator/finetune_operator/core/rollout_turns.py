@@ -30,7 +30,7 @@ UNDERWAY = frozenset(
     }
 )
 ROUTED = frozenset({Stage.SHADOWING, Stage.CANARY, Stage.WAITING_PROMOTION, Stage.PROMOTING})
-"""Stages in which the candidate is part of the route."""
+"""Stages in which the candidate is part of the route, whatever its weight: pinned users meet it too."""
 OVER = frozenset({Stage.ABORTING, Stage.FAILED})
 
 
@@ -80,6 +80,12 @@ class Turn:
         """Whether the candidate answers requests by now, mirrored ones included."""
         weights = self.weights
         return self.underway and (weights.candidate > 0 or weights.mirror > 0)
+
+    @property
+    def routed(self) -> bool:
+        """Whether the candidate is part of the route. A gate before the first weight is passed before any user meets
+        it; one after a weight leaves the users where they are."""
+        return self.status.stage in ROUTED or self.exposed
 
     def adapter(self, revision: str | None) -> LoadedAdapter | None:
         return next((a for a in self.status.adapters if a.revision == revision), None)

@@ -96,13 +96,12 @@ def _confirm_weights(turn: Turn) -> Turn:
     weights, routing = turn.status.weights, turn.seen.routing
     if weights is None:
         return turn
-    version, verified = routing.version, routing.verified
-    if not routes.carries(turn):
-        version, verified = None, False
-    elif weights.verified:
+    carried = routes.carries(turn)
+    if carried and weights.verified:
         return turn
-    asked = version is not None and not verified
-    pending = (weights.pending_since or turn.now) if asked else None
+    version, verified = (routing.version, routing.verified) if carried else (None, False)
+    known = weights.pending_since if (weights.version is None) == (version is None) else None
+    pending = None if verified else known or turn.now
     update = {"version": version, "verified": verified, "pending_since": pending}
     return turn.update(weights=weights.model_copy(update=update))
 

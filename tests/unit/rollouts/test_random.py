@@ -20,6 +20,7 @@ STEPS: list[list[dict[str, Any]]] = [
     [{"setWeight": 5}, {"pause": {"duration": "20s"}}, {"setWeight": 50}, {"analysis": {}}],
     [{"setMirror": {"percent": 10, "duration": "20s"}}, {"setWeight": 20}, {"approval": {"timeout": "1m"}}],
     [{"setWeight": 100}, {"setWeight": 10}, {"pause": {"duration": "10s"}}],
+    [{"setWeight": 20}, {"evalGate": {"evalRef": "golden", "minScore": 0.5}}, {"setWeight": 50}],
     [],
 ]
 VERBS = ["promote", "promote-full", "abort", "pause", "resume", "retry", "rollback", "nonsense"]
@@ -41,6 +42,7 @@ happenings = st.one_of(
     st.tuples(st.just("steps"), st.integers(0, len(STEPS) - 1)),
     st.tuples(st.just("paused"), st.booleans()),
     st.tuples(st.just("vanish"), st.booleans()),
+    st.tuples(st.just("evaluations fail"), st.integers(0, 3)),
     st.tuples(st.just("death"), st.sampled_from(DEATHS)),
 )
 
@@ -83,6 +85,8 @@ def happen(world: World, what: str, how: Any) -> None:
             letter = job.name[-1] if job else "a"
             gone = Wanted(reason="FineTuneJobNotFound", message="no such job")
             world.wanted = gone if how else Wanted(artifact=artifact(letter))
+        case "evaluations fail":
+            world.evaluation_fails = how
         case "death":
             points = iter(range(2))
             world.killed = lambda point: (
@@ -121,7 +125,14 @@ def test_whatever_happens_the_invariants_hold_and_a_healed_world_comes_to_rest(
 ) -> None:
     canary = {"scaleDownDelaySeconds": 20, "abortScaleDownDelaySeconds": 5, "maxStepDuration": "1m"}
     objectives = {"objectives": [{"name": "helpful", "metric": "helpful", "minSamplesPerArm": 20}]}
-    world = serving(steps=STEPS[0], canary=canary, analysis=objectives, progressDeadlineSeconds=60)
+    evaluations = [{"name": "golden", "uri": "file:///golden.jsonl"}]
+    world = serving(
+        steps=STEPS[0],
+        canary=canary,
+        analysis=objectives,
+        evaluations=evaluations,
+        progressDeadlineSeconds=60,
+    )
     for what, how in story:
         happen(world, what, how)
     heal(world)

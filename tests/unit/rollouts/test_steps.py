@@ -84,6 +84,46 @@ def test_an_evaluation_that_could_not_run_is_tried_again_within_the_deadline() -
     assert "could not run: by design" in (world.status.message or "")
 
 
+def test_users_keep_their_side_while_a_gate_after_a_weight_is_evaluated() -> None:
+    gate = {"evalGate": {"evalRef": "golden", "minScore": 0.8}}
+    steps = [{"setWeight": 10}, gate, {"setWeight": 50}, {"pause": {}}]
+    world = serving(steps=steps, evaluations=GATE["evaluations"])
+    world.evaluation_fails = 3
+    world.deploy("b").run(20, until=reached(Stage.VALIDATING, 1))
+    for _ in range(20):
+        world.run(1)
+        assert (world.routing.weight() >= 10) is True, world.status.message
+        assert world.condition("TrafficRouted")[0] == "True" or world.routing.weight() == 50
+    world.run(60, until=reached(Stage.CANARY, 3))
+    assert world.routing.weight() == 50
+    assert world.status.step == "4/4 pause"
+
+
+def test_a_guardrail_counts_while_a_gate_after_a_weight_is_evaluated() -> None:
+    gate = {"evalGate": {"evalRef": "golden", "minScore": 0.8}}
+    world = serving(steps=[{"setWeight": 10}, gate, {"pause": {}}], evaluations=GATE["evaluations"])
+    world.evaluation_fails = 1000
+    world.evidence.bad = {revision("b")}
+    world.deploy("b").run(60)
+    assert world.status.reason == "GuardrailBreached"
+
+
+def test_weights_that_never_get_into_the_routes_are_told_and_given_up() -> None:
+    world = serving(progressDeadlineSeconds=60, steps=[{"setWeight": 10}, {"pause": {}}])
+    publish = world.routing.publish
+    world.routing.publish = lambda route, *, now: (  # type: ignore[method-assign]
+        None if route and route.weight else publish(route, now=now)
+    )
+    world.deploy("b").run(40)
+    assert world.status.reason == "NotPublished"
+    assert "operator's log" in (world.status.message or "")
+    assert [item.severity for item in world.announced if item.reason == "NotPublished"] == ["warn"]
+    world.run(60)
+    assert world.status.reason == "ProgressDeadlineExceeded"
+    assert world.everybody_gets() == revision("a")
+    assert world.status.stage is Stage.FAILED
+
+
 def test_steps_that_are_edited_and_edited_back_pass_a_gate_that_was_passed() -> None:
     world = serving(**GATE)
     world.edit(lambda spec: spec["strategy"]["canary"]["steps"].append({"pause": {}}))
