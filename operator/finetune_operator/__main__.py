@@ -35,8 +35,13 @@ def main() -> None:
     kopf.configure(log_format=kopf.LogFormat.JSON if settings.json_logs else kopf.LogFormat.FULL)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per watch event otherwise
-    with contextlib.suppress(asyncio.CancelledError):  # a signal
+    try:
         asyncio.run(run(settings))
+    except asyncio.CancelledError:  # a signal
+        return
+    except Exception:  # the border of the process: what ends it is a line of its log, and no success
+        logger.critical("the operator ends", exc_info=True)
+        sys.exit(1)
 
 
 async def run(settings: config.OperatorConfig) -> None:
@@ -81,18 +86,21 @@ async def _lead_while_elected(
     # Before the leader's parts: Kopf cancels, when it ends, all tasks that began after it.
     keeping = asyncio.create_task(election.keep(), name="lease")
     acting = asyncio.create_task(leading, name="leader")
+    ended: list[BaseException | None] = []
     try:
         await asyncio.wait({keeping, acting}, return_when=asyncio.FIRST_COMPLETED)
-        if keeping.done() and isinstance(keeping.exception(), LeadershipLostError):
-            _die(str(keeping.exception()))
+        if keeping.done() and not keeping.cancelled():
+            lost = keeping.exception()
+            if isinstance(lost, LeadershipLostError):
+                _die(str(lost))
     finally:
-        acting.cancel()
-        ended = await asyncio.gather(acting, return_exceptions=True)
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
+        for task in (acting, keeping):  # the Lease is kept until nothing acts any more
+            task.cancel()
+            ended += await asyncio.gather(task, return_exceptions=True)
         await election.release()
-    if isinstance(ended[0], Exception):
-        raise ended[0]
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
 
 
 def _die(reason: str) -> None:
@@ -130,8 +138,8 @@ async def _listen(
     tls = None
     if settings.status_certificate and settings.status_key:
         tls = TlsFiles(certificate=settings.status_certificate, key=settings.status_key)
-        stack.callback(asyncio.create_task(tls.watch(), name="certificates").cancel)
-    stack.callback(asyncio.create_task(health.beat(), name="heartbeat").cancel)
+        stack.callback(health.look_after(tls.watch(), name="certificates").cancel)
+    stack.callback(health.look_after(health.beat(), name="heartbeat").cancel)
     await stack.enter_async_context(
         endpoint.listening(
             desk.application(),

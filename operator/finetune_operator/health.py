@@ -1,7 +1,9 @@
 """Whether the operator does its work: /healthz for the kubelet, /readyz for the Service, /metrics for Prometheus.
 
-Three ways to be stuck are told apart. A blocked event loop answers no probe, and leaves a traceback of all threads in
-the log; a pass that hangs and a queue in which nothing moves are found by their age.
+Four ways to be stuck are told apart. A blocked event loop answers no probe, and leaves a traceback of all threads in
+the log; a pass that hangs and a queue in which nothing moves are found by their age; a loop of every replica that has
+ended is named. When one of the leader's own loops ends (queues, watches, routers, orphans), so does the process, see
+leader.py. They do not hang: every request in them has a time limit, and Kopf opens a silent watch anew after 70 s.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -28,6 +31,13 @@ class Health:
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self.queues: Sequence[KeyedQueue] = ()
+        self._loops: list[asyncio.Task[None]] = []
+
+    def look_after(self, loop: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run something that is to go on for as long as the process lives; where it ends, that is a problem."""
+        task = asyncio.create_task(loop, name=name)
+        self._loops.append(task)
+        return task
 
     async def beat(self) -> None:
         """Measure, until cancelled, how late the event loop is; say where it hangs when it hangs."""
@@ -43,6 +53,9 @@ class Health:
 
     def problem(self) -> str | None:
         """Why the process should be replaced, or None."""
+        for task in self._loops:
+            if task.done():
+                return f"the loop {task.get_name()} has ended{_reason(task)}"
         for queue in self.queues:
             running, still = queue.longest_running(), queue.standing_still()
             if running > STUCK_SECONDS:
@@ -68,3 +81,8 @@ class Health:
     async def _readyz(self, _: web.Request) -> web.Response:
         """Every replica is ready, whoever leads: the others hand reports to the leader."""
         return web.Response(text="ok\n")
+
+
+def _reason(task: asyncio.Task[None]) -> str:
+    error = None if task.cancelled() else task.exception()
+    return f": {type(error).__name__}: {error}" if error else ""

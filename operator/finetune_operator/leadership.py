@@ -12,8 +12,9 @@ import logging
 import random
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from finetune_operator.adapters import elapsed
 from finetune_operator.adapters.kube import ApiError, ConflictError, Kube, UnavailableError
@@ -22,10 +23,13 @@ from finetune_operator.core.elections import LeaseFacts, Terms
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 NAME = "finetune-operator"
 API_VERSION = "coordination.k8s.io/v1"
 JITTER = 0.2  # share of the retry time that is added at random, so that candidates do not ask in step
 RELEASE_SECONDS = 3.0
+TRIES = 2  # that have their time within one renewal; client-go takes half of it for a request, too
 
 
 class LeadershipLostError(Exception):
@@ -59,7 +63,7 @@ class Leadership:
         self._clock = clock
         self.identity = me or identity()
         self._lease = LeaseFacts()
-        self._seen_at = self._read_at = clock()
+        self._seen_at = self._read_at = self._tried_at = clock()
         self._until = float("-inf")
         self._away_at = float("-inf")
         self._read_again = True
@@ -101,7 +105,7 @@ class Leadership:
         ours, nobody else has led in between, and we lead on: an API server that was away costs no restart."""
         late = False
         while True:
-            await asyncio.sleep(self._terms.retry_seconds if late else self._left_to_wait())
+            await asyncio.sleep(self._left_to_wait(late=late))
             await self._try()
             if self._lease.holder != self.identity:
                 self._until = self._away_at = float("-inf")
@@ -131,7 +135,7 @@ class Leadership:
 
     async def _try(self) -> bool:
         """Take or renew the Lease once; false where that failed, or another one holds it."""
-        began = self._clock()
+        began = self._tried_at = self._clock()
         limit = self._left() if self.may_act() else self._terms.renew_seconds
         try:
             async with asyncio.timeout(limit):
@@ -149,7 +153,7 @@ class Leadership:
 
     async def _take(self, began: float) -> bool:
         if self._read_again or not self.may_act():
-            body = await self._kube.get(API_VERSION, "Lease", self._namespace, self._name)
+            body = await self._in_time(self._kube.get(API_VERSION, "Lease", self._namespace, self._name))
             self._note(elections.lease_facts(body))
             self._read_again = False
             if self._led and self._lease.holder != self.identity:
@@ -172,10 +176,15 @@ class Leadership:
             now=now,
         )
         write = self._kube.replace if self._lease.version else self._kube.create
-        self._note(elections.lease_facts(await write(body)))
+        self._note(elections.lease_facts(await self._in_time(write(body))))
         self._until = began + self._terms.renew_seconds
         self._led = True
         return True
+
+    async def _in_time(self, request: Awaitable[Answer]) -> Answer:
+        """One request that hangs (a connection that died without a word) leaves time for another one."""
+        async with asyncio.timeout(self._terms.renew_seconds / TRIES):
+            return await request
 
     def _note(self, lease: LeaseFacts) -> None:
         """Since when the Lease is as it is. Time in which it could not be read counts for nothing: its holder could not
@@ -188,8 +197,10 @@ class Leadership:
     def _unchanged(self) -> float:
         return self._clock() - self._seen_at
 
-    def _left_to_wait(self) -> float:
-        return min(self._terms.retry_seconds, self._left())
+    def _left_to_wait(self, *, late: bool) -> float:
+        """Tries begin `retry_seconds` after one another: one that hung has used that up."""
+        wait = max(0.0, self._tried_at + self._terms.retry_seconds - self._clock())
+        return wait if late else min(wait, self._left())
 
     def _left(self) -> float:
         return max(0.0, self._until - self._clock())

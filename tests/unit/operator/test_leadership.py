@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
 from kubernetes import aio
+from prometheus_client import CollectorRegistry
 
+from finetune_operator import __main__, config
 from finetune_operator.adapters.kube import FencedError, Kube
+from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.core import elections
 from finetune_operator.core.elections import LeaseFacts, Terms
 from finetune_operator.leadership import Leadership, LeadershipLostError
@@ -28,6 +33,8 @@ class LeaseServer:
         self.version = 0
         self.status: int | None = None
         self.hangs = False
+        self.hangs_once = False
+        """Whether the next request gets no answer: its connection has died without a word."""
 
     def application(self) -> web.Application:
         application = web.Application()
@@ -41,7 +48,8 @@ class LeaseServer:
         return str(self.lease["spec"]["holderIdentity"]) if self.lease else ""
 
     async def _misbehave(self) -> web.Response | None:
-        if self.hangs:
+        if self.hangs or self.hangs_once:
+            self.hangs_once = False
             await asyncio.sleep(3600)
         return web.json_response({"message": "made up"}, status=self.status) if self.status else None
 
@@ -243,6 +251,24 @@ async def test_without_an_answer_nothing_is_written_and_routers_are_still_told()
         keeping.cancel()
 
 
+@pytest.mark.parametrize("read_first", [False, True])
+async def test_one_request_that_hangs_does_not_cost_the_lease(read_first: bool) -> None:
+    """Neither a write nor the read that comes before it when something went wrong."""
+    async with served() as (server, kube):
+        terms = Terms(lease_seconds=4.0, renew_seconds=2.0, retry_seconds=0.2)
+        first = Leadership(kube, namespace="ns", address="http://first", terms=terms, me="first")
+        await first.acquire()
+        first._read_again, server.hangs_once = read_first, True
+        version, began = server.version, asyncio.get_running_loop().time()
+        keeping = asyncio.create_task(first.keep())
+        while server.version == version:
+            assert first.may_act(), "the one request has used up the whole time"
+            await asyncio.sleep(0.01)
+        took = asyncio.get_running_loop().time() - began
+        assert terms.renew_seconds / 2 < took < 0.9 * terms.renew_seconds
+        keeping.cancel()
+
+
 async def test_a_released_lease_is_taken_without_waiting() -> None:
     clock = Clock()
     async with served() as (server, kube):
@@ -289,3 +315,71 @@ async def test_a_server_that_is_too_busy_is_asked_again() -> None:
         recovering = asyncio.create_task(recover())
         assert await kube.get("coordination.k8s.io/v1", "Lease", "ns", "finetune-operator") is None
         await recovering
+
+
+class Election:
+    """A Leadership that is won at once and whose renewal ends as the test says."""
+
+    def __init__(self, ends: Exception) -> None:
+        self._ends = ends
+        self.released = False
+
+    async def acquire(self) -> None:
+        return
+
+    async def keep(self) -> None:
+        await asyncio.sleep(0.01)
+        raise self._ends
+
+    async def release(self) -> None:
+        self.released = True
+
+
+async def lead_with(election: Election) -> list[str]:
+    """What the leader's part did until the end, which is raised."""
+    done: list[str] = []
+
+    async def leading() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            assert not election.released, "the Lease is released only when nothing acts any more"
+            done.append("stopped")
+
+    telemetry = Telemetry(CollectorRegistry())
+    with pytest.raises(type(election._ends)):
+        await __main__._lead_while_elected(cast("Leadership", election), leading(), telemetry)
+    return done
+
+
+async def test_whatever_ends_the_renewal_ends_the_process_and_hands_over() -> None:
+    election = Election(KeyError("metadata"))
+    assert await lead_with(election) == ["stopped"]
+    assert election.released
+
+
+def test_what_ends_the_operator_is_logged_and_no_success(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run(_: object) -> None:
+        raise KeyError("metadata")
+
+    monkeypatch.setattr(__main__, "run", run)
+    monkeypatch.setattr(config, "load", lambda _: SimpleNamespace(json_logs=False))
+    monkeypatch.setattr("kopf.configure", lambda **_: None)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 1
+    (record,) = [record for record in caplog.records if record.levelno == logging.CRITICAL]
+    assert record.exc_info is not None
+    assert "metadata" in str(record.exc_info[1])
+
+
+def test_a_signal_ends_it_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(__main__, "run", run)
+    monkeypatch.setattr(config, "load", lambda _: SimpleNamespace(json_logs=False))
+    monkeypatch.setattr("kopf.configure", lambda **_: None)
+    __main__.main()
