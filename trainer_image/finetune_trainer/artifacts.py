@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import storage
+from finetune_trainer import owners, storage
 from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
+from finetune_trainer.owners import Owner
 from finetune_trainer.runfile import Job
 
 MANIFEST = "manifest.json"
-OWNER_MARK = ".finetune-job.json"
+FIELD = "output.uri"
 
 
 @dataclass(frozen=True)
@@ -61,73 +62,102 @@ def hash_dataset(paths: list[Path]) -> str:
 def claim_folder(folder: storage.Folder, job: Job) -> Artifact | None:
     """Makes the folder ours, or returns the artifact that this job has already committed there.
 
-    Leftovers of an earlier start of the same job are removed. Raises BadConfig, which names output.uri, for a folder
-    that belongs to something else or cannot be written.
+    Leftovers of an earlier start of the same job, or of one that was deleted and created again, are removed.
+    Raises BadConfig, which names output.uri, for a folder that belongs to something else or cannot be written, and
+    Preempted where a later attempt has begun.
     """
     try:
-        committed = folder.read(MANIFEST)
-        if committed is not None:
-            return _read_own(folder, committed, job)
-        names = folder.names()
-        mark = folder.read(OWNER_MARK)
-        if mark is not None and _uid_of(mark) != job.uid:
-            raise BadConfig(
-                f"output.uri {folder.uri} is in use by job {_name_of(mark)}, which has not finished there; "
-                "choose another output.uri, or delete the folder if that job is gone"
-            )
-        if names and mark is None:
-            raise BadConfig(
-                f"output.uri {folder.uri} is not empty ({_few(names)}) "
-                "and was not made by this job; choose an empty or new folder"
-            )
-        folder.write(OWNER_MARK, _to_json(job.model_dump()))
-        for name in names:
-            if name != OWNER_MARK:
-                folder.remove(name)
+        return _find_committed(folder, job) or _take(folder, job)
     except OSError as error:
-        text = f"output.uri {folder.uri} cannot be written ({storage.describe_error(error)})"
+        text = f"{FIELD} {folder.uri} cannot be written ({storage.describe_error(error)})"
         if is_storage_trouble(error):
             raise StorageFailed(text) from error
         raise BadConfig(f"{text}; choose a folder that the training process may write to") from error
+
+
+def _take(folder: storage.Folder, job: Job) -> Artifact | None:
+    if owners.find(folder, job, field=FIELD) is Owner.NOBODY:
+        names = folder.names()
+        if names:
+            raise BadConfig(
+                f"{FIELD} {folder.uri} is not empty ({_few(names)}) "
+                "and was not made by this job; choose an empty or new folder"
+            )
+    owners.write(folder, job)
+    names = folder.names()
+    if MANIFEST in names:  # an earlier attempt, which may still run, has just committed
+        _unmark(folder, job)
+        return _find_committed(folder, job)
+    for name in names:
+        if name != owners.MARK:
+            folder.remove(name)
     return None
 
 
 def release_folder(folder: storage.Folder, job: Job) -> None:
     """Takes back a claim after a failure, so that a corrected job can use the same output.uri.
 
-    Never touches a committed folder.
+    Never touches a committed folder, nor one that another attempt or job has taken over.
     """
-    mark = folder.read(OWNER_MARK)
-    if mark is None or _uid_of(mark) != job.uid or folder.read(MANIFEST) is not None:
+    if not owners.is_ours(folder, job) or folder.read(MANIFEST) is not None:
         return
     for name in folder.names():
-        if name != OWNER_MARK:
+        if name != owners.MARK:
             folder.remove(name)
-    folder.remove(OWNER_MARK)  # last: until then the folder is visibly ours
+    folder.remove(owners.MARK)  # last: until then the folder is visibly ours
     folder.remove_if_empty()
 
 
 def commit(folder: storage.Folder, work: Path, manifest: dict[str, Any], job: Job) -> Artifact:
     """Copies the files of `work` into the folder and writes the manifest last.
 
-    Raises BadConfig if another job took the folder meanwhile, StorageFailed after a few tries.
+    Where another attempt of this job was quicker, its artifact is the result. Raises Preempted or BadConfig if a later
+    attempt or another job took the folder meanwhile, StorageFailed after a few tries.
     """
-    persist = partial(storage.persist, what=f"output.uri {folder.uri} could not be written")
+    persist = partial(storage.persist, what=f"{FIELD} {folder.uri} could not be written")
+    adopted = persist(lambda: _adopt(folder, job))
+    if adopted is not None:
+        return adopted
     files = sorted(path for path in work.rglob("*") if path.is_file())
     listed = []
     for path in files:
         name = path.relative_to(work).as_posix()
+        persist(partial(_hold, folder, job))
         persist(partial(folder.put, path, name))
         listed.append({"path": name, "sha256": hash_file(path), "size": path.stat().st_size})
-    mark = persist(lambda: folder.read(OWNER_MARK))
-    if mark is None or _uid_of(mark) != job.uid:
-        raise BadConfig(
-            f"output.uri {folder.uri} was taken over by another job while this one was training; choose another"
-        )
     content = _to_json({**manifest, "files": listed})
+    persist(partial(_hold, folder, job))
     persist(lambda: folder.write(MANIFEST, content))
-    persist(lambda: folder.remove(OWNER_MARK))
+    persist(partial(_unmark, folder, job))
     return describe(folder.uri, content)
+
+
+def _adopt(folder: storage.Folder, job: Job) -> Artifact | None:
+    """The whole artifact that another attempt of this job has committed, if any."""
+    content = folder.read(MANIFEST)
+    if content is None:
+        return None
+    artifact = _read_own(folder, content, job)
+    try:
+        verify(folder, content)
+    except TrainerError:
+        if not owners.is_ours(folder, job):
+            raise
+        folder.remove(MANIFEST)  # it was written in the moment in which we removed the files that it lists
+        return None
+    _unmark(folder, job)
+    print(f"{folder.uri} holds the artifact of another attempt of this job: it is the result", flush=True)
+    return artifact
+
+
+def _hold(folder: storage.Folder, job: Job) -> None:
+    if not owners.hold(folder, job, field=FIELD):
+        _take(folder, job)  # an earlier attempt took back its claim in the moment in which we made ours
+
+
+def _unmark(folder: storage.Folder, job: Job) -> None:
+    if owners.is_ours(folder, job):
+        folder.remove(owners.MARK)
 
 
 def describe(uri: str, content: bytes) -> Artifact:
@@ -143,6 +173,11 @@ def describe(uri: str, content: bytes) -> Artifact:
         step=manifest["metrics"]["step"],
         effective=manifest["hyperparameters"],
     )
+
+
+def _find_committed(folder: storage.Folder, job: Job) -> Artifact | None:
+    content = folder.read(MANIFEST)
+    return None if content is None else _read_own(folder, content, job)
 
 
 def inspect(folder: storage.Folder, job: Job) -> Artifact:
@@ -189,23 +224,6 @@ def _read_own(folder: storage.Folder, content: bytes, job: Job) -> Artifact:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _uid_of(mark: bytes) -> str:
-    return str(_read_mark(mark).get("uid"))
-
-
-def _name_of(mark: bytes) -> str:
-    owner = _read_mark(mark)
-    return f"{owner.get('namespace')}/{owner.get('name')}"
-
-
-def _read_mark(mark: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(mark)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _to_json(value: Any) -> bytes:

@@ -18,14 +18,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finetune_trainer import artifacts, storage
-from finetune_trainer.failures import BadConfig, Preempted, StorageFailed, is_storage_trouble
+from finetune_trainer import artifacts, owners, storage
+from finetune_trainer.failures import BadConfig, StorageFailed, is_storage_trouble
+from finetune_trainer.owners import Owner
 from finetune_trainer.runfile import Job
 
 MANIFEST = "manifest.json"
 COMPLETE = "complete"
 CORRUPT = "corrupt"  # beside a manifest whose files do not fit it: why, and kept from being read again
-OWNER_MARK = artifacts.OWNER_MARK
+FIELD = "checkpoint.uri"
 _ENTRY = re.compile(r"checkpoint-(\d{1,12})/(.+)", re.DOTALL)
 
 
@@ -55,40 +56,29 @@ class Store:
     def claim(self) -> None:
         """Makes the folder ours and removes what an earlier attempt left half written.
 
-        Raises BadConfig, which names checkpoint.uri, for a folder that is another job's or cannot be written.
+        A job that was deleted and created again under its name takes over what its predecessor left. Raises BadConfig,
+        which names checkpoint.uri, for a folder that is another job's or cannot be written, and Preempted where a later
+        attempt has begun.
         """
         try:
-            self._check_owner()
-            self.folder.write(OWNER_MARK, (json.dumps(self.job.model_dump()) + "\n").encode())
+            if owners.find(self.folder, self.job, field=FIELD) is Owner.NOBODY and self._entries():
+                raise BadConfig(
+                    f"{FIELD} {self.folder.uri} holds checkpoints that no job made; choose another"
+                )
+            owners.write(self.folder, self.job)
             for files in self._entries().values():
                 if COMPLETE not in files and CORRUPT not in files:
                     self._remove(files)
             self.folder.remove_if_empty()
         except OSError as error:
-            text = f"checkpoint.uri {self.folder.uri} cannot be written ({storage.describe_error(error)})"
+            text = f"{FIELD} {self.folder.uri} cannot be written ({storage.describe_error(error)})"
             if is_storage_trouble(error):
                 raise StorageFailed(text) from error
             raise BadConfig(f"{text}; choose a folder that the training process may write to") from error
 
-    def _check_owner(self) -> None:
-        content = self.folder.read(OWNER_MARK)
-        if content is None:
-            if self._entries():
-                raise BadConfig(
-                    f"checkpoint.uri {self.folder.uri} holds checkpoints that no job made; choose another"
-                )
-            return
-        owner = _read_object(content) or {}
-        # A job that was deleted and created again under its name takes over what its predecessor left.
-        if (owner.get("namespace"), owner.get("name")) != (self.job.namespace, self.job.name):
-            raise BadConfig(
-                f"checkpoint.uri {self.folder.uri} holds the checkpoints of job "
-                f"{owner.get('namespace')}/{owner.get('name')}; choose another, or delete them if that job is gone"
-            )
-        if owner.get("uid") == self.job.uid and int(owner.get("attempt", 0)) > self.job.attempt:
-            raise Preempted(
-                f"attempt {owner['attempt']} has taken over {self.folder.uri}; attempt {self.job.attempt} ends"
-            )
+    def _hold(self) -> None:
+        if not owners.hold(self.folder, self.job, field=FIELD):
+            self.claim()  # the folder was removed; what is saved from here on is ours
 
     # ------------------------------------------------------------ saving
 
@@ -103,11 +93,11 @@ class Store:
     ) -> Checkpoint:
         """Copies local files (by their names in the checkpoint) and completes the checkpoint.
 
-        Raises StorageFailed, and Preempted when a later attempt owns the folder.
+        Raises StorageFailed, and Preempted when a later attempt, or this job created again, owns the folder.
         """
         uri = self._uri(step)
         retry = partial(storage.persist, what=f"{uri} could not be saved", pauses=pauses)
-        retry(self._check_owner)
+        retry(self._hold)
         retry(lambda: self._remove(self._entries().get(step, {})))
         listed = []
         for name, path in sorted(files.items()):
@@ -123,6 +113,9 @@ class Store:
             "files": listed,
         }
         content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+        retry(
+            self._hold
+        )  # else a later attempt has removed some of these files: half a write that looks whole
         retry(partial(self.folder.write, f"checkpoint-{step}/{MANIFEST}", content))
         retry(partial(self.folder.write, f"checkpoint-{step}/{COMPLETE}", _digest(content).encode()))
         return Checkpoint(step, uri, manifest)
@@ -132,6 +125,7 @@ class Store:
 
         Later steps are of a course that was given up: the attempt began before them.
         """
+        self._hold()
         entries = self._entries()
         whole = sorted(number for number, files in entries.items() if COMPLETE in files and number <= step)
         for number in sorted(set(entries) - set(whole[-keep:])):
@@ -139,10 +133,12 @@ class Store:
         self.folder.remove_if_empty()
 
     def clear(self) -> None:
-        """Removes all checkpoints and the mark: the artifact is committed."""
+        """Removes all checkpoints and the mark: the artifact is committed. Nothing where they are not ours any more."""
+        if owners.find(self.folder, self.job, field=FIELD) not in (Owner.OURS, Owner.EARLIER):
+            return
         for files in self._entries().values():
             self._remove(files)
-        self.folder.remove(OWNER_MARK)
+        self.folder.remove(owners.MARK)
         self.folder.remove_if_empty()
 
     # ------------------------------------------------------------ finding and loading
@@ -152,7 +148,7 @@ class Store:
 
         With a digest only those of that configuration: another one's optimizer or data position fits nothing.
         """
-        entries = self._entries()
+        entries = storage.persist(self._entries, what=f"{FIELD} {self.folder.uri} could not be read")
         for step in sorted((number for number, files in entries.items() if COMPLETE in files), reverse=True):
             try:
                 checkpoint = self._describe(step)
@@ -182,8 +178,9 @@ class Store:
     def mark_corrupt(self, step: int, reason: str) -> None:
         """Keeps a checkpoint from being read again. Its files stay to be looked at until newer ones replace it."""
         print(f"{self._uri(step)} is corrupt ({reason}); the one before it is used", flush=True)
-        self.folder.write(f"checkpoint-{step}/{CORRUPT}", f"{reason}\n".encode())
-        self.folder.remove(f"checkpoint-{step}/{COMPLETE}")
+        persist = partial(storage.persist, what=f"{self._uri(step)} could not be marked")
+        persist(lambda: self.folder.write(f"checkpoint-{step}/{CORRUPT}", f"{reason}\n".encode()))
+        persist(lambda: self.folder.remove(f"checkpoint-{step}/{COMPLETE}"))
 
     def _fetch_file(self, checkpoint: Checkpoint, file: dict[str, Any], target: Path | None) -> None:
         what = f"{checkpoint.uri}/{file['path']} could not be read"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer import artifacts, storage
+from finetune_trainer import artifacts, owners, storage
 from finetune_trainer.failures import BadConfig, TrainerError
 from finetune_trainer.runfile import Job
 
@@ -71,7 +71,7 @@ def test_another_jobs_artifact_is_never_overwritten(folder: storage.Folder, work
 
 def test_a_folder_in_use_by_another_job_is_refused(folder: storage.Folder) -> None:
     artifacts.claim_folder(folder, JOB)
-    with pytest.raises(BadConfig, match="in use by job team/tune"):
+    with pytest.raises(BadConfig, match="belongs to job team/tune"):
         artifacts.claim_folder(folder, OTHER)
 
 
@@ -94,7 +94,7 @@ def test_leftovers_of_the_jobs_earlier_start_are_removed(folder: storage.Folder,
     artifacts.claim_folder(folder, JOB)
     folder.put(work / "adapter_model.safetensors", "half.safetensors")
     assert artifacts.claim_folder(folder, JOB) is None
-    assert folder.names() == [artifacts.OWNER_MARK]
+    assert folder.names() == [owners.MARK]
 
 
 def test_a_failed_job_leaves_nothing_behind(tmp_path: Path, folder: storage.Folder, work: Path) -> None:
@@ -112,8 +112,8 @@ def test_release_never_touches_a_committed_artifact(folder: storage.Folder, work
 
 def test_commit_notices_that_another_job_took_the_folder(folder: storage.Folder, work: Path) -> None:
     artifacts.claim_folder(folder, JOB)
-    folder.write(artifacts.OWNER_MARK, json.dumps(OTHER.model_dump()).encode())
-    with pytest.raises(BadConfig, match="taken over by another job"):
+    folder.write(owners.MARK, json.dumps(OTHER.model_dump()).encode())
+    with pytest.raises(BadConfig, match="belongs to job team/other"):
         artifacts.commit(folder, work, FACTS, JOB)
     assert folder.read(artifacts.MANIFEST) is None
 

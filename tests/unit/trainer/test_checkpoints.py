@@ -167,9 +167,7 @@ def test_a_job_made_again_under_its_name_takes_over_the_folder_but_nothing_in_it
 
 def test_another_jobs_checkpoints_are_refused(store: Store, root: Path) -> None:
     save(store, 5)
-    with pytest.raises(
-        BadConfig, match=r"checkpoint.uri .* holds the checkpoints of job team/tune; choose another"
-    ):
+    with pytest.raises(BadConfig, match=r"checkpoint.uri .* belongs to job team/tune; choose another"):
         make_store(root, Job(namespace="team", name="other", uid="uid-2", attempt=1))
     assert found(store) == [5]
 

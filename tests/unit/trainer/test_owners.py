@@ -1,0 +1,291 @@
+"""One owner at a time: attempts that do not know of one another, and jobs that were deleted and created again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer import artifacts, owners, storage
+from finetune_trainer.checkpoints import Store
+from finetune_trainer.failures import BadConfig, Preempted, StorageFailed, TrainerError
+from finetune_trainer.owners import Owner
+from finetune_trainer.runfile import Job
+
+FIRST = Job(namespace="team", name="tune", uid="uid-1", attempt=1)
+SECOND = FIRST.model_copy(update={"attempt": 2})
+AGAIN = FIRST.model_copy(update={"uid": "uid-2"})
+STRANGER = Job(namespace="team", name="other", uid="uid-3", attempt=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> storage.Folder:
+    return storage.open_folder(f"file://{tmp_path}/out")
+
+
+def commit(folder: storage.Folder, job: Job, tmp_path: Path, *, weights: str = "") -> artifacts.Artifact:
+    """Commits files that tell whose they are."""
+    work = tmp_path / f"work-{job.uid}-{job.attempt}"
+    work.mkdir(exist_ok=True)
+    for name in ("adapter_model.safetensors", "tokenizer.json"):
+        (work / name).write_text(f"{name} of {weights or job}")
+    facts: dict[str, Any] = {
+        "job": job.model_dump(),
+        "baseModel": {"uri": "file:///base"},
+        "metrics": {"step": 3, "loss": 1.5},
+        "hyperparameters": {},
+    }
+    return artifacts.commit(folder, work, facts, job)
+
+
+def save(store: Store, step: int, tmp_path: Path) -> None:
+    file = tmp_path / "optimizer.pt"
+    file.write_text(f"moments of step {step}")
+    store.save({"optimizer.pt": file}, step=step, config_digest="d", facts={}, pauses=())
+
+
+def found(store: Store) -> list[int]:
+    return [checkpoint.step for checkpoint in store.find("d")]
+
+
+def mark(folder: storage.Folder) -> Any:
+    return json.loads(folder.read(owners.MARK) or b"null")
+
+
+# ---------------------------------------------------------------- two attempts, one output.uri
+
+
+def test_an_attempt_that_was_succeeded_leaves_the_later_ones_claim_and_files(
+    folder: storage.Folder, tmp_path: Path
+) -> None:
+    artifacts.claim_folder(folder, FIRST)
+    artifacts.claim_folder(folder, SECOND)
+    folder.write("history.jsonl", b"of the second")
+    with pytest.raises(Preempted, match="attempt 2 has taken over"):
+        commit(folder, FIRST, tmp_path)
+    artifacts.release_folder(folder, FIRST)
+    assert mark(folder)["attempt"] == 2
+    assert folder.names() == [owners.MARK, "history.jsonl"]
+    artifact = commit(folder, SECOND, tmp_path)
+    assert artifacts.inspect(folder, SECOND) == artifact
+    assert owners.MARK not in folder.names()
+
+
+def test_an_attempt_that_begins_late_does_not_take_over(folder: storage.Folder, tmp_path: Path) -> None:
+    artifacts.claim_folder(folder, SECOND)
+    folder.write("half", b"of the second")
+    with pytest.raises(Preempted, match="attempt 2 has taken over"):
+        artifacts.claim_folder(folder, FIRST)
+    assert folder.names() == [owners.MARK, "half"]
+
+
+@pytest.mark.parametrize(("quick", "slow"), [(FIRST, SECOND), (SECOND, FIRST)])
+def test_the_attempt_that_commits_second_takes_the_artifact_of_the_first(
+    folder: storage.Folder, tmp_path: Path, quick: Job, slow: Job
+) -> None:
+    artifacts.claim_folder(folder, quick)
+    artifact = commit(folder, quick, tmp_path)
+    assert artifacts.claim_folder(folder, slow) == artifact
+    assert commit(folder, slow, tmp_path) == artifact
+    artifacts.release_folder(folder, slow)
+    assert artifacts.inspect(folder, slow) == artifact
+
+
+class Racing(storage.LocalFolder):
+    """Lets another attempt act right after a file was put or written."""
+
+    after: Any = None
+
+    def put(self, source: Path, name: str) -> None:
+        super().put(source, name)
+        self._act()
+
+    def write(self, name: str, content: bytes) -> None:
+        super().write(name, content)
+        self._act()
+
+    def _act(self) -> None:
+        act, self.after = self.after, None
+        if act is not None:
+            act()
+
+
+@pytest.fixture
+def racing(tmp_path: Path) -> Racing:
+    return Racing(f"file://{tmp_path}/out", tmp_path / "out")
+
+
+def test_a_commit_stops_at_the_file_at_which_a_later_attempt_begins(racing: Racing, tmp_path: Path) -> None:
+    artifacts.claim_folder(racing, FIRST)
+    racing.after = lambda: artifacts.claim_folder(racing, SECOND)
+    with pytest.raises(Preempted, match="attempt 2 has taken over"):
+        commit(racing, FIRST, tmp_path)
+    assert racing.names() == [owners.MARK]
+    artifact = commit(racing, SECOND, tmp_path)
+    assert artifacts.inspect(racing, SECOND) == artifact
+
+
+def test_a_claim_finds_what_was_committed_while_it_was_made(racing: Racing, tmp_path: Path) -> None:
+    artifacts.claim_folder(racing, FIRST)
+    other = storage.open_folder(racing.uri)
+    committed: list[artifacts.Artifact] = []
+
+    def commit_meanwhile() -> None:
+        owners.write(other, FIRST)  # its mark came last
+        committed.append(commit(other, FIRST, tmp_path))
+
+    racing.after = commit_meanwhile
+    assert artifacts.claim_folder(racing, SECOND) == committed[0]
+    assert artifacts.inspect(racing, SECOND) == committed[0]
+
+
+def test_a_manifest_without_its_files_is_replaced_by_the_owner_alone(
+    folder: storage.Folder, tmp_path: Path
+) -> None:
+    artifacts.claim_folder(folder, FIRST)
+    commit(folder, FIRST, tmp_path)
+    folder.remove("tokenizer.json")
+    with pytest.raises(TrainerError, match=r"tokenizer.json is missing"):
+        commit(folder, SECOND, tmp_path)
+    owners.write(folder, SECOND)
+    artifact = commit(folder, SECOND, tmp_path)
+    assert artifacts.inspect(folder, SECOND) == artifact
+
+
+def test_the_later_of_two_that_began_at_once_goes_on(folder: storage.Folder, tmp_path: Path) -> None:
+    artifacts.claim_folder(folder, SECOND)
+    owners.write(folder, FIRST)  # read before, written after the second's
+    commit(folder, SECOND, tmp_path)
+    assert artifacts.inspect(folder, SECOND)
+
+
+def test_a_claim_that_was_taken_back_by_a_stopped_attempt_is_made_again(
+    folder: storage.Folder, tmp_path: Path
+) -> None:
+    artifacts.claim_folder(folder, SECOND)
+    folder.remove(owners.MARK)
+    artifact = commit(folder, SECOND, tmp_path)
+    assert artifacts.inspect(folder, SECOND) == artifact
+
+
+# ---------------------------------------------------------------- created again on an explicit output.uri
+
+
+def test_a_job_created_again_takes_its_predecessors_folder_and_keeps_it(
+    folder: storage.Folder, tmp_path: Path
+) -> None:
+    artifacts.claim_folder(folder, FIRST)
+    folder.write("half", b"of the first")
+    assert artifacts.claim_folder(folder, AGAIN) is None
+    assert folder.names() == [owners.MARK]
+    with pytest.raises(Preempted, match="job team/tune was created again and has taken over"):
+        commit(folder, FIRST, tmp_path)
+    artifacts.release_folder(folder, FIRST)
+    artifact = commit(folder, AGAIN, tmp_path)
+    assert artifacts.inspect(folder, AGAIN) == artifact
+
+
+def test_what_a_predecessor_has_committed_is_never_overwritten(
+    folder: storage.Folder, tmp_path: Path
+) -> None:
+    artifacts.claim_folder(folder, FIRST)
+    artifact = commit(folder, FIRST, tmp_path)
+    with pytest.raises(BadConfig, match="already holds the artifact of job team/tune"):
+        artifacts.claim_folder(folder, AGAIN)
+    with pytest.raises(BadConfig, match="already holds the artifact of job team/tune"):
+        commit(folder, AGAIN, tmp_path)
+    assert artifacts.inspect(folder, FIRST) == artifact
+
+
+# ---------------------------------------------------------------- checkpoint.uri
+
+
+@pytest.mark.parametrize(
+    ("later", "text"), [(SECOND, "attempt 2 has taken over"), (AGAIN, "was created again and has taken over")]
+)
+def test_whoever_was_followed_neither_saves_nor_removes_checkpoints(
+    folder: storage.Folder, tmp_path: Path, later: Job, text: str
+) -> None:
+    old, new = Store(folder, FIRST), Store(folder, later)
+    old.claim()
+    save(old, 5, tmp_path)
+    new.claim()
+    save(new, 50, tmp_path)
+    with pytest.raises(Preempted, match=text):
+        save(old, 10, tmp_path)
+    with pytest.raises(Preempted, match=text):
+        old.prune(5, keep=1)
+    if later is SECOND:
+        with pytest.raises(Preempted, match=text):
+            old.claim()
+        with pytest.raises(Preempted, match=text):
+            old.clear()
+    else:
+        old.clear()
+    assert found(new)[0] == 50
+    save(new, 60, tmp_path)
+    new.prune(60, keep=1)
+    assert found(new) == [60]
+
+
+def test_a_checkpoint_is_not_completed_after_another_attempt_removed_its_files(
+    racing: Racing, tmp_path: Path
+) -> None:
+    old, new = Store(racing, FIRST), Store(racing, SECOND)
+    old.claim()
+    racing.after = new.claim
+    with pytest.raises(Preempted, match="attempt 2 has taken over"):
+        save(old, 5, tmp_path)
+    assert found(new) == []
+
+
+def test_a_removed_folder_is_marked_again_by_the_next_save(folder: storage.Folder, tmp_path: Path) -> None:
+    store = Store(folder, FIRST)
+    store.claim()
+    folder.remove(owners.MARK)
+    save(store, 5, tmp_path)
+    assert mark(folder)["uid"] == "uid-1"
+    assert found(store) == [5]
+
+
+# ---------------------------------------------------------------- marks
+
+
+@pytest.mark.parametrize(
+    ("content", "owner"),
+    [
+        (None, Owner.NOBODY),
+        (FIRST.model_dump_json(), Owner.EARLIER),
+        (SECOND.model_dump_json(), Owner.OURS),
+        (AGAIN.model_dump_json(), Owner.NAMESAKE),
+        ('{"uid": "uid-1"}', Owner.EARLIER),
+        ('{"uid": "uid-1", "attempt": "9"}', Owner.EARLIER),
+    ],
+)
+def test_a_mark_says_who_it_is(folder: storage.Folder, content: str | None, owner: Owner) -> None:
+    if content is not None:
+        folder.write(owners.MARK, content.encode())
+    assert owners.find(folder, SECOND, field="output.uri") is owner
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", "{}", STRANGER.model_dump_json()])
+def test_a_strangers_mark_is_refused(folder: storage.Folder, content: str) -> None:
+    folder.write(owners.MARK, content.encode())
+    with pytest.raises(BadConfig, match=r"output.uri file://.* belongs to job"):
+        owners.find(folder, SECOND, field="output.uri")
+
+
+def test_trouble_with_the_mark_is_tried_again(
+    folder: storage.Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts.claim_folder(folder, FIRST)
+
+    def fail(*_: Any) -> bytes:
+        raise TimeoutError("the store is slow")
+
+    monkeypatch.setattr(storage.persist, "__kwdefaults__", {"pauses": (0.0,)})
+    monkeypatch.setattr(folder, "read", fail)
+    with pytest.raises(StorageFailed, match=r"output.uri .* could not be written"):
+        commit(folder, FIRST, tmp_path)
