@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ PREEMPTED_PATIENCE = 3.0  # seconds: the process is about to be killed, and its 
 def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
     """Runs (or inspects) what the run file says and returns the exit code; reports the result wherever it can."""
     reporter = Reporter(Endpoint.from_environment())
+    if only_inspect:
+        reporter.update(inspection=True)
     try:
         run = runfile.load(run_file)
         artifact = _inspect(run, reporter) if only_inspect else _train(run, reporter)
@@ -54,9 +57,10 @@ def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
 def _inspect(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
     """Reports the artifact; where there is none, the newest checkpoint that is whole."""
     folder = storage.open_folder(run.output.uri)
-    if run.checkpoint is not None and folder.read(artifacts.MANIFEST) is None:
+    read = partial(storage.persist, what=f"output.uri {folder.uri} could not be read")
+    if run.checkpoint is not None and read(lambda: folder.read(artifacts.MANIFEST)) is None:
         _tell_checkpoint(checkpoints.Store(storage.open_folder(run.checkpoint.uri), run.job), reporter)
-    artifact = artifacts.inspect(folder, run.job)
+    artifact = read(lambda: artifacts.inspect(folder, run.job))
     _tell_committed(reporter, artifact)
     return artifact
 
@@ -151,7 +155,7 @@ def _clear(store: checkpoints.Store | None) -> None:
 def _release(folder: storage.Folder, job: runfile.Job) -> None:
     try:
         artifacts.release_folder(folder, job)
-    except OSError as error:  # the first error is the one to report
+    except Exception as error:  # any store's own types; the first error is the one to report
         print(f"{folder.uri} could not be cleaned up: {error}", file=sys.stderr, flush=True)
 
 

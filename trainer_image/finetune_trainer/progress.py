@@ -47,6 +47,7 @@ class State:
     effective: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] | None = None  # {"step", "uri"} of the newest whole one
     resumed_from_step: int | None = None  # 0: began anew; None: not known, or no checkpoints are kept
+    inspection: bool = False  # what was found in storage, and no run's own word
 
     def to_body(self, result: dict[str, Any] | None = None) -> dict[str, Any]:
         """The body of one report: Kubeflow's part, and ours beside it."""
@@ -63,6 +64,8 @@ class State:
             ours["checkpoint"] = dict(self.checkpoint)
         if self.resumed_from_step is not None:
             ours["resumedFromStep"] = self.resumed_from_step
+        if self.inspection:
+            ours["inspection"] = True
         if result is not None:
             ours["result"] = result
         status: dict[str, Any] = {
