@@ -207,6 +207,21 @@ def unanswered_metric(turn: Turn) -> str | None:
     return None
 
 
+def unanswered(turn: Turn) -> str | None:
+    """That users meet the stable revision and nobody has met the candidate: time alone proves nothing of it. None where
+    nobody asks anything, as then there is no comparison to wait for."""
+    if turn.first or turn.weights.candidate == 0:
+        return None
+    counted = (CheckKind.GUARDRAIL, CheckKind.SAMPLE_RATIO)
+    told = [check.n for check in turn.status.analysis if check.kind in counted and check.n is not None]
+    if not any(n.stable for n in told) or any(n.candidate for n in told):
+        return None
+    return (
+        f"the stable revision has answered users and the candidate none, at {turn.weights.candidate:g}% of them; it "
+        "goes on by itself with the candidate's first answer"
+    )
+
+
 # ---------------------------------------------------------------- analysis steps
 
 

@@ -166,16 +166,32 @@ def run(turn: Turn) -> Turn:
         turn = turn.update(step_start_time=turn.now)
     if step.eval_gate is not None:
         turn, passed = gates.evaluate(turn, step.eval_gate)
-        return leave(turn) if passed else turn
+        return _onward(turn) if passed else turn
     if step.set_mirror is not None:
-        return (
-            leave(turn) if _over(turn, step.set_mirror.duration) else _until(turn, step.set_mirror.duration)
-        )
+        duration = step.set_mirror.duration
+        return _onward(turn, duration) if _over(turn, duration) else _until(turn, duration)
     if step.analysis is not None:
         return _analysis(turn, step.analysis.duration)
     if step.approval is not None:
         return _approval(turn, step.approval.timeout, step.approval.on_timeout)
     return _pause(turn, step.pause.duration if step.pause else None)
+
+
+def _onward(turn: Turn, duration: str | None = None) -> Turn:
+    """Leave the step by time or by a gate, and not before a candidate that has users has answered one of them: a timed
+    step ends with its time, and any step before the promotion."""
+    step, index = current(turn), turn.status.current_step_index or 0
+    timed = step is not None and step.eval_gate is None and step.set_weight is None
+    silent = checks.unanswered(turn) if timed or index + 1 >= len(steps_of(turn)) else None
+    if silent is None:
+        return leave(turn)
+    turn = pauses.remove(turn, *(pauses.OWN - {PauseReason.INSUFFICIENT_SAMPLES}))
+    turn = turn.say(str(PauseReason.INSUFFICIENT_SAMPLES), silent).again_in(checks.interval(turn))
+    waited = turn.elapsed(turn.status.step_start_time or turn.status.last_progress_time)
+    if waited < (parse_duration(duration) if duration else 0.0) + checks.longest_silence(turn):
+        return turn
+    advice = "send traffic or raise the weight, or say `promote` to go on without it"
+    return pauses.add(turn, PauseReason.INSUFFICIENT_SAMPLES, f"{silent}; {advice}")
 
 
 def _over(turn: Turn, duration: str | None) -> bool:
@@ -191,7 +207,7 @@ def _until(turn: Turn, duration: str | None) -> Turn:
 def _set_weight(turn: Turn, weight: int) -> Turn:
     """Recorded here, published after, and left when every router has confirmed it."""
     if turn.weights.candidate == weight:
-        return leave(turn)
+        return _onward(turn)
     if weight > turn.weights.candidate:
         turn, confirmed = stages.confirm(turn, WebhookType.CONFIRM_TRAFFIC_INCREASE)
         if not confirmed:
@@ -201,7 +217,7 @@ def _set_weight(turn: Turn, weight: int) -> Turn:
 
 def _pause(turn: Turn, duration: str | None) -> Turn:
     if _over(turn, duration):
-        return leave(turn)
+        return _onward(turn, duration)
     what = f"for {duration}" if duration else "until somebody says `promote` or `resume`"
     return _until(pauses.add(turn, PauseReason.CANARY_PAUSE_STEP, f"the step waits {what}"), duration)
 
@@ -209,7 +225,7 @@ def _pause(turn: Turn, duration: str | None) -> Turn:
 def _approval(turn: Turn, timeout: str | None, on_timeout: OnTimeout) -> Turn:
     if _over(turn, timeout):
         if on_timeout is OnTimeout.PROMOTE:
-            return leave(turn)
+            return _onward(turn, timeout)
         return endings.abort(turn, AbortReason.APPROVAL_TIMED_OUT, f"nobody approved within {timeout}")
     message = "say `promote` to approve, or `abort`"
     if timeout is not None:
@@ -223,7 +239,7 @@ def _analysis(turn: Turn, duration: str | None) -> Turn:
     at_least = parse_duration(duration) if duration else 0.0
     elapsed = turn.elapsed(turn.status.step_start_time)
     if not undecided and elapsed >= at_least:
-        return leave(turn)
+        return _onward(turn, duration)
     turn = turn.again_in(checks.interval(turn))
     patience = max(at_least, parse_duration(turn.spec.strategy.canary.max_step_duration))
     if not undecided or elapsed < patience:

@@ -75,6 +75,8 @@ def _promote(turn: Turn) -> Answer:
         return stages.promoting_begins(turn), "promotes without waiting for confirm-promotion"
     if step is not None and step.set_weight is not None:
         if turn.weights.candidate == step.set_weight:
+            if checks.unanswered(turn) is not None:
+                return steps.leave(turn), f"step {text} is left without an answer of the candidate"
             return Refusal(f"step {text} only waits for the routers")
         turn = turn.weigh(candidate=step.set_weight).update(last_progress_time=turn.now)
         return turn, f"step {text} is taken without confirmation"

@@ -93,6 +93,10 @@ class Evidence:
     seconds_to_proof: float = 10.0
     skewed: bool = False
     drifting: bool = False
+    quiet: bool = False
+    """Whether no user asks anything."""
+    unheard: bool = False
+    """Whether users meet the stable revision and nobody meets the candidate."""
     heard: datetime | None = None
     exposed_seconds: float = 0.0
     comparison: str = ""
@@ -313,7 +317,8 @@ class World:
         # Nothing is known of a comparison that no router counts yet, and a silent router adds nothing.
         known = evidence.exposed_seconds if evidence.comparison.startswith(candidate) else 0.0
         known = 0.0 if evidence.mode == "missing" else known - known % POLL_SECONDS
-        answers = PerArm(stable=int(known * 9), candidate=int(known))
+        known = 0.0 if evidence.quiet else known
+        answers = PerArm(stable=int(known * 9), candidate=0 if evidence.unheard else int(known))
         proof = known >= evidence.seconds_to_proof
         checks = [
             Check(
