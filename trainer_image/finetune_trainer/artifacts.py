@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import owners, storage
+from finetune_trainer import owners, pulse, storage
 from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
 from finetune_trainer.owners import Owner
 from finetune_trainer.runfile import Job
@@ -48,6 +48,7 @@ def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            pulse.beat()
     return digest.hexdigest()
 
 

@@ -63,6 +63,12 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_started = time.monotonic()
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.reporter.beat()  # a step of many micro batches, or an evaluation of many, may take longer than a stall
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.reporter.beat()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_ended = time.monotonic()
         seconds = self._step_ended - self._step_started

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import artifacts, checkpoints, machine, preflight, runfile, storage
+from finetune_trainer import artifacts, checkpoints, machine, preflight, pulse, runfile, storage
 from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
 from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
 
@@ -38,7 +38,8 @@ def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
         reporter.update(inspection=True)
     try:
         run = runfile.load(run_file)
-        artifact = _inspect(run, reporter) if only_inspect else _train(run, reporter)
+        with pulse.heard_by(reporter.beat):
+            artifact = _inspect(run, reporter) if only_inspect else _train(run, reporter)
         result = _succeeded(artifact)
     except Stopped as stopped:
         text = f"{stopped} at step {reporter.step}; nothing was committed"

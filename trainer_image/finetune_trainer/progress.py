@@ -22,6 +22,7 @@ from typing import Any
 
 POST_INTERVAL = 2.0  # seconds between posts; the operator writes status at most every few seconds anyway
 POST_TIMEOUT = 10.0  # seconds
+BEAT_INTERVAL = 5.0  # seconds between posts of work that has no step
 RESULT_PATIENCE = 120.0  # seconds in which the last report is tried again
 MAX_BODY = 60_000  # bytes; the endpoint refuses more than 64 kB
 
@@ -126,6 +127,7 @@ class Reporter:
         self._changed = threading.Event()
         self._closing = threading.Event()
         self._warned = ""
+        self._told = -math.inf  # monotonic seconds of the latest post
         self._thread = threading.Thread(target=self._run, args=(endpoint,), name="progress", daemon=True)
         if endpoint is not None:
             self._thread.start()
@@ -152,6 +154,11 @@ class Reporter:
             self._state.metrics.update(metrics or {})
             self._state.effective.update(effective or {})
         self._changed.set()
+
+    def beat(self) -> None:
+        """Tells again what is known, as a sign that something goes on; not more often than every few seconds."""
+        if time.monotonic() - self._told >= BEAT_INTERVAL:
+            self._changed.set()
 
     def finish(self, result: dict[str, Any], *, patience: float = RESULT_PATIENCE) -> bool:
         """Sends the result, says whether it was taken; retries for `patience` seconds while the operator is away."""
@@ -191,6 +198,7 @@ class Reporter:
                 return
             with self._lock:
                 body = self._state.to_body()
+            self._told = time.monotonic()
             try:
                 endpoint.post(body)
                 self._warned = ""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from finetune_trainer import pulse
 from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
 
 REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
@@ -65,6 +65,17 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
+def _signs() -> Any:
+    """What fsspec calls with every piece that it has moved."""
+    from fsspec.callbacks import Callback
+
+    class Signs(Callback):  # type: ignore[misc]
+        def call(self, *_: Any, **__: Any) -> None:
+            pulse.beat()
+
+    return Signs()
+
+
 def fetch_file(uri: str, folder: Path) -> Path:
     """Downloads a remote file into `folder`, keeping its name (the suffix says what is in it).
 
@@ -73,7 +84,7 @@ def fetch_file(uri: str, folder: Path) -> Path:
     filesystem, path = open_filesystem(uri)
     target = folder / path.rsplit("/", 1)[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    filesystem.get_file(path, str(target))
+    filesystem.get_file(path, str(target), callback=_signs())
     return target
 
 
@@ -88,7 +99,7 @@ def fetch_folder(uri: str, folder: Path) -> Path:
     for name in names:
         target = folder / os.path.relpath(name, path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get_file(name, str(target))
+        filesystem.get_file(name, str(target), callback=_signs())
     return folder
 
 
@@ -148,12 +159,15 @@ class LocalFolder:
         with (self.path / name).open("rb") as file:
             while chunk := file.read(1 << 20):
                 yield chunk
+                pulse.beat()
 
     def put(self, source: Path, name: str) -> None:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as reader, target.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            while chunk := reader.read(1 << 20):
+                writer.write(chunk)
+                pulse.beat()
             _sync(writer)
 
     def write(self, name: str, content: bytes) -> None:
@@ -207,9 +221,10 @@ class RemoteFolder:
         with self.filesystem.open(f"{self.path}/{name}", "rb") as file:
             while chunk := file.read(1 << 20):
                 yield chunk
+                pulse.beat()
 
     def put(self, source: Path, name: str) -> None:
-        self.filesystem.put_file(str(source), f"{self.path}/{name}")
+        self.filesystem.put_file(str(source), f"{self.path}/{name}", callback=_signs())
 
     def write(self, name: str, content: bytes) -> None:
         self.filesystem.pipe_file(f"{self.path}/{name}", content)

@@ -21,6 +21,7 @@ from finetune_trainer import (
     fit,
     notices,
     prepared,
+    pulse,
     resume,
     saving,
     signals,
@@ -161,6 +162,7 @@ def _prepare_libraries() -> int:
     choices.explain("threads", threads)
     torch.set_num_threads(threads.value)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_tqdm_hook(pulse.hook_bars)
     datasets.disable_progress_bars()
     return threads.value
 

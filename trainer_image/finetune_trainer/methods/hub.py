@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils.tqdm import tqdm
 
+from finetune_trainer import pulse
 from finetune_trainer.failures import BadConfig, ModelNotFound, StorageFailed
 from finetune_trainer.model_files import check_model_files
 from finetune_trainer.storage import MODEL_FILES
+
+
+class _Bar(tqdm):
+    """The hub's progress bar, which knows of every piece that has come, shown or not."""
+
+    def update(self, n: Any = 1) -> Any:
+        if n:  # not of a timer that found nothing new
+            pulse.beat()
+        return super().update(n)
 
 
 def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
@@ -20,7 +32,9 @@ def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
             f"model.uri: {uri} must be hf://organization/model; a branch or commit goes into model.revision"
         )
     try:
-        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES))
+        path = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(MODEL_FILES), tqdm_class=_Bar
+        )
     except errors.GatedRepoError as error:
         raise ModelNotFound(
             f"model.uri: {uri} asks for a licence; accept it on the hub and put HF_TOKEN into model.secretRef"
