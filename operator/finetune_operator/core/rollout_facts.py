@@ -110,8 +110,25 @@ class RoutingFacts:
     """URLs of the others, and what is wrong with each where that is known."""
     alias_taken_by: str | None = None
     """`namespace/name` of the deployment that owns the alias, when it is not us."""
+    alias_is_base_of: str | None = None
+    """`namespace/name` of a deployment whose engines answer for a base model with the name of our alias."""
     not_stored: str | None = None
     """Why the newest snapshot is in the routers only and not in its ConfigMap, and what to do."""
+
+    @property
+    def alias_problem(self) -> str | None:
+        """Why our alias cannot be routed, and what to do."""
+        if self.alias_taken_by is not None:
+            return (
+                f"AdapterDeployment {self.alias_taken_by} has this alias already, so nothing is routed; delete one of "
+                "the two"
+            )
+        if self.alias_is_base_of is not None:
+            return (
+                f"the alias is the name of a base model too, served by the engines of {self.alias_is_base_of}, and a "
+                "request could mean both, so nothing is routed; make it anew with another spec.alias"
+            )
+        return None
 
     @property
     def verified(self) -> bool:

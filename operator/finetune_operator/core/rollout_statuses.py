@@ -128,8 +128,7 @@ def unreadable(seen: Observed, *, now: datetime) -> AdapterDeploymentStatus:
     )
 
 
-def alias_taken(seen: Observed, owner: str, *, now: datetime) -> AdapterDeploymentStatus:
-    message = f"AdapterDeployment {owner} has this alias already, so nothing is routed; delete one of the two"
+def alias_taken(seen: Observed, message: str, *, now: datetime) -> AdapterDeploymentStatus:
     return _invalid(seen, "AliasConflict", message, now=now)
 
 

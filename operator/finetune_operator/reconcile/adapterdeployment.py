@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -36,6 +36,7 @@ from finetune_operator.core.rollout_facts import (
 )
 from finetune_operator.reconcile import deployment_facts, facts, messages, patches
 from finetune_operator.reconcile.announcements import Announcer, Subject
+from finetune_operator.reconcile.base_names import base_of
 from finetune_operator.reconcile.emergencies import Emergencies
 from finetune_operator.reconcile.engines import Engines, Sight
 from finetune_operator.reconcile.errands import Errands
@@ -199,23 +200,12 @@ class AdapterDeploymentReconciler:
     # -- publish
 
     async def _publish(self, body: Json, seen: Observed, plan: Plan) -> None:
-        share = Share(plan.route, self._base_models(seen))
+        spec, claim = seen.deployment.spec, deployment_facts.claim(body)
+        base = self.publisher.base_of(claim.key)
+        if spec is not None:
+            base = base_of(spec.base_model_ref.name, seen.engines, self.publisher.snapshot)
         loads = [action.agent_url for action in plan.actions if isinstance(action, Load)]
-        await self.publisher.publish(deployment_facts.claim(body), share, agents=loads)
-
-    def _base_models(self, seen: Observed) -> Mapping[str, tuple[str, ...]]:
-        """Base models that the engines serve under their own names. An agent that does not answer is no proof that its
-        engine is gone, so what is published for it stays."""
-        published = {base.name: base.upstreams for base in self.publisher.snapshot.base_models}
-        names: dict[str, list[str]] = {}
-        for engine in seen.engines:
-            if engine.reachable and engine.ready:
-                for name in engine.base_models:
-                    names.setdefault(name, []).append(engine.url)
-            elif not engine.reachable:
-                for name in (name for name, urls in published.items() if engine.url in urls):
-                    names.setdefault(name, []).append(engine.url)
-        return {name: tuple(sorted(urls)) for name, urls in sorted(names.items())}
+        await self.publisher.publish(claim, Share(plan.route, base), agents=loads)
 
     # -- act
 

@@ -16,6 +16,10 @@ class Claim:
     created: str
     """metadata.creationTimestamp, which sorts by time."""
     alias: str
+    base: str = ""
+    """Name of its base model."""
+    is_served_by_default: bool = False
+    """Whether spec names no engines of its own, so that the operator's default engine serves it."""
 
     @property
     def owner(self) -> str:

@@ -48,12 +48,15 @@ def deployment_facts(body: Json) -> DeploymentFacts:
 
 
 def claim(body: Json) -> Claim:
-    metadata = body["metadata"]
+    metadata, spec = body["metadata"], body.get("spec", {})
+    serving = spec.get("serving", {})
     return Claim(
         key=(metadata["namespace"], metadata["name"]),
         uid=metadata["uid"],
         created=metadata.get("creationTimestamp", ""),
-        alias=body.get("spec", {}).get("alias") or metadata["name"],
+        alias=spec.get("alias") or metadata["name"],
+        base=spec.get("baseModelRef", {}).get("name", ""),
+        is_served_by_default=not (serving.get("endpoint") or serving.get("podSelector")),
     )
 
 

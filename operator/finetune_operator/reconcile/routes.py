@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from finetune_operator.adapters.kube import ApiError, ConflictError, Kube, UnavailableError
 from finetune_operator.api.adapterdeployment import KIND
@@ -21,6 +21,7 @@ from finetune_operator.core.rollout_facts import RoutingFacts
 from finetune_operator.manifests import routes as manifests
 from finetune_operator.reconcile import deployment_facts
 from finetune_operator.reconcile.aliases import Aliases, Claim, key_of
+from finetune_operator.reconcile.base_names import Base, BaseNames
 from finetune_operator.reconcile.durable_routes import Contents, DurableCopy
 from finetune_operator.reconcile.fleet import Fleet
 from finetune_operator.reconcile.queue import Key
@@ -38,8 +39,8 @@ class Share:
     """What one deployment adds to the snapshot."""
 
     route: Route | None
-    base_models: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Base model name -> engines."""
+    base: Base | None = None
+    """Its base model; None: not known. Whether its engines answer for that name is for `base_names` to say."""
 
 
 class Publisher:
@@ -54,6 +55,7 @@ class Publisher:
         self._served = served
         self._wake = wake
         self._aliases = Aliases()
+        self._base_names = BaseNames()
         self._shares: dict[Key, Share] = {}
         self._inherited: dict[str, tuple[str, ...]] = {}
         self._engines: dict[str, set[str]] = {}
@@ -101,13 +103,14 @@ class Publisher:
 
     def claim(self, claim: Claim) -> Key | None:
         """Who has the alias, when that is another deployment."""
+        self._base_names.claim(claim)
         return self._aliases.claim(claim)
 
     async def publish(self, claim: Claim, share: Share, *, agents: Sequence[str]) -> None:
         """Take over a deployment's part. Returns when it is stored (or cannot be) and on its way to routers."""
         await self._started.wait()
         if self._aliases.holder(claim.alias) != claim.key:
-            share = Share(route=None)
+            share = Share(None, share.base)
         self._heard_of(claim.key)
         known = self._engines.get(claim.alias, set())
         if self._shares.get(claim.key) == share and known.issuperset(agents) and self._is_stored():
@@ -117,15 +120,21 @@ class Publisher:
             self._engines[claim.alias] = known | set(agents)
         await asyncio.shield(self._flush_soon())
 
+    def base_of(self, key: Key) -> Base | None:
+        """What a deployment said of its base model."""
+        share = self._shares.get(key)
+        return share.base if share is not None else None
+
     async def replace(self, claim: Claim, route: Route) -> None:
         """Another route for a deployment, everything else as it is."""
         share = self._shares.get(claim.key, Share(None))
-        await self.publish(claim, Share(route, share.base_models), agents=())
+        await self.publish(claim, Share(route, share.base), agents=())
 
     async def withdraw(self, key: Key) -> None:
         """A deployment is gone: so are its route and its claim. Where its adapters are stays known (`left_behind`)."""
         await self._started.wait()
         self._heard_of(key)
+        self._base_names.release(key)
         for other in self._aliases.release(key):
             self._wake(other)
         if self._shares.pop(key, None) is not None:
@@ -146,6 +155,7 @@ class Publisher:
             behind=self._fleet.behind(version) if version is not None else (),
             not_stored=self._copy.problem,
             alias_taken_by="/".join(holder) if taken and holder else None,
+            alias_is_base_of=None if route is not None else self._base_owner(claim),
         )
 
     def left_behind(self) -> dict[str, list[str]]:
@@ -194,6 +204,8 @@ class Publisher:
             if share.route is not None and share.route.owner not in alive:
                 self._aliases.claim(Claim(key, share.route.owner.split("/")[2], "", share.route.alias))
         self._aliases.claim_all(claims, holders=holders)
+        for claim in claims:
+            self._base_names.claim(claim)
         self._silent = {claim.key for claim in claims}
 
     def _heard_of(self, key: Key) -> None:
@@ -252,12 +264,23 @@ class Publisher:
             self._fleet.offer(snapshot.version, manifests.to_text(snapshot).encode())
 
     def _build(self) -> Snapshot:
-        base_models: dict[str, set[str]] = {name: set(urls) for name, urls in self._inherited.items()}
-        for share in self._shares.values():
-            for name, urls in share.base_models.items():
-                base_models.setdefault(name, set()).update(urls)
         routes = [share.route for share in self._shares.values() if share.route is not None]
+        found = self._base_names.published(
+            self._bases(), inherited=self._inherited, silent=self._silent.__contains__
+        )
+        taken = {route.alias for route in routes}  # whoever has an alias had it before
+        base_models = {name: urls for name, urls in found.items() if urls and name not in taken}
         return manifests.build_snapshot(version=0, routes=routes, base_models=base_models)
+
+    def _bases(self) -> dict[Key, Base]:
+        return {key: share.base for key, share in self._shares.items() if share.base is not None}
+
+    def _base_owner(self, claim: Claim) -> str | None:
+        """Who has the alias as the name of a base model that clients are answered with."""
+        if all(base.name != claim.alias for base in self._snapshot.base_models):
+            return None
+        owner = self._base_names.owner_of(claim.alias, self._bases())
+        return "/".join(owner) if owner else "another deployment"
 
     def _numbered(self, snapshot: Snapshot) -> Snapshot:
         """With the version of what is published, where it says the same; else with a higher one than any router's."""

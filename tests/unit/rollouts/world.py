@@ -119,6 +119,7 @@ class World:
     problem: str | None = None
     deleting: bool = False
     alias_taken_by: str | None = None
+    alias_is_base_of: str | None = None
     answers: Callable[[str, WebhookType], bool] = lambda name, kind: True
     metric: Callable[[], tuple[float | None, str | None]] = lambda: (1.0, None)
     scores: dict[str, float] = field(default_factory=dict)
@@ -295,6 +296,7 @@ class World:
                 applied=self.routing.applied,
                 behind=self.routing.behind,
                 alias_taken_by=self.alias_taken_by,
+                alias_is_base_of=self.alias_is_base_of,
                 not_stored=self.not_stored,
             ),
             evidence=self._evidence(status),
