@@ -1,20 +1,18 @@
 """KubeRay and the trainers of a fleet, played on a real API server: many jobs, fast, and every fault at will.
 
-What is played is what the operator can see: statuses as KubeRay 1.6.2 writes them, pods that take their time to go, a
-trainer that saves, resumes, commits and reports with a real token. The player knows the truth (which processes are
-alive, what is saved and committed), so it can say when two attempts ran at once.
+What is played is what the operator can see: statuses as KubeRay 1.6.2 writes them, pods that take their time to go,
+trainers (played_trainers.py) with real tokens. The player knows the truth (which processes are alive, what is saved
+and committed), so it can say when two attempts ran at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import random
-import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,43 +20,18 @@ import aiohttp
 
 from finetune_local import kubeaio, kubeapi
 from finetune_operator.manifests import naming
+from tests.chaos.played_trainers import Process, Trainers
 
 Json = dict[str, Any]
 RAYJOBS = "/apis/ray.io/v1/namespaces/{}/rayjobs"
 MERGE = "application/merge-patch+json"
 FINALIZER = "finetune.dev/chaos"  # on pods: as long as their process lives
-TOTAL, PER_TICK, INTERVAL = 60, 2, 10  # optimizer steps: of a job, per tick, between checkpoints
-TICK = 0.15  # seconds
 GRACE = 1.5  # seconds between SIGTERM and SIGKILL
-PATIENCE = 10.0  # seconds for which a result is offered
-CLASSES = {
-    64: "BadConfig", 65: "BadData", 74: "Storage", 75: "Preempted", 80: "GpuOutOfMemory", 81: "HostOutOfMemory",
-    82: "NotFinite", 83: "Collective", 84: "CheckpointCorrupt", 1: "Internal",
-}  # fmt: skip
-KILLED = 137
 FORSAKEN = {
     "jobDeploymentStatus": "Failed",
     "reason": "SubmissionFailed",
     "message": "Job submission has failed. Reason: BackoffLimitExceeded.",
 }
-
-
-@dataclass(eq=False)
-class Process:
-    """A trainer, or an inspection."""
-
-    job: str
-    uid: str
-    """Of the FineTuneJob."""
-    attempt: int
-    rayjob: str
-    inspect: bool
-    url: str
-    token: str
-    orders: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
-    """term, kill, hang, or an exit code to end with."""
-    step: int | None = None
-    resumed: int = 0
 
 
 @dataclass
@@ -81,23 +54,21 @@ class Player:
     """Use `run` in an event loop of its own; the other public methods may be called from it only."""
 
     def __init__(
-        self, api: kubeaio.AsyncApi, session: aiohttp.ClientSession, namespace: str, seed: int
+        self,
+        api: kubeaio.AsyncApi,
+        session: aiohttp.ClientSession,
+        namespace: str,
+        *,
+        addresses: Sequence[str],
+        seed: int,
     ) -> None:
         self._api = api
-        self._session = session
         self._namespace = namespace
         self._dice = random.Random(seed)
         self._played: dict[str, _Played] = {}
-        self.alive: list[Process] = []
-        self.wrong: list[str] = []
-        self.saved: dict[str, int] = defaultdict(int)
-        """Step of the newest checkpoint, by the job's UID."""
-        self.committed: dict[str, str] = {}
-        """Digest of the artifact, by the job's UID."""
+        self.trainers = Trainers(session, addresses, random.Random(seed))
         self.uids: dict[str, set[str]] = defaultdict(set)
         """All UIDs that were seen under the name of a RayJob; the UID of the job is part of the key."""
-        self.mute = False
-        """Whether reports are lost on their way."""
 
     async def run(self) -> None:
         """Play until cancelled."""
@@ -135,7 +106,7 @@ class Player:
         """A player that fails is a fault of the test's: it must be told, or the operator looks guilty."""
         if not task.cancelled() and task.exception() is not None:
             error = "".join(traceback.format_exception(task.exception()))
-            self.wrong.append(error)
+            self.trainers.wrong.append(error)
             print(f"chaos: the player of {task.get_name()} failed: {error}")
 
     # ------------------------------------------------------------ KubeRay
@@ -167,7 +138,7 @@ class Player:
         await self._pause(0.1, 0.4)
         process = await self._process_of(played)
         await self._create_pod(process)
-        running = asyncio.create_task(self._live(process))
+        running = asyncio.create_task(self.trainers.live(process))
         calling_off = asyncio.create_task(
             self._until(played, lambda: played.deleting or played.held or played.forsaken)
         )
@@ -185,7 +156,7 @@ class Player:
 
     async def _take_down(self, process: Process, running: asyncio.Task[int]) -> None:
         """Delete the pod: SIGTERM, grace, SIGKILL, and the pod is gone when the process is."""
-        path = f"/api/v1/namespaces/{self._namespace}/pods/{process.rayjob}-head"
+        path = f"/api/v1/namespaces/{self._namespace}/pods/{process.pod}"
         await self._pause(0.0, 0.5)
         await self._insist("DELETE", path)
         process.orders.put_nowait("term")
@@ -198,15 +169,18 @@ class Player:
 
     async def _create_pod(self, process: Process) -> None:
         labels = naming.labels(process.job, process.attempt)
+        token = {"serviceAccountToken": {"path": "token", "audience": naming.audience(process.uid)}}
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": f"{process.rayjob}-head", "labels": labels, "finalizers": [FINALIZER]},
-            "spec": {"nodeName": "local", "containers": [{"name": "ray-head", "image": "none"}]},
+            "metadata": {"name": process.pod, "labels": labels, "finalizers": [FINALIZER]},
+            "spec": {
+                "nodeName": "local",
+                "containers": [{"name": "ray-head", "image": "none"}],
+                "volumes": [{"name": "token", "projected": {"sources": [token]}}],
+            },
         }
         await self._insist("POST", f"/api/v1/namespaces/{self._namespace}/pods", pod)
-
-    # ------------------------------------------------------------ the trainer
 
     async def _process_of(self, played: _Played) -> Process:
         metadata, spec = played.body["metadata"], played.body["spec"]
@@ -222,105 +196,11 @@ class Player:
             uid=owner,
             attempt=int(metadata["labels"][naming.LABEL_ATTEMPT]),
             rayjob=metadata["name"],
+            pod=f"{metadata['name']}-{self._dice.randrange(16**5):05x}-head",
             inspect="inspect" in spec["entrypoint"],
             url=environment["KUBEFLOW_TRAINER_SERVER_URL"],
             token=answer["status"]["token"],
         )
-
-    async def _live(self, process: Process) -> int:
-        """The process, from its start to its exit code."""
-        for other in self.alive:
-            if other.uid == process.uid and not (other.inspect and process.inspect):
-                self.wrong.append(f"{process.rayjob} started while {other.rayjob} was alive")
-        self.alive.append(process)
-        try:
-            return await self._work(process)
-        finally:
-            self.alive.remove(process)
-
-    async def _work(self, process: Process) -> int:
-        if process.inspect:
-            await asyncio.sleep(TICK)
-            return await self._end(process, 0 if process.uid in self.committed else 1)
-        process.step = process.resumed = self.saved[process.uid]
-        while process.uid not in self.committed:
-            try:
-                order = await asyncio.wait_for(process.orders.get(), TICK)
-            except TimeoutError:
-                await self._take_steps(process)
-                continue
-            match order:
-                case "kill":
-                    return KILLED
-                case "hang":
-                    while await process.orders.get() != "kill":
-                        pass
-                    return KILLED
-                case "term":
-                    if self._dice.random() < 0.8:  # else the grace does not suffice
-                        self.saved[process.uid] = process.step
-                    return await self._end(process, 75)
-                case code:
-                    return await self._end(process, int(code))
-        return await self._end(process, 0)
-
-    async def _take_steps(self, process: Process) -> None:
-        assert process.step is not None
-        process.step += PER_TICK
-        if process.step % INTERVAL == 0:
-            self.saved[process.uid] = process.step
-        if process.step >= TOTAL:
-            self.committed[process.uid] = f"sha256:{hashlib.sha256(process.uid.encode()).hexdigest()}"
-        else:
-            await self._post(process, self._report(process))
-
-    async def _end(self, process: Process, code: int) -> int:
-        """Offer the result as long as there is patience, or until somebody kills."""
-        body = self._report(process)
-        result: Json = {
-            "class": CLASSES.get(code, "Succeeded"),
-            "exitCode": code,
-            "message": f"played {code}",
-        }
-        if process.step is not None:
-            result["step"] = process.step
-        if code == 0:
-            result["artifact"] = {
-                "uri": f"file:///artifacts/{process.job}",
-                "digest": self.committed[process.uid],
-                "sizeBytes": 1,
-                "baseModel": "file:///model",
-            }
-        body["finetune"]["result"] = result
-        deadline = time.monotonic() + (PATIENCE if code != 75 else 1.0)
-        while time.monotonic() < deadline and not await self._post(process, body):
-            with contextlib.suppress(TimeoutError):
-                if await asyncio.wait_for(process.orders.get(), 0.3) == "kill":
-                    return KILLED
-        return code
-
-    def _report(self, process: Process) -> Json:
-        step = process.step or 0
-        ours: Json = {"phase": "Training", "step": step, "totalSteps": TOTAL}
-        if not process.inspect:
-            ours["resumedFromStep"] = process.resumed
-        if self.saved[process.uid]:
-            uri = f"file:///saved/{process.job}/checkpoint-{self.saved[process.uid]}"
-            ours["checkpoint"] = {"step": self.saved[process.uid], "uri": uri}
-        status = {"progressPercentage": 100 * step // TOTAL, "estimatedRemainingSeconds": TOTAL - step}
-        return {"trainerStatus": status, "finetune": ours}
-
-    async def _post(self, process: Process, body: Json) -> bool:
-        """Whether the operator gave a final answer."""
-        if self.mute:
-            return False
-        headers = {"Authorization": f"Bearer {process.token}"}
-        timeout = aiohttp.ClientTimeout(total=10)
-        try:
-            async with self._session.post(process.url, json=body, headers=headers, timeout=timeout) as answer:
-                return answer.status < 500 and answer.status != 429
-        except (aiohttp.ClientError, TimeoutError):
-            return False
 
     # ------------------------------------------------------------ writing
 

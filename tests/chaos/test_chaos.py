@@ -16,22 +16,21 @@ import pytest
 from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests import clusters, observers
-from tests.chaos import schedules
-from tests.chaos.fleets import Fleet, PlayedFleet, RealFleet
+from tests.chaos import checks, real_fleet, schedules
+from tests.chaos.fleets import Fleet
+from tests.chaos.played_fleet import PlayedFleet
+from tests.chaos.played_trainers import INTERVAL
+from tests.chaos.real_fleet import RealFleet
+from tests.chaos.replicas import Replicas
 from tests.chaos.rollouts import Rollouts
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_operator import Serving
 
-pytestmark = [pytest.mark.integration, pytest.mark.faults]
+pytestmark = pytest.mark.integration
 
 SEED = int(os.environ.get("FINETUNE_CHAOS_SEED") or 7)  # `make chaos` draws another one each time
 FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS") or 30)
-PLAYED = (*parts.CONTROL_PLANE, "operator")
 HEALING_SECONDS = 240.0
-OUT_OF_MEMORY = (
-    "GpuOutOfMemory",
-    "HostOutOfMemory",
-)  # more than once in one job: there is nothing left to give
 
 
 def let_loose(fleet: Fleet, weights: dict[str, float], *, count: int, pause: float) -> None:
@@ -61,13 +60,15 @@ def _told(fleet: Fleet, names: list[str]) -> str:
 
 
 def check_end(fleet: Fleet, jobs: list[Json]) -> None:
-    """Whoever was not ended by a person has succeeded, and nothing runs on."""
+    """Whoever was not ended by a person, nor has used up its retries, has succeeded, and nothing runs on."""
     for job in jobs:
         name, status = job["metadata"]["name"], job["status"]
-        excused = name in fleet.excused and status["phase"] == "Cancelled"
-        too_small = status["reason"] in OUT_OF_MEMORY and "already" in status["message"]
-        good = status["phase"] == "Succeeded" or excused or too_small
+        good = checks.ended_well(job, excused=name in fleet.excused)
         assert good, f"seed {SEED}: {name} {status['phase']}: {status['message']}"
+        wrong = checks.wrong_budgets(job)
+        assert not wrong, (
+            f"seed {SEED}: {name} {status['phase']} {status['reason']}: {wrong}: {status['attempts']}"
+        )
         for attempt in status.get("attempts", []):
             assert "endTime" in attempt, f"seed {SEED}: attempt {attempt['number']} of {name} has no end"
     fleet.kubectl("wait", "--for=delete", "pod", "--all", "--timeout=90s")
@@ -83,28 +84,36 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
 
 
 @pytest.fixture
-def quick_cluster(tmp_path: Path, serving: Serving) -> Iterator[Cluster]:
-    """API server, garbage collection, KWOK and our operator; KubeRay has left its CRDs behind and is away."""
-    environment = {"FINETUNE_PROGRESS_SECONDS": "1", "FINETUNE_NAMESPACE": "fleet"}
-    running = Cluster(
-        tmp_path / "chaos", operator_environment={**environment, **serving.operator_environment()}
-    )
+def quick_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """API server, garbage collection and KWOK; KubeRay has left its CRDs behind and is away."""
+    running = Cluster(tmp_path / "chaos")
     try:
-        running.up((*PLAYED, "kuberay"))
+        running.up((*parts.CONTROL_PLANE, "kuberay"))
         os.kill(clusters.pid_of(running, "kuberay"), signal.SIGKILL)
         yield running
     finally:
         running.down()
 
 
-def test_a_fleet_of_played_trainers_and_two_rollouts(quick_cluster: Cluster, serving: Serving) -> None:
+def test_a_fleet_of_played_trainers_and_two_rollouts(
+    quick_cluster: Cluster, serving: Serving, tmp_path: Path
+) -> None:
     kubectl = Kubectl(quick_cluster.kubeconfig, "fleet")
     kubectl("create", "namespace", "fleet")
     rollouts = Rollouts(serving, kubectl)
-    size = min(30, max(6, FAULTS // 5))
-    fleet = PlayedFleet(quick_cluster, kubectl, PLAYED, size=size, seed=SEED, rollouts=rollouts)
+    replicas = Replicas(quick_cluster, kubectl, tmp_path / "replicas", parts.CONTROL_PLANE)
+    fleet = PlayedFleet(
+        quick_cluster,
+        kubectl,
+        parts.CONTROL_PLANE,
+        size=min(30, max(6, FAULTS // 5)),
+        seed=SEED,
+        rollouts=rollouts,
+        replicas=replicas,
+    )
     with (
-        observers.observe(quick_cluster, "fleet", processes=False),
+        observers.observe(quick_cluster, "fleet", processes=False, interval=INTERVAL) as seen,
+        replicas.running(serving.operator_environment()),
         fleet.playing(),
         rollouts.under_traffic(),
     ):
@@ -113,24 +122,41 @@ def test_a_fleet_of_played_trainers_and_two_rollouts(quick_cluster: Cluster, ser
         jobs = fleet.jobs()
         check_end(fleet, jobs)
         time.sleep(2)
-        assert fleet.call(lambda: list(fleet.player.alive)) == []
+        assert fleet.call(lambda: list(fleet.player.trainers.alive)) == []
         assert fleet.jobs() == jobs, "something changed after the end"
-    assert not fleet.player.wrong, f"seed {SEED}: {fleet.player.wrong}"
+    check_truth(fleet, jobs, seen)
+    assert replicas.ends() <= 0, "an operator ended by itself"
+
+
+def check_truth(fleet: PlayedFleet, jobs: list[Json], seen: observers.Observer) -> None:
+    """What the statuses say beside what really happened."""
+    trainers = fleet.player.trainers
+    assert not trainers.wrong, f"seed {SEED}: {trainers.wrong}"
     for job in jobs:
         digest = job["status"].get("artifact", {}).get("digest")
         if job["status"]["phase"] == "Succeeded":
-            assert digest == fleet.player.committed[job["metadata"]["uid"]]
+            assert digest == trainers.committed[job["metadata"]["uid"]]
         else:
             assert digest is None
+    for (uid, attempt), times in seen.begun_anew.items():
+        name = seen.last_seen[uid]["metadata"]["name"]
+        assert times < trainers.begun[uid, attempt], (
+            f"seed {SEED}: attempt {attempt} of {name} did not begin anew"
+        )
     attempts = {name: uids for name, uids in fleet.player.uids.items() if "-a" in name.rpartition("/")[2]}
     twice = {name: uids for name, uids in attempts.items() if len(uids) > 1}
     assert not twice, f"seed {SEED}: RayJobs were created twice: {twice}"
 
 
+@pytest.mark.faults
 def test_a_fleet_of_real_trainers(
     cluster: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
 ) -> None:
     fleet = RealFleet(cluster, kubectl, parts.TRAINING, size=2, model=tiny_model, data=tiny_rows, steps=300)
-    with observers.observe(cluster, kubectl.namespace):
+    with observers.observe(cluster, kubectl.namespace, interval=real_fleet.INTERVAL):
         let_loose(fleet, fleet.WEIGHTS, count=max(4, FAULTS // 10), pause=6.0)
-        check_end(fleet, fleet.jobs())
+        jobs = fleet.jobs()
+        check_end(fleet, jobs)
+    for job in jobs:
+        if job["status"]["phase"] == "Succeeded":
+            assert not checks.wrong_artifact(job["status"]), f"seed {SEED}: {job['metadata']['name']}"

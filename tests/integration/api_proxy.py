@@ -43,12 +43,14 @@ class Kind(StrEnum):
     DELAY = "Delay"  # pass it on after `seconds`
     CALL_BEFORE = "CallBefore"  # call `then`, and cut the connection before the server sees the request
     CALL_AFTER = "CallAfter"  # let the server do it, call `then`, and cut the connection
+    HOLD = "Hold"  # tell the news of a watch `seconds` late
 
 
 @dataclass
 class Fault:
     """`pattern` is searched in "METHOD /path?query"; `chance` of the matches are hit, after the first `skip` ones, and
-    at most `times` of them."""
+    at most `times` of them, until time.monotonic() is `until`. HOLD concerns watches that are open already, too: it
+    knows no chance."""
 
     kind: Kind
     pattern: str = ""
@@ -57,18 +59,30 @@ class Fault:
     chance: float = 1.0
     skip: int = 0
     times: int | None = None
+    until: float | None = None
     then: Callable[[], None] | None = None
     hits: int = 0
     _matches: int = 0
 
     def wants(self, request: str, dice: random.Random) -> bool:
-        if not re.search(self.pattern, request) or (self.times is not None and self.hits >= self.times):
+        if self.kind is Kind.HOLD or self._is_over() or not re.search(self.pattern, request):
             return False
         self._matches += 1
         if self._matches <= self.skip or dice.random() >= self.chance:
             return False
         self.hits += 1
         return True
+
+    def delay(self, watch: str) -> float:
+        """By how many seconds news of a watch come late."""
+        if self.kind is not Kind.HOLD or self._is_over() or not re.search(self.pattern, watch):
+            return 0.0
+        self.hits += 1
+        return self.seconds
+
+    def _is_over(self) -> bool:
+        late = self.until is not None and time.monotonic() >= self.until
+        return late or (self.times is not None and self.hits >= self.times)
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class ApiProxy:
         self._streams: set[asyncio.Task[Any]] = set()
         self._gone: set[asyncio.Task[Any]] = set()
         self.away = threading.Event()
+        self._away_until = float("-inf")
         self.port = choose(("proxy",), known={}, in_use_by_us=[])["proxy"]
         self._loop.run(self._start())
 
@@ -126,6 +141,17 @@ class ApiProxy:
     def cut_watches(self, *, gone: bool = False) -> int:
         """End every stream, with 410 Gone where asked for; returns how many there were."""
         return self._loop.run(self._cut(gone))
+
+    def stay_away(self, seconds: float) -> None:
+        """No connection for a while; open watches end."""
+        self._away_until = time.monotonic() + seconds
+        self.cut_watches()
+
+    def heal(self) -> None:
+        """Nothing goes wrong any more."""
+        self.faults.clear()
+        self.away.clear()
+        self._away_until = float("-inf")
 
     def count(self, pattern: str, *, since: float = 0.0) -> int:
         return sum(1 for r in self.requests if r.at >= since and re.search(pattern, r.text))
@@ -158,7 +184,7 @@ class ApiProxy:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         text = f"{request.method} {request.path_qs}"
-        if self.away.is_set():
+        if self.away.is_set() or time.monotonic() < self._away_until:
             return _cut_off(request)
         fault = next((f for f in self.faults if f.wants(text, self._dice)), None)
         self.requests.append(Request(time.time(), text, fault.kind if fault else None))
@@ -222,16 +248,36 @@ class ApiProxy:
         ) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": "application/json"})
             await response.prepare(request)
+            lines: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue()
+            reading = asyncio.create_task(self._read(answer, f"GET {request.path_qs}", lines))
             try:
-                async for line in answer.content:  # whole lines: what follows a cut must be readable
-                    await response.write(line)
+                while (due := await lines.get()) is not None:
+                    await asyncio.sleep(due[0] - time.monotonic())
+                    await response.write(due[1])
+                await reading
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task not in self._gone:
                     raise
                 with contextlib.suppress(ConnectionError):
                     await response.write(json.dumps(GONE).encode() + b"\n")
+            finally:
+                reading.cancel()
             return response
+
+    async def _read(
+        self,
+        answer: aiohttp.ClientResponse,
+        watch: str,
+        lines: asyncio.Queue[tuple[float, bytes] | None],
+    ) -> None:
+        """Each line of a watch, with the time at which it is due; None at the end."""
+        try:
+            async for line in answer.content:  # whole lines: what follows a cut must be readable
+                late = max((fault.delay(watch) for fault in self.faults), default=0.0)
+                lines.put_nowait((time.monotonic() + late, line))
+        finally:
+            lines.put_nowait(None)
 
 
 def _headers(request: web.Request) -> dict[str, str]:

@@ -55,6 +55,14 @@ def apply_ray_crds(cluster: Cluster) -> None:
     objects.apply_crds(cluster.client(), files, memory=cluster.layout.run / "applied-ray.state")
 
 
+def compact(cluster: Cluster) -> None:
+    """Make etcd forget all revisions but the last one, through its JSON gateway."""
+    server = f"https://127.0.0.1:{cluster.ports['etcd']}"
+    etcd = kubeapi.ApiClient(server, pki=cluster.layout.pki, user="etcd-client")
+    revision = etcd.call("POST", "/v3/maintenance/status", {})["header"]["revision"]
+    etcd.call("POST", "/v3/kv/compaction", {"revision": revision, "physical": True})
+
+
 def grant_own_rights(kubectl: Kubectl) -> None:
     """What the operator may do in its own namespace, in the test's: that is where its Lease and routes are here."""
     documents = yaml.safe_load_all(RIGHTS.read_text(encoding="utf-8"))
