@@ -64,7 +64,10 @@ class Outgoing:
     body: bytes
     stream: bool
     deadline: float
-    """On the clock of time.perf_counter."""
+    """On the clock of time.perf_counter: until then all of the answer must be there."""
+    patience: float
+    """On the same clock, not later: until then the user must have something to get; otherwise somebody else is asked.
+    """
 
 
 @dataclass(slots=True)
@@ -99,7 +102,20 @@ class Attempt:
     """The answer; also one that is a failure, for the case that there is nothing better to show."""
     failure: Failure | None = None
     sent_at: float = 0.0
+    connection: Connection | None = None
+    """Of the exchange under way, or of the last one."""
     tried: list[Upstream] = field(default_factory=list)
+
+    @property
+    def first_byte_at(self) -> float:
+        """When the answer's body began; 0.0 as long as it has not."""
+        connection = self.connection
+        return connection.first_body_at if connection is not None and connection.started else 0.0
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the engine is kept waiting, by a client that does not read."""
+        return self.connection is not None and self.connection.paused
 
     def discard(self) -> None:
         if self.reply is not None:
@@ -114,9 +130,8 @@ class Forwarder:
         self.limits = limits
         self._credentials = f"authorization: Bearer {upstream_key}\r\n".encode() if upstream_key else b""
 
-    async def ask(self, leg: Leg, outgoing: Outgoing) -> Attempt:
+    async def ask(self, leg: Leg, outgoing: Outgoing, attempt: Attempt) -> None:
         """Ask a revision, on up to three engines. Never raises for what engines do; closes all but the last reply."""
-        attempt = Attempt()
         while len(attempt.tried) < MOST_ENGINES:
             upstream = leg.pick(attempt.tried)
             if upstream is None:
@@ -124,20 +139,20 @@ class Forwarder:
             attempt.discard()
             attempt.tried.append(upstream)
             await self._once(upstream, leg, outgoing, attempt)
-            if attempt.failure not in _ELSEWHERE or time.perf_counter() >= outgoing.deadline:
+            if attempt.failure not in _ELSEWHERE or time.perf_counter() >= outgoing.patience:
                 break
-        return attempt
 
     async def _once(self, upstream: Upstream, leg: Leg, outgoing: Outgoing, attempt: Attempt) -> None:
         upstream.outstanding += 1
         upstream.note_chosen()
+        attempt.connection = None
         reply: Reply | None = None
         try:
             reply = await self._exchange(upstream, outgoing, attempt)
             attempt.failure = _judge(reply, leg)
         except ConnectFailedError:
-            # Cut short by the request's own end, it says nothing of the engine.
-            if time.perf_counter() < outgoing.deadline:
+            # Cut short because the request has no more time, it says nothing of the engine.
+            if time.perf_counter() < outgoing.patience:
                 upstream.note_unreachable()
                 attempt.failure = Failure.UNREACHABLE
             else:
@@ -161,7 +176,7 @@ class Forwarder:
             except ResetError:
                 if connection.head_complete:
                     raise
-        left = outgoing.deadline - time.perf_counter()
+        left = outgoing.patience - time.perf_counter()
         connection = await upstream.connect(within=max(0.001, min(self.limits.connect, left)))
         return await self._converse(upstream, connection, head, outgoing, attempt)
 
@@ -183,10 +198,11 @@ class Forwarder:
         """The answer so far: whole when it is short, else its first bytes. The connection is cut when this fails."""
         try:
             attempt.sent_at = time.perf_counter()
-            left = outgoing.deadline - attempt.sent_at
+            left = outgoing.patience - attempt.sent_at
             connection.send(
                 head, outgoing.body, timeout=min(left, self.limits.first_byte) if outgoing.stream else left
             )
+            attempt.connection = connection
             await connection.wait_body()
             reply = Reply(upstream, connection, connection.status, connection.headers)
             _read_framing(reply)
@@ -199,6 +215,8 @@ class Forwarder:
                 reply.body = await connection.wait_complete(BUFFERED_ANSWER)
                 if reply.body is None:
                     reply.first = connection.take()
+                    if not outgoing.stream:
+                        connection.set_timeout(outgoing.deadline - time.perf_counter())
         except BaseException:
             connection.abort()
             connection.finish()

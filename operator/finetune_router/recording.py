@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections import deque
 from enum import StrEnum
@@ -18,6 +19,7 @@ from finetune_operator.api.routes import Arm, SignalEvent
 from finetune_router import outputs
 from finetune_router.bodies import Body
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, ArmMetrics, ArmState, Book
+from finetune_router.forwarding import Attempt
 from finetune_router.outputs import EventReader, Output
 from finetune_router.tables import Route, SchemaCache
 
@@ -43,9 +45,9 @@ class Observation:
     """What the data path notes about one request to one arm."""
 
     __slots__ = (
-        "answered_at", "bytes_kept", "code", "counted", "encoding", "end", "first_byte_at", "is_readable", "is_stream",
-        "metrics", "output", "overhead", "pending", "queued", "reader", "response_format", "route", "sample_bit",
-        "sample_hash", "started_at", "state",
+        "alarm_at", "answered_at", "attempt", "bytes_kept", "code", "counted", "encoding", "end", "fired",
+        "first_byte_at", "held_up", "is_counted", "is_readable", "is_stream", "metrics", "output", "overhead",
+        "pending", "queued", "reader", "response_format", "route", "sample_bit", "sample_hash", "started_at", "state",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +62,15 @@ class Observation:
         self.first_byte_at = 0.0
         self.answered_at = 0.0
         self.overhead = 0.0
+        self.attempt: Attempt | None = None
+        """Where the request is now."""
+        self.alarm_at = math.inf
+        """When the next limit of a signal passes."""
+        self.held_up = False
+        """Whether it took so long because the client did not read."""
+        self.is_counted = False
+        self.fired: tuple[str, ...] = ()
+        """Names of the signals that were counted already."""
         self.code = 0
         self.end = End.ANSWERED
         self.is_stream = False
@@ -78,6 +89,22 @@ class Observation:
         self.sample_hash = sample_hash
         self.sample_bit = CANDIDATE_BIT if arm is Arm.CANDIDATE else STABLE_BIT
 
+    def late(self, now: float) -> tuple[str, ...]:
+        """Names of the signals whose limit has passed by then."""
+        watch, seconds = self.route.watch, now - self.started_at
+        first = self.first_byte_at or (self.attempt.first_byte_at if self.attempt is not None else 0.0)
+        waited = first - self.started_at if first else seconds
+        names = [name for name, limit in watch.ttft if waited > limit]
+        if not (self.held_up or (self.attempt is not None and self.attempt.is_held_up)):
+            names += [name for name, limit in watch.latency if seconds > limit]
+        return tuple(names)
+
+    def set_alarm(self, now: float) -> None:
+        """For the next limit of a signal."""
+        seconds = now - self.started_at
+        following = (limit for limit in self.route.watch.limits if limit >= seconds)
+        self.alarm_at = self.started_at + next(following, math.inf)
+
 
 class Recorder:
     """Turns observations into counts."""
@@ -88,8 +115,29 @@ class Recorder:
         self._queue: deque[Observation] = deque()
         self._pending_bytes = 0
         self._wake = asyncio.Event()
+        self._watched: set[Observation] = set()
         self.unread = 0
         """Answers that were counted without a look at their output."""
+
+    def begin(self, seen: Observation) -> None:
+        """The request is under way: from now on `sweep` looks whether it is late."""
+        limits = seen.route.watch.limits
+        if limits and seen.counted:
+            seen.alarm_at = seen.started_at + limits[0]
+            self._watched.add(seen)
+
+    def sweep(self) -> None:
+        """Count what is late by now. A candidate that hangs must be seen before its requests are given up."""
+        now = time.perf_counter()
+        for seen in self._watched:
+            if now > seen.alarm_at and seen.state is not None:
+                seen.set_alarm(now)
+                if names := seen.late(now):
+                    self._count_request(seen, seen.state, names)
+
+    def forget(self, seen: Observation) -> None:
+        """The engine's part is over: nothing that comes now is its delay."""
+        self._watched.discard(seen)
 
     def keep(self, seen: Observation, data: bytes) -> None:
         """Keep a piece of the answer for later."""
@@ -110,11 +158,16 @@ class Recorder:
         if in_pieces and seen.bytes_kept > PIECE:
             self._enqueue(seen)
 
-    def finish(self, seen: Observation, end: End, code: int) -> None:
-        """The request is over."""
+    def finish(self, seen: Observation, end: End, code: int, *, at: float | None = None) -> None:
+        """The request is over; `at` (time.perf_counter), where it was so before now."""
         seen.end = end
         seen.code = code
-        seen.answered_at = time.perf_counter()
+        seen.answered_at = time.perf_counter() if at is None else at
+        self._watched.discard(seen)
+        if seen.attempt is not None:  # its connection soon belongs to another request
+            seen.first_byte_at = seen.first_byte_at or seen.attempt.first_byte_at
+            seen.held_up = seen.held_up or seen.attempt.is_held_up
+            seen.attempt = None
         self._enqueue(seen)
 
     async def run(self) -> None:
@@ -181,7 +234,7 @@ class Recorder:
         if seen.end is End.ANSWERED and seen.output is not None:
             fired = outputs.fired_events(seen.output, seen.route.watch.wanted, self._validator(seen))
         self._count_metrics(seen, tokens, fired)
-        if seen.counted and seen.state is not None and seen.end in {End.ANSWERED, End.ERROR}:
+        if seen.counted and seen.state is not None:
             self._count_evidence(seen, seen.state, tokens, fired)
 
     def _tokens(self, seen: Observation) -> int | None:
@@ -210,29 +263,44 @@ class Recorder:
     def _count_evidence(
         self, seen: Observation, state: ArmState, tokens: int | None, fired: frozenset[SignalEvent]
     ) -> None:
+        """A client's own mistake is no evidence; one that left is, where it had waited too long."""
         watch = seen.route.watch
-        seconds = seen.answered_at - seen.started_at
-        ttft = seen.first_byte_at - seen.started_at if seen.first_byte_at else None
-        state.requests += 1
+        if seen.end is End.CLIENT:
+            return
+        # No first byte at all: it is late since the request was given up.
+        names = seen.late(seen.answered_at)
+        if seen.end is End.GONE:
+            if names:
+                self._count_request(seen, state, names)
+            return
         if seen.end is End.ERROR:
-            state.add_events(watch.errors)
+            names += watch.errors
         else:
-            state.seconds.add(seconds)
-            if ttft is not None:
-                state.ttft.add(ttft)
+            state.seconds.add(seen.answered_at - seen.started_at)
+            if seen.first_byte_at:
+                state.ttft.add(seen.first_byte_at - seen.started_at)
             if tokens is not None:
                 state.add_tokens(tokens)
-        # No first byte at all: it is late since the request was given up.
-        waited = seconds if ttft is None else ttft
-        state.add_events(tuple(name for name, limit in watch.ttft if waited > limit))
-        state.add_events(tuple(name for name, limit in watch.latency if seconds > limit))
         if fired:
-            state.add_events(tuple(name for name, event in watch.outputs if event in fired))
-        self._book.changed_states.add(state)
-        if seen.sample_hash is not None and seen.route.sample is not None:
+            names += tuple(name for name, event in watch.outputs if event in fired)
+        self._count_request(seen, state, names)
+
+    def _count_request(self, seen: Observation, state: ArmState, names: tuple[str, ...]) -> None:
+        """Count signals of a request, and with the first call the request itself."""
+        if not seen.is_counted:
+            seen.is_counted = True
+            state.requests += 1
             sample = seen.route.sample
-            if sample.add(seen.sample_hash, seen.sample_bit):
+            if (
+                seen.sample_hash is not None
+                and sample is not None
+                and sample.add(seen.sample_hash, seen.sample_bit)
+            ):
                 self._book.changed_samples.add(sample)
+        if names:
+            state.add_events(tuple(name for name in names if name not in seen.fired))
+            seen.fired += names
+        self._book.changed_states.add(state)
 
     def _validator(self, seen: Observation) -> jsonschema_rs.Validator | None:
         """The route's schema, else the one that the request itself asked for (response_format)."""

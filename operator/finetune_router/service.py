@@ -20,7 +20,8 @@ from finetune_router.counters import Book
 from finetune_router.credentials import ApiKeys
 from finetune_router.errors import ApiError
 from finetune_router.feedback import FeedbackDesk
-from finetune_router.proxy import REQUEST_ID_HEADER, SERVER, Arrival, Proxy
+from finetune_router.flights import REQUEST_ID_HEADER, SERVER, Arrival
+from finetune_router.proxy import Proxy
 from finetune_router.scanner import BrokenBodyError
 from finetune_router.tables import Table
 

@@ -63,7 +63,8 @@ class Watch:
     ttft: tuple[tuple[str, float], ...] = ()
     latency: tuple[tuple[str, float], ...] = ()
     outputs: tuple[tuple[str, SignalEvent], ...] = ()
-
+    limits: tuple[float, ...] = ()
+    """Seconds of `ttft` and `latency`, ascending."""
     wanted: frozenset[SignalEvent] = frozenset()
     """The events of `outputs`."""
 
@@ -76,11 +77,13 @@ class Watch:
 
         others = {SignalEvent.TTFT_OVER, SignalEvent.LATENCY_OVER, SignalEvent.ERROR}
         outputs = tuple((s.name, s.event) for s in signals if s.event not in others)
+        ttft, latency = limits(SignalEvent.TTFT_OVER), limits(SignalEvent.LATENCY_OVER)
         return cls(
             errors=tuple(s.name for s in signals if s.event == SignalEvent.ERROR),
-            ttft=limits(SignalEvent.TTFT_OVER),
-            latency=limits(SignalEvent.LATENCY_OVER),
+            ttft=ttft,
+            latency=latency,
             outputs=outputs,
+            limits=tuple(sorted({limit for _, limit in (*ttft, *latency)})),
             wanted=frozenset(event for _, event in outputs),
         )
 

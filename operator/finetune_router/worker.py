@@ -22,6 +22,7 @@ from finetune_router.control import Channel, Message
 from finetune_router.counters import Book, Report
 from finetune_router.credentials import ApiKeys
 from finetune_router.feedback import FeedbackDesk, FeedbackStore
+from finetune_router.flights import Tools
 from finetune_router.forwarding import Forwarder, Limits
 from finetune_router.headers import HeaderPolicy
 from finetune_router.proxy import Proxy
@@ -110,6 +111,7 @@ class Worker:
             case "draining":  # still taking connections, but none is kept
                 self.service.draining = True
             case "report":
+                self.recorder.sweep()
                 self.recorder.flush()
                 self._report(number=message["number"])
 
@@ -136,6 +138,7 @@ class Worker:
         while True:
             for _ in range(BEATS_PER_REPORT):
                 await asyncio.sleep(BEAT_SECONDS)
+                self.recorder.sweep()
                 self._beat()
             for report in self.book.take_reports():
                 self._send(report)
@@ -201,14 +204,14 @@ def build_worker(channel: Channel, config: RouterConfig) -> Worker:
         silence=config.silence_timeout,
         total=config.total_timeout,
     )
-    proxy = Proxy(
+    tools = Tools(
         forwarder=Forwarder(limits, upstream_key=read_secret(config.upstream_api_key_file)),
         recorder=recorder,
         book=book,
         tickets=office,
         policy=HeaderPolicy(config.forward_headers),
-        max_mirrors=config.max_mirrors,
     )
+    proxy = Proxy(tools, max_mirrors=config.max_mirrors)
     service = Service(
         config=config,
         proxy=proxy,

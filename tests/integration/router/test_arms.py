@@ -151,6 +151,116 @@ async def test_a_candidate_that_nobody_listens_for_falls_back_too(
     assert (await router.arm(alias, Arm.CANDIDATE)).events == {"errors": 1}
 
 
+async def test_a_candidate_that_refuses_what_stable_takes_fails(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    """For example because its chat template wants no system message."""
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=400)
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
+    for stream in (False, True):
+        async with session.post(router.url + CHAT, json=ask(alias, "u", stream=stream)) as response:
+            assert response.status == 200
+            assert "base-model" in await response.text()
+            assert response.headers["x-adapter-arm"] == "Stable"
+            assert response.headers["x-adapter-fallback"] == "true"
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert (candidate.requests, candidate.events["errors"], candidate.fallbacks) == (2, 2, 2)
+    assert (await router.arm(alias, Arm.STABLE)).requests == 0
+
+
+@pytest.mark.parametrize("stable", [Behaviour(status=422), Behaviour(status=500), Behaviour(delay=30)])
+async def test_a_request_that_nobody_takes_is_the_clients_mistake(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str, stable: Behaviour
+) -> None:
+    engine.behaviours |= {f"bot--{CANDIDATE}": Behaviour(status=400), "base-model": stable}
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
+    async with session.post(router.url + CHAT, json=ask(alias, "u", stream=True)) as response:
+        assert (response.status, response.headers["x-adapter-arm"]) == (400, "Candidate")
+        assert "x-adapter-fallback" not in response.headers
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert (candidate.requests, candidate.events, candidate.fallbacks) == (0, {}, 0)
+    assert engine.served("base-model") == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 413])
+async def test_some_refusals_are_no_revisions_fault(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str, status: int
+) -> None:
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=status)
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
+    async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        assert response.status == status
+    assert engine.served("base-model") == 0
+    assert (await router.arm(alias, Arm.CANDIDATE)).requests == 0
+
+
+async def test_without_retry_the_candidates_refusal_is_shown(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=400)
+    stable, candidate = target("base", engine.url), target(CANDIDATE, engine.url)
+    await router.push(route(alias, stable, candidate, weight=100, retry_stable=False))
+    async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        assert (response.status, response.headers["x-adapter-arm"]) == (400, "Candidate")
+    assert engine.served("base-model") == 0
+
+
+async def test_a_shadow_that_refuses_what_stable_takes_fails_too(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=400)
+    await router.push(
+        route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=0, mirror=100)
+    )
+    await arms_of(session, router, alias, ["a", "b", "c"])
+    async with asyncio.timeout(10):
+        while (shadow := await router.arm(alias, Arm.SHADOW)).requests < 3:
+            await asyncio.sleep(0.05)
+    assert shadow.events == {"errors": 3}
+    engine.behaviours["base-model"] = Behaviour(status=400)
+    async with session.post(router.url + CHAT, json=ask(alias, "d")) as response:
+        assert response.status == 400
+    await asyncio.sleep(0.2)
+    assert (await router.arm(alias, Arm.SHADOW)).requests == 3
+
+
+async def test_a_candidate_that_hangs_leaves_stable_half_of_the_time_and_is_counted_meanwhile(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    engine.behaviours |= {f"bot--{CANDIDATE}": Behaviour(delay=30), "base-model": Behaviour(delay=0.5)}
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
+
+    async def post() -> tuple[int, str | None]:
+        async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+            return response.status, response.headers.get("x-adapter-fallback")
+
+    asking = asyncio.create_task(post())
+    await asyncio.sleep(1.0)
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert not asking.done()
+    assert (candidate.requests, candidate.events) == (1, {"slow": 1, "long": 1})
+    assert await asking == (200, "true")
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert (candidate.requests, candidate.events) == (1, {"slow": 1, "long": 1, "errors": 1})
+
+
+async def test_users_who_left_a_slow_candidate_are_counted(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(delay=30)
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
+    for stream, seconds in ((False, 0.6), (True, 0.6), (False, 0.1)):
+        with pytest.raises(TimeoutError):
+            await session.post(
+                router.url + CHAT,
+                json=ask(alias, "u", stream=stream),
+                timeout=aiohttp.ClientTimeout(total=seconds),
+            )
+    await asyncio.sleep(0.2)
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert (candidate.requests, candidate.events) == (2, {"slow": 2, "long": 2})
+
+
 async def test_without_retry_the_candidates_failure_is_shown(
     router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:

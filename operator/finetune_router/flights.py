@@ -1,0 +1,304 @@
+"""One request under way: asks the revision that it belongs to, stable in its place, and passes the answer on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from finetune_operator.api.routes import ARM_HEADER, FALLBACK_HEADER, REVISION_HEADER, Arm
+from finetune_router import errors
+from finetune_router.bodies import Body
+from finetune_router.choices import Choice
+from finetune_router.counters import Book
+from finetune_router.errors import ApiError
+from finetune_router.forwarding import Attempt, Failure, Forwarder, Outgoing, Reply
+from finetune_router.headers import HeaderPolicy, answer_headers
+from finetune_router.recording import End, Observation, Recorder
+from finetune_router.tables import Leg, Route
+from finetune_router.tickets import TicketOffice
+from finetune_router.upstreams import UpstreamError, UpstreamTimeoutError
+
+REQUEST_ID_HEADER = "x-request-id"
+SERVER = "finetune-router"
+CLIENT_GONE = 499  # as nginx calls a client that went away
+# Of a request that one revision refuses, another one may think otherwise; but not for these reasons.
+NOT_THE_REVISIONS = frozenset((401, 403, 408, 413, 429))
+_CANDIDATE_SHARE = 0.5  # of the time that is left; the rest is for stable
+_SLACK_SECONDS = 5.0  # after the deadline, for a client that is still reading
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request whose model is known."""
+
+    request: web.BaseRequest
+    route: Route
+    body: Body
+    path: str
+    """With the query."""
+    at: float
+    """On the clock of time.perf_counter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all requests of a worker share."""
+
+    forwarder: Forwarder
+    recorder: Recorder
+    book: Book
+    tickets: TicketOffice
+    policy: HeaderPolicy
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came of asking a revision, and where that is counted."""
+
+    arm: Arm
+    leg: Leg
+    ticket: str
+    """The id under which it was asked."""
+    attempt: Attempt
+    seen: Observation
+    fell_back: bool
+
+
+class Flight:
+    """One request under way."""
+
+    __slots__ = ("_arrival", "_choice", "_deadline", "_tools", "headers", "seen")
+
+    def __init__(self, tools: Tools, arrival: Arrival, choice: Choice) -> None:
+        self._tools = tools
+        self._arrival = arrival
+        self._choice = choice
+        self._deadline = arrival.at + tools.forwarder.limits.total
+        self.headers = tools.policy.build(arrival.request.headers)
+        self.seen = self._observe(choice.leg)
+        if choice.draw is None:
+            self.seen.counted = False
+        else:
+            self.seen.set_unit(choice.draw.sample_hash, choice.arm)
+
+    async def run(self) -> web.StreamResponse:
+        """Raises ApiError where there is no engine's answer to give; then `seen` is still to be finished."""
+        choice, route = self._choice, self._arrival.route
+        answer = await self._ask(choice.arm, choice.leg, self.seen, fell_back=choice.pin_missed)
+        if choice.arm is Arm.CANDIDATE and route.stable is not None:
+            answer = await self._or_stables(answer, route.stable)
+        self.seen = answer.seen
+        own = {REQUEST_ID_HEADER: answer.ticket}
+        if not route.is_base:
+            own[ARM_HEADER] = answer.arm.value
+            own[REVISION_HEADER] = answer.leg.revision
+        if answer.fell_back:
+            own[FALLBACK_HEADER] = "true"
+        attempt = answer.attempt
+        reply = attempt.reply
+        if reply is None or attempt.failure is Failure.MISSING:
+            attempt.discard()
+            error = no_answer(route, attempt.failure)
+            error.request_id = answer.ticket
+            raise error
+        try:
+            if reply.body is not None:
+                return self._whole(reply, own, attempt)
+            return await self._stream(reply, own, attempt)
+        finally:
+            reply.close()
+
+    def _observe(self, leg: Leg) -> Observation:
+        return Observation(
+            route=self._arrival.route,
+            state=leg.state,
+            metrics=leg.metrics,
+            body=self._arrival.body,
+            started_at=self._arrival.at,
+        )
+
+    async def _ask(self, arm: Arm, leg: Leg, seen: Observation, *, fell_back: bool) -> Answer:
+        """Send the request to a revision under an id that names it."""
+        tools, arrival = self._tools, self._arrival
+        ticket = tools.tickets.mint(arrival.route.alias_bytes, arm, leg.revision_bytes, counted=seen.counted)
+        patience = self._deadline
+        if arm is Arm.CANDIDATE and arrival.route.stable is not None and arrival.route.retry_stable:
+            now = time.perf_counter()
+            patience = now + _CANDIDATE_SHARE * (self._deadline - now)
+        request = outgoing(arrival, leg, self.headers, ticket, deadline=self._deadline, patience=patience)
+        seen.attempt = attempt = Attempt()
+        tools.recorder.begin(seen)
+        await tools.forwarder.ask(leg, request, attempt)
+        return Answer(arm, leg, ticket, attempt, seen, fell_back)
+
+    async def _or_stables(self, answer: Answer, stable: Leg) -> Answer:
+        """The candidate's answer, or stable's where that is better for the user.
+
+        A candidate that an engine does not have (any more) did not fail: it was taken away while the request was on
+        its way.
+        """
+        attempt, retry = answer.attempt, self._arrival.route.retry_stable
+        if time.perf_counter() >= self._deadline:
+            return answer
+        if attempt.failure is None:
+            return await self._second_opinion(answer, stable) if retry and is_refusal(attempt) else answer
+        if not retry and attempt.failure is not Failure.MISSING:
+            return answer
+        self._leave(answer, *judge_end(attempt))
+        attempt.discard()
+        self.seen = self._in_place(stable)
+        return await self._ask(Arm.STABLE, stable, self.seen, fell_back=True)
+
+    async def _second_opinion(self, answer: Answer, stable: Leg) -> Answer:
+        """Whose fault a 4xx is: what stable takes, the candidate should not have refused."""
+        refused_at = time.perf_counter()
+        self._tools.recorder.forget(answer.seen)
+        self.seen = self._in_place(stable)
+        try:
+            second = await self._ask(Arm.STABLE, stable, self.seen, fell_back=True)
+        except BaseException:  # the client left
+            self._tools.recorder.finish(answer.seen, *judge_end(answer.attempt), at=refused_at)
+            answer.attempt.discard()
+            raise
+        reply = second.attempt.reply
+        if second.attempt.failure is None and reply is not None and reply.status < 400:
+            self._leave(answer, End.ERROR, judge_end(answer.attempt)[1], at=refused_at)
+            answer.attempt.discard()
+            return second
+        self._tools.recorder.finish(second.seen, *judge_end(second.attempt))
+        second.attempt.discard()
+        return answer
+
+    def _in_place(self, stable: Leg) -> Observation:
+        """What stable answers in place of the candidate is counted for neither arm."""
+        seen = self._observe(stable)
+        seen.counted = False
+        return seen
+
+    def _leave(self, answer: Answer, end: End, code: int, *, at: float | None = None) -> None:
+        """Record that stable answers instead."""
+        seen, book = answer.seen, self._tools.book
+        seen.metrics.fallbacks += 1
+        book.changed_metrics.add(seen.metrics)
+        if seen.state is not None and seen.counted:
+            seen.state.fallbacks += 1
+            book.changed_states.add(seen.state)
+        self._tools.recorder.finish(seen, end, code, at=at)
+
+    def _whole(self, reply: Reply, own: dict[str, str], attempt: Attempt) -> web.StreamResponse:
+        """An answer that is complete: one write."""
+        seen, recorder = self.seen, self._tools.recorder
+        connection = reply.connection
+        note_beginning(recorder, seen, reply)
+        headers = answer_headers(reply.headers)
+        headers.update(own)
+        response = web.Response(status=reply.status, headers=headers, body=reply.body)
+        now = time.perf_counter()
+        seen.overhead = attempt.sent_at - self._arrival.at + now - connection.last_body_at
+        end, code = judge_end(attempt)
+        recorder.finish(seen, end, code)
+        return response
+
+    async def _stream(self, reply: Reply, own: dict[str, str], attempt: Attempt) -> web.StreamResponse:
+        """An answer that is still coming. A break in it is a break for the client too: no clean end is faked."""
+        seen, recorder, request = self.seen, self._tools.recorder, self._arrival.request
+        connection = reply.connection
+        note_beginning(recorder, seen, reply)
+        headers = answer_headers(reply.headers)
+        headers.update(own)
+        headers["Server"] = SERVER
+        response = web.StreamResponse(status=reply.status, headers=headers)
+        response.content_length = reply.length
+        end, code = judge_end(attempt)
+        try:
+            async with asyncio.timeout(self._deadline + _SLACK_SECONDS - time.perf_counter()):
+                await response.prepare(request)
+                await response.write(reply.first)
+                seen.overhead = (
+                    attempt.sent_at - self._arrival.at + time.perf_counter() - connection.first_body_at
+                )
+                while data := await connection.read():
+                    recorder.keep(seen, data)
+                    await response.write(data)
+                await response.write_eof()
+        except TimeoutError:  # the client reads too slowly to ever come to the end
+            end, code = End.GONE, CLIENT_GONE
+            seen.held_up = True
+            _cut(request)
+        except UpstreamError as error:
+            slow_client = isinstance(error, UpstreamTimeoutError) and connection.paused
+            end, code = (End.GONE, CLIENT_GONE) if slow_client else (End.ERROR, 502)
+            _cut(request)
+        recorder.finish(seen, end, code)
+        return response
+
+
+def note_beginning(recorder: Recorder, seen: Observation, reply: Reply) -> None:
+    """What the head of an answer and its first bytes tell."""
+    seen.first_byte_at = reply.connection.first_body_at
+    seen.is_stream = reply.is_events
+    seen.encoding = reply.encoding
+    seen.is_readable = reply.is_events or reply.is_json
+    if reply.status < 400:
+        recorder.keep(seen, reply.first if reply.body is None else reply.body)
+
+
+def outgoing(
+    arrival: Arrival, leg: Leg, headers: bytes, ticket: str, *, deadline: float, patience: float
+) -> Outgoing:
+    """The request as the engines of a revision get it."""
+    return Outgoing(
+        path=arrival.path,
+        headers=b"%bx-request-id: %b\r\n" % (headers, ticket.encode()),
+        body=arrival.body.for_model(leg.quoted_name),
+        stream=arrival.body.stream,
+        deadline=deadline,
+        patience=patience,
+    )
+
+
+def is_refusal(attempt: Attempt) -> bool:
+    """Whether the answer is a 4xx that may be the revision's fault, for example of its chat template."""
+    reply = attempt.reply
+    return (
+        attempt.failure is None
+        and reply is not None
+        and 400 <= reply.status < 500
+        and reply.status not in NOT_THE_REVISIONS
+    )
+
+
+def judge_end(attempt: Attempt) -> tuple[End, int]:
+    """How an attempt counts, and the status that stands for it."""
+    reply = attempt.reply
+    match attempt.failure:
+        case None if reply is not None:
+            return (End.ANSWERED if reply.status < 400 else End.CLIENT), reply.status
+        case Failure.MISSING:
+            return End.CLIENT, 404
+        case Failure.BUSY if reply is not None:
+            return (End.ERROR if reply.status >= 500 else End.CLIENT), reply.status
+        case Failure.ERROR if reply is not None:
+            return End.ERROR, max(reply.status, 500)
+        case Failure.TIMEOUT:
+            return End.ERROR, 504
+    return End.ERROR, 502
+
+
+def no_answer(route: Route, failure: Failure | None) -> ApiError:
+    """What the client is told when no engine answered."""
+    match failure:
+        case Failure.MISSING:
+            return errors.not_ready(route.alias)
+        case Failure.TIMEOUT:
+            return errors.engine_too_slow()
+    return errors.engine_unreachable()
+
+
+def _cut(request: web.BaseRequest) -> None:
+    """Close the client's connection without the end of the body, so that it sees that something is missing."""
+    if request.transport is not None:
+        request.transport.close()

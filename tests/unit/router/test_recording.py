@@ -1,0 +1,160 @@
+"""What is counted of a request, and when."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from finetune_operator.api import routes as wire
+from finetune_operator.api.routes import Arm, Signal, SignalEvent
+from finetune_router import bodies
+from finetune_router.counters import ArmState, Book
+from finetune_router.forwarding import Attempt
+from finetune_router.recording import End, Observation, Recorder
+from finetune_router.tables import Change, Route, SchemaCache, TableBuilder
+from finetune_router.upstreams import Upstreams
+
+SIGNALS = (
+    Signal(name="errors", event=SignalEvent.ERROR),
+    Signal(name="slow", event=SignalEvent.TTFT_OVER, threshold=1.0),
+    Signal(name="long", event=SignalEvent.LATENCY_OVER, threshold=10.0),
+    Signal(name="invalid", event=SignalEvent.SCHEMA_INVALID),
+)
+
+
+class Exchange:
+    """The part of a connection that the recorder looks at."""
+
+    def __init__(self, *, first_body_at: float = 0.0, paused: bool = False) -> None:
+        self.started = bool(first_body_at)
+        self.first_body_at = first_body_at
+        self.paused = paused
+
+
+class Desk:
+    """A recorder, and requests of one candidate."""
+
+    def __init__(self, route: Route) -> None:
+        self.book = Book()
+        self.recorder = Recorder(self.book, SchemaCache())
+        self._route = route
+        self.state: ArmState = self.book.state("bot", Arm.CANDIDATE, "ab12cd34")
+
+    def begin(self, *, ago: float, format: object = None, **exchange: Any) -> Observation:  # noqa: A002
+        """A request that came so many seconds ago."""
+        data = json.dumps({"model": "bot", "response_format": format}).encode()
+        seen = Observation(
+            route=self._route,
+            state=self.state,
+            metrics=self.book.metrics("bot", "Candidate", "ab12cd34"),
+            body=bodies.parse_body(data, frozenset()),
+            started_at=time.perf_counter() - ago,
+        )
+        seen.set_unit(7, Arm.CANDIDATE)
+        seen.attempt = Attempt(connection=Exchange(**exchange))  # type: ignore[arg-type]
+        self.recorder.begin(seen)
+        return seen
+
+    def finish(self, seen: Observation, end: End, code: int = 200, *, text: str = "{}") -> None:
+        if end is End.ANSWERED:
+            answer = {"choices": [{"index": 0, "message": {"content": text}, "finish_reason": "stop"}]}
+            self.recorder.keep(seen, json.dumps(answer).encode())
+        self.recorder.finish(seen, end, code)
+        self.recorder.flush()
+
+    @property
+    def counted(self) -> tuple[int, dict[str, int]]:
+        return self.state.requests, self.state.events
+
+
+async def build_route(**more: Any) -> Route:
+    target = wire.Target(revision="base", served_name="base-model", upstreams=("http://e:1",))
+    route = wire.Route(
+        alias="bot", owner="o", stable=target, candidate=target, signals=SIGNALS, comparison="c1", **more
+    )
+    builder = TableBuilder(upstreams=Upstreams(), book=Book(), schemas=SchemaCache())
+    table = await builder.build(Change(1, [route.model_dump(mode="json", by_alias=True)], [], []))
+    found = table.find("bot")
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+async def desk() -> Desk:
+    return Desk(await build_route())
+
+
+async def test_what_hangs_is_counted_when_the_limit_passes_and_only_once(desk: Desk) -> None:
+    seen = desk.begin(ago=0.5)
+    desk.recorder.sweep()
+    assert desk.counted == (0, {})
+    seen.started_at -= 1.0
+    seen.alarm_at -= 1.0
+    desk.recorder.sweep()
+    desk.recorder.sweep()
+    assert desk.counted == (1, {"slow": 1})
+    seen.started_at -= 9.0
+    seen.alarm_at -= 9.0
+    desk.recorder.sweep()
+    assert desk.counted == (1, {"slow": 1, "long": 1})
+    desk.finish(seen, End.ERROR, 504)
+    assert desk.counted == (1, {"slow": 1, "long": 1, "errors": 1})
+    desk.recorder.sweep()
+    assert desk.counted == (1, {"slow": 1, "long": 1, "errors": 1})
+
+
+async def test_a_first_byte_in_time_is_not_late_however_long_the_rest_takes(desk: Desk) -> None:
+    desk.begin(ago=5.0, first_body_at=time.perf_counter() - 4.5)
+    desk.recorder.sweep()
+    assert desk.counted == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("ago", "exchange", "counted"),
+    [
+        (0.5, {}, (0, {})),
+        (3.0, {}, (1, {"slow": 1})),
+        (11.0, {}, (1, {"slow": 1, "long": 1})),
+        (11.0, {"first": 10.5}, (1, {"long": 1})),
+        (11.0, {"first": 10.5, "paused": True}, (0, {})),
+    ],
+    ids=["soon", "no first byte", "nothing", "slow rest", "slow reader"],
+)
+async def test_a_client_that_left_counts_where_it_had_waited_too_long(
+    desk: Desk, ago: float, exchange: dict[str, Any], counted: tuple[int, dict[str, int]]
+) -> None:
+    first = exchange.pop("first", None)
+    if first is not None:
+        exchange["first_body_at"] = time.perf_counter() - first
+    seen = desk.begin(ago=ago, **exchange)
+    desk.finish(seen, End.GONE, 499)
+    assert desk.counted == counted
+
+
+async def test_a_late_answer_has_its_signals_and_its_latency_once(desk: Desk) -> None:
+    seen = desk.begin(ago=3.0)
+    desk.recorder.sweep()
+    desk.finish(seen, End.ANSWERED, text="no json")
+    assert desk.counted == (1, {"slow": 1, "invalid": 1})
+    assert (desk.state.seconds.n, round(desk.state.seconds.sum)) == (1, 3)
+
+
+async def test_a_request_that_ended_before_is_as_long_as_it_was(desk: Desk) -> None:
+    seen = desk.begin(ago=20.0)
+    desk.recorder.finish(seen, End.ERROR, 400, at=seen.started_at + 0.2)
+    desk.recorder.flush()
+    assert desk.counted == (1, {"errors": 1})
+
+
+async def test_pinned_requests_are_not_watched(desk: Desk) -> None:
+    seen = desk.begin(ago=0.0)
+    desk.recorder.forget(seen)
+    seen.counted = False
+    seen.started_at -= 100
+    desk.recorder.begin(seen)
+    desk.recorder.sweep()
+    desk.finish(seen, End.ANSWERED)
+    assert desk.counted == (0, {})
