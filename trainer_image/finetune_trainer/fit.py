@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_fit import architectures, memory, verdicts
+from finetune_fit import architectures, memory, runs, verdicts
 from finetune_fit.architectures import Architecture
 from finetune_fit.memory import Method, Workload
 from finetune_trainer import model_files
@@ -18,26 +18,31 @@ from finetune_trainer.preflight import Checked
 from finetune_trainer.runfile import Lora, Precision, RunFile
 
 
-def check(run: RunFile, checked: Checked, device: Device, *, precision: Precision, length: int) -> None:
-    """Prints what training needs. `length`: tokens of the longest row.
+def check(
+    run: RunFile, checked: Checked, device: Device, *, precision: Precision, length: int
+) -> runs.Disk | None:
+    """Prints what training needs. `length`: tokens of the longest row. Returns what it will write, if that is known.
 
     Raises BadConfig where what is counted (weights, gradients, optimizer states) is more than the GPU has free. What is
     only estimated is a warning: the batch can still be made smaller when the memory runs out.
     """
     model = read(checked.model, uri=run.model.uri)
     if model is None:
-        return
+        return None
     on_gpu = device.memory_bytes is not None
     work = describe(run, checked.lora or run.lora, precision=precision, length=length, on_gpu=on_gpu)
+    keep = 0 if run.checkpoint is None else run.checkpoint.keep
+    disk = runs.disk(model, work, keep=keep)
     if not on_gpu:
         needed = memory.estimate(model, work)
         print(f"memory: needs about {verdicts.gib(needed.total)} on the CPU", flush=True)
-        return
+        return disk
     verdict = verdicts.judge(model, work, capacity=device.memory_bytes, device=device.description)
     if verdict.fit is verdicts.Fit.TOO_LARGE:
         raise BadConfig(f"method.type: {run.method.type} of this model does not fit: {verdict.message}")
     title = "warning: memory" if verdict.fit is verdicts.Fit.TIGHT else "memory"
     print(f"{title}: {verdict.message}", flush=True)
+    return disk
 
 
 def read(folder: Path, *, uri: str) -> Architecture | None:

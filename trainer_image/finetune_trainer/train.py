@@ -23,6 +23,7 @@ from finetune_trainer import (
     prepared,
     pulse,
     resume,
+    room,
     saving,
     signals,
     summary,
@@ -55,7 +56,9 @@ def train(
         run.hyperparameters.precision, device=device.name, gpu_has_bfloat16=device.has_bfloat16
     )
     choices.explain("precision", precision)
-    fit.check(run, checked, device, precision=precision.value, length=_longest(run, encoded))
+    needs = fit.check(run, checked, device, precision=precision.value, length=_longest(run, encoded))
+    if needs is not None:
+        room.check(run, needs, rows=len(encoded.train), work=work)
     head = Head.REWARD if run.objective is Objective.REWARD_MODEL else Head.LANGUAGE
     model = models.load_base(run, checked.model, device=device, precision=precision.value, head=head)
     _check_model(model, run, encoded)
