@@ -59,15 +59,20 @@ class Rollouts:
 async def build_rollouts(
     settings: OperatorConfig, *, kube: Kube, telemetry: Telemetry, may_act: Callable[[], bool] = lambda: True
 ) -> AsyncIterator[Rollouts]:
-    """The parts, with one HTTP session that is closed at the end and sends only what `may_act` allows."""
+    """The parts, with HTTP sessions that are closed at the end and send only what `may_act` allows."""
     if not settings.router_admin_urls:
         logger.warning("FINETUNE_ROUTER_ADMIN_URLS is not set: AdapterDeployments will wait for a router")
-    async with fetching.open_session(may_send=may_act) as session:
+    async with (
+        fetching.open_session(may_send=may_act) as to_routers,
+        fetching.open_session(may_send=may_act) as to_agents,
+        fetching.open_session(may_send=may_act) as to_others,
+    ):
         resolver = Resolver()
-        agents = Agents(session, TokenFile(settings.agent_token_file))
+        agents = Agents(to_agents, TokenFile(settings.agent_token_file))
         routers = Routers(
-            session, resolver, settings.router_admin_urls, TokenFile(settings.router_token_file)
+            to_routers, resolver, settings.router_admin_urls, TokenFile(settings.router_token_file)
         )
+        may_quote = settings.engine_endpoints.is_known
         fleet = Fleet(routers)
         queues: list[KeyedQueue] = []
 
@@ -79,9 +84,9 @@ async def build_rollouts(
             kube=kube, fleet=fleet, namespace=settings.namespace, served=settings.namespaces, wake=wake
         )
         errands = Errands(
-            prometheus=Prometheus(session),
-            webhooks=Webhooks(session),
-            alerts=Alerts(session, settings.alert_providers_file),
+            prometheus=Prometheus(to_others, may_quote),
+            webhooks=Webhooks(to_others, may_quote),
+            alerts=Alerts(to_others, settings.alert_providers_file),
             wake=wake,
         )
         book = EvidenceBook(kube, fleet)

@@ -1,7 +1,9 @@
 """HTTP requests to what stands around the operator: routers, agents, Prometheus, webhooks.
 
 None of these is ours to trust: every request has a time limit, every answer a size limit, and no redirect is
-followed, because it would carry the bearer token along.
+followed, because it would carry the bearer token along. What answers at addresses that users name may hang, or be
+something that the users cannot ask themselves: it gets connections of its own, and its words are quoted only where it
+is known.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import aiohttp
 from pydantic import BaseModel, ValidationError
 
 ANSWER_BYTES = 4 << 20
-CONNECTIONS = 200  # at once; above it, requests wait
+CONNECTIONS = 1000  # at once per session; above it, requests wait
+PER_HOST = 64
+MayQuote: TypeAlias = Callable[[str], bool]
+"""Whether the body of an answer from this URL may be shown to users."""
 Answer = TypeVar("Answer", bound=BaseModel)
 Problem = TypeVar("Problem")
 
@@ -39,9 +44,9 @@ class Reply:
         """The parsed body. Raises ValueError, also for NaN and Infinity, which JSON does not have."""
         return json.loads(self.data, parse_constant=_refuse_constant)
 
-    def summary(self) -> str:
-        """The answer in one line for people."""
-        text = " ".join(self.data[:300].decode(errors="replace").split())
+    def summary(self, *, quote: bool = True) -> str:
+        """The answer in one line for people. `quote`: with the beginning of its body."""
+        text = " ".join(self.data[:300].decode(errors="replace").split()) if quote else ""
         return f"HTTP {self.status}" + (f": {text}" if text else "")
 
 
@@ -76,7 +81,8 @@ class TokenFile:
 
 
 def open_session(*, may_send: Callable[[], bool] = lambda: True) -> aiohttp.ClientSession:
-    """One session for all requests; close it at the end. Each request first asks `may_send`."""
+    """A session with connections of its own: who hangs in one holds up nobody in another. Each request first asks
+    `may_send`. Close it at the end."""
 
     async def ask(*_: Any) -> None:
         if not may_send():
@@ -84,7 +90,13 @@ def open_session(*, may_send: Callable[[], bool] = lambda: True) -> aiohttp.Clie
 
     fence = aiohttp.TraceConfig()
     fence.on_request_start.append(ask)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS), trace_configs=[fence])
+    connector = aiohttp.TCPConnector(limit=CONNECTIONS, limit_per_host=PER_HOST)
+    return aiohttp.ClientSession(connector=connector, trace_configs=[fence])
+
+
+def may_always_quote(_: str) -> bool:
+    """For addresses that no user chooses."""
+    return True
 
 
 async def fetch(
@@ -113,6 +125,8 @@ async def fetch(
             return Reply(answer.status, await _read(answer, limit))
     except TimeoutError:
         raise UnreachableError(f"no answer within {seconds:g} s") from None
+    except aiohttp.ClientResponseError:  # its text has the bytes that came instead
+        raise UnreachableError("what answers does not speak HTTP") from None
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise UnreachableError(str(error) or type(error).__name__) from error
 

@@ -9,7 +9,13 @@ from urllib.parse import urlencode
 
 import aiohttp
 
-from finetune_operator.adapters.fetching import Reply, UnreachableError, fetch
+from finetune_operator.adapters.fetching import (
+    MayQuote,
+    Reply,
+    UnreachableError,
+    fetch,
+    may_always_quote,
+)
 
 QUERY_SECONDS = 10.0
 
@@ -21,6 +27,7 @@ class QueryError(Exception):
 @dataclass(frozen=True)
 class Prometheus:
     session: aiohttp.ClientSession
+    may_quote: MayQuote = may_always_quote
 
     async def query(self, address: str, query: str) -> float | None:
         """The one number that the query gives; None where it gives nothing, NaN or an infinity. Raises QueryError."""
@@ -29,15 +36,16 @@ class Prometheus:
             reply = await fetch(self.session, "GET", url, seconds=QUERY_SECONDS)
         except UnreachableError as error:
             raise QueryError(str(error)) from error
-        return _number(_result(reply))
+        return _number(_result(reply, quote=self.may_quote(address)))
 
 
-def _result(reply: Reply) -> list[Any]:
+def _result(reply: Reply, *, quote: bool) -> list[Any]:
     """The values, as the strings that Prometheus sends."""
     try:
         answer = reply.json()
         if answer["status"] != "success":
-            raise QueryError(f"HTTP {reply.status}: {answer.get('errorType')}: {answer.get('error')}")
+            why = f": {answer.get('errorType')}: {answer.get('error')}" if quote else " and an error"
+            raise QueryError(f"HTTP {reply.status}{why}")
         kind, result = answer["data"]["resultType"], answer["data"]["result"]
         match kind:
             case "scalar":
@@ -45,8 +53,8 @@ def _result(reply: Reply) -> list[Any]:
             case "vector":
                 return [series["value"][1] for series in result]
     except (ValueError, KeyError, TypeError, IndexError):
-        raise QueryError(f"not an answer of Prometheus: {reply.summary()}") from None
-    raise QueryError(f"the query gives a {kind}; it must give one number")
+        raise QueryError(f"not an answer of Prometheus: {reply.summary(quote=quote)}") from None
+    raise QueryError(f"the query gives a {str(kind)[:20]}; it must give one number")
 
 
 def _number(values: list[Any]) -> float | None:
@@ -57,5 +65,5 @@ def _number(values: list[Any]) -> float | None:
     try:
         value = float(values[0])
     except (TypeError, ValueError):
-        raise QueryError(f"not a number: {values[0]!r}") from None
+        raise QueryError(f"not a number: {str(values[0])[:20]!r}") from None
     return value if math.isfinite(value) else None

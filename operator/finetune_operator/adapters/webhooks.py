@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from finetune_operator.adapters.fetching import UnreachableError, fetch
+from finetune_operator.adapters.fetching import MayQuote, UnreachableError, fetch, may_always_quote
 
 ALERT_SECONDS = 10.0
 ANSWER_BYTES = 64 << 10
@@ -29,6 +29,7 @@ class Answer:
 @dataclass(frozen=True)
 class Webhooks:
     session: aiohttp.ClientSession
+    may_quote: MayQuote = may_always_quote
 
     async def ask(self, url: str, payload: Mapping[str, Any], *, seconds: float) -> Answer:
         """Post the document; accepted means a 2xx answer (as Flagger has it)."""
@@ -38,7 +39,7 @@ class Webhooks:
             )
         except UnreachableError as error:
             return Answer(accepted=False, message=str(error))
-        return Answer(accepted=reply.ok, message=reply.summary())
+        return Answer(accepted=reply.ok, message=reply.summary(quote=self.may_quote(url)))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,14 @@ class AllowList:
             fnmatchcase(host, pattern.host) and pattern.port in (None, port) for pattern in self.patterns
         )
 
+    def is_known(self, url: str) -> bool:
+        """Whether the address is one of those, so that what it answers may be told to who named it. What a strange
+        address answers may be for the operator's eyes only: it can reach what users cannot."""
+        try:
+            return self.allows(url)
+        except ValueError:
+            return False
+
     def allows_pods_of(self, namespace: str) -> bool:
         return any(fnmatchcase(namespace, pattern) for pattern in self.namespaces)
 

@@ -16,6 +16,8 @@ from finetune_operator.core.rollout_facts import EngineFacts, EvaluationFacts
 from finetune_operator.reconcile import deployment_facts
 
 SHARED_SECONDS = 0.1
+AT_ONCE = 64  # agents that one deployment asks at the same time: one with a thousand pods is not alone
+SILENT_SECONDS = 0.25  # that a pass waits for an agent that was silent before
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Engines:
     """Evaluation -> agent that knows it."""
     _asked: dict[str, tuple[float, asyncio.Task[AgentStatus | Unheard]]] = field(default_factory=dict)
     """Agent -> when it was last asked, and its answer."""
+    _silent: dict[str, Unheard] = field(default_factory=dict)
+    """Agents that did not answer the last request, and what was wrong."""
 
     async def observe(self, namespace: str, serving: ServingSpec) -> Sight:
         """All engines of a deployment at once."""
@@ -68,7 +72,13 @@ class Engines:
             return Sight(problem=str(error), refusal=str(error))
         except NoEnginesError as error:
             return Sight(problem=str(error))
-        told = await asyncio.gather(*(self._status(place.agent_url) for place in places))
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def ask(place: Place) -> AgentStatus | Unheard:
+            async with gate:
+                return await self._status(place.agent_url)
+
+        told = await asyncio.gather(*(ask(place) for place in places))
         return Sight(
             tuple(
                 deployment_facts.engine_facts(place.url, place.agent_url, answer)
@@ -91,13 +101,26 @@ class Engines:
         return deployment_facts.evaluation_facts(identity, Missing())
 
     async def _status(self, agent_url: str) -> AgentStatus | Unheard:
-        """Many deployments share an engine: those that look at the same moment share one request."""
+        """Many deployments share an engine: those that look at the same moment share one request. Who was silent
+        before is asked again and hardly waited for, so that agents that hang do not use up the passes of others."""
         now = asyncio.get_running_loop().time()
         asked, task = self._asked.get(agent_url, (float("-inf"), None))
-        if task is None or now - asked > SHARED_SECONDS:
-            task = asyncio.create_task(self.agents.status(agent_url))
+        if task is None or (task.done() and now - asked > SHARED_SECONDS):
+            task = asyncio.create_task(self._ask(agent_url))
             self._asked[agent_url] = (now, task)
-        return await asyncio.shield(task)
+        before = self._silent.get(agent_url)
+        if before is None:
+            return await asyncio.shield(task)
+        done, _ = await asyncio.wait({task}, timeout=SILENT_SECONDS)
+        return task.result() if done else before
+
+    async def _ask(self, agent_url: str) -> AgentStatus | Unheard:
+        answer = await self.agents.status(agent_url)
+        if isinstance(answer, Unheard):
+            self._silent[agent_url] = answer
+        else:
+            self._silent.pop(agent_url, None)
+        return answer
 
     async def _places(self, namespace: str, serving: ServingSpec) -> list[Place]:
         if serving.pod_selector is not None:
