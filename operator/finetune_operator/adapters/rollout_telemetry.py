@@ -9,9 +9,11 @@ from datetime import datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from finetune_operator.api.adapterdeployment_status import (
+    AbortReason,
     AdapterDeploymentStatus,
     Check,
     CheckKind,
+    CompletionStatus,
     LoadedAdapter,
 )
 
@@ -55,14 +57,17 @@ class RolloutTelemetry:
             registry=registry,
         )
         self._shown: dict[tuple[str, str], Series] = {}
-        self._ended: dict[tuple[str, str], set[tuple[str, str]]] = {}
-        """Status and reason of the rollouts that were counted."""
+        self._counted: dict[tuple[str, str], set[tuple[str, str]]] = {}
+        """Status and reason of the series that count a deployment's rollouts."""
+        self._timed: dict[tuple[str, str], set[str]] = {}
+        """Status of those that were timed."""
 
     def show(
         self, namespace: str, name: str, *, before: AdapterDeploymentStatus, status: AdapterDeploymentStatus
     ) -> None:
         """Set the series of one deployment by its new status; rollouts that ended since `before` are counted."""
         series = _series(status)
+        self._begin_at_zero(namespace, name)
         kept = {key: value for key, value in self._of(namespace, name).items() if key[0] == "adapter_loaded"}
         self._replace(namespace, name, {**kept, **series})
         known = {(entry.revision, entry.end_time) for entry in before.history}
@@ -84,11 +89,13 @@ class RolloutTelemetry:
         adapters: Sequence[LoadedAdapter],
         engines: Mapping[str, set[str]],
     ) -> None:
-        """Which engine (by URL) says that it has which of the revisions; `engines` are served names."""
+        """Which engine (by URL) says that it has which of the revisions; `engines` are served names. A revision that
+        only waits for its unloading is nowhere missing."""
         series: Series = {
             ("adapter_loaded", (adapter.revision, url)): float(adapter.served_name in loaded)
             for adapter in adapters
             for url, loaded in engines.items()
+            if adapter.unload_at is None or adapter.served_name in loaded
         }
         kept = {key: value for key, value in self._of(namespace, name).items() if key[0] != "adapter_loaded"}
         self._replace(namespace, name, {**kept, **series})
@@ -97,10 +104,9 @@ class RolloutTelemetry:
         """Drop the series of a deployment that is gone."""
         self._replace(namespace, name, {})
         self._shown.pop((namespace, name), None)
-        ended = self._ended.pop((namespace, name), set())
-        for status, reason in ended:
+        for status, reason in self._counted.pop((namespace, name), set()):
             self._completions.remove(namespace, name, status, reason)
-        for status in {status for status, _ in ended}:
+        for status in self._timed.pop((namespace, name), set()):
             self._durations.remove(namespace, name, status)
 
     def _of(self, namespace: str, name: str) -> Series:
@@ -113,10 +119,20 @@ class RolloutTelemetry:
             self._gauges[gauge].labels(namespace, name, *labels).set(value)
         self._shown[namespace, name] = series
 
+    def _begin_at_zero(self, namespace: str, name: str) -> None:
+        """An increase is seen between two values: a series that is born at 1 hides the first rollback."""
+        if (namespace, name) in self._counted:
+            return
+        rollbacks = {(str(CompletionStatus.ABORTED), str(reason)) for reason in AbortReason}
+        for status, reason in rollbacks:
+            self._completions.labels(namespace, name, status, reason)
+        self._counted[namespace, name] = rollbacks
+
     def _end(self, namespace: str, name: str, status: str, *, reason: str, seconds: float) -> None:
         self._completions.labels(namespace, name, status, reason).inc()
         self._durations.labels(namespace, name, status).observe(seconds)
-        self._ended.setdefault((namespace, name), set()).add((status, reason))
+        self._counted.setdefault((namespace, name), set()).add((status, reason))
+        self._timed.setdefault((namespace, name), set()).add(status)
 
 
 def _series(status: AdapterDeploymentStatus) -> Series:

@@ -1,0 +1,150 @@
+"""The shipped alerts, judged by promtool: each fires when it should, says a command that exists, and is quiet else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+from typer.testing import CliRunner
+
+from finetune_cli.__main__ import app
+from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
+from finetune_operator.api.adapterdeployment_status import (
+    AbortReason,
+    AdapterDeploymentStatus,
+    CompletionStatus,
+    HistoryEntry,
+    LoadedAdapter,
+)
+
+RULES = Path(__file__).parents[3] / "helm" / "finetune-operator" / "files" / "alerts.yaml"
+BOT = 'namespace="team",name="bot"'
+ABORTED = f'adapterdeployment_completions_total{{{BOT},status="Aborted",reason="GuardrailBreached"}}'
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+# Alert, its series from minute to minute, when it fires and when it does not yet (minutes).
+CASES: dict[str, tuple[dict[str, str], int, int]] = {
+    "AdapterRolledBack": ({ABORTED: "0x10 1x60"}, 15, 9),
+    "AdapterRolloutBlind": ({f"adapterdeployment_metrics_source_up{{{BOT}}}": "1x5 0x60"}, 20, 10),
+    "AdapterRolloutStuckInStage": (
+        {
+            f'adapterdeployment_info{{{BOT},phase="Progressing",stage="Loading"}}': "1x30 _x90",
+            f'adapterdeployment_info{{{BOT},phase="Paused",stage="Loading"}}': "_x30 1x90",
+        },
+        70,
+        50,
+    ),
+    "AdapterRolloutPausedTooLong": (
+        {f'adapterdeployment_info{{{BOT},phase="Paused",stage="Canary"}}': "1x500"},
+        400,
+        300,
+    ),
+    "AdapterSampleRatioMismatch": (
+        {f"adapterdeployment_sample_ratio_evalue{{{BOT}}}": "3x10 2000x10"},
+        15,
+        5,
+    ),
+    "AdapterMissing": (
+        {f'adapterdeployment_adapter_loaded{{{BOT},revision="ab",replica="http://e1"}}': "1x5 0x60"},
+        25,
+        15,
+    ),
+    "AdapterFallbackRateHigh": (
+        {
+            'adapter_router_fallback_total{alias="bot",pod="r1"}': "0+10x60",
+            'adapter_router_requests_total{alias="bot",arm="Candidate",code="200",pod="r1"}': "0+100x60",
+            'adapter_router_requests_total{alias="bot",arm="Stable",code="200",pod="r1"}': "0+9000x60",
+        },
+        30,
+        5,
+    ),
+}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool in PATH")
+@pytest.mark.parametrize("alert", CASES)
+def test_an_alert_fires_in_its_time(alert: str, tmp_path: Path) -> None:
+    rules = tmp_path / "alerts.yaml"
+    rules.write_text(RULES.read_text())
+    series, fires, quiet = CASES[alert]
+    test: dict[str, Any] = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {
+                "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)',
+                "eval_time": f"{minute}m",
+                "exp_samples": [{"labels": "{}", "value": value}],
+            }
+            for minute, value in ((quiet, 0), (fires, 1))
+        ],
+    }
+    file = tmp_path / "test.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "tests": [test]}))
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool in PATH")
+def test_the_rules_are_rules() -> None:
+    done = subprocess.run(["promtool", "check", "rules", str(RULES)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_rollout_alert_is_tried_and_names_a_command_that_exists() -> None:
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in rules if rule["alert"].startswith("Adapter")} == set(CASES)
+    commands = re.findall(r"`finetune ([a-z ]+?) \{\{", RULES.read_text())
+    assert commands
+    for command in commands:
+        done = CliRunner().invoke(app, [*command.split(), "--help"])
+        assert done.exit_code == 0, done.output
+
+
+def test_the_first_rollback_is_an_increase() -> None:
+    registry = CollectorRegistry()
+    telemetry = RolloutTelemetry(registry)
+    before = AdapterDeploymentStatus()
+    telemetry.show("team", "bot", before=before, status=before)
+    seen = _aborted(registry)
+    assert set(seen.values()) == {0.0}
+    assert set(seen) == {str(reason) for reason in AbortReason}
+    entry = HistoryEntry(
+        revision="ab", digest="sha256:x", uri="u", completion_status=CompletionStatus.ABORTED,
+        reason=AbortReason.USER_ABORT, start_time=NOW, end_time=NOW,
+    )  # fmt: skip
+    telemetry.show("team", "bot", before=before, status=AdapterDeploymentStatus(history=[entry]))
+    assert _aborted(registry)["UserAbort"] == 1.0
+    telemetry.forget("team", "bot")
+    assert _aborted(registry) == {}
+
+
+def _aborted(registry: CollectorRegistry) -> dict[str, float]:
+    text = generate_latest(registry).decode()
+    found = re.findall(
+        r'^adapterdeployment_completions_total\{.*reason="(\w+)",status="Aborted"\} (\S+)$', text, re.M
+    )
+    return {reason: float(value) for reason, value in found}
+
+
+def test_a_revision_that_waits_for_its_unloading_is_nowhere_missing() -> None:
+    registry = CollectorRegistry()
+    telemetry = RolloutTelemetry(registry)
+    common = {"digest": "sha256:x", "uri": "u"}
+    adapters = [
+        LoadedAdapter(revision="new", served_name="bot--new", **common),
+        LoadedAdapter(revision="old", served_name="bot--old", unload_at=NOW, **common),
+    ]
+    telemetry.show_engines(
+        "team", "bot", adapters=adapters, engines={"http://e1": set(), "http://e2": {"bot--old"}}
+    )
+    text = generate_latest(registry).decode()
+    found = dict(re.findall(r'replica="http://(e\d)",revision="(\w+)"\} 0.0', text))
+    assert set(found.values()) == {"new"}
+    assert 'replica="http://e2",revision="old"} 1.0' in text
