@@ -68,8 +68,8 @@ class StatusServer:
                 headers=endpoint.retry_after(wait),
             )
         report = _parse(await endpoint.read_body(request))
-        if report.result:
-            self._refuse_when_over(await self._job(key), uid=uid, attempt=attempt)
+        if not await self._is_expected(key, uid=uid, attempt=attempt):
+            return web.json_response({"accepted": False})
         urgent = self._mailbox.is_news(key, report, uid=uid)
         if not self._mailbox.put(key, uid=uid, attempt=attempt, report=report):
             raise web.HTTPConflict(text=f"attempt {attempt} has reported its result already, or is over")
@@ -121,11 +121,18 @@ class StatusServer:
             raise web.HTTPNotFound(text=f"no FineTuneJob {key[1]} in namespace {key[0]}")
         return facts.job_facts(body)
 
-    @staticmethod
-    def _refuse_when_over(job: JobFacts, *, uid: str, attempt: int) -> None:
-        current = job.status.attempts[-1].number if job.status.attempts else None
-        if job.uid != uid or attempt != current or jobs.is_finished(job.status):
+    async def _is_expected(self, key: Key, *, uid: str, attempt: int) -> bool:
+        """Whether such an attempt is under way, by what the watches tell, which costs no request. Not so for one that
+        is not recorded yet: nothing of it would be believed. Raises HTTPConflict for one that is over."""
+        body = await self._kube.get(API_VERSION, KIND, *key)
+        if body is None:
+            raise web.HTTPNotFound(text=f"no FineTuneJob {key[1]} in namespace {key[0]}")
+        status = body.get("status", {})
+        current = max((one["number"] for one in status.get("attempts", [])), default=0)
+        over = attempt < current or status.get("phase") in jobs.FINAL_PHASES
+        if body["metadata"]["uid"] != uid or over:
             raise web.HTTPConflict(text=f"attempt {attempt} is over")
+        return attempt == current
 
 
 def _parse(body: bytes) -> Report:

@@ -10,18 +10,27 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune_operator.adapters import elapsed
-from finetune_operator.adapters.kube import ConflictError, Json, Kube
+from finetune_operator.adapters.kube import (
+    ApiError,
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    Json,
+    Kube,
+    UnavailableError,
+)
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
 
 WATCHED = frozenset({(API_VERSION, KIND), ("ray.io/v1", "RayJob"), ("v1", "Pod")})
 GROUP_SECONDS = 300.0  # for which an API group that was there counts as there
 BELIEF_SECONDS = 120.0  # for which an object of which nothing is heard is believed to be as it was
+DEPARTED_SECONDS = 300.0  # for which a pod that the cluster took away is remembered with the reason
 
 Name = tuple[str, str, str, str]
 """API version, kind, namespace, name."""
@@ -48,6 +57,11 @@ class Sightings:
         self._pods: dict[
             tuple[str, str], dict[Name, _Known]
         ] = {}  # by namespace and job; until they are deleted
+        self._departed: OrderedDict[Name, _Known] = OrderedDict()  # pods that were taken away; oldest first
+
+    def now(self) -> float:
+        """Seconds of the clock that `asked` is by."""
+        return self._clock()
 
     def __len__(self) -> int:
         return len(self._known) + sum(len(pods) for pods in self._pods.values())
@@ -60,6 +74,8 @@ class Sightings:
         place = self._place(body)
         known = place.get(name)
         if event_type == "DELETED":
+            if _was_taken_away(body):
+                self._departed[name] = _Known(uid, 0, json.dumps(_trimmed(body)).encode(), self._clock())
             if known is not None and known.uid == uid:
                 del place[name]
             if place is not self._known and not place:
@@ -94,6 +110,25 @@ class Sightings:
         bodies = [json.loads(known[name].text) for name in sorted(known)]
         return [body for body in bodies if labels.items() <= _labels(body).items()]
 
+    def departed(self, namespace: str, labels: Mapping[str, str]) -> list[Json]:
+        """Pods of one of our jobs that are gone because the cluster took them away, as they were in the end."""
+        bodies = [json.loads(known.text) for name, known in self._departed.items() if name[2] == namespace]
+        return [body for body in bodies if labels.items() <= _labels(body).items()]
+
+    def replace_pods(
+        self, namespace: str, labels: Mapping[str, str], found: Sequence[Json], *, asked: float
+    ) -> None:
+        """What the API server lists for these labels is all that there is: an end that no watch told is heeded. What
+        was heard of since the list was asked for, at `asked`, may be younger than the list."""
+        known = self._pods.get((namespace, labels[_JOB]), {})
+        there = {body["metadata"]["uid"] for body in found}
+        for name, one in list(known.items()):
+            old = one.uid not in there and one.heard < asked
+            if old and labels.items() <= _labels(json.loads(one.text)).items():
+                del known[name]
+        if not known:
+            self._pods.pop((namespace, labels[_JOB]), None)
+
     def _place(self, body: Mapping[str, Any]) -> MutableMapping[Name, _Known]:
         if body["kind"] != "Pod":
             return self._known
@@ -103,6 +138,9 @@ class Sightings:
         oldest = self._clock() - BELIEF_SECONDS
         while self._known and next(iter(self._known.values())).heard < oldest:
             self._known.popitem(last=False)
+        oldest = self._clock() - DEPARTED_SECONDS
+        while self._departed and next(iter(self._departed.values())).heard < oldest:
+            self._departed.popitem(last=False)
 
 
 class WatchedKube(Kube):
@@ -140,7 +178,11 @@ class WatchedKube(Kube):
     ) -> list[Json]:
         if kind == "Pod" and not fresh and _JOB in labels:
             return self.sightings.pods(namespace, labels)
-        return await super().find(api_version, kind, namespace, labels=labels)
+        asked = self.sightings.now()
+        found = await super().find(api_version, kind, namespace, labels=labels)
+        if kind == "Pod" and _JOB in labels:
+            self.sightings.replace_pods(namespace, labels, found, asked=asked)
+        return found
 
     def is_unheard_of(self, api_version: str, kind: str, namespace: str, name: str) -> bool:
         """Whether no watch and no write has told of such an object, nor a refusal that it exists."""
@@ -150,15 +192,25 @@ class WatchedKube(Kube):
     async def create(self, body: Json) -> Json:
         try:
             answer = await super().create(body)
-        except ConflictError:
-            self._unsure.add(_name(body))
+        except (InvalidError, ForbiddenError):
+            raise
+        except ApiError as error:  # it exists, or nobody knows whether it was created
+            if body["metadata"].get("name"):
+                self._unsure.add(_name(body))
+            if not isinstance(error, ConflictError | UnavailableError):  # 404: no such kind any more
+                self._groups.pop(body["apiVersion"], None)
             raise
         self._note(answer)
         return answer
 
     async def delete(self, api_version: str, kind: str, namespace: str, name: str, *, uid: str) -> None:
-        self.sightings.forget((api_version, kind, namespace, name))
-        await super().delete(api_version, kind, namespace, name, uid=uid)
+        full = (api_version, kind, namespace, name)
+        self.sightings.forget(full)
+        try:
+            await super().delete(api_version, kind, namespace, name, uid=uid)
+        except ApiError:
+            self._unsure.add(full)
+            raise
 
     async def patch_status(
         self, kind: str, namespace: str, name: str, *, resource_version: str, patch: Json
@@ -205,6 +257,21 @@ def _version(body: Mapping[str, Any]) -> int:
 
 def _labels(body: Mapping[str, Any]) -> dict[str, str]:
     return dict(body["metadata"].get("labels") or {})
+
+
+def _was_taken_away(body: Mapping[str, Any]) -> bool:
+    """Whether a pod's end is somebody else's doing: a disruption, or the kernel for want of memory."""
+    if body["kind"] != "Pod":
+        return False
+    status = body.get("status") or {}
+    disrupted = any(
+        (one.get("type"), one.get("status")) == ("DisruptionTarget", "True")
+        for one in status.get("conditions") or []
+    )
+    return disrupted or any(
+        (one.get("state") or {}).get("terminated", {}).get("reason") == "OOMKilled"
+        for one in status.get("containerStatuses") or []
+    )
 
 
 def _job_of(body: Mapping[str, Any]) -> tuple[str, str]:

@@ -11,6 +11,8 @@ from pydantic import Field
 from finetune_operator.api.base import Condition, Message, StatusModel
 from finetune_operator.api.rules import keyed_list
 
+Count = Annotated[int, Field(ge=0, le=2**53)]  # as far as every JSON reader counts exactly
+
 
 class Phase(StrEnum):
     """Printable summary of the conditions; never the source of a decision."""
@@ -233,13 +235,13 @@ class Effective(StatusModel):
     """Commit of the base model (hf://)."""
     dataset_digest: Annotated[str, Field(max_length=71)] | None = None
     """SHA-256 over the data files."""
-    train_rows: int | None = None
+    train_rows: Count | None = None
     """Rows that were trained on."""
-    eval_rows: int | None = None
+    eval_rows: Count | None = None
     """Rows that were held out."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Peak learning rate."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Rows per forward pass."""
     precision: Annotated[str, Field(max_length=16)] | None = None
     """Type of the forward and backward pass."""
@@ -254,11 +256,11 @@ class Artifact(StatusModel):
     """Folder of the artifact; its manifest.json lists every file with its SHA-256."""
     digest: Annotated[str, Field(max_length=71)]
     """SHA-256 of manifest.json: the identity of the artifact."""
-    size_bytes: int
+    size_bytes: Count
     """Size of all files, in bytes."""
     base_model: Annotated[str, Field(max_length=1024)]
     """URI of the base model that the adapter fits."""
-    rank: int | None = None
+    rank: Count | None = None
     """LoRA rank; absent for Full."""
 
 

@@ -66,6 +66,14 @@ def lost_steps(seen: Observed, *, last_step: int | None) -> int | None:
     return (attempt.lost_steps or 0) + max(0, last - _saved(seen, told.step if told else None))
 
 
+def end_of_attempt(seen: Observed, *, now: datetime) -> datetime:
+    """When the attempt that is found to be over ended, by KubeRay's clock where it knows: we may have been away."""
+    rayjob, start = seen.rayjob, seen.job.status.attempts[-1].start_time
+    if rayjob is None or not rayjob.ours or not rayjob.is_over or rayjob.ended is None:
+        return now
+    return min(now, max(start, rayjob.ended))
+
+
 def gpu_seconds(seen: Observed, *, now: datetime) -> int | None:
     """GPUs times the seconds in which the attempt's pod ran, with those before a queue held it back; None where it has
     no GPU."""
@@ -73,6 +81,6 @@ def gpu_seconds(seen: Observed, *, now: datetime) -> int | None:
     if spec is None or not spec.resources.gpus_per_worker:
         return None
     since = statuses.holds_since(seen.job.status, ConditionType.RESOURCES_READY)
-    seconds = (now - since).total_seconds() if since else 0.0
+    seconds = (end_of_attempt(seen, now=now) - since).total_seconds() if since else 0.0
     before = seen.job.status.attempts[-1].gpu_seconds or 0
     return before + spec.resources.gpus_per_worker * max(0, round(seconds))

@@ -25,7 +25,7 @@ def succeeded(seen: Observed, result: reports.Result, artifact: Artifact, *, now
         )
     attempt = known.attempts[-1]
     ending = {
-        "end_time": attempt.end_time or now,
+        "end_time": attempt.end_time or accounts.end_of_attempt(seen, now=now),
         "error_class": ErrorClass.SUCCEEDED,
         "exit_code": 0,
         "message": result.message or message,

@@ -43,6 +43,8 @@ class RayJobFacts:
     of_a_namesake: bool = False
     """Whether an earlier FineTuneJob of the same name owns it; garbage collection is about to delete it."""
     created: datetime | None = None
+    ended: datetime | None = None
+    """When KubeRay saw its job end."""
     deleting_since: datetime | None = None
     suspended: bool = False
     """spec.suspend, which only Kueue or a person sets: we never do."""
@@ -127,7 +129,7 @@ class Observed:
     """The RayJob of the current attempt."""
     inspection: RayJobFacts | None = None
     pods: Sequence[PodFacts] = ()
-    """Pods of the current attempt; between two attempts, of the job."""
+    """Pods of the current attempt; between two attempts, and before its RayJob is created, of any job of this name."""
     clusters: Sequence[str] = ()
     """RayClusters of the job; only looked up between two attempts."""
     report: reports.Report | None = None

@@ -56,7 +56,8 @@ def look(seen: Observed, attempt: Attempt, *, now: datetime) -> Fence:
         if rayjob.deployment_status in RELEASED and (not left or age < PATIENCE_SECONDS):
             continue  # KubeRay takes its cluster down; the object may stay for people to read
         waiting.append(f"RayJob {rayjob.name}")
-        told = rayjob.deployment_status == "Running" and attempt.exit_code is not None
+        running = rayjob is seen.rayjob and rayjob.deployment_status == "Running"
+        told = running and attempt.exit_code is not None
         if rayjob.deleting_since is None and not (told and age < patience(rayjob)):
             actions.append(DeleteRayJob(rayjob.name, rayjob.uid))
     return Fence(left=bool(waiting), text=_text(seen, waiting, now=now), actions=actions)

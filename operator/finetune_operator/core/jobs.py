@@ -21,18 +21,20 @@ from finetune_operator.api.finetunejob import (
 )
 from finetune_operator.core import (
     attempts,
+    between,
     chains,
     costs,
     deadlines,
     endings,
+    inspections,
     running,
     statuses,
     suspensions,
-    waits,
 )
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
 from finetune_operator.core.facts import (
+    RELEASED,
     CreateRayJob,
     Defaults,
     DeleteJob,
@@ -84,13 +86,21 @@ def _after_the_end(seen: Observed, *, now: datetime) -> Plan:
     waits = [] if ttl is None else [ttl - age]
     actions = []
     for rayjob in (seen.rayjob, seen.inspection):
-        if rayjob is None or not rayjob.ours or rayjob.is_over or rayjob.deleting_since:
+        if rayjob is None or not rayjob.ours or _is_at_rest(seen, rayjob) or rayjob.deleting_since:
             continue
         patience = endings.patience(rayjob, phase=status.phase)
         if age >= patience:
             actions.append(DeleteRayJob(rayjob.name, rayjob.uid))
         waits.append(max(1.0, patience - age))
     return Plan(status=status, actions=tuple(actions), requeue_after=min(waits, default=None))
+
+
+def _is_at_rest(seen: Observed, rayjob: RayJobFacts) -> bool:
+    """Whether nothing of it runs. KubeRay leaves the cluster of a RayJob alone that became invalid while it ran."""
+    if rayjob.deployment_status in RELEASED:
+        return True
+    began = bool(rayjob.job_status) or seen.job.status.attempts[-1].last_step is not None
+    return rayjob.is_over and not began
 
 
 def _with_action(seen: Observed) -> Observed:
@@ -125,9 +135,10 @@ def _decide_unfinished(seen: Observed, *, defaults: Defaults, now: datetime) -> 
         return _before_the_first(seen, defaults=defaults, now=now)
     attempt = known.attempts[-1]
     if attempt.end_time is not None:
-        if known.next_attempt_time is not None and (order := _order_to_end(seen)):
+        open_ended = known.next_attempt_time is not None or inspections.is_undecided(known)
+        if open_ended and (order := _order_to_end(seen)):
             return _cancelled_between(seen, order, now=now)
-        return attempts.between(seen, now=now)
+        return between.decide(seen, now=now)
     return _decide_live(seen, attempt, now=now)
 
 
@@ -144,9 +155,11 @@ def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         return attempts.end(seen, order, now=now)
     if seen.job.spec is not None and seen.job.spec.suspend:
         return attempts.end(seen, Ending(ErrorClass.SUSPENDED, "suspended by spec.suspend"), now=now)
-    over = deadlines.exceeded(seen, attempt, now=now)
+    done = rayjob is not None and rayjob.ours and rayjob.is_over  # in time, though we heard of it late
+    over = None if done else deadlines.exceeded(seen, attempt, now=now)
     if over is not None:
-        return attempts.end(seen, Ending(ErrorClass.DEADLINE_EXCEEDED, over), now=now)
+        inspect = attempt.last_step is not None and not attempts.is_far_from_its_end(seen, now=now)
+        return attempts.end(seen, Ending(ErrorClass.DEADLINE_EXCEEDED, over, inspect=inspect), now=now)
     if rayjob is None:
         return _without_rayjob(seen, attempt, now=now)
     if rayjob.of_a_namesake or (not rayjob.ours and rayjob.deleting_since):
@@ -261,7 +274,12 @@ def _record_first_attempt(
 
 def _cancelled_between(seen: Observed, message: str, *, now: datetime) -> Plan:
     """Cancelled while another attempt was due: it is due no more, and the job ends when the last one is gone."""
-    updated = statuses.with_last(seen.job.status.attempts, error_class=ErrorClass.CANCELLED, message=message)
+    before = seen.job.status.attempts[-1]
+    updated = statuses.with_last(
+        seen.job.status.attempts,
+        error_class=ErrorClass.CANCELLED,
+        message=f"{message}; before that it had ended {before.error_class}: {before.message}"[:4000],
+    )
     status = statuses.build(
         seen,
         None,
@@ -286,6 +304,8 @@ def _without_rayjob(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         gone = f"RayJob {attempt.ray_job} was deleted before it finished"
         inspect = attempt.last_step is not None and not attempts.is_far_from_its_end(seen, now=now)
         return attempts.end(seen, Ending(ErrorClass.LOST, gone, inspect=inspect), now=now)
+    if any(not pod.gone for pod in seen.pods):
+        return _wait_for_namesake(seen, attempt, now=now)
     message = f"RayJob {attempt.ray_job} is being created"
     status = statuses.build(
         seen,
@@ -305,23 +325,14 @@ def _without_rayjob(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
 
 def _wait_for_namesake(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     """A job was deleted and created again under its name: what the former one started has to go first."""
-    message = f"waits until RayJob {attempt.ray_job} of an earlier job of this name is gone"
+    pods = [pod.name for pod in seen.pods if not pod.gone]
+    what = f"RayJob {attempt.ray_job}" if seen.rayjob or not pods else f"pod {sorted(pods)[0]}"
+    return waits_for_namesake(seen, what, now=now)
+
+
+def waits_for_namesake(seen: Observed, what: str, *, now: datetime) -> Plan:
+    """Nothing is started while `what` is there, an object of an earlier job of this name."""
+    message = f"waits until {what} of an earlier job of this name is gone"
     claim = Claim(ConditionType.RESOURCES_READY, False, "NameTaken", message)
     status = statuses.build(seen, Phase.PROVISIONING, "NameTaken", message, claims=[claim], now=now)
     return Plan(status=status, requeue_after=NAMESAKE_SECONDS)
-
-
-def refused(seen: Observed, message: str, *, now: datetime) -> Plan:
-    """The API server refuses an object that the spec asks for: the user has to change the spec."""
-    plan = attempts.end(seen, Ending(ErrorClass.BAD_CONFIG, message, final=True), now=now)
-    return replace(plan, events=statuses.events(seen.job.status, plan.status))
-
-
-def forbidden(seen: Observed, message: str, *, now: datetime) -> Plan:
-    """A quota or a missing right stands in the way: say so and try again."""
-    reason = waits.reason_of_refusal(message, otherwise="Forbidden")
-    if reason != "Forbidden":
-        message = waits.refusal("what the job needs", message)
-    claim = Claim(ConditionType.RESOURCES_READY, False, reason, message)
-    status = statuses.build(seen, Phase.PENDING, reason, message, claims=[claim], now=now)
-    return Plan(status=status, events=statuses.events(seen.job.status, status), requeue_after=WAITING_SECONDS)

@@ -11,6 +11,7 @@ from pydantic.alias_generators import to_camel
 from finetune_operator.api.finetunejob import (
     Artifact,
     Checkpoint,
+    Count,
     Effective,
     ErrorClass,
     Metrics,
@@ -20,7 +21,6 @@ from finetune_operator.api.finetunejob import (
 from finetune_operator.core import durations
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class ReportModel(BaseModel):
@@ -78,6 +78,8 @@ class Details(ReportModel):
     checkpoint: ReportedCheckpoint | None = None
     resumed_from_step: Count | None = None
     result: Result | None = None
+    inspection: bool = False
+    """Whether this is what an inspection found, and not the trainer's own word."""
 
 
 class Report(ReportModel):
@@ -89,6 +91,10 @@ class Report(ReportModel):
     @property
     def result(self) -> Result | None:
         return self.finetune.result
+
+    @property
+    def is_of_inspection(self) -> bool:
+        return self.finetune.inspection
 
     @property
     def knows_its_step(self) -> bool:
@@ -106,7 +112,12 @@ class Report(ReportModel):
                 return value if abs(value) < float("inf") else None
         return None
 
+    def count(self, name: str) -> int:
+        """The same as a number of steps; 0 where it is none."""
+        return int(min(max(self.number(name) or 0, 0), MOST_STEPS))
 
+
+MOST_STEPS = 2**53
 PHASES = {
     "Validating": Phase.VALIDATING,
     "Training": Phase.RUNNING,
@@ -128,8 +139,8 @@ def rounded(value: float | None, digits: int = 5) -> float | None:
 def progress_of(report: Report, *, at: datetime | None) -> Progress:
     """The progress that a report tells; total steps come from ours or from Kubeflow's metric of that name."""
     ours, theirs = report.finetune, report.trainer_status
-    step = ours.step if ours.step is not None else int(report.number("current_step") or 0)
-    total = ours.total_steps if ours.total_steps is not None else int(report.number("total_steps") or 0)
+    step = ours.step if ours.step is not None else report.count("current_step")
+    total = ours.total_steps if ours.total_steps is not None else report.count("total_steps")
     percent = theirs.progress_percentage or 0
     remaining = theirs.estimated_remaining_seconds
     return Progress(
@@ -145,9 +156,14 @@ def progress_of(report: Report, *, at: datetime | None) -> Progress:
     )
 
 
-def checkpoint_of(report: Report, *, known: Checkpoint | None, now: datetime) -> Checkpoint | None:
-    """The newest checkpoint; its time is that of the report which told of it first."""
+def checkpoint_of(
+    report: Report, *, known: Checkpoint | None, attempt_start: datetime, now: datetime
+) -> Checkpoint | None:
+    """The newest checkpoint; its time is that of the report which told of it first. An attempt that begins anew found
+    none that it could use: one from before it counts no more."""
     told = report.finetune.checkpoint
+    if told is None and report.finetune.resumed_from_step == 0 and known and known.time < attempt_start:
+        return None
     if told is None or (known is not None and (known.step, known.uri) == (told.step, told.uri)):
         return known
     return Checkpoint(step=told.step, uri=told.uri, time=now)

@@ -47,7 +47,7 @@ def decide(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dateti
     """The next step of an attempt by what KubeRay, its pods and its trainer tell."""
     if rayjob.is_over:
         return _over(seen, attempt, rayjob, now=now)
-    submitter = next((pod for pod in seen.pods if pod.submitter_exit_code), None)
+    submitter = next((pod for pod in seen.pods if pod.submitter_exit_code is not None), None)
     if submitter is not None and rayjob.deployment_status in ("", "Initializing"):
         return _hung_sidecar(seen, submitter, now=now)
     if rayjob.is_held_back:
@@ -122,6 +122,8 @@ def _hung_sidecar(seen: Observed, pod: PodFacts, *, now: datetime) -> Plan:
     """SidecarMode: a submitter that has ended makes the head pod unready for ever, and KubeRay waits for it."""
     exit_code = pod.submitter_exit_code
     text = f"the trainer ended with exit code {exit_code} before the cluster was ready (pod {pod.name})"
+    if exit_code == 0:
+        return attempts.end(seen, Ending(ErrorClass.INTERNAL, text, exit_code=0, inspect=True), now=now)
     return attempts.end(seen, Ending(failures.class_of(exit_code), text, exit_code=exit_code), now=now)
 
 
@@ -153,7 +155,9 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
         *queues.admitted(rayjob),
     ]
     if report is not None:
-        checkpoint = reports.checkpoint_of(report, known=known.checkpoint, now=now)
+        checkpoint = reports.checkpoint_of(
+            report, known=known.checkpoint, attempt_start=attempt.start_time, now=now
+        )
         updates |= {
             "progress": _progress(report, known, at=seen.reported_at),
             "metrics": reports.metrics_of(report, known=known.metrics),
@@ -161,7 +165,7 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
             "attempts": accounts.with_report(seen, report),
             "checkpoint": checkpoint,
         }
-        if checkpoint is not None:
+        if checkpoint != known.checkpoint or checkpoint is not None:
             saved = known.model_copy(update={"checkpoint": checkpoint})
             claims.append(words.checkpoint_claim(seen.with_status(saved)))
     status = statuses.build(seen, phase, reason, message, claims=claims, now=now, **updates)

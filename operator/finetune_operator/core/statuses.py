@@ -13,7 +13,16 @@ from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Event, Observed
 
 QUIET = frozenset(
-    {"Accepted", "Provisioning", "Starting", "Queued", "WaitingForModel", "Stopping", "Resumed"}
+    {
+        "Accepted",
+        "Provisioning",
+        "Starting",
+        "Queued",
+        "WaitingForModel",
+        "Stopping",
+        "Resumed",
+        "RayJobNotCreated",
+    }
 )
 
 
@@ -73,7 +82,7 @@ def latest_time(status: FineTuneJobStatus) -> datetime | None:
 def merge_effective(known: Effective | None, told: Effective | None) -> Effective | None:
     if told is None:
         return known
-    ours = {"output_uri", "image", "model_uri", "checkpoint_uri"}
+    ours = {"output_uri", "image", "model_uri", "checkpoint_uri", "adapter", "reward"}
     new = told.model_dump(exclude_none=True, exclude=ours)
     return (known or Effective()).model_copy(update=new)
 

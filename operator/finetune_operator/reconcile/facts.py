@@ -68,6 +68,7 @@ def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
         message=status.get("message", ""),
         of_a_namesake=namesake and not ours,
         created=_time(metadata.get("creationTimestamp")),
+        ended=_time(status.get("endTime")),
         deleting_since=_time(metadata.get("deletionTimestamp")),
         suspended=bool(spec.get("suspend", False)),
         queue=metadata.get("labels", {}).get(naming.LABEL_QUEUE),

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 
 from finetune_operator.adapters.kube import (
-    KUEUE_VERSION,
     ConflictError,
+    FencedError,
     ForbiddenError,
     InvalidError,
     Json,
+    UnavailableError,
 )
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
-from finetune_operator.core import jobs, statuses
+from finetune_operator.core import jobs, refusals
 from finetune_operator.core.facts import (
     Action,
     CreateRayJob,
@@ -28,19 +29,21 @@ from finetune_operator.core.facts import (
     JobFacts,
     Observed,
     Plan,
-    RayJobFacts,
-    UpstreamFacts,
 )
-from finetune_operator.manifests import naming, rayjobs, runfiles
-from finetune_operator.reconcile import clocks, events, facts, patches, waiting
+from finetune_operator.manifests import rayjobs, runfiles
+from finetune_operator.reconcile import clocks, events, facts, patches
 from finetune_operator.reconcile.followers import Followers
+from finetune_operator.reconcile.job_observer import JobObserver
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
 
 logger = logging.getLogger(__name__)
 
 CONFLICT_SECONDS = 0.2
-MOST_LINKS = 16  # jobs of a chain that are followed to find a circle
+
+
+class NamesakeError(Exception):
+    """An earlier job of this name has left an object that is about to go; `str()` names it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class FineTuneJobReconciler:
     clock: clocks.SteadyClock = clocks.CLOCK
     followers: Followers = field(default_factory=Followers)
 
+    @functools.cached_property
+    def observer(self) -> JobObserver:
+        return JobObserver(self.kube, self.mailbox, self.followers, self.clock)
+
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
         with self.telemetry.measured_pass(KIND):
@@ -65,7 +72,8 @@ class FineTuneJobReconciler:
     async def _pass(self, key: Key) -> float | None:
         found = await self._look(key, fresh=False)
         if found is not None and _must_be_sure(*found[1:]):
-            found = await self._look(key, fresh=True)
+            creating = all(isinstance(one, CreateRayJob) for one in found[2].actions)
+            found = await self._look(key, fresh=True, creating=creating and bool(found[2].actions))
         if found is None:
             self.mailbox.forget(key)
             self.telemetry.forget_job(*key)
@@ -80,140 +88,37 @@ class FineTuneJobReconciler:
         # Our own write is no news to the watches: what follows from it is looked at now.
         return 0.0 if written and plan.requeue_after is None else plan.requeue_after
 
-    async def _look(self, key: Key, *, fresh: bool) -> tuple[Json, Observed, Plan] | None:
-        """The job, what is known of it, and what to do; `fresh`: by the API server, and not by the watches."""
+    async def _look(
+        self, key: Key, *, fresh: bool, creating: bool = False
+    ) -> tuple[Json, Observed, Plan] | None:
+        """The job, what is known of it, and what to do; `fresh` and `creating` as the observer has them."""
         body = await self.kube.get(API_VERSION, KIND, *key, fresh=fresh)
         if body is None:
             return None
-        seen = await self._observe(key, facts.job_facts(body), fresh=fresh)
-        return body, seen, jobs.decide(seen, defaults=self.defaults, now=self._now(seen.job))
-
-    def _now(self, job: JobFacts) -> datetime:
-        """The time, but never one before what the job has recorded: an earlier operator's clock may have been ahead."""
-        recorded, time = statuses.latest_time(job.status), self.clock()
-        return max(time, recorded) if recorded else time
-
-    async def _observe(self, key: Key, job: JobFacts, *, fresh: bool) -> Observed:
-        """Everything that the decision needs. What a fence looks for is always asked of the API server."""
-        if job.deleting:
-            return Observed(job=job)
-        if not jobs.is_finished(job.status) and not job.status.attempts:
-            return await self._observe_new(key, job)
-        self.followers.follow(key, ())
-        if jobs.is_finished(job.status):
-            return await self._observe_finished(job, fresh=fresh)
-        attempt = job.status.attempts[-1]
-        ended = attempt.end_time is not None
-        # A RayJob that was never created need not be looked for: creating it shows whether it is there.
-        unborn = attempt.uid is None and self.kube.is_unheard_of(
-            "ray.io/v1", "RayJob", job.namespace, attempt.ray_job
-        )
-        rayjob = None if unborn else await self._rayjob(job, attempt.ray_job, fresh=fresh)
-        recorded = statuses.latest_time(job.status)
-        report, reported_at = self.mailbox.latest(key, uid=job.uid, attempt=attempt.number)
-        quiet = rayjob is None or (
-            not rayjob.is_over and (report is not None or rayjob.job_status == "RUNNING")
-        )
-        queued = rayjob is not None and rayjob.is_held_back and rayjob.queue is not None
-        labels = naming.job_labels(job.name) if ended else naming.labels(job.name, attempt.number)
-        pods = [] if quiet and not ended else await self._find("v1", "Pod", job, labels, fresh=ended)
-        clusters = await self._find("ray.io/v1", "RayCluster", job, labels, fresh=True) if ended else []
-        return Observed(
-            job=job,
-            rayjob=rayjob,
-            inspection=await self._rayjob(job, attempt.inspection, fresh=fresh)
-            if attempt.inspection
-            else None,
-            pods=[
-                await waiting.observe_pod(
-                    self.kube, body, attempt_start=attempt.start_time, now=self._now(job)
-                )
-                for body in pods
-            ],
-            workload=await waiting.observe_workload(self.kube, job, rayjob) if queued and rayjob else None,
-            kueue_installed=not queued or await self.kube.has_group_version(KUEUE_VERSION),
-            clusters=[body["metadata"]["name"] for body in clusters],
-            report=report,
-            reported_at=reported_at,
-            listening_since=self.clock.listening_since(),
-            clock_is_behind=recorded is not None and self.clock() < recorded,
-            kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
-        )
-
-    async def _observe_new(self, key: Key, job: JobFacts) -> Observed:
-        spec = job.spec
-        model = spec.model.fine_tune_job_ref if spec else None
-        reward = spec.reward.fine_tune_job_ref if spec and spec.reward else None
-        self.followers.follow(key, [(job.namespace, one.name) for one in (model, reward) if one])
-        return Observed(
-            job=job,
-            upstream=await self._upstream(job, model.name) if model else None,
-            reward=await self._upstream(job, reward.name) if reward else None,
-            scripts=await self._scripts(job),
-            kuberay_installed=await self.kube.has_group_version("ray.io/v1"),
-        )
-
-    async def _scripts(self, job: JobFacts) -> dict[str, list[str]]:
-        """The ConfigMaps of the job's reward functions that exist, with their keys."""
-        functions = job.spec.reward.functions if job.spec and job.spec.reward else []
-        found: dict[str, list[str]] = {}
-        for name in dict.fromkeys(function.config_map_ref.name for function in functions):
-            body = await self.kube.get("v1", "ConfigMap", job.namespace, name)
-            if body is not None:
-                found[name] = sorted((body.get("data") or {}).keys())
-        return found
-
-    async def _observe_finished(self, job: JobFacts, *, fresh: bool) -> Observed:
-        if not jobs.has_cleanup_left(job.status, now=self._now(job)):
-            return Observed(job=job)
-        attempt = job.status.attempts[-1]
-        return Observed(
-            job=job,
-            rayjob=await self._rayjob(job, attempt.ray_job, fresh=fresh),
-            inspection=await self._rayjob(job, attempt.inspection, fresh=fresh)
-            if attempt.inspection
-            else None,
-        )
-
-    async def _upstream(self, job: JobFacts, name: str) -> UpstreamFacts:
-        """The job that is waited for, and those that it waits for itself: the way back to `job` where there is one."""
-        body = await self.kube.get(API_VERSION, KIND, job.namespace, name)
-        seen: list[str] = []
-        ways = [[following] for following in (facts.upstream_names(body) if body else [])]
-        while ways and len(seen) < MOST_LINKS:
-            way = ways.pop(0)
-            if way[-1] == job.name:
-                return facts.upstream_facts(body, name=name, waits_for=way)
-            if way[-1] in seen:
-                continue
-            seen.append(way[-1])
-            link = await self.kube.get(API_VERSION, KIND, job.namespace, way[-1])
-            ways += [[*way, following] for following in (facts.upstream_names(link) if link else [])]
-        return facts.upstream_facts(body, name=name, waits_for=seen)
-
-    async def _rayjob(self, job: JobFacts, name: str, *, fresh: bool) -> RayJobFacts | None:
-        body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name, fresh=fresh)
-        return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid) if body else None
-
-    async def _find(
-        self, api_version: str, kind: str, job: JobFacts, labels: Mapping[str, str], *, fresh: bool
-    ) -> list[Json]:
-        return await self.kube.find(api_version, kind, job.namespace, labels=labels, fresh=fresh)
+        seen = await self.observer.observe(key, facts.job_facts(body), fresh=fresh, creating=creating)
+        return body, seen, jobs.decide(seen, defaults=self.defaults, now=self.observer.now(seen.job))
 
     async def _act(self, seen: Observed, plan: Plan) -> tuple[Observed, Plan]:
         """Carry out the plan's actions. An object that the API server refuses for good ends the job. Once the RayJob of
         the attempt is created, the plan is what follows from that, so that one write tells it all."""
         for action in plan.actions:
+            now = self.observer.now(seen.job)
             try:
                 created = await self._do(seen.job, action)
+            except NamesakeError as error:
+                return seen, jobs.waits_for_namesake(seen, str(error), now=now)
             except InvalidError as error:
-                return seen, jobs.refused(seen, str(error), now=self._now(seen.job))
+                return seen, refusals.refused(seen, plan, action, str(error), now=now)
             except ForbiddenError as error:
-                return seen, jobs.forbidden(seen, str(error), now=self._now(seen.job))
+                return seen, refusals.forbidden(seen, plan, action, str(error), now=now)
+            except FencedError:
+                raise
+            except UnavailableError as error:
+                return seen, refusals.unavailable(seen, plan, action, str(error), now=now)
             if created is not None:
                 rayjob = facts.rayjob_facts(created, owner=seen.job.name, owner_uid=seen.job.uid)
                 seen = replace(seen, rayjob=rayjob)
-                then = jobs.decide(seen, defaults=self.defaults, now=self._now(seen.job))
+                then = jobs.decide(seen, defaults=self.defaults, now=self.observer.now(seen.job))
                 plan = replace(then, actions=(), requeue_after=0.0 if then.actions else then.requeue_after)
         return seen, plan
 
@@ -266,9 +171,27 @@ class FineTuneJobReconciler:
             memory=overrides.memory if overrides else None,
             inspect=action.inspect,
         )
-        await self.kube.apply(config_map)  # first: a pod that cannot mount it would wait for it
+        await self._write_run_file(job, config_map)  # first: a pod that cannot mount it would wait for it
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
         return await self.kube.create(rayjob)
+
+    async def _write_run_file(self, job: JobFacts, config_map: Json) -> None:
+        """Raises NamesakeError or InvalidError where another's ConfigMap has the name: it must not be changed."""
+        metadata = config_map["metadata"]
+        try:
+            await self.kube.create(config_map)
+            return
+        except ConflictError:
+            there = await self.kube.get("v1", "ConfigMap", job.namespace, metadata["name"])
+        owners = there["metadata"].get("ownerReferences", []) if there else []
+        if any(owner["uid"] == job.uid for owner in owners):
+            await self.kube.apply(config_map)  # of a pass that was cut off
+        elif there is None or any((one["kind"], one["name"]) == (KIND, job.name) for one in owners):
+            raise NamesakeError(f"ConfigMap {metadata['name']}")
+        else:
+            raise InvalidError(
+                f"ConfigMap {metadata['name']} exists and belongs to someone else: delete it or choose another name"
+            )
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> bool:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored. Whether
@@ -276,12 +199,21 @@ class FineTuneJobReconciler:
         patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
         if patch:
             version = body["metadata"]["resourceVersion"]
-            await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+            try:
+                await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+            except InvalidError as error:
+                if seen.report is None:
+                    raise
+                logger.warning("%s/%s: what its trainer reported cannot be stored: %s", *key, error)
+                self.mailbox.drop(key, seen.report, uid=seen.job.uid)
+                return True
         if seen.report is not None:
             self.mailbox.mark_written(key, seen.report, uid=seen.job.uid)
             if seen.report.result is not None and plan.status.attempts[-1].end_time is None:
                 # The attempt goes on, and its trainer reports again.
                 self.mailbox.drop(key, seen.report, uid=seen.job.uid)
+        if jobs.is_finished(plan.status):
+            self.mailbox.forget(key)
         self.telemetry.show_job(*key, plan.status)
         if jobs.is_finished(plan.status) and not jobs.is_finished(seen.job.status):
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()
@@ -292,10 +224,12 @@ class FineTuneJobReconciler:
 
 
 def _must_be_sure(seen: Observed, plan: Plan) -> bool:
-    """Whether what is planned must not rest on what the watches told some time ago: it acts, or it gives an attempt up
-    of whose end nobody told."""
+    """Whether what is planned must not rest on what the watches told some time ago: it acts, or it gives an attempt or
+    the job up and nobody told of its end."""
     if plan.actions:
         return True
+    if jobs.is_finished(plan.status) and not seen.job.status.attempts:
+        return not jobs.is_finished(seen.job.status)
     ended = bool(plan.status.attempts) and plan.status.attempts[-1].end_time is not None
     known = bool(seen.job.status.attempts) and seen.job.status.attempts[-1].end_time is not None
     told = seen.report is not None and seen.report.result is not None

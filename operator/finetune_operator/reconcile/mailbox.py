@@ -35,6 +35,8 @@ class Mailbox:
             return False
         if slot and slot.attempt > attempt:
             return False
+        if slot and slot.attempt == attempt and _is_older(report, slot.report):
+            return True
         self._slots.setdefault(key, {})[uid] = _Slot(attempt, report, clocks.CLOCK())
         return True
 
@@ -84,3 +86,9 @@ class Mailbox:
     def forget(self, key: Key) -> None:
         self._slots.pop(key, None)
         self._last_write.pop(key, None)
+
+
+def _is_older(report: Report, known: Report) -> bool:
+    """Whether progress was overtaken on its way, by the trainer's own clock."""
+    sent, latest = report.trainer_status.last_updated_time, known.trainer_status.last_updated_time
+    return report.result is None and sent is not None and latest is not None and sent < latest

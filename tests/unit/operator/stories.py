@@ -79,11 +79,8 @@ class Story:
 
 
 def rayjob(deployment: str = "", job: str = "", **more: Any) -> RayJobFacts:
-    return RayJobFacts(
-        name="triage-a1",
-        uid="ray-uid",
-        **{"ours": True, "deployment_status": deployment, "job_status": job, **more},
-    )
+    known = {"name": "triage-a1", "uid": "ray-uid", "ours": True}
+    return RayJobFacts(**{**known, "deployment_status": deployment, "job_status": job, **more})
 
 
 def training(
@@ -109,3 +106,9 @@ def training(
 def result(error_class: str, exit_code: int, message: str = "", **more: Any) -> Report:
     body = {"class": error_class, "exitCode": exit_code, "message": message, **more}
     return Report.model_validate({"finetune": {"result": body}})
+
+
+def inspected(error_class: str, exit_code: int, message: str = "", **more: Any) -> Report:
+    """What an inspection reports."""
+    told = result(error_class, exit_code, message, **more)
+    return told.model_copy(update={"finetune": told.finetune.model_copy(update={"inspection": True})})

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
-from finetune_operator.core import jobs
-from finetune_operator.core.facts import CreateRayJob, Defaults, DeleteRayJob, Observed, PodFacts
-from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
+from finetune_operator.core import jobs, refusals
+from finetune_operator.core.facts import (
+    CreateRayJob,
+    Defaults,
+    DeleteRayJob,
+    Observed,
+    Plan,
+    PodFacts,
+    RayJobFacts,
+)
+from tests.unit.operator.stories import ARTIFACT, Story, inspected, rayjob, result, training
 
 NO_RETRIES = {"retry": {"maxInfraRetries": 0}}
 
@@ -170,7 +178,7 @@ def test_success_without_a_report_is_believed_only_after_an_inspection() -> None
     over = rayjob("Complete", "SUCCEEDED")
     assert story.step(rayjob=over).status.attempts[-1].inspection == "triage-i1"
     assert list(story.step(rayjob=over).actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
-    assert story.step(rayjob=over, inspection=rayjob("Running", "RUNNING")).actions == []
+    assert story.step(rayjob=over, inspection=rayjob("Running", "RUNNING")).actions == ()
     found = result("Succeeded", 0, "verified", artifact=ARTIFACT)
     plan = story.step(rayjob=over, inspection=rayjob("Running", "RUNNING"), report=found)
     assert plan.status.phase is Phase.SUCCEEDED
@@ -180,7 +188,7 @@ def test_success_without_an_artifact_is_a_failure() -> None:
     story = Story(NO_RETRIES).trained()
     over = rayjob("Complete", "SUCCEEDED")
     story.step(rayjob=over)
-    missing = result("Internal", 1, "no manifest.json")
+    missing = inspected("Internal", 1, "no manifest.json")
     status = story.step(rayjob=over, inspection=rayjob("Failed", "FAILED"), report=missing).status
     assert (status.phase, status.reason) == (Phase.FAILED, "Internal")
     assert "no manifest.json" in (status.message or "")
@@ -205,7 +213,8 @@ def test_a_lost_process_without_an_artifact_is_lost() -> None:
     story = Story(NO_RETRIES).trained()
     lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
     story.step(rayjob=lost)
-    status = story.step(rayjob=lost, inspection=rayjob("Failed", "FAILED")).status
+    none = "Job entrypoint command failed with exit code 1, last available logs: no manifest.json"
+    status = story.step(rayjob=lost, inspection=rayjob("Failed", "FAILED", message=none)).status
     assert (status.phase, status.reason) == (Phase.FAILED, "Lost")
     assert "submitter died" in (status.message or "")
 
@@ -215,10 +224,132 @@ def test_an_inspection_that_cannot_run_does_not_hold_the_job_for_ever() -> None:
     story.step(rayjob=rayjob("Complete", "SUCCEEDED"))
     waiting: dict[str, Any] = {
         "rayjob": rayjob("Complete", "SUCCEEDED"),
-        "inspection": rayjob("Initializing"),
+        "inspection": rayjob("Initializing", created=story.now),
     }
     assert story.step(**waiting, after=1000).status.phase is Phase.EVALUATING
     assert story.step(**waiting).status.phase is Phase.FAILED
+
+
+def test_an_inspection_whose_storage_did_not_answer_looks_again() -> None:
+    story = Story(NO_RETRIES).trained()
+    over = rayjob("Complete", "SUCCEEDED")
+    story.step(rayjob=over)
+    away = inspected("Storage", 74, "the bucket does not answer")
+    first = rayjob("Failed", "FAILED", created=story.now)
+    assert not story.step(rayjob=over, inspection=first, report=away, after=60).actions
+    assert list(story.step(rayjob=over, inspection=first, report=away).actions) == [
+        DeleteRayJob("triage-a1", "ray-uid")
+    ]
+    old = story.now
+    assert list(story.step(rayjob=over, report=away, reported_at=old).actions) == [
+        CreateRayJob("triage-i1", 1, inspect=True)
+    ]
+    second = rayjob("Running", "RUNNING", created=story.now)
+    plan = story.step(rayjob=over, inspection=second, report=away, reported_at=old, after=120)
+    assert plan.status.phase is Phase.EVALUATING, "that was the first one's answer"
+    found = inspected("Succeeded", 0, "verified", artifact=ARTIFACT)
+    assert story.step(rayjob=over, inspection=second, report=found).status.phase is Phase.SUCCEEDED
+
+
+def test_storage_that_stays_away_does_not_hold_the_job_for_ever() -> None:
+    story = Story(NO_RETRIES).trained()
+    over, away = rayjob("Complete", "SUCCEEDED"), inspected("Storage", 74, "the bucket does not answer")
+    story.step(rayjob=over, after=1000)
+    last = rayjob("Failed", "FAILED", created=story.now)
+    status = story.step(rayjob=over, inspection=last, report=away).status
+    assert (status.phase, "the bucket does not answer" in (status.message or "")) == (Phase.FAILED, True)
+
+
+def test_a_fence_that_took_long_leaves_time_for_the_inspection() -> None:
+    story = Story(NO_RETRIES).trained()
+    lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
+    story.step(rayjob=lost)
+    pod = PodFacts("triage-a1-head", running=False, terminating=True, node="n1")
+    assert not story.step(rayjob=lost, pods=[pod], after=3600).actions
+    assert list(story.step(rayjob=lost).actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
+
+
+def test_a_trainer_that_is_heard_in_the_end_says_how_it_ended_and_no_inspection_is_needed() -> None:
+    story = Story().trained()
+    lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
+    story.step(rayjob=lost)
+    status = story.step(rayjob=lost, report=result("NotFinite", 82, "loss is NaN", step=7)).status
+    assert (status.phase, status.reason) == (Phase.FAILED, "NotFinite")
+    assert (status.attempts[-1].exit_code, status.attempts[-1].message) == (82, "loss is NaN")
+
+
+def test_that_we_stopped_it_ourselves_is_no_other_class() -> None:
+    story = Story({"deadlines": {"totalSeconds": 300}}).trained()
+    work = rayjob("Running", "RUNNING")
+    story.step(rayjob=work, after=300)
+    assert story.step(rayjob=work).status.attempts[-1].inspection, "it may have been about to end well"
+    stopped = result("Preempted", 75, "stopped", step=7)
+    status = story.step(report=stopped).status
+    assert (status.phase, status.reason) == (Phase.FAILED, "DeadlineExceeded")
+
+
+def test_a_process_that_ended_before_the_deadline_is_not_failed_by_it() -> None:
+    """The operator was away when it ended, and came back when the deadline was over."""
+    story = Story({"deadlines": {"totalSeconds": 60}}).trained()
+    story.now += timedelta(hours=3)
+    over = rayjob("Complete", "SUCCEEDED", ended=story.now - timedelta(hours=3) + timedelta(seconds=10))
+    plan = story.step(rayjob=over)
+    assert plan.status.reason == "Inspecting"
+    assert plan.status.attempts[-1].end_time == over.ended, "and not when it was noticed"
+    found = inspected("Succeeded", 0, "verified", artifact=ARTIFACT)
+    assert story.step(rayjob=over, report=found).status.phase is Phase.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    "inspection", [None, rayjob("Running", "RUNNING", name="triage-i1", uid="inspection")]
+)
+def test_a_job_is_cancelled_while_an_inspection_looks(inspection: RayJobFacts | None) -> None:
+    story = Story().trained()
+    over = rayjob("Complete", "SUCCEEDED")
+    story.step(rayjob=over)
+    story.act("cancel")
+    story.step(rayjob=over, inspection=inspection)
+    plan = story.step(rayjob=over, inspection=inspection)
+    if inspection is not None:
+        assert list(plan.actions) == [DeleteRayJob("triage-i1", "inspection")]
+        plan = story.step(rayjob=over)
+    assert plan.status.phase is Phase.CANCELLED
+
+
+def test_no_inspection_begins_while_the_job_is_suspended() -> None:
+    story = Story().trained()
+    over = rayjob("Complete", "SUCCEEDED")
+    story.step(rayjob=over)
+    story.change(suspend=True)
+    assert list(story.step(rayjob=over).actions) == []
+    story.change(suspend=False)
+    assert list(story.step(rayjob=over).actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
+
+
+def test_an_attempt_that_begins_anew_takes_an_unusable_checkpoint_out_of_the_status() -> None:
+    story = Story().started()
+    work = rayjob("Running", "RUNNING")
+    story.step(rayjob=work, report=training(step=8, saved=5))
+    lost = rayjob(
+        "Failed", "FAILED", message="Job entrypoint command failed with exit code 83, last available logs: x"
+    )
+    story.step(rayjob=lost, after=600)
+    story.step(rayjob=lost)
+    assert len(story.job.status.attempts) == 2
+    story.step()
+    story.step(rayjob=work, report=training(step=3, resumed=0))
+    status = story.job.status
+    assert status.checkpoint is None
+    assert next(c.status for c in status.conditions if c.type == "CheckpointAvailable") == "False"
+    status = story.step(rayjob=lost).status
+    assert status.attempts[-1].lost_steps == 3
+
+
+def test_a_sidecar_that_ended_well_before_the_cluster_was_ready_is_looked_into() -> None:
+    story = Story().started()
+    pod = PodFacts("triage-a1-head", running=True, submitter_exit_code=0)
+    status = story.step(rayjob=rayjob("Initializing"), pods=[pod]).status
+    assert (status.reason, status.attempts[-1].inspection) == ("Inspecting", "triage-i1")
 
 
 def test_a_deleted_rayjob_is_lost_and_never_created_again_once_the_job_has_failed() -> None:
@@ -298,7 +429,8 @@ def test_a_transition_time_moves_only_with_the_status_of_its_condition() -> None
 
 def test_a_quota_in_the_way_is_told_and_retried() -> None:
     story = Story().started()
-    plan = jobs.forbidden(jobs_observed(story), "rayjobs is forbidden: exceeded quota: small", now=story.now)
+    told, create = "rayjobs is forbidden: exceeded quota: small", CreateRayJob("triage-a1", 1)
+    plan = refusals.forbidden(jobs_observed(story), Plan(story.job.status), create, told, now=story.now)
     assert (plan.status.reason, plan.requeue_after) == ("QuotaExceeded", jobs.WAITING_SECONDS)
     assert not jobs.is_finished(plan.status)
 

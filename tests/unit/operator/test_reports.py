@@ -65,12 +65,12 @@ def test_a_result_that_contradicts_itself_is_refused(result: dict[str, object]) 
 def test_where_training_was_saved_and_where_it_went_on() -> None:
     told = {"checkpoint": {"step": 20, "uri": "s3://b/c/checkpoint-20"}, "resumedFromStep": 10}
     report = reports.Report.model_validate({"finetune": told})
-    first = reports.checkpoint_of(report, known=None, now=START)
+    first = reports.checkpoint_of(report, known=None, attempt_start=START, now=START)
     assert first is not None
     assert (first.step, report.finetune.resumed_from_step) == (20, 10)
-    later = reports.checkpoint_of(report, known=first, now=START + timedelta(hours=1))
+    later = reports.checkpoint_of(report, known=first, attempt_start=START, now=START + timedelta(hours=1))
     assert later == first, "the time is that of the news"
-    assert reports.checkpoint_of(reports.Report(), known=first, now=START) == first
+    assert reports.checkpoint_of(reports.Report(), known=first, attempt_start=START, now=START) == first
 
 
 async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> None:

@@ -24,7 +24,7 @@ from finetune_operator.core.facts import (
     RayJobFacts,
 )
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import ARTIFACT, DEFAULTS, SPEC, START, result, training
+from tests.unit.operator.stories import ARTIFACT, DEFAULTS, SPEC, START, inspected, result, training
 
 TOTAL_STEPS = 60
 GRACE_SECONDS = 8  # between the deletion of a RayJob and the end of its pods
@@ -245,8 +245,7 @@ class World:
         if ray.facts.job_status != "RUNNING" or f"{ray.facts.name}-head" not in self.pods:
             return
         if ray.inspect:
-            found = self._success() if self.committed else result("Internal", 1, "no manifest.json")
-            self._end(ray, found)
+            self._end(ray, self._inspected())
             return
         if ray.step is None or ray.fault == "silent":
             return
@@ -272,6 +271,11 @@ class World:
     def _progress(self, ray: SimulatedRayJob) -> Report:
         assert ray.step is not None
         return training(step=ray.step, total=TOTAL_STEPS, saved=self.checkpoint, resumed=ray.resumed)
+
+    def _inspected(self) -> Report:
+        if self.committed:
+            return inspected("Succeeded", 0, "done", step=TOTAL_STEPS, artifact=ARTIFACT)
+        return inspected("Internal", 1, "no manifest.json")
 
     def _success(self) -> Report:
         return result("Succeeded", 0, "done", step=TOTAL_STEPS, artifact=ARTIFACT)

@@ -1,0 +1,247 @@
+"""One pass after another over an API server that refuses, loses answers, and tells late or never."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from finetune_operator.adapters.kube import ForbiddenError, InvalidError, UnavailableError
+from finetune_operator.core.reports import Report
+from tests.unit.operator.memory_api import KEY, Fault, Stage, waiting
+from tests.unit.operator.stories import ARTIFACT, result, training
+
+
+def failing(method: str, plural: str, error: Callable[[str], Exception]) -> Fault:
+    def fault(asked: str, path: str) -> Exception | None:
+        return error(f"{asked} {path}") if asked == method and f"/{plural}" in path else None
+
+    return fault
+
+
+async def running(**spec: Any) -> Stage:
+    """A job whose trainer is at step 5."""
+    stage = Stage(**spec)
+    await stage.passes(3)
+    stage.kuberay("Running", "RUNNING")
+    stage.report(training(step=5))
+    await stage.passes()
+    assert stage.status["phase"] == "Running"
+    return stage
+
+
+async def succeeded(**spec: Any) -> Stage:
+    stage = await running(**spec)
+    stage.report(result("Succeeded", 0, "done", step=10, artifact=ARTIFACT))
+    await stage.passes()
+    assert stage.status["phase"] == "Succeeded"
+    return stage
+
+
+@pytest.mark.parametrize("error", [ForbiddenError, InvalidError, UnavailableError])
+@pytest.mark.parametrize(
+    ("spec", "plural"), [({"ttlSecondsAfterFinished": 5}, "finetunejobs"), ({}, "rayjobs")]
+)
+async def test_what_is_final_stays_so_when_a_deletion_is_refused(
+    error: Callable[[str], Exception], spec: dict[str, Any], plural: str
+) -> None:
+    """An API server that has just started answers 403 until it knows its roles; a policy may refuse with 422."""
+    stage = await succeeded(**spec)
+    before = stage.status
+    stage.api.time = stage.api.time.replace(minute=30)
+    stage.api.before = failing("DELETE", plural, error)
+    await stage.passes(5)
+    assert any(line.startswith("DELETE") for line in stage.api.requests), "it was never tried"
+    assert stage.status == before
+    stage.api.before = lambda method, path: None
+    await stage.passes(2)
+    assert stage.api.named(plural) == [], "it is tried again"
+
+
+async def test_a_refused_deletion_of_an_attempt_is_told_and_repeated() -> None:
+    stage = await running()
+    stage.kuberay("Running", "FAILED")
+    stage.report(result("Internal", 1, "fault", step=5))
+    stage.api.before = failing("DELETE", "rayjobs", ForbiddenError)
+    stage.api.put(stage.job | {"spec": stage.job["spec"] | {"suspend": True}})
+    await stage.passes(20, after=5)
+    attempt = stage.status["attempts"][-1]
+    assert (attempt["class"], stage.status["phase"]) == ("Internal", "Retrying")
+    assert stage.status["message"].count("the API server refuses: DELETE") == 1
+    stage.api.before = lambda method, path: None
+    await stage.passes(3)
+    assert stage.status["phase"] == "Suspended"
+    assert stage.api.named("rayjobs") == []
+
+
+async def test_a_report_that_cannot_be_stored_is_dropped_and_the_job_goes_on() -> None:
+    stage = await running()
+    stage.report(training(step=6))
+    stage.api.before = failing("PATCH", "finetunejobs", InvalidError)
+    await stage.passes()
+    stage.api.before = lambda method, path: None
+    stage.api.put(
+        stage.job | {"metadata": stage.job["metadata"] | {"annotations": {"finetune.dev/action": "cancel"}}}
+    )
+    await stage.passes(4)
+    assert stage.status["phase"] == "Cancelled"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"finetune": {"effective": {"trainRows": 10**25}}},
+        {"finetune": {"effective": {"microBatchSize": -1}}},
+        {"finetune": {"effective": {"learningRate": "NaN"}}},
+        {"finetune": {"step": 2**60}},
+        {
+            "finetune": {
+                "result": {"class": "Succeeded", "exitCode": 0, "artifact": ARTIFACT | {"sizeBytes": 10**20}}
+            }
+        },
+    ],
+)
+def test_numbers_that_no_status_can_hold_are_refused(told: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="finetune"):
+        Report.model_validate(told)
+
+
+def test_a_foreign_trainers_step_is_bounded() -> None:
+    metrics = [{"name": "current_step", "value": "1e300"}, {"name": "total_steps", "value": "-5"}]
+    report = Report.model_validate({"trainerStatus": {"metrics": metrics}})
+    assert (report.count("current_step"), report.count("total_steps")) == (2**53, 0)
+
+
+async def test_a_job_of_the_same_name_waits_for_the_pods_of_the_former_one() -> None:
+    """Deleted and applied again with the image corrected: the old pod is still there, and still says that it is bad."""
+    stage = await running()
+    stage.pod("triage-a1-old", **waiting("InvalidImageName"))
+    for plural, name in (("rayjobs", "triage-a1"), ("configmaps", "triage-a1"), ("finetunejobs", "triage")):
+        stage.api.remove(plural, name)
+    await stage.passes()
+    stage.apply(uid="another")
+    await stage.passes(4)
+    assert stage.api.named("rayjobs") == []
+    assert (stage.status["phase"], stage.status["reason"]) == ("Provisioning", "NameTaken")
+    assert "pod triage-a1-old" in stage.status["message"]
+    stage.api.remove("pods", "triage-a1-old")
+    await stage.passes(2)
+    assert stage.api.named("rayjobs") == ["triage-a1"]
+    stage.pod("triage-a1-old", **waiting("InvalidImageName"))
+    stage.api.objects["pods", "triage-a1-old"]["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z"
+    stage.api.put(stage.api.objects["pods", "triage-a1-old"])
+    await stage.passes(2)
+    assert len(stage.status["attempts"]) == 1, "a pod from before the RayJob is not its own"
+    assert stage.status["phase"] == "Provisioning"
+
+
+async def test_a_pod_whose_end_no_watch_told_holds_nobody_up_and_fails_nobody() -> None:
+    stage = Stage()
+    await stage.passes(3)
+    stage.kuberay("Initializing")
+    stage.pod("triage-a1-head", **waiting("InvalidImageName"))
+    stage.api.remove("pods", "triage-a1-head", told=False)
+    await stage.passes(2)
+    assert stage.status["phase"] == "Provisioning"
+    assert stage.api.sightings.pods(KEY[0], {"finetune.dev/job": KEY[1]}) == []
+
+
+async def test_a_creation_whose_answer_was_lost_is_found_whatever_the_user_does_next() -> None:
+    """The RayJob exists, no watch has told, and the user suspends the job."""
+    stage = Stage()
+    await stage.passes()
+    stage.api.after = failing("POST", "rayjobs", UnavailableError)
+    await stage.passes()
+    assert stage.status["reason"] == "RayJobNotCreated"
+    stage.api.after = lambda method, path: None
+    stage.api.put(stage.job | {"spec": stage.job["spec"] | {"suspend": True}})
+    await stage.passes(4)
+    assert stage.api.named("rayjobs") == []
+    assert stage.status["phase"] == "Suspended"
+    stage.api.put(stage.job | {"spec": stage.job["spec"] | {"suspend": False}})
+    await stage.passes(4)
+    assert stage.api.named("rayjobs") == ["triage-a2"]
+
+
+async def test_a_new_operator_that_has_heard_of_no_rayjob_yet_does_not_end_an_attempt_over_it() -> None:
+    stage = Stage()
+    await stage.passes()
+    stage.api.put({"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {
+        "name": "triage-a1", "ownerReferences": [{"kind": "FineTuneJob", "name": "triage", "uid": "0123abcd-1111"}],
+    }}, told=False)  # fmt: skip
+    stage.api.put(
+        stage.job | {"metadata": stage.job["metadata"] | {"annotations": {"finetune.dev/action": "cancel"}}}
+    )
+    await stage.passes(4)
+    assert stage.status["phase"] == "Cancelled"
+    assert stage.api.named("rayjobs") == []
+
+
+async def test_a_configmap_of_somebody_else_is_not_taken_over() -> None:
+    stage = Stage()
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "triage-a1"},
+        "data": {"mine": "1"},
+    }
+    stage.api.put(theirs)
+    await stage.passes(4)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Failed", "BadConfig")
+    assert "ConfigMap triage-a1 exists and belongs to someone else" in stage.status["message"]
+    kept = stage.api.objects["configmaps", "triage-a1"]
+    assert kept["data"] == {"mine": "1"}
+    assert "ownerReferences" not in kept["metadata"]
+
+
+async def test_an_upstream_of_which_old_news_are_kept_is_looked_up_before_the_job_fails() -> None:
+    stage = Stage(model={"fineTuneJobRef": {"name": "base"}})
+    upstream = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "base"}}
+    stage.api.put({**upstream, "spec": {}, "status": {"phase": "Failed", "reason": "Lost"}})
+    stage.api.put({**upstream, "spec": {}, "status": {"phase": "Running"}}, told=False)  # made anew
+    await stage.passes(2)
+    assert stage.status["phase"] == "Pending"
+
+
+async def test_a_webhook_that_is_away_is_told() -> None:
+    stage = Stage()
+    await stage.passes()
+    webhook = 'failed calling webhook "pods.acme.io"'
+    stage.api.before = failing("POST", "rayjobs", lambda path: UnavailableError(f"{path}: {webhook}"))
+    await stage.passes(2)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Provisioning", "RayJobNotCreated")
+    assert webhook in stage.status["message"]
+    stage.api.before = lambda method, path: None
+    await stage.passes()
+    assert stage.api.named("rayjobs") == ["triage-a1"]
+
+
+async def test_a_pod_that_the_cluster_took_away_is_remembered_when_it_is_gone() -> None:
+    """KubeRay tells of the end when the pod has been deleted: an abrupt loss of a node is a preemption all the same."""
+    stage = await running()
+    disrupted = [{"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}]
+    stage.pod("triage-a1-head", conditions=disrupted)
+    stage.api.remove("pods", "triage-a1-head")
+    stage.api.time = stage.api.time.replace(minute=10)
+    stage.kuberay("Failed", "RUNNING", reason="AppFailed", message="head pod is gone")
+    await stage.passes()
+    attempt = stage.status["attempts"][-1]
+    assert attempt["class"] == "Preempted"
+    assert "DeletionByTaintManager" in attempt["message"]
+
+
+async def test_the_latest_report_of_a_job_is_forgotten_with_its_end() -> None:
+    stage = await succeeded()
+    assert stage.mailbox.latest(KEY, uid="0123abcd-1111", attempt=1) == (None, None)
+
+
+async def test_a_rayjob_that_became_invalid_while_it_ran_is_taken_down_after_the_end() -> None:
+    stage = await running()
+    stage.kuberay("ValidationFailed", "RUNNING")
+    stage.report(result("Succeeded", 0, "done", step=10, artifact=ARTIFACT))
+    await stage.passes()
+    assert stage.status["phase"] == "Succeeded"
+    stage.api.time = stage.api.time.replace(minute=59)
+    await stage.passes(2)
+    assert stage.api.named("rayjobs") == []
