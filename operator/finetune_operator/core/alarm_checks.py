@@ -11,7 +11,6 @@ from finetune_operator.core.analysis_plans import DriftPlan, SampleRatioPlan
 from finetune_operator.core.eprocesses import e_value
 from finetune_operator.core.evidence import Evidence, Stratum
 from finetune_operator.core.reports import rounded
-from finetune_operator.core.tallies import REQUESTS
 
 SAMPLE_RATIO = "sample-ratio"
 DRIFT = "drift"
@@ -97,8 +96,9 @@ def _share_change(evidence: Evidence, signal: str, plan: DriftPlan) -> str | Non
     for stratum in evidence.strata:
         pair = []
         for tally in (stratum.arm(Arm.STABLE), _answers(stratum)):
-            hits = tallies.count(tally, f"events/{signal}")
-            pair.append(sequences.Moments(n=tallies.count(tally, REQUESTS), total=hits, squares=hits))
+            hits = tallies.count(tally, tallies.event(signal))
+            looked_at = tallies.count(tally, tallies.watched(signal))
+            pair.append(sequences.Moments(n=looked_at, total=hits, squares=hits))
         strata.append((pair[0], pair[1]))
     found = sequences.compare(strata)
     if found is None or min(found.stable_n, found.candidate_n) < plan.min_samples_per_arm:
@@ -106,9 +106,8 @@ def _share_change(evidence: Evidence, signal: str, plan: DriftPlan) -> str | Non
     half = sequences.radius(found.standard_error, n=found.effective_n, alpha=plan.alpha)
     if abs(found.estimate) < max(plan.max_share_change, half):
         return None
-    return (
-        f"{signal} in {found.candidate_mean:.1%} of its answers, {found.stable_mean:.1%} of the stable ones"
-    )
+    name = signal.partition(":")[0]
+    return f"{name} in {found.candidate_mean:.1%} of its answers, {found.stable_mean:.1%} of the stable ones"
 
 
 def _answers(stratum: Stratum) -> tallies.Tally:

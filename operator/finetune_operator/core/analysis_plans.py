@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from finetune_operator.api.adapterdeployment_analysis import (
@@ -21,12 +22,18 @@ class GuardrailPlan:
     """A kind of harm that the candidate must not do more of."""
 
     name: str
-    """Also the name of the signal that the routers count."""
     event: SignalEvent = SignalEvent.ERROR
     threshold: float | None = None
     """Seconds, for ttft_over and latency_over."""
     alpha: float = 0.01
     """Probability of a false abort, before it is shared among the guardrails."""
+
+    @property
+    def signal(self) -> str:
+        """Name under which routers and evidence count it. What counts is part of it: with another threshold it is
+        another thing, and what was counted of the former proves nothing."""
+        limit = "" if self.threshold is None else f":{self.threshold:g}"
+        return f"{self.name}:{self.event}{limit}"
 
 
 @dataclass(frozen=True)
@@ -78,19 +85,26 @@ class AnalysisPlan:
     dry_run: frozenset[str] = frozenset()
     """Checks that are only shown. They take no share of the guardrails' alpha."""
 
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of everything that is counted by answers."""
+        drifting = self.drift.signals if self.drift else ()
+        return tuple(dict.fromkeys([*(guardrail.signal for guardrail in self.guardrails), *drifting]))
+
 
 def plan_analysis(spec: AnalysisSpec, *, sticky: bool = True) -> AnalysisPlan:
     """The plan that a spec asks for. `sticky` is whether users keep their side (spec.traffic.stickiness)."""
+    guardrails = tuple(
+        GuardrailPlan(
+            name=guardrail.name,
+            event=guardrail.event,
+            threshold=None if guardrail.threshold is None else parse_seconds(guardrail.threshold),
+            alpha=guardrail.alpha,
+        )
+        for guardrail in spec.guardrails
+    )
     return AnalysisPlan(
-        guardrails=tuple(
-            GuardrailPlan(
-                name=guardrail.name,
-                event=guardrail.event,
-                threshold=None if guardrail.threshold is None else parse_seconds(guardrail.threshold),
-                alpha=guardrail.alpha,
-            )
-            for guardrail in spec.guardrails
-        ),
+        guardrails=guardrails,
         objectives=tuple(
             ObjectivePlan(
                 name=objective.name,
@@ -110,7 +124,7 @@ def plan_analysis(spec: AnalysisSpec, *, sticky: bool = True) -> AnalysisPlan:
         else DriftPlan(
             max_psi=spec.drift.max_psi,
             min_samples_per_arm=spec.drift.min_samples_per_arm,
-            signals=_drift_signals(spec),
+            signals=_drift_signals(guardrails),
         ),
         dry_run=frozenset(spec.dry_run),
     )
@@ -125,12 +139,7 @@ def parse_seconds(text: str) -> float:
     raise ValueError(f"threshold {text!r} is not a time; write it as 800ms or 2s")
 
 
-def _drift_signals(spec: AnalysisSpec) -> tuple[str, ...]:
-    """Names under which the routers count what drift looks at: a guardrail's own name where one has that event."""
-    names = []
-    for event in DRIFT_SIGNALS:
-        declared = [guardrail.name for guardrail in spec.guardrails if guardrail.event is event]
-        taken = any(guardrail.name == event.value for guardrail in spec.guardrails)
-        if declared or not taken:
-            names.append(declared[0] if declared else event.value)
-    return tuple(names)
+def _drift_signals(guardrails: Iterable[GuardrailPlan]) -> tuple[str, ...]:
+    """Names under which the routers count what drift looks at: a guardrail's where one has that event."""
+    declared = {guardrail.event: guardrail.signal for guardrail in reversed(tuple(guardrails))}
+    return tuple(declared.get(event, event.value) for event in DRIFT_SIGNALS)

@@ -70,7 +70,7 @@ class Evidence:
     """For the sample ratio."""
     block: Block = Block()
     harm: Mapping[str, HarmProcess] = field(default_factory=dict)
-    """By guardrail."""
+    """By signal of a guardrail."""
 
     def total(self, arm: Arm) -> Tally:
         """All that was counted of an arm."""
@@ -112,6 +112,7 @@ def fold(
             samples += [s for s in epoch.samples if s.alias == alias and s.comparison == comparison]
         epochs = epochs.with_instance(router.instance)
     gained = {arm: tallies.add_all(gain.get(arm, {}) for gain in gains) for arm in Arm}
+    evidence = _without_strangers(evidence, plan)
     evidence = _with_keys(evidence, gained, samples, plan=plan, latest=new)
     evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), _asked_for(gained, plan))
     return _with_block(evidence, gained, plan)
@@ -164,16 +165,46 @@ def _with_keys(
 
 
 def _asked_for(gained: Mapping[Arm, Tally], plan: AnalysisPlan) -> dict[Arm, Tally]:
-    """The gains without feedback that no objective asks for: clients choose those names, and room is scarce."""
+    """The gains without what the plan does not ask for: clients choose the names of feedback, and room is scarce. With
+    the answers during which each signal was counted, because a guardrail may be younger than the rollout."""
     scores = {f"scores/{objective.metric}" for objective in plan.objectives}
-    return {
-        arm: {
+    events = {tallies.event(signal) for signal in plan.signals}
+    found: dict[Arm, Tally] = {}
+    for arm, tally in gained.items():
+        kept = {
             name: number
             for name, number in tally.items()
-            if not name.startswith("scores/") or name.rpartition("/")[0] in scores
+            if (not name.startswith("scores/") or name.rpartition("/")[0] in scores)
+            and (not name.startswith("events/") or name in events)
         }
-        for arm, tally in gained.items()
-    }
+        requests = tally.get(REQUESTS, 0)
+        found[arm] = kept | (
+            {tallies.watched(signal): requests for signal in plan.signals} if requests else {}
+        )
+    return found
+
+
+def _without_strangers(evidence: Evidence, plan: AnalysisPlan) -> Evidence:
+    """Without what was counted for guardrails that the plan has no longer, or has with another event or threshold."""
+    signals = {guardrail.signal for guardrail in plan.guardrails}
+    if not evidence.harm or evidence.harm.keys() == signals:
+        return evidence
+    wanted = {name for signal in plan.signals for name in (tallies.event(signal), tallies.watched(signal))}
+
+    def cleaned(tally: Tally) -> dict[str, float]:
+        return {
+            name: number
+            for name, number in tally.items()
+            if name in wanted or not name.startswith(tallies.BY_SIGNAL)
+        }
+
+    strata = tuple(
+        Stratum(stratum.weight, {arm: cleaned(tally) for arm, tally in stratum.arms.items()})
+        for stratum in evidence.strata
+    )
+    harm = {signal: process for signal, process in evidence.harm.items() if signal in signals}
+    # What waits to be judged together was counted by the former plan, too.
+    return replace(evidence, strata=strata, harm=harm, block=Block())
 
 
 def _with_strata(evidence: Evidence, gained: Mapping[Arm, Tally]) -> Evidence:
@@ -197,8 +228,8 @@ def _joined(first: Mapping[Arm, Tally], second: Mapping[Arm, Tally]) -> dict[Arm
 
 def _with_block(evidence: Evidence, gained: Mapping[Arm, Tally], plan: AnalysisPlan) -> Evidence:
     """The guardrails' processes after the gains, which are judged as soon as enough requests are together."""
-    names = [guardrail.name for guardrail in plan.guardrails]
-    counted = [REQUESTS, *(f"events/{name}" for name in names)]
+    names = [guardrail.signal for guardrail in plan.guardrails]
+    counted = [REQUESTS, *(tallies.event(name) for name in names)]
     exposed = tallies.add_all(gained.get(arm, {}) for arm in EXPOSED)
     block = Block(
         stable=_sums(evidence.block.stable, gained.get(Arm.STABLE, {}), names=counted),
@@ -209,9 +240,11 @@ def _with_block(evidence: Evidence, gained: Mapping[Arm, Tally], plan: AnalysisP
         return replace(evidence, block=block, harm=harm)
     share = block.exposed.get(REQUESTS, 0) / block.requests
     for name in names:
-        failures = block.exposed.get(f"events/{name}", 0)
+        failures = block.exposed.get(tallies.event(name), 0)
         harm[name] = harm[name].after(
-            failures=failures + block.stable.get(f"events/{name}", 0), exposed_failures=failures, share=share
+            failures=failures + block.stable.get(tallies.event(name), 0),
+            exposed_failures=failures,
+            share=share,
         )
     return replace(evidence, block=Block(), harm=harm)
 

@@ -13,7 +13,7 @@ from finetune_operator.api.adapterdeployment_traffic import (
 )
 from finetune_operator.api.routes import HeaderMatch, Pin, Route, Signal, SignalEvent, Target
 from finetune_operator.core import rollout_adapters as adapters
-from finetune_operator.core.analysis_plans import parse_seconds, plan_analysis
+from finetune_operator.core.analysis_plans import plan_analysis
 from finetune_operator.core.rollout_facts import Observed
 from finetune_operator.core.rollout_turns import Turn
 
@@ -85,20 +85,15 @@ def _salt(turn: Turn) -> str:
 
 def _signals(turn: Turn) -> tuple[Signal, ...]:
     """What the routers count: for the guardrails, and what drift compares beside them."""
-    analysis = turn.spec.analysis
+    plan = plan_analysis(turn.spec.analysis)
     signals = [
-        Signal(
-            name=guardrail.name,
-            event=guardrail.event,
-            threshold=None if guardrail.threshold is None else parse_seconds(guardrail.threshold),
-        )
-        for guardrail in analysis.guardrails
+        Signal(name=guardrail.signal, event=guardrail.event, threshold=guardrail.threshold)
+        for guardrail in plan.guardrails
     ]
-    drift = plan_analysis(analysis).drift
     names = {signal.name for signal in signals}
     signals += [
         Signal(name=name, event=SignalEvent(name))
-        for name in (drift.signals if drift else ())
+        for name in (plan.drift.signals if plan.drift else ())
         if name not in names
     ]
     return tuple(signals)

@@ -27,7 +27,6 @@ from finetune_operator.core.evidence import Evidence, Stratum, fold
 from finetune_operator.core.evidence_json import from_json, to_json
 from finetune_operator.core.objective_checks import assess_objective
 from finetune_operator.core.reports import rounded
-from finetune_operator.core.tallies import REQUESTS
 
 __all__ = [
     "DRIFT",
@@ -85,12 +84,12 @@ def assess(evidence: Evidence, plan: AnalysisPlan, *, weight: float) -> Assessme
 
 
 def _assess_guardrail(evidence: Evidence, plan: GuardrailPlan, *, tests: int, dry_run: bool | None) -> Check:
-    spans = [_span(stratum, f"events/{plan.name}") for stratum in evidence.strata]
+    spans = [_span(stratum, plan.signal) for stratum in evidence.strata]
     # Of the time before the candidate answered, nothing is shown: it is no part of the comparison.
     spans = [span for span in spans if span[0].candidate] or spans
     n = PerArm(stable=sum(n.stable for n, _ in spans), candidate=sum(n.candidate for n, _ in spans))
     failures = PerArm(stable=sum(f.stable for _, f in spans), candidate=sum(f.candidate for _, f in spans))
-    process = evidence.harm.get(plan.name, HarmProcess())
+    process = evidence.harm.get(plan.signal, HarmProcess())
     needed = eprocesses.log_threshold(plan.alpha, tests=tests)
     rates = f"{_rate(failures.candidate, n.candidate)} of the candidate, {_rate(failures.stable, n.stable)} of stable"
     if process.log_peak >= needed:
@@ -113,12 +112,13 @@ def _assess_guardrail(evidence: Evidence, plan: GuardrailPlan, *, tests: int, dr
     )
 
 
-def _span(stratum: Stratum, event: str) -> tuple[PerArm, PerArm]:
-    """Requests and events of one stratum; the candidate's with those of the shadow."""
+def _span(stratum: Stratum, signal: str) -> tuple[PerArm, PerArm]:
+    """Answers that were looked at for the signal and those that had it, of one stratum; the candidate's with those of
+    the shadow."""
     candidate = tallies.add(stratum.arm(Arm.CANDIDATE), stratum.arm(Arm.SHADOW))
     n, failures = (
         PerArm(stable=tallies.count(stratum.arm(Arm.STABLE), name), candidate=tallies.count(candidate, name))
-        for name in (REQUESTS, event)
+        for name in (tallies.watched(signal), tallies.event(signal))
     )
     return n, failures
 

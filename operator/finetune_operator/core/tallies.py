@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from finetune_operator.api import routes
 from finetune_operator.core.sequences import Moments
 
-# Names: `requests`, `fallbacks`, `events/<signal>`, `lengths/<bin>`, and for each quantity `<quantity>/n`,
+# Names: `requests`, `fallbacks`, `events/<signal>`, `watched/<signal>` (requests while that signal was counted; only in
+# evidence), `lengths/<bin>`, and for each quantity `<quantity>/n`,
 # `<quantity>/sum`, `<quantity>/squares`. A quantity is `seconds`, `ttft_seconds`, `completion_tokens` or
 # `scores/<metric>`.
 Tally = Mapping[str, float]
@@ -19,10 +20,23 @@ SUM_DIGITS = 10
 SIGNED = ("/sum", "/squares")  # may shrink: a later feedback value replaces the former
 
 
+BY_SIGNAL = ("events/", "watched/")
+
+
+def event(signal: str) -> str:
+    """Where answers that had the signal are counted."""
+    return f"events/{signal}"
+
+
+def watched(signal: str) -> str:
+    """Where answers are counted that were looked at for the signal."""
+    return f"watched/{signal}"
+
+
 def tally_of(arm: routes.ArmCounters) -> dict[str, float]:
     """The arm's counters as a tally; zeros are left out."""
     numbers: dict[str, float] = {REQUESTS: arm.requests, "fallbacks": arm.fallbacks}
-    numbers.update({f"events/{name}": count for name, count in arm.events.items()})
+    numbers.update({event(name): count for name, count in arm.events.items()})
     numbers.update({f"lengths/{index}": count for index, count in enumerate(arm.length_histogram)})
     quantities = {
         "seconds": arm.seconds,

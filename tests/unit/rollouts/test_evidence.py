@@ -95,6 +95,19 @@ def test_proof_of_harm_counts_though_evidence_is_missing_now() -> None:
     assert world.status.reason == "GuardrailBreached"
 
 
+def test_a_guardrail_with_another_threshold_is_another_signal_for_the_routers() -> None:
+    guardrails = [{"name": "slow", "event": "ttft_over", "threshold": "100ms"}]
+    world = canary(analysis={"guardrails": guardrails, "drift": {}}, steps=[{"setWeight": 10}, {"pause": {}}])
+
+    def signals() -> dict[str, float | None]:
+        route = world.routing.route
+        return {signal.name: signal.threshold for signal in route.signals} if route else {}
+
+    assert signals() == {"slow:ttft_over:0.1": 0.1, "truncated": None, "refusal": None}
+    world.edit(lambda spec: spec["analysis"]["guardrails"][0].update(threshold="60s")).run(5)
+    assert signals() == {"slow:ttft_over:60": 60.0, "truncated": None, "refusal": None}
+
+
 # ---------------------------------------------------------------- alarms
 
 

@@ -14,10 +14,11 @@ from finetune_operator.api.routes import (
     Moments,
     RouterCounters,
 )
-from finetune_operator.core.statistics import AnalysisPlan, Evidence, fold
+from finetune_operator.core.statistics import AnalysisPlan, Evidence, GuardrailPlan, fold
 
 ALIAS, STABLE, CANDIDATE, COMPARISON = "support", "aaaaaaaa", "bbbbbbbb", "bbbbbbbb:1"
 REVISIONS = {Arm.STABLE: STABLE, Arm.CANDIDATE: CANDIDATE, Arm.SHADOW: CANDIDATE}
+ERRORS = GuardrailPlan(name="errors").signal
 _numbers = itertools.count(1)
 
 
@@ -81,7 +82,7 @@ def arm_counters(
         arm=arm,
         revision=revision or REVISIONS[arm],
         requests=requests,
-        events={"errors": errors} if events is None else events,
+        events={ERRORS: errors} if events is None else events,
         seconds=seconds or Moments(),
         scores=scores or {},
         length_histogram=tuple(lengths),
@@ -150,7 +151,7 @@ def counted(evidence: Evidence) -> dict[Arm, tuple[int, int]]:
     """(requests, errors) by arm, for the arms that were counted."""
     totals = {arm: evidence.total(arm) for arm in Arm}
     return {
-        arm: (int(total.get("requests", 0)), int(total.get("events/errors", 0)))
+        arm: (int(total.get("requests", 0)), int(total.get(f"events/{ERRORS}", 0)))
         for arm, total in totals.items()
         if total
     }

@@ -31,13 +31,13 @@ def check_of(
     arm: Arm = Arm.CANDIDATE,
     keys: int = 0,
 ) -> Check:
-    evidence = folded(None, answer())
+    evidence = folded(None, answer(), plan=PLAN)
     told = answer(
         arm_counters(Arm.STABLE, requests=sum(stable), lengths=stable, events=events[0]),
         arm_counters(arm, requests=sum(candidate), lengths=candidate, events=events[1]),
         samples=[key_sample(range(10_000, 10_000 + keys), range(keys))] if keys else [],
     )
-    check = assess(folded(evidence, told), PLAN, weight=10.0).drift
+    check = assess(folded(evidence, told, plan=PLAN), PLAN, weight=10.0).drift
     assert check is not None
     return check
 

@@ -12,6 +12,7 @@ from finetune_operator.core.evidence import MAX_STRATA
 from finetune_operator.core.key_places import MAX_KEYS
 from finetune_operator.core.statistics import AnalysisPlan, ObjectivePlan, from_json, to_json
 from tests.unit.statistics.fleets import (
+    ERRORS,
     Router,
     answer,
     arm_counters,
@@ -256,7 +257,7 @@ class Account:
     def hear(self, answers: list[RouterCounters]) -> None:
         for told in answers:
             for epoch in told.epochs:
-                numbers = {arm.arm: (arm.requests, arm.events["errors"]) for arm in epoch.arms}
+                numbers = {arm.arm: (arm.requests, arm.events[ERRORS]) for arm in epoch.arms}
                 if epoch.epoch not in self.lasts:
                     self.starts[epoch.epoch] = {} if told.instance in self.instances else numbers
                 self.lasts[epoch.epoch] = numbers

@@ -16,7 +16,7 @@ from finetune_operator.api.adapterdeployment_analysis import (
     ObjectiveTest,
 )
 from finetune_operator.api.adapterdeployment_status import Check, CheckPhase, PerArm
-from finetune_operator.api.routes import Arm, Moments
+from finetune_operator.api.routes import Arm, Moments, RouterCounters, SignalEvent
 from finetune_operator.core import analysis_plans
 from finetune_operator.core.statistics import (
     AnalysisPlan,
@@ -24,7 +24,9 @@ from finetune_operator.core.statistics import (
     GuardrailPlan,
     ObjectivePlan,
     assess,
+    from_json,
     plan_analysis,
+    to_json,
 )
 from tests.unit.statistics.fleets import answer, arm_counters, both, folded
 
@@ -70,6 +72,51 @@ def test_without_both_sides_nothing_is_said(
 ) -> None:
     check = guardrail((stable, candidate))
     assert (check.phase, check.message, check.estimate) == (phase, message, None)
+
+
+def slow(threshold: float) -> AnalysisPlan:
+    return AnalysisPlan(guardrails=(GuardrailPlan("slow", SignalEvent.TTFT_OVER, threshold),))
+
+
+def test_a_guardrail_with_another_threshold_begins_anew() -> None:
+    tight, wide = slow(0.1), slow(60.0)
+
+    def told(stable: int, candidate: int, tight_events: int, wide_events: int) -> RouterCounters:
+        counted = {tight.signals[0]: tight_events, wide.signals[0]: wide_events}
+        return answer(
+            arm_counters(Arm.STABLE, requests=stable, events={tight.signals[0]: 1}),
+            arm_counters(Arm.CANDIDATE, requests=candidate, events=counted),
+        )
+
+    evidence = folded(None, told(0, 0, 0, 0), plan=tight)
+    evidence = folded(evidence, told(1_000, 100, 90, 0), plan=tight)
+    assert assess(evidence, tight, weight=10).guardrails[0].phase is CheckPhase.FAILED
+    evidence = folded(evidence, told(1_000, 100, 90, 0), plan=wide)
+    check = assess(evidence, wide, weight=10).guardrails[0]
+    assert (check.phase, check.n, check.e_value) == (
+        CheckPhase.INCONCLUSIVE,
+        PerArm(stable=0, candidate=0),
+        1.0,
+    )
+    evidence = folded(evidence, told(2_000, 200, 90, 1), plan=wide)
+    check = assess(evidence, wide, weight=10).guardrails[0]
+    assert (check.n, check.failures) == (PerArm(stable=1_000, candidate=100), PerArm(stable=0, candidate=1))
+    assert from_json(to_json(evidence)) == evidence
+    back = assess(folded(evidence, told(2_000, 200, 90, 1), plan=tight), tight, weight=10).guardrails[0]
+    assert back.phase is CheckPhase.INCONCLUSIVE, "what was given up is not remembered"
+
+
+def test_a_guardrail_that_is_added_counts_from_then_on_and_leaves_the_others() -> None:
+    both_plans = AnalysisPlan(guardrails=(GuardrailPlan("errors"), *slow(2.0).guardrails))
+    evidence = folded(folded(None, START), both((1_000, 3), (100, 1)))
+    evidence = folded(evidence, both((1_000, 3), (100, 1)), plan=both_plans)
+    evidence = folded(evidence, both((1_500, 3), (150, 1)), plan=both_plans)
+    errors, added = assess(evidence, both_plans, weight=10).guardrails
+    assert (errors.n, errors.failures) == (
+        PerArm(stable=1_500, candidate=150),
+        PerArm(stable=3, candidate=1),
+    )
+    assert added.n == PerArm(stable=500, candidate=50)
 
 
 def test_equal_rates_are_no_proof() -> None:
@@ -246,7 +293,7 @@ def test_a_plan_is_what_the_spec_says() -> None:
     ]  # fmt: skip
     assert plan.objectives == (replace(HELPFUL, test=ObjectiveTest.SUPERIORITY, margin=0.01),)
     assert plan.drift is not None
-    assert (plan.drift.max_psi, plan.drift.signals) == (0.3, ("truncated", "says-no"))
+    assert (plan.drift.max_psi, plan.drift.signals) == (0.3, ("truncated", "says-no:refusal"))
     assert (plan.sample_ratio.sticky, plan.sample_ratio.alpha) == (False, 0.001)
     assert plan.dry_run == {"slow"}
     assert plan_analysis(AnalysisSpec()).drift is None
