@@ -3,7 +3,8 @@
 `make e2e-cluster` runs these against whatever KUBECONFIG names. Settings, all from the environment:
 FINETUNE_E2E_OPERATOR_IMAGE, FINETUNE_E2E_TRAINER_IMAGE: references that the nodes can pull or have;
 FINETUNE_E2E_HOST_PATH: a folder of the one node for the volume, where the cluster has no default StorageClass;
-FINETUNE_E2E_KUBELET_PID: the one node's kubelet, where it is a process of this machine.
+FINETUNE_E2E_KUBELET_PID: the one node's kubelet, where it is a process of this machine;
+FINETUNE_E2E_RAY_IMAGE: an image with Ray and without our trainer, for a job that fails at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import pytest
 
 from tests.clients import Kubectl
 from tests.cluster.objects import NAMESPACE, SYSTEM, Settings, claim, enforce, prepare, volume
+from tests.cluster.stories import Stage
+from tests.cluster.watching import Watcher, watch
 from tests.integration.chart.helm import helm
 from tools.chart_pages import CHART, NAME, ROOT
 
@@ -70,3 +73,23 @@ def team(settings: Settings, installed: Kubectl) -> Kubectl:
     kubectl.apply(claim(settings.host_path is not None))
     prepare(kubectl, settings.trainer_image)
     return kubectl
+
+
+@pytest.fixture(scope="session")
+def watcher(settings: Settings, installed: Kubectl) -> Iterator[Watcher]:
+    """Watches the jobs from the first to the last."""
+    del installed  # it brings the CRD
+    with watch(settings.kubeconfig, NAMESPACE, processes=settings.kubelet is not None) as watcher:
+        yield watcher
+
+
+@pytest.fixture(autouse=True)
+def nothing_twice(watcher: Watcher) -> Iterator[None]:
+    """Around each test: no attempt runs twice or beside another, and what has ended stays ended."""
+    yield
+    watcher.check()
+
+
+@pytest.fixture(scope="session")
+def stage(team: Kubectl, settings: Settings, watcher: Watcher) -> Stage:
+    return Stage(team, settings, watcher)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from finetune_operator.manifests import pods
+from finetune_operator.manifests import naming, pods
 from tests import tiny
 from tests.clients import Json, Kubectl, KubectlError
 from tools import chart_pages
@@ -19,6 +19,10 @@ NAMESPACE = "finetune-e2e"
 PREPARE_SECONDS = 240
 JOB_SECONDS = 420  # two cores: starting Ray and importing PyTorch takes a minute
 LONG: Json = {"maxSteps": 2000, "globalBatchSize": 8, "maxLength": 64, "learningRate": 0.01}
+NOWHERE: Json = {"sources": [{"uri": "pvc://files/nowhere.jsonl"}]}
+MANY_ROWS: Json = {"sources": [{"uri": "pvc://files/many.jsonl"}], "split": {"eval": 0.5}}
+"""Their evaluation takes a while."""
+KINDS = "rayjobs,rayclusters,jobs,pods,services,endpointslices,configmaps,secrets,serviceaccounts,roles,rolebindings"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Settings:
     host_path: Path | None
     kubelet: int | None
     """PID of the one node's kubelet, where it is a process of this machine."""
+    ray_image: str | None
+    """An image with Ray and without our trainer."""
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> Self:
@@ -42,6 +48,7 @@ class Settings:
             trainer_image=environ["FINETUNE_E2E_TRAINER_IMAGE"],
             host_path=Path(host_path) if host_path else None,
             kubelet=int(kubelet) if kubelet else None,
+            ray_image=environ.get("FINETUNE_E2E_RAY_IMAGE") or None,
         )
 
     @property
@@ -152,7 +159,8 @@ def prepare(kubectl: Kubectl, image: str) -> None:
     """The tiny model and its rows, made in the cluster, so that nothing has to be copied into a volume."""
     script = inspect.getsource(tiny) + (
         "\n\nbuild_model(Path('/files/tiny'))\n"
-        "write_jsonl(Path('/files/chat.jsonl'), chat_rows(), times=8)\nprint('prepared')\n"
+        "write_jsonl(Path('/files/chat.jsonl'), chat_rows(), times=8)\n"
+        "write_jsonl(Path('/files/many.jsonl'), chat_rows(), times=100)\nprint('prepared')\n"
     )
     assert "prepared" in run_pod(kubectl, "prepare", image, script, seconds=PREPARE_SECONDS)
 
@@ -181,6 +189,24 @@ def head_pod(kubectl: Kubectl, name: str) -> Json:
     found = kubectl.items("pods", "-l", f"finetune.dev/job={name}")
     (pod,) = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
     return pod
+
+
+def left(kubectl: Kubectl, job: str) -> list[str]:
+    """What is in the cluster of a job that was deleted."""
+    names = kubectl("get", KINDS, "-o", "name").split()
+    return [name for name in names if name.partition("/")[2].startswith(f"{job}-")]
+
+
+def delete(kubectl: Kubectl, job: str) -> None:
+    """Delete a job and see that nothing of it stays. A trainer may save a checkpoint first."""
+    kubectl("delete", "ftj", job, "--wait", "--timeout=60s")
+    wait_for(f"nothing left of {job}", lambda: not left(kubectl, job), seconds=150)
+
+
+def run_in_head(kubectl: Kubectl, job: str, script: str) -> str:
+    """What a Python script prints in the head pod's container."""
+    pod = head_pod(kubectl, job)["metadata"]["name"]
+    return kubectl("exec", pod, "-c", naming.HEAD_CONTAINER, "--", "python", "-c", script)
 
 
 def leader(system: Kubectl) -> str:

@@ -1,0 +1,128 @@
+"""Stories of one job each. Those that leave the rest of the cluster alone are played together: most is waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from tests.clients import Json, Kubectl
+from tests.cluster.objects import (
+    JOB_SECONDS,
+    LONG,
+    NOWHERE,
+    Settings,
+    delete,
+    head_pod,
+    job,
+    run_in_head,
+)
+from tests.cluster.watching import Watcher
+
+AT_ONCE = 3  # on two cores
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a story needs."""
+
+    team: Kubectl
+    settings: Settings
+    watcher: Watcher
+
+    def runs_once(self, name: str, attempts: int) -> None:
+        """Each of the attempts was started once, where its processes can be seen."""
+        if self.settings.kubelet is not None:
+            seen = [self.watcher.trainers(name, number + 1) for number in range(attempts)]
+            assert seen == [1] * attempts, f"trainers of each attempt: {seen}"
+
+
+Story = Callable[[Stage], None]
+Told = Mapping[Story, Future[None]]
+
+
+@contextlib.contextmanager
+def together(stories: Sequence[Story], stage: Stage) -> Iterator[Told]:
+    """Play the stories, a few at a time; a story's future tells how it ended."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {story: pool.submit(story, stage) for story in stories}
+
+
+def ended(status: Json, phase: str) -> None:
+    assert status["phase"] == phase, json.dumps(status, indent=1)
+
+
+# ---------------------------------------------------------------- in both modes
+
+
+def kill_head(stage: Stage, name: str) -> None:
+    """The head pod is killed without its grace period: the next attempt has lost one interval at most."""
+    interval = 50
+    checkpoint = {"uri": f"pvc://files/checkpoints/{name}", "everySteps": interval}
+    stage.team.apply(job(name, hyperparameters={**LONG, "maxSteps": 300}, checkpoint=checkpoint))
+    stage.team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > interval, seconds=JOB_SECONDS)
+    pod = head_pod(stage.team, name)["metadata"]["name"]
+    stage.team("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
+    costs_one_interval(stage, name, interval)
+
+
+def kill_trainer(stage: Stage, name: str) -> None:
+    """The trainer is killed; its pod and Ray live on."""
+    interval = 50
+    checkpoint = {"uri": f"pvc://files/checkpoints/{name}", "everySteps": interval}
+    stage.team.apply(job(name, hyperparameters={**LONG, "maxSteps": 300}, checkpoint=checkpoint))
+    stage.team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > interval, seconds=JOB_SECONDS)
+    assert "killed" in run_in_head(stage.team, name, KILL)
+    costs_one_interval(stage, name, interval)
+
+
+KILL = """
+import os
+import signal
+
+for number in filter(str.isdigit, os.listdir("/proc")):
+    with open(f"/proc/{number}/cmdline", "rb") as file:
+        words = file.read().split(b"\\0")
+    if any(word.endswith(b"finetune-trainer") for word in words[:2]):
+        os.kill(int(number), signal.SIGKILL)
+        print("killed", number)
+"""
+
+
+def costs_one_interval(stage: Stage, name: str, interval: int) -> None:
+    status = stage.team.finished(name, seconds=2 * JOB_SECONDS)
+    ended(status, "Succeeded")
+    assert len(status["attempts"]) == 2
+    assert status["attempts"][0]["lostSteps"] <= interval
+    assert status["attempts"][1]["resumedFromStep"] >= interval
+    stage.runs_once(name, 2)
+    delete(stage.team, name)
+
+
+def fail_at_once(stage: Stage, name: str) -> None:
+    """The image has no trainer, so the shell ends within milliseconds, twice. The status says so."""
+    if stage.settings.ray_image is None:
+        pytest.skip("needs an image with Ray and without our trainer: FINETUNE_E2E_RAY_IMAGE")
+    resources = {"image": stage.settings.ray_image, "cpu": "500m", "memory": "2Gi"}
+    retry = {"maxInfraRetries": 1, "backoffSeconds": {"min": 1, "max": 1}}
+    stage.team.apply(job(name, resources=resources, retry=retry))
+    status = stage.team.finished(name, seconds=JOB_SECONDS)
+    ended(status, "Failed")
+    assert [one["class"] for one in status["attempts"]] == ["Internal", "Internal"]
+    assert all("exit code 127" in one["message"] for one in status["attempts"]), status["attempts"]
+    delete(stage.team, name)
+
+
+def fail_soon(stage: Stage, name: str) -> None:
+    """The trainer finds no data before it has imported anything: bad data, and no second try."""
+    stage.team.apply(job(name, dataset=NOWHERE))
+    status = stage.team.finished(name, seconds=JOB_SECONDS)
+    ended(status, "Failed")
+    assert status["reason"] == "BadData"
+    assert len(status["attempts"]) == 1
+    stage.runs_once(name, 1)
+    delete(stage.team, name)

@@ -1,0 +1,86 @@
+"""The operator as the chart installs it: it leads, dies, is upgraded and goes, and jobs do not notice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.clients import Json, Kubectl
+from tests.cluster import stories
+from tests.cluster.conftest import install
+from tests.cluster.objects import JOB_SECONDS, LONG, SYSTEM, Settings, job, leader, wait_for
+from tests.cluster.stories import Stage
+from tests.integration.chart.helm import helm
+from tools.chart_pages import NAME
+
+
+def test_the_chart_runs_two_replicas_of_which_one_leads(installed: Kubectl) -> None:
+    deployment = installed.get("deployment", NAME)
+    assert deployment is not None
+    assert deployment["status"]["readyReplicas"] == deployment["spec"]["replicas"] == 2
+    pods = {
+        pod["metadata"]["name"]
+        for pod in installed.items("pods", "-l", "app.kubernetes.io/component=operator")
+    }
+    assert wait_for("a leader", lambda: leader(installed), seconds=30) in pods
+
+
+def test_the_leaders_death_is_not_noticed(stage: Stage, installed: Kubectl) -> None:
+    stage.team.apply(job("unnoticed", hyperparameters={**LONG, "maxSteps": 300}))
+    stage.team.wait_job("unnoticed", lambda s: s.get("phase") == "Running", seconds=JOB_SECONDS)
+    before = leader(installed)
+    installed("delete", "pod", before, "--grace-period=0", "--force", "--wait=false")
+    after = wait_for(
+        "another leader", lambda: leader(installed) if leader(installed) != before else None, seconds=60
+    )
+    assert after != before
+    ends_in_its_first_attempt(stage, "unnoticed")
+
+
+def test_a_kubelet_that_is_away_for_a_minute_costs_nothing(stage: Stage) -> None:
+    """The node gets NotReady and its pods leave their Services; the containers run on."""
+    kubelet = stage.settings.kubelet
+    if kubelet is None:
+        pytest.skip("needs the node's kubelet as a process of this machine: FINETUNE_E2E_KUBELET_PID")
+    stage.team.apply(job("severed", hyperparameters={**LONG, "maxSteps": 600}))
+    stage.team.wait_job("severed", lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=JOB_SECONDS)
+    os.kill(kubelet, signal.SIGSTOP)
+    try:
+        time.sleep(60)
+        node = stage.team.items("nodes")[0]
+        ready = next(one["status"] for one in node["status"]["conditions"] if one["type"] == "Ready")
+    finally:
+        os.kill(kubelet, signal.SIGCONT)
+    assert ready == "Unknown"
+    ends_in_its_first_attempt(stage, "severed")
+
+
+def ends_in_its_first_attempt(stage: Stage, name: str) -> None:
+    status = stage.team.finished(name, seconds=JOB_SECONDS)
+    stories.ended(status, "Succeeded")
+    assert len(status["attempts"]) == 1
+    stage.runs_once(name, 1)
+
+
+def test_an_upgrade_leaves_what_it_generated(installed: Kubectl, settings: Settings) -> None:
+    def secrets() -> dict[str, Json]:
+        names = (f"{NAME}-tls", "finetune-router-secrets")
+        found = {name: installed.get("secret", name) for name in names}
+        return {name: secret["data"] for name, secret in found.items() if secret is not None}
+
+    before = secrets()
+    assert set(before) == {f"{NAME}-tls", "finetune-router-secrets"}
+    install(settings)
+    assert secrets() == before
+
+
+def test_uninstalling_keeps_jobs(team: Kubectl, settings: Settings) -> None:
+    team.apply(job("kept", suspend=True))
+    team.wait_job("kept", lambda s: s.get("phase") == "Suspended", seconds=30)
+    helm("uninstall", NAME, f"--namespace={SYSTEM}", "--wait", *settings.helm_flags)
+    assert team.get("ftj", "kept") is not None
+    team("delete", "ftj", "--all", "--wait", "--timeout=60s")  # no finalizer of ours holds them
+    install(settings)
