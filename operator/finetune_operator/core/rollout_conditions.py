@@ -18,6 +18,7 @@ from finetune_operator.core.conditions import Claim
 from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
 
 NOT_PUBLISHED = "NotPublished"
+UNREADABLE = "InvalidSpec"
 LATE_SECONDS = 15.0  # routers answer within milliseconds, and a restart takes a few seconds
 
 
@@ -53,7 +54,7 @@ def claims(turn: Turn) -> Iterator[Claim]:
     yield _compatible(turn)
     yield _capacity(turn)
     yield _routes_stored(turn)
-    yield _invalid_spec(turn)
+    yield invalid_spec(turn)
 
 
 def available(turn: Turn) -> Claim:
@@ -179,9 +180,16 @@ def _routes_stored(turn: Turn) -> Claim:
     return Claim(kind, True, "Stored", "the ConfigMap finetune-routes has the newest routes")
 
 
-def _invalid_spec(turn: Turn) -> Claim:
+def invalid_spec(turn: Turn) -> Claim:
+    """A step's time stands still while it cannot be read, too."""
     if turn.seen.refusal is not None:
         return Claim(RolloutCondition.INVALID_SPEC, True, "EndpointNotAllowed", turn.seen.refusal)
+    problem = turn.seen.deployment.problem
+    if problem is not None:
+        text = (
+            f"{problem}; correct it. Until then nothing moves; the guardrails that could be read stay armed"
+        )
+        return Claim(RolloutCondition.INVALID_SPEC, True, UNREADABLE, text)
     return Claim(RolloutCondition.INVALID_SPEC, False, "Accepted", "the spec is understood")
 
 

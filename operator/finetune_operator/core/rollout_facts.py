@@ -26,7 +26,8 @@ class DeploymentFacts:
     uid: str
     generation: int
     spec: AdapterDeploymentSpec | None
-    """None where the stored spec cannot be read; `problem` then says why."""
+    """Where the stored one cannot be read (`problem` says why): what was readable last, or as much of it as says who
+    serves whom; None where not even that is known."""
     problem: str | None
     status: AdapterDeploymentStatus
     action: str | None = None

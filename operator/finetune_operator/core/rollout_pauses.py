@@ -67,13 +67,14 @@ def follow_spec(turn: Turn) -> Turn:
 
 
 def stopped_since(status: AdapterDeploymentStatus) -> datetime | None:
-    """Since when the step's time has not counted: something else holds the rollout, or the routers do not do what was
-    recorded."""
+    """Since when the step's time has not counted: something else holds the rollout, the routers do not do what was
+    recorded, or the spec cannot be read."""
     times = [pause.start_time for pause in status.pause_conditions if pause.reason not in OWN]
     times += [
         condition.last_transition_time
         for condition in status.conditions
-        if condition.type == "TrafficRouted" and condition.status == "False"
+        if (condition.type, condition.status) == ("TrafficRouted", "False")
+        or (condition.type, condition.reason) == ("InvalidSpec", "InvalidSpec")
     ]
     return min(times, default=None)
 

@@ -19,10 +19,12 @@ from finetune_operator.core.rollout_conditions import RolloutCondition
 from finetune_operator.core.rollout_facts import Observed
 from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
 
+INVALID_SPEC = rollout.UNREADABLE
+
 
 def traffic(turn: Turn) -> Turn:
-    """TrafficRouted as of the facts, before anything is decided: the clocks of steps read it."""
-    return _claimed(turn, [rollout.traffic_routed(turn)])
+    """What stops the clocks of steps, as of the facts and before anything is decided."""
+    return _claimed(turn, [rollout.traffic_routed(turn), rollout.invalid_spec(turn)])
 
 
 def sum_up(turn: Turn) -> Turn:
@@ -33,7 +35,12 @@ def sum_up(turn: Turn) -> Turn:
     )
     turn = _claimed(turn, list(rollout.claims(turn)))
     reason, message = _story(turn)
-    return turn.update(phase=_phase(turn), reason=reason, message=message[:4000])
+    phase = _phase(turn)
+    if turn.seen.deployment.problem is not None and turn.status.stage not in OVER:
+        claim = rollout.invalid_spec(turn)
+        reason, message = claim.reason, claim.message
+        phase = RolloutPhase.PENDING if turn.first else RolloutPhase.DEGRADED
+    return turn.update(phase=phase, reason=reason, message=message[:4000])
 
 
 def _claimed(turn: Turn, claims: list[Claim]) -> Turn:
@@ -124,7 +131,7 @@ def unreadable(seen: Observed, *, now: datetime) -> AdapterDeploymentStatus:
     """What serves goes on as it is; nothing moves until the spec can be read."""
     problem = seen.deployment.problem or "the spec cannot be read"
     return _invalid(
-        seen, "InvalidSpec", f"{problem}; correct it, and until then everything stays as it is", now=now
+        seen, INVALID_SPEC, f"{problem}; correct it, and until then everything stays as it is", now=now
     )
 
 

@@ -53,7 +53,7 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
         status = statuses.alias_taken(seen, seen.routing.alias_problem, now=now)
         return _announced(seen, Plan(status=status, requeue_after=WATCH_SECONDS), now)
     turn = _look(Turn(seen, deployment.spec, now, deployment.status))
-    turn = _go_on(turn)
+    turn = _go_on(turn) if deployment.problem is None else _stand_still(turn)
     turn = adapters.settle(turn)
     turn = statuses.sum_up(turn)
     return _announced(seen, _plan(turn, deployment.spec), now)
@@ -122,6 +122,12 @@ def _notice_loss(turn: Turn) -> Turn:
 
 def _go_on(turn: Turn) -> Turn:
     """At most one transition."""
+    turn, changed = _urgent(turn)
+    return turn if changed else _follow(turn)
+
+
+def _urgent(turn: Turn) -> tuple[Turn, bool]:
+    """What comes before the spec: harm and people. Whether that moved anything."""
     harm = checks.harm(turn)
     if harm is not None:
         turn = endings.abort(turn, harm.reason, harm.message)
@@ -131,9 +137,16 @@ def _go_on(turn: Turn) -> Turn:
     obeyed = verbs.obey(turn)
     changed = obeyed.status.stage is not turn.status.stage or _position(obeyed) != _position(turn)
     turn = pauses.shift_clocks(checks.refresh_pauses(pauses.follow_spec(obeyed)))
-    if changed or harm is not None:
-        return turn
-    return _follow(turn)
+    return turn, changed or harm is not None
+
+
+def _stand_still(turn: Turn) -> Turn:
+    """The spec cannot be read, and an earlier or a part of it is known: nobody is moved towards the candidate, and the
+    guardrails stay armed."""
+    turn, changed = _urgent(turn)
+    if not changed and turn.status.stage in (Stage.ABORTING, Stage.FINALISING):
+        turn = _stage(turn)
+    return turn
 
 
 def _position(turn: Turn) -> tuple[object, ...]:

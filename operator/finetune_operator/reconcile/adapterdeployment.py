@@ -14,6 +14,7 @@ from finetune_operator.adapters.agents import Agents, Unheard
 from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api import adapterdeployment, finetunejob
+from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, CheckPhase
 from finetune_operator.api.adapterdeployment_strategy import WebhookType
 from finetune_operator.api.base import ACTION_ANNOTATION, API_VERSION
@@ -77,6 +78,8 @@ class AdapterDeploymentReconciler:
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     _written: dict[Key, float] = field(default_factory=dict)
     """When each status was last written, by the clock of the event loop."""
+    _readable: dict[Key, tuple[str, AdapterDeploymentSpec]] = field(default_factory=dict)
+    """The last spec of each deployment (by its uid) that could be read."""
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
@@ -122,12 +125,13 @@ class AdapterDeploymentReconciler:
         self.emergencies.forget(key)
         self.telemetry.rollouts.forget(*key)
         self._written.pop(key, None)
+        self._readable.pop(key, None)
 
     # -- observe
 
     async def _observe(self, key: Key, body: Json) -> Observed:
         """Everything that the decision needs. Engines and job at once: a rollback waits for the slowest of them."""
-        deployment = deployment_facts.deployment_facts(body)
+        deployment = self._deployment(key, body)
         claim = deployment_facts.claim(body)
         self.publisher.claim(claim)
         if deployment.spec is None:
@@ -155,6 +159,14 @@ class AdapterDeploymentReconciler:
             withdrawal=self.emergencies.withdrawal(key),
             told=self.announcer.told(key),
         )
+
+    def _deployment(self, key: Key, body: Json) -> DeploymentFacts:
+        uid = body["metadata"]["uid"]
+        known_uid, known = self._readable.get(key, (uid, None))
+        deployment = deployment_facts.deployment_facts(body, known=known if known_uid == uid else None)
+        if deployment.spec is not None and deployment.problem is None:
+            self._readable[key] = (uid, deployment.spec)
+        return deployment
 
     async def _wanted(self, key: Key, deployment: DeploymentFacts) -> Wanted:
         adapter = deployment.spec.adapter if deployment.spec else None

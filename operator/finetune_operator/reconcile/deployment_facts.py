@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from pydantic import ValidationError
 
 from finetune_operator.adapters import agents
@@ -23,10 +26,13 @@ from finetune_operator.core.rollout_facts import (
 from finetune_operator.reconcile import facts
 from finetune_operator.reconcile.aliases import Claim
 
+# What says which users get which revision from which engines: it is known, or nobody is moved.
+VITAL = frozenset({"alias", "baseModelRef", "adapter", "serving", "traffic"})
 
-def deployment_facts(body: Json) -> DeploymentFacts:
+
+def deployment_facts(body: Json, *, known: AdapterDeploymentSpec | None = None) -> DeploymentFacts:
     """The facts of an AdapterDeployment. A spec that an older or newer CRD let through becomes a problem, not an
-    error."""
+    error; `known` is the one that could be read before."""
     metadata = body["metadata"]
     spec: AdapterDeploymentSpec | None = None
     problem: str | None = None
@@ -34,6 +40,7 @@ def deployment_facts(body: Json) -> DeploymentFacts:
         spec = AdapterDeploymentSpec.model_validate(body.get("spec", {}))
     except ValidationError as error:
         problem = facts.spec_problem(error)
+        spec = known or _salvaged(body.get("spec", {}), error)
     return DeploymentFacts(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -45,6 +52,30 @@ def deployment_facts(body: Json) -> DeploymentFacts:
         action=metadata.get("annotations", {}).get(ACTION_ANNOTATION),
         deleting="deletionTimestamp" in metadata,
     )
+
+
+def _salvaged(raw: Json, error: ValidationError) -> AdapterDeploymentSpec | None:
+    """The spec without what this operator does not know, and without the parts that it cannot read: an operator that
+    starts has no former spec, and a candidate that has users needs its guardrails. None where a vital part is bad."""
+    left = copy.deepcopy(raw)
+    for item in error.errors(include_url=False, include_input=False):
+        *path, leaf = item["loc"]
+        if item["type"] != "extra_forbidden":
+            if item["loc"][0] in VITAL:
+                return None
+            left.pop(str(item["loc"][0]), None)
+            continue
+        try:
+            part: Any = left
+            for step in path:
+                part = part[step]
+            del part[leaf]
+        except (KeyError, IndexError, TypeError):  # gone with a part that was bad as a whole
+            continue
+    try:
+        return AdapterDeploymentSpec.model_validate(left)
+    except ValidationError:
+        return None
 
 
 def claim(body: Json) -> Claim:

@@ -39,7 +39,10 @@ class Emergencies:
         if weights is None or not (weights.candidate > 0 or weights.mirror > 0):
             self.forget(key)
             return
-        self._known[key] = {**body, "status": facts.to_json(status)}
+        spec = body.get("spec")
+        if key in self._known and deployment_facts.deployment_facts(body).problem is not None:
+            spec = self._known[key].get("spec")  # the guardrails of the last one that could be read
+        self._known[key] = {**body, "spec": spec, "status": facts.to_json(status)}
         known = self._withdrawn.get(key)
         if known is not None and not rollout_checks.concerns(known, status):
             del self._withdrawn[key]

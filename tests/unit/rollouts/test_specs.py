@@ -10,6 +10,7 @@ import pytest
 from finetune_operator.api.adapterdeployment_status import Stage
 from finetune_operator.core import rollouts
 from finetune_operator.core.rollout_facts import Wanted
+from finetune_operator.reconcile import deployment_facts
 from tests.unit.rollouts.world import World, artifact, reached, revision, serving, spec_of
 
 STEPS: list[dict[str, Any]] = [{"setWeight": 10}, {"pause": {"duration": "1m"}}]
@@ -201,6 +202,69 @@ def test_a_spec_that_cannot_be_read_changes_nothing_for_users() -> None:
     world.spec, world.problem = spec, None
     world.run(120)
     assert world.everybody_gets() == revision("b")
+
+
+def test_a_candidate_is_rolled_back_though_the_spec_cannot_be_read_any_more() -> None:
+    world = canary()
+    world.problem = "spec.traffic: unknown field"
+    world.run(300)
+    assert world.routing.weight() == 10, "the step's time stands still"
+    assert (world.status.phase, world.status.reason) == ("Degraded", "InvalidSpec")
+    assert "spec.traffic: unknown field; correct it" in (world.status.message or "")
+    assert world.condition("InvalidSpec") == ("True", "InvalidSpec")
+    assert [item.severity for item in world.announced if item.reason == "InvalidSpec"] == ["warn"]
+    world.evidence.bad = {revision("b")}
+    world.run(30)
+    assert world.status.reason == "GuardrailBreached"
+    assert world.everybody_gets() == revision("a")
+    assert world.status.stage is Stage.FAILED
+
+
+def test_a_spec_that_can_be_read_again_goes_on_where_it_was() -> None:
+    world = canary().run(20)
+    world.problem = "spec.traffic: unknown field"
+    world.run(300)
+    world.problem = None
+    world.run(20)
+    assert world.routing.weight() == 10, "half a minute of its pause is left"
+    world.run(60)
+    assert world.everybody_gets() == revision("b")
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    spec = {
+        "baseModelRef": {"name": "tiny"},
+        "adapter": {"fineTuneJobRef": {"name": "job-a"}},
+        "analysis": {"guardrails": [{"name": "json", "event": "schema_invalid"}]},
+        **changes,
+    }
+    return {"metadata": {"namespace": "team", "name": "bot", "uid": "u"}, "spec": spec}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"shadow": {"new": 1}}, ["json"]),
+        ({"traffic": {"newThing": 1, "stickiness": {"salt": "s"}}}, ["json"]),
+        (
+            {"analysis": {"guardrails": [{"name": "json", "event": "schema_invalid", "newThing": 1}]}},
+            ["json"],
+        ),
+        ({"strategy": {"canary": {"steps": "many"}}}, ["json"]),
+        ({"analysis": {"guardrails": [{"name": "json", "event": "unheard_of"}]}}, ["errors"]),
+        ({"serving": {"port": "any"}}, None),
+        ({"traffic": {"stickiness": {"type": "Moon"}}}, None),
+        ({"baseModelRef": {}}, None),
+    ],
+)
+def test_of_a_spec_that_cannot_be_read_the_guardrails_are_kept(
+    changes: dict[str, Any], names: list[str] | None
+) -> None:
+    found = deployment_facts.deployment_facts(body(**changes))
+    assert found.problem is not None
+    assert (None if found.spec is None else [g.name for g in found.spec.analysis.guardrails]) == names
+    known = spec_of("z")
+    assert deployment_facts.deployment_facts(body(**changes), known=known).spec is known
 
 
 def test_a_deleted_object_has_no_route() -> None:
