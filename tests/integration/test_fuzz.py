@@ -73,24 +73,59 @@ def test_broken_specs_are_refused_and_the_field_is_named(client: kubeapi.ApiClie
     assert broken.field in message, f"{broken.how}: {message[:500]}"
 
 
-def test_references_stay_within_the_namespace(client: kubeapi.ApiClient) -> None:
-    reference = {"name": "other", "namespace": "kube-system"}
-    data = {"sources": [{"uri": "s3://b/x.jsonl"}]}
+ELSEWHERE: Json = {"name": "other", "namespace": "kube-system"}
+DATA: Json = {"sources": [{"uri": "s3://b/x.jsonl"}]}
+MODEL: Json = {"uri": "hf://a/b"}
+FUNCTION: Json = {"configMapRef": {"name": "rewards", "key": "r.py"}, "entry": "f"}
+
+
+def rewarded(**reward: object) -> Json:
+    return {"objective": "GRPO", "model": MODEL, "dataset": DATA, "reward": reward}
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"model": {"fineTuneJobRef": ELSEWHERE}, "dataset": DATA}, "model.fineTuneJobRef"),
+        ({"model": MODEL | {"secretRef": ELSEWHERE}, "dataset": DATA}, "model.secretRef"),
+        ({"model": MODEL, "dataset": DATA | {"secretRef": ELSEWHERE}}, "dataset.secretRef"),
+        ({"model": MODEL, "dataset": DATA, "output": {"secretRef": ELSEWHERE}}, "output.secretRef"),
+        (rewarded(fineTuneJobRef=ELSEWHERE), "reward.fineTuneJobRef"),
+        (rewarded(uri="s3://b/judge", secretRef=ELSEWHERE), "reward.secretRef"),
+        (
+            rewarded(functions=[FUNCTION | {"configMapRef": ELSEWHERE | {"key": "r.py"}}]),
+            "reward.functions[0].configMapRef",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_references_stay_within_the_namespace(client: kubeapi.ApiClient, spec: Json, field: str) -> None:
+    message = refusal(client, spec)
+    assert f'unknown field "spec.{field}.namespace"' in (message or "")
+    there = json.loads(json.dumps(spec).replace(', "namespace": "kube-system"', ""))
+    assert refusal(client, there) is None, "refused for something else"
+
+
+@pytest.mark.parametrize("path", ["team/other", "../other", "kube-system:other"])
+def test_a_name_is_no_way_into_another_namespace(client: kubeapi.ApiClient, path: str) -> None:
     for spec in (
-        {"model": {"fineTuneJobRef": reference}, "dataset": data},
-        {"model": {"uri": "hf://a/b", "secretRef": reference}, "dataset": data},
-        {"model": {"uri": "hf://a/b"}, "dataset": data | {"secretRef": reference}},
-        {"model": {"uri": "hf://a/b"}, "dataset": data, "output": {"secretRef": reference}},
+        {"model": {"fineTuneJobRef": {"name": path}}, "dataset": DATA},
+        rewarded(fineTuneJobRef={"name": path}),
+        rewarded(uri="s3://b/judge", secretRef={"name": path}),
+        rewarded(functions=[FUNCTION | {"configMapRef": {"name": path, "key": "r.py"}}]),
     ):
-        assert "namespace" in (refusal(client, spec) or "")
-    for path in ("team/other", "../other", "kube-system:other"):
-        assert "name" in (
-            refusal(client, {"model": {"fineTuneJobRef": {"name": path}}, "dataset": data}) or ""
-        )
+        assert "name" in (refusal(client, spec) or "")
+
+
+@pytest.mark.parametrize("key", ["../r.py", "a/r.py", "..data"])
+def test_a_key_is_no_way_out_of_its_config_map(client: kubeapi.ApiClient, key: str) -> None:
+    message = refusal(
+        client, rewarded(functions=[FUNCTION | {"configMapRef": {"name": "rewards", "key": key}}])
+    )
+    assert "key" in (message or "")
 
 
 def test_a_spec_of_a_mebibyte_is_refused(client: kubeapi.ApiClient) -> None:
     template = "{{ messages }}" + "x" * 2**20
-    data = {"sources": [{"uri": "s3://b/x.jsonl"}]}
-    message = refusal(client, {"model": {"uri": "hf://a/b", "chatTemplate": template}, "dataset": data})
+    message = refusal(client, {"model": MODEL | {"chatTemplate": template}, "dataset": DATA})
     assert "chatTemplate" in (message or "")
