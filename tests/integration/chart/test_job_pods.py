@@ -20,6 +20,19 @@ SPEC: dict[str, Any] = {
     "output": {"uri": "pvc://models/out"},
     "resources": {"gpusPerWorker": 1},
 }
+REWARDED: dict[str, Any] = {
+    "objective": "GRPO",
+    "reward": {
+        "functions": [{"configMapRef": {"name": "rewards", "key": "r.py"}, "entry": "polite"}],
+        "secretRef": {"name": "judge"},
+    },
+}
+# What a RayJob of ours may be: an attempt, one with the user's own code, and the search for its artifact.
+KINDS: dict[str, tuple[dict[str, Any], bool]] = {
+    "training": (SPEC, False),
+    "rewarded": (SPEC | REWARDED, False),
+    "inspection": (SPEC | REWARDED, True),
+}
 PLATFORM_TEAM = {
     "labels": {"team": "ml"},
     "annotations": {"sidecar.istio.io/inject": "false"},
@@ -33,13 +46,15 @@ PLATFORM_TEAM = {
 }
 
 
-def pods(defaults: PodDefaults) -> dict[str, Json]:
-    """The pods of one attempt in K8sJobMode, as KubeRay would make them of our templates."""
+def pods(defaults: PodDefaults, kind: str) -> dict[str, Json]:
+    """The pods of one RayJob in K8sJobMode, as KubeRay would make them of our templates."""
+    spec, inspect = KINDS[kind]
     rayjob = rayjobs.build_rayjob(
         rayjobs.Owner("team", "triage", "uid-1"),
         name="triage-a1",
         attempt=1,
-        spec=FineTuneJobSpec.model_validate(SPEC),
+        spec=FineTuneJobSpec.model_validate(spec),
+        inspect=inspect,
         image="trainer:1",
         places=runfiles.Places("pvc://models/tiny", "pvc://models/out", "pvc://checkpoints/out"),
         platform=rayjobs.Platform("K8sJobMode", "https://operator:8090", "PEM", 120, pod_defaults=defaults),
@@ -68,11 +83,13 @@ def restricted(kubectl: Kubectl, namespace: str) -> Kubectl:
 
 @pytest.mark.parametrize("defaults", [{}, PLATFORM_TEAM], ids=["ours", "platform-team"])
 @pytest.mark.parametrize("pod", ["head", "submitter"])
-def test_every_pod_is_accepted(restricted: Kubectl, pod: str, defaults: Json) -> None:
-    body = pods(PodDefaults.model_validate(defaults))[pod]
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pod_is_accepted(restricted: Kubectl, kind: str, pod: str, defaults: Json) -> None:
+    body = pods(PodDefaults.model_validate(defaults), kind)[pod]
     restricted("create", "--dry-run=server", "--validate=strict", "-f", "-", body=body)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("defaults", "complaint"),
     [
@@ -80,7 +97,7 @@ def test_every_pod_is_accepted(restricted: Kubectl, pod: str, defaults: Json) ->
         ({"containerSecurityContext": {}}, "allowPrivilegeEscalation"),
     ],
 )
-def test_an_override_is_really_used(restricted: Kubectl, defaults: Json, complaint: str) -> None:
-    for body in pods(PodDefaults.model_validate(defaults)).values():
+def test_an_override_is_really_used(restricted: Kubectl, kind: str, defaults: Json, complaint: str) -> None:
+    for body in pods(PodDefaults.model_validate(defaults), kind).values():
         with pytest.raises(KubectlError, match=complaint):
             restricted("create", "--dry-run=server", "-f", "-", body=body)
