@@ -80,16 +80,23 @@ class AdapterDeploymentReconciler:
     """When each status was last written, by the clock of the event loop."""
     _readable: dict[Key, tuple[str, AdapterDeploymentSpec]] = field(default_factory=dict)
     """The last spec of each deployment (by its uid) that could be read."""
+    _cut_off: set[Key] = field(default_factory=set)
+    """Those whose last pass found no API server."""
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
         with self.telemetry.measured_pass(KIND):
+            if key in self._cut_off:  # an API server that hangs takes seconds, in which harm goes on
+                await self.emergencies.look(key)
             try:
-                return await self._pass(key)
+                again = await self._pass(key)
+                self._cut_off.discard(key)
+                return again
             except ConflictError:  # the object moved on while we looked; what we saw is stale
                 return CONFLICT_SECONDS
             except UnavailableError as error:  # routers go on with what they have, unless it does harm
                 logger.warning("%s/%s: %s", *key, error)
+                self._cut_off.add(key)
                 await self.emergencies.look(key)
                 return random.uniform(*UNAVAILABLE_SECONDS)  # noqa: S311 - spreads load, protects nothing
             except ApiError:  # its status cannot be written either
@@ -126,6 +133,7 @@ class AdapterDeploymentReconciler:
         self.telemetry.rollouts.forget(*key)
         self._written.pop(key, None)
         self._readable.pop(key, None)
+        self._cut_off.discard(key)
 
     # -- observe
 
