@@ -1,245 +1,174 @@
-"""Many FineTuneJobs at once on a real API server, with KubeRay and the trainers played: what the operator costs.
+"""Many FineTuneJobs at once on a real API server: what the operator costs, beside KubeRay as a Go operator.
 
-    python -m benchmarks.fleet --jobs 100 1000 5000
+    python -m benchmarks.fleet --jobs 100 1000 5000 --peer 1000 --real 200
 
-The control plane (etcd, kube-apiserver, kube-controller-manager), the operator, and this program, which creates the
-jobs and plays KubeRay, share the machine: latencies are those of all of them together, CPU and memory the operator's.
+Three parts: jobs whose KubeRay and trainers are played, so that the operator alone is measured; as many objects at
+once for the operator and for KubeRay, in turns; and jobs whose KubeRay is the real one. The control plane (etcd,
+kube-apiserver, kube-controller-manager), the operator, and this program, which creates the jobs and plays what is not
+there, share the machine: latencies are those of all of them together, CPU and memory one process's.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import shutil
-import signal
-import ssl
+import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import aiohttp
-import psutil
-
-from benchmarks import fleet_peer, pages
-from benchmarks.observers import peak_rss_of
-from benchmarks.rayjob_player import Player
-from finetune_local import kubeapi
+from benchmarks import fleet_peer, fleet_real, fleet_runs, pages
+from benchmarks.fleet_peer import Race
+from benchmarks.fleet_real import RealFigures
+from benchmarks.fleet_runs import Figures
 from finetune_local.cluster import Cluster
-from tests.integration.operators import PARTS, Operator, apply_ray_crds, small_job
+from tests.integration.operators import PARTS, apply_ray_crds
 
 TITLE = "Fleet"
-CREATORS = 16  # jobs that are being created at the same time
-TARGETS = {
-    "create → RayJob, p99": "2 s at 1,000",
-    "requests": "12",
-    "CPU": "25 ms",
-    "RSS": "150 MiB at 5,000",
-}
+PLAYED = """\
+FineTuneJobs created at once; each goes through one attempt with every status that KubeRay was seen to
+write, one report of progress and one of the result. Latencies are from the answer to the creation of the
+FineTuneJob to the watch event of its RayJob. Requests and CPU time are the operator's for a whole job,
+memory its peak.
+
+| jobs at once | create → RayJob, p50 | p99 | API requests per job | CPU per job | peak RSS | all ended after \
+| jobs | load before |
+|---|---|---|---|---|---|---|---|---|
+"""
+PEER = """
+KubeRay 1.6.2 in the same run, in turns: objects created at once, and their first children, which is a RayJob for
+the operator and a RayCluster for KubeRay. Latencies are from the answer to the creation to the watch event,
+jobs per second from the first creation to the last child. Nobody plays what would come next. KubeRay has eight passes
+at once and 1,000 requests per second (by default one and 100). Of {rounds} the one in the middle.
+
+| jobs at once | | create → child, p50 | p99 | jobs | CPU per job | peak RSS |
+|---|---|---|---|---|---|---|
+"""
+REAL = """
+With the real KubeRay, kube-scheduler and KWOK; Ray's job API and the trainers are played. The columns are those of the
+first table, and KubeRay's CPU time in the same run.
+
+| jobs at once | create → RayJob, p50 | p99 | API requests per job | CPU per job | peak RSS | all ended after \
+| jobs | load before | KubeRay's CPU per job | its peak RSS |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of one run. Times in seconds, memory in bytes; CPU and requests are totals of the operator."""
-
-    jobs: int
-    latencies: Sequence[float]
-    creating: float
-    drained: float
-    cpu: float
-    requests: dict[str, float]
-    idle_rss: int
-    peak_rss: int
-    load: float
-
-    def row(self) -> str:
-        ordered = sorted(self.latencies)
-        p50, p99 = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
-        total = sum(self.requests.values())
-        return (
-            f"| {self.jobs:,} | {p50:.2f} s | {p99:.2f} s | {total / self.jobs:.1f} | "
-            f"{1000 * self.cpu / self.jobs:.1f} ms | {self.peak_rss / 2**20:.0f} MiB | {self.drained:.1f} s | "
-            f"{self.jobs / self.drained:.0f}/s | {self.load:.2f} |"
-        )
+def goals(runs: Sequence[Figures], races: Sequence[Race], real: RealFigures | None) -> str:
+    """What was promised, and what it came to."""
+    rows = []
+    if runs:
+        small, large = min(runs, key=_size), max(runs, key=_size)
+        middle = max((run for run in runs if run.jobs <= 1000), key=_size, default=small)
+        rows += [
+            ("create → RayJob, p99, at most 2 s at 1,000 at once", f"{middle.p99:.2f} s at {middle.jobs:,}"),
+            ("at most 12 API requests per job", _all(runs, lambda run: f"{run.requests_per_job:.1f}")),
+            ("at most 25 ms CPU per job", _all(runs, lambda run: f"{run.cpu_ms_per_job:.1f} ms")),
+            ("at most 150 MiB at 5,000 jobs", f"{large.mib:.0f} MiB at {large.jobs:,}"),
+            ("the cost grows linearly", _growth(small, large)),
+        ]
+    for race in races:
+        ours, theirs = race.rates
+        text = f"{race.ratio:.2f} times at {race.jobs:,} at once ({ours:.1f}/s and {theirs:.1f}/s)"
+        rows.append(("as many jobs per second as KubeRay", text))
+    if real is not None:
+        text = f"all {real.operator.jobs:,}, after {real.operator.drained:.0f} s"
+        rows.append(("with the real KubeRay all end well, and no RayJob is created twice", text))
+    return "\n| goal | measured |\n|---|---|\n" + "".join(f"| {goal} | {text} |\n" for goal, text in rows)
 
 
-async def measure(
-    cluster: Cluster, jobs: int, folder: Path, *, pace: float, profile: Path | None = None
-) -> Figures:
-    """One run with a fresh operator in a namespace of its own. `profile`: where cProfile's figures go; what is
-    measured is slower then."""
-    load = pages.current_load()
-    namespace = f"fleet-{jobs}-{int(time.time()) % 100_000}"
-    server = f"https://127.0.0.1:{cluster.ports['kube-apiserver']}"
-    tls = kubeapi.client_context(cluster.layout.pki, "admin")
-    client = cluster.client()
-    client.call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-    operator = Operator(
-        folder, cluster.layout.user_kubeconfig("operator"), namespace, FINETUNE_PROGRESS_SECONDS="10"
-    )
-    if profile is not None:
-        operator.program[1:1] = ["-m", "cProfile", "-o", str(profile)]
-    operator.start()
-    player = Player(server, tls, pace=pace)
-    playing = asyncio.create_task(player.run())
-    try:
-        await until(lambda: operator.get("/healthz") == "ok\n", seconds=30)
-        await asyncio.sleep(3)  # Kopf's discovery and first lists
-        assert operator.process is not None
-        process = psutil.Process(operator.process.pid)
-        idle, before, began = process.memory_info().rss, process.cpu_times(), time.time()
-        requests = _requests(operator)
-        created = await create_jobs(server, tls, namespace, jobs)
-        creating = time.time() - began
-        # Not by the operator's metrics: making 30,000 series would be a part of what is measured.
-        await until(lambda: player.seen.ended >= jobs, seconds=60 + jobs)
-        drained = time.time() - began
-        await asyncio.sleep(2)  # the last passes
-        after = process.cpu_times()
-        if _finished(operator) < jobs:
-            raise RuntimeError(f"{_finished(operator):.0f} of {jobs} jobs ended")
-        latencies = [player.seen.created[f"{name}-a1"] - at for name, at in created.items()]
-        twice = {name: uids for name, uids in player.seen.uids.items() if len(uids) > 1}
-        if twice:
-            raise RuntimeError(f"created twice: {sorted(twice)}")
-        return Figures(
-            jobs=jobs,
-            latencies=latencies,
-            creating=creating,
-            drained=drained,
-            cpu=after.user + after.system - before.user - before.system,
-            requests={k: v - requests.get(k, 0) for k, v in _requests(operator).items()},
-            idle_rss=idle,
-            peak_rss=peak_rss_of(process.pid),
-            load=load,
-        )
-    finally:
-        playing.cancel()
-        if profile is not None and operator.process is not None:
-            operator.signal(signal.SIGTERM)
-            await asyncio.to_thread(operator.process.wait, 60)
-        operator.kill()
+def _size(run: Figures) -> int:
+    return run.jobs
 
 
-async def create_jobs(server: str, tls: ssl.SSLContext, namespace: str, jobs: int) -> dict[str, float]:
-    """Create the jobs as fast as the server takes them; namespace/name -> when its creation was answered."""
-    created: dict[str, float] = {}
-    names = iter(range(jobs))
-    url = f"{server}/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
-
-    async def creator(session: aiohttp.ClientSession) -> None:
-        for number in names:
-            name = f"job-{number}"
-            async with session.post(url, json=small_job(name)) as answer:
-                if answer.status != 201:
-                    raise RuntimeError(f"{name}: {answer.status} {await answer.text()}")
-            created[f"{namespace}/{name}"] = time.time()
-
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session:
-        await asyncio.gather(*(creator(session) for _ in range(CREATORS)))
-    return created
+def _all(runs: Sequence[Figures], value: Callable[[Figures], str]) -> str:
+    return ", ".join(f"{value(run)} at {run.jobs:,}" for run in runs)
 
 
-async def until(holds: Callable[[], bool], *, seconds: float, every: float = 0.2) -> None:
-    async with asyncio.timeout(seconds):
-        while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - of another process
-            await asyncio.sleep(every)
-
-
-def metric(operator: Operator, name: str) -> dict[str, float]:
-    """Series of a metric: labels -> value."""
-    with urllib.request.urlopen(
-        f"http://127.0.0.1:{operator.ports['metrics']}/metrics", timeout=30
-    ) as answer:
-        lines = answer.read().decode().splitlines()
-    found = (line.rsplit(" ", 1) for line in lines if line.startswith(name + "{"))
-    return {labels.removeprefix(name): float(value) for labels, value in found}
-
-
-def _requests(operator: Operator) -> dict[str, float]:
-    return metric(operator, "finetune_api_requests_total")
-
-
-def _finished(operator: Operator) -> float:
-    return sum(metric(operator, "finetune_jobs_finished_total").values())
-
-
-def report(runs: Sequence[Figures]) -> str:
-    table = "\n".join(run.row() for run in runs)
-    details = json.dumps({run.jobs: run.requests for run in runs}, indent=1)
-    pages.say(details)
+def _growth(small: Figures, large: Figures) -> str:
+    """Cost of a job in the largest run, relative to the smallest."""
+    cpu = large.cpu_ms_per_job / small.cpu_ms_per_job
+    requests = large.requests_per_job / small.requests_per_job
     return (
-        "FineTuneJobs created at once; each goes through one attempt with every status that KubeRay was seen to\n"
-        "write, one report of progress and one of the result. Latencies are from the answer to the creation of the\n"
-        "FineTuneJob to the watch event of its RayJob. Requests and CPU time are the operator's for a whole job,\n"
-        "memory its peak.\n\n"
-        "| jobs at once | create → RayJob, p50 | p99 | API requests per job | CPU per job | peak RSS |"
-        " all ended after | jobs | load before |\n|---|---|---|---|---|---|---|---|---|\n"
-        f"{table}\n\nTargets: p99 2 s at 1,000; 12 requests; 25 ms; 150 MiB at 5,000.\n"
+        f"a job at {large.jobs:,} costs {cpu:.2f} times the CPU and {requests:.2f} times the requests of one at "
+        f"{small.jobs:,}"
     )
 
 
-def report_peer(runs: Sequence[fleet_peer.PeerFigures]) -> str:
-    if not runs:
-        return ""
-    table = "\n".join(run.row() for run in runs)
-    return (
-        "\nKubeRay 1.6.2 in the same run, with eight passes at once: RayJobs created at once, from the answer to the\n"
-        "creation to the watch event of the RayCluster. CPU is up to the moment when all clusters are there.\n\n"
-        "| jobs at once | create → RayCluster, p50 | p99 | CPU per job | peak RSS |\n|---|---|---|---|---|\n"
-        f"{table}\n"
-    )
+def page(runs: Sequence[Figures], races: Sequence[Race], real: RealFigures | None) -> str:
+    """The tables."""
+    text = ""
+    if runs:
+        text += PLAYED + "".join(f"{run.row()}\n" for run in runs)
+    if races:
+        rounds = "1 lap" if len(races[0].operator) == 1 else f"{len(races[0].operator)} laps"
+        text += PEER.format(rounds=rounds) + "".join(f"{row}\n" for race in races for row in race.rows())
+    if real is not None:
+        text += REAL + real.row() + "\n"
+    return text.lstrip() + goals(runs, races, real) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, nargs="+", default=[100, 1000, 5000])
-    parser.add_argument(
-        "--peer", type=int, nargs="*", default=[], help="RayJobs at once for KubeRay, beside it"
-    )
-    parser.add_argument("--pace", type=float, default=0.2, help="seconds between two statuses of a RayJob")
-    parser.add_argument("--profile", type=Path, help="file for cProfile's figures of the operator")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="fleet-"))
-    cluster = Cluster(folder / "cluster")
-    load = pages.current_load()
+@contextlib.contextmanager
+def running(folder: Path, parts: Sequence[str]) -> Iterator[Cluster]:
+    cluster = Cluster(folder)
     try:
-        cluster.up(PARTS)
+        cluster.up(tuple(parts))
         apply_ray_crds(cluster)
-        runs = []
+        yield cluster
+    finally:
+        cluster.down(purge=True)
+
+
+def measure_played(arguments: argparse.Namespace, folder: Path) -> tuple[list[Figures], list[Race]]:
+    runs, races = [], []
+    with running(folder / "played", PARTS) as cluster:
         for jobs in arguments.jobs:
-            run = measure(
-                cluster,
-                jobs,
-                folder / f"run-{jobs}",
-                pace=arguments.pace,
-                profile=arguments.profile,
+            run = fleet_runs.measure(
+                cluster, jobs, folder / f"run-{jobs}", pace=arguments.pace, profile=arguments.profile
             )
             runs.append(asyncio.run(run))
             pages.say(runs[-1].row())
-        peers = []
+            pages.say(json.dumps(runs[-1].requests))
         for jobs in arguments.peer:
-            peers.append(asyncio.run(fleet_peer.measure(cluster, jobs, folder / f"peer-{jobs}")))
-            pages.say(peers[-1].row())
-        body = (
-            report(runs)
-            + report_peer(peers)
-            + "\n"
-            + pages.describe_machine(["kopf", "kubernetes", "aiohttp"], load=load)
-        )
-        words = ["--jobs", *map(str, arguments.jobs)]
-        words += ["--peer", *map(str, arguments.peer)] if arguments.peer else []
-        command = f"Command: `python -m benchmarks.fleet {' '.join(words)} --write`.\n"
-        print(body + command)
-        if arguments.write:
-            pages.write_section(TITLE, body + command)
+            races.append(asyncio.run(fleet_peer.race(cluster, jobs, folder, rounds=arguments.rounds)))
+    return runs, races
+
+
+def measure_real(jobs: int, folder: Path) -> RealFigures:
+    """On another cluster: its scheduler and KWOK would run the pods that KubeRay has left in the first one."""
+    with running(folder / "real", fleet_real.REAL_PARTS) as cluster:
+        real = asyncio.run(fleet_real.measure(cluster, jobs, folder / "kuberay"))
+    pages.say(real.row())
+    return real
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, nargs="*", default=[100, 1000, 5000], help="jobs at once, played")
+    parser.add_argument("--peer", type=int, nargs="*", default=[], help="objects at once for both operators")
+    parser.add_argument("--rounds", type=int, default=3, help="laps of each with --peer")
+    parser.add_argument("--real", type=int, default=0, help="jobs at once with the real KubeRay")
+    parser.add_argument("--pace", type=float, default=0.2, help="seconds between two statuses of a RayJob")
+    parser.add_argument("--profile", type=Path, help="file for cProfile's figures of the operator")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="fleet-"))
+    load = pages.current_load()
+    try:
+        runs, races = measure_played(arguments, folder) if arguments.jobs or arguments.peer else ([], [])
+        body = page(runs, races, measure_real(arguments.real, folder) if arguments.real else None)
     finally:
-        cluster.down(purge=True)
         shutil.rmtree(folder, ignore_errors=True)
+    body += f"Command: `python -m benchmarks.fleet {' '.join(sys.argv[1:])}`.\n"
+    body += pages.describe_machine(["kopf", "kubernetes", "aiohttp"], load=load)
+    print(body)
+    if arguments.write:
+        pages.write_section(TITLE, body)
 
 
 if __name__ == "__main__":

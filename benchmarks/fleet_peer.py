@@ -1,90 +1,162 @@
-"""The peer of benchmarks.fleet: KubeRay, a Go operator, on the same API server and as many RayJobs at once.
+"""The peer of benchmarks.fleet: KubeRay, a Go operator, on the same API server, with as many objects at once.
 
-What is compared is the first thing that either does with a new object: FineTuneJob → RayJob, RayJob → RayCluster. After
-that KubeRay goes on to make a Service and a pod per cluster, which nothing runs here; its CPU time includes them, up to
-the moment when the last RayCluster is there.
+What is compared is the first thing that either does with a new object: FineTuneJob → RayJob, RayJob → RayCluster, as
+many of them per second as it gets done, and what that costs. Nobody plays the RayJobs here: after that the operator
+waits, and KubeRay goes on to make a Service and a pod per cluster, which nothing runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import os
+import statistics
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-import psutil
 
-from benchmarks.observers import peak_rss_of
-from finetune_local import binaries, kubeapi
+from benchmarks import pages
+from benchmarks.fleet_places import Json, Meter, Place, added, create_many, p50_p99, until, well
+from finetune_local import binaries
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
+from tests.integration.operators import small_job
 from tests.integration.rayjobs import rayjob
 
-Json = dict[str, Any]
-
-CREATORS = 16
 CONCURRENCY = 8  # passes at once, as our queue has them; its own default is 1
+QPS = (
+    1000  # requests per second that its client allows itself: with the default of 100 it would wait for that
+)
+START_SECONDS = 8.0  # from its start until its caches are filled
 
 
 @dataclass(frozen=True)
-class PeerFigures:
-    """Times in seconds, memory in bytes."""
+class Lap:
+    """Parents created at once, until the first child of each is there. Times in seconds, memory in bytes."""
 
     jobs: int
     p50: float
     p99: float
+    seconds: float
     cpu: float
     peak_rss: int
 
-    def row(self) -> str:
+    @property
+    def rate(self) -> float:
+        return self.jobs / self.seconds
+
+    def row(self, name: str) -> str:
         return (
-            f"| {self.jobs:,} | {self.p50:.2f} s | {self.p99:.2f} s | {1000 * self.cpu / self.jobs:.1f} ms | "
-            f"{self.peak_rss / 2**20:.0f} MiB |"
+            f"| {self.jobs:,} | {name} | {self.p50:.2f} s | {self.p99:.2f} s | {self.rate:.1f}/s | "
+            f"{1000 * self.cpu / self.jobs:.1f} ms | {self.peak_rss / 2**20:.0f} MiB |"
         )
 
 
-async def measure(cluster: Cluster, jobs: int, folder: Path) -> PeerFigures:
-    namespace = f"peer-{jobs}-{int(time.time()) % 100_000}"
-    server = f"https://127.0.0.1:{cluster.ports['kube-apiserver']}"
-    tls = kubeapi.client_context(cluster.layout.pki, "admin")
-    cluster.client().call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-    process = _start(cluster, folder)
+@dataclass(frozen=True)
+class Race:
+    """Both, in turns, as often."""
+
+    jobs: int
+    operator: Sequence[Lap]
+    kuberay: Sequence[Lap]
+
+    @property
+    def ratio(self) -> float:
+        """How many times KubeRay's throughput the operator has: median of the pairs."""
+        return statistics.median(a.rate / b.rate for a, b in zip(self.operator, self.kuberay, strict=True))
+
+    def rows(self) -> list[str]:
+        """Of each the lap in the middle, by its throughput."""
+        return [_middle(self.operator).row("operator"), _middle(self.kuberay).row("KubeRay")]
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Throughput of the operator and of KubeRay, jobs per second: that of the laps in the middle."""
+        return _middle(self.operator).rate, _middle(self.kuberay).rate
+
+
+def _middle(laps: Sequence[Lap]) -> Lap:
+    return sorted(laps, key=lambda lap: lap.rate)[len(laps) // 2]
+
+
+async def race(cluster: Cluster, jobs: int, folder: Path, *, rounds: int) -> Race:
+    """Let both run, the one after the other, each time with a fresh process in a namespace of its own."""
+    ours, theirs = [], []
+    for number in range(rounds):
+        ours.append(await _operator_lap(cluster, jobs, folder / f"operator-{jobs}-{number}"))
+        pages.say(ours[-1].row("operator"))
+        theirs.append(await _kuberay_lap(cluster, jobs, folder / f"kuberay-{jobs}-{number}"))
+        pages.say(theirs[-1].row("KubeRay"))
+    return Race(jobs, ours, theirs)
+
+
+async def _operator_lap(cluster: Cluster, jobs: int, folder: Path) -> Lap:
+    place = Place.make(cluster, f"race-{jobs}")
+    operator = place.operator(folder)
+    operator.start()
     try:
-        await asyncio.sleep(8)  # its caches
-        watched = psutil.Process(process.pid)
-        before = watched.cpu_times()
-        seen: dict[str, float] = {}
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls, limit=64)) as session:
-            watching = asyncio.create_task(_watch(session, server, namespace, seen))
-            created = await _create(session, server, namespace, jobs)
-            async with asyncio.timeout(60 + jobs):
-                while len(seen) < jobs:  # noqa: ASYNC110 - coarse on purpose
-                    await asyncio.sleep(0.2)
-            after = watched.cpu_times()
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
-        ordered = sorted(seen[name] - at for name, at in created.items())
-        return PeerFigures(
-            jobs=jobs,
-            p50=ordered[jobs // 2],
-            p99=ordered[min(jobs - 1, int(jobs * 0.99))],
-            cpu=after.user + after.system - before.user - before.system,
-            peak_rss=peak_rss_of(process.pid),
-        )
+        await until(lambda: well(operator), seconds=60)
+        await asyncio.sleep(3)  # Kopf's discovery and first lists
+        assert operator.process is not None
+        bodies = [small_job(f"job-{number}") for number in range(jobs)]
+        parents = place.url("finetune.dev/v1alpha1", "finetunejobs")
+        return await _lap(place, operator.process.pid, parents, bodies, place.url("ray.io/v1", "rayjobs"))
+    finally:
+        operator.kill()
+
+
+async def _kuberay_lap(cluster: Cluster, jobs: int, folder: Path) -> Lap:
+    place = Place.make(cluster, f"peer-{jobs}")
+    process = start_kuberay(place, folder)
+    try:
+        await asyncio.sleep(START_SECONDS)
+        bodies = [_rayjob(place, number) for number in range(jobs)]
+        parents = place.url("ray.io/v1", "rayjobs")
+        return await _lap(place, process.pid, parents, bodies, place.url("ray.io/v1", "rayclusters"))
     finally:
         process.kill()
         process.wait()
-        cluster.client().call("DELETE", f"/api/v1/namespaces/{namespace}")
 
 
-def _start(cluster: Cluster, folder: Path) -> subprocess.Popen[bytes]:
+async def _lap(place: Place, pid: int, parents: str, bodies: Sequence[Json], children: str) -> Lap:
+    seen: dict[str, float] = {}
+    async with place.session() as session:
+        watching = asyncio.create_task(_note_children(session, children, seen))
+        await asyncio.sleep(0.5)
+        meter = Meter(pid)
+        created = await create_many(place, parents, bodies)
+        async with asyncio.timeout(120 + len(bodies)):
+            while len(seen) < len(bodies):  # noqa: ASYNC110 - coarse on purpose
+                await asyncio.sleep(0.1)
+        cpu = meter.cpu()
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+    p50, p99 = p50_p99(seen[name] - at for name, at in created.items())
+    seconds = max(seen.values()) - meter.began
+    return Lap(jobs=len(bodies), p50=p50, p99=p99, seconds=seconds, cpu=cpu, peak_rss=meter.peak_rss())
+
+
+async def _note_children(session: aiohttp.ClientSession, url: str, seen: dict[str, float]) -> None:
+    """When the first child of each parent is seen."""
+    async for body in added(session, url):
+        owners = body["metadata"].get("ownerReferences") or [{"name": ""}]
+        seen.setdefault(owners[0]["name"], time.time())
+
+
+def _rayjob(place: Place, number: int) -> Json:
+    body = rayjob(f"job-{number}", "true")
+    body["metadata"]["namespace"] = place.namespace
+    return body
+
+
+def start_kuberay(place: Place, folder: Path, *, proxy: str | None = None) -> subprocess.Popen[bytes]:
+    """KubeRay for this namespace. `proxy`: URL of an HTTP proxy that all its requests for Ray go to."""
+
     def quiet(line: str) -> None:
         del line
 
@@ -93,50 +165,22 @@ def _start(cluster: Cluster, folder: Path) -> subprocess.Popen[bytes]:
     )
     ports = choose(("metrics", "health"), known={}, in_use_by_us=[])
     folder.mkdir(parents=True, exist_ok=True)
+    # Go sends nothing for loopback through a proxy, so the API server is reached directly.
+    proxies = {"HTTP_PROXY": proxy, "http_proxy": proxy, "NO_PROXY": "", "no_proxy": ""} if proxy else {}
     with (folder / "kuberay.log").open("wb") as log:
         return subprocess.Popen(
             [
                 str(found.programs["kuberay-operator"]),
-                f"--kubeconfig={cluster.layout.user_kubeconfig('kuberay')}",
+                f"--kubeconfig={place.cluster.layout.user_kubeconfig('kuberay')}",
                 "--enable-leader-election=false",
+                f"--watch-namespace={place.namespace}",
                 f"--metrics-addr=127.0.0.1:{ports['metrics']}",
                 f"--health-probe-bind-address=127.0.0.1:{ports['health']}",
                 f"--reconcile-concurrency={CONCURRENCY}",
+                f"--qps={QPS}",
+                f"--burst={2 * QPS}",
             ],
             stdout=log,
             stderr=log,
+            env={**os.environ, "RAY_ENABLE_KUBERAY": "1", **proxies},
         )
-
-
-async def _create(session: aiohttp.ClientSession, server: str, namespace: str, jobs: int) -> dict[str, float]:
-    created: dict[str, float] = {}
-    numbers = iter(range(jobs))
-    url = f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
-
-    async def creator() -> None:
-        for number in numbers:
-            body = rayjob(f"job-{number}", "true")
-            body["metadata"]["namespace"] = namespace
-            async with session.post(url, json=body) as answer:
-                if answer.status != 201:
-                    raise RuntimeError(await answer.text())
-            created[f"job-{number}"] = time.time()
-
-    await asyncio.gather(*(creator() for _ in range(CREATORS)))
-    return created
-
-
-async def _watch(session: aiohttp.ClientSession, server: str, namespace: str, seen: dict[str, float]) -> None:
-    """Note when the RayCluster of each RayJob is first seen."""
-    async for body in _added(session, f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayclusters?watch=1"):
-        owners = body["metadata"].get("ownerReferences") or [{"name": ""}]
-        seen.setdefault(owners[0]["name"], time.time())
-
-
-async def _added(session: aiohttp.ClientSession, url: str) -> AsyncIterator[Json]:
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with session.get(url, timeout=timeout, read_bufsize=1 << 22) as stream:
-        async for line in stream.content:
-            event = json.loads(line)
-            if event["type"] == "ADDED":
-                yield event["object"]

@@ -24,6 +24,7 @@ JOB, ATTEMPT = "finetune.dev/job", "finetune.dev/attempt"
 FINALIZER = "ray.io/rayjob-finalizer"
 TRIES = 60  # of a report that is not taken yet; the trainer itself gives up later
 DIGEST = "sha256:" + "0" * 64
+NOTHING = {"class": "Internal", "exitCode": 1, "message": "nothing was committed"}
 
 
 class Ending(StrEnum):
@@ -32,6 +33,10 @@ class Ending(StrEnum):
     WELL = "Well"  # commits an artifact and says so
     USER_FAULT = "UserFault"  # the trainer exits 65 and says so
     LOST = "Lost"  # the head is gone, and nobody said a word
+    LATE = "Late"  # the same after a report of a step
+    UNHEARD = "Unheard"  # commits an artifact, and is lost before it says so
+    HANGS = "Hangs"  # reports a step and then nothing more
+    WAITS = "Waits"  # its pods never run
 
 
 Story = Callable[[str, int], Ending]
@@ -50,13 +55,15 @@ class Seen:
     """RayJob "namespace/name" -> when its creation was seen."""
     uids: dict[str, set[str]] = field(default_factory=dict)
     """RayJob "namespace/name" -> the UIDs that it ever had: more than one means that it was created twice."""
+    owned: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+    """UID of the job and name of the RayJob -> the UIDs that it ever had: a job may have taken another's name."""
     requests: int = 0
     ended: int = 0
 
 
 class Player:
     """`pace` is the time between two statuses in seconds, `report_pace` that between two reports of `reports`;
-    `connections` is how many requests are under way at once."""
+    `connections` is how many requests are under way at once. It plays in one namespace, or in all."""
 
     def __init__(
         self,
@@ -68,8 +75,11 @@ class Player:
         reports: int = 1,
         report_pace: float | None = None,
         connections: int = 32,
+        namespace: str | None = None,
     ) -> None:
         self._server = server
+        where = f"namespaces/{namespace}/" if namespace else ""
+        self._rayjobs = f"{server}/apis/ray.io/v1/{where}rayjobs"
         self._tls = tls if tls is not None else False
         self._story = story
         self.pace = pace
@@ -77,6 +87,7 @@ class Player:
         self._report_pace = pace if report_pace is None else report_pace
         self._connections = connections
         self._playing: dict[str, asyncio.Task[None]] = {}
+        self._committed: set[str] = set()  # UIDs of jobs
         self._jitter = random.Random(1)
         self._session: aiohttp.ClientSession | None = None
         self._trainers: aiohttp.ClientSession
@@ -100,63 +111,84 @@ class Player:
         metadata = body["metadata"]
         uid, name = metadata["uid"], f"{metadata['namespace']}/{metadata['name']}"
         self.seen.uids.setdefault(name, set()).add(uid)
+        owner = next((owner["uid"] for owner in metadata.get("ownerReferences", ())), "")
+        self.seen.owned.setdefault((owner, metadata["name"]), set()).add(uid)
         if event["type"] == "DELETED" or "deletionTimestamp" in metadata:
             if playing := self._playing.pop(uid, None):
                 playing.cancel()
             if event["type"] != "DELETED" and FINALIZER in metadata.get("finalizers", []):
-                group.create_task(self._let_go(body))
+                group.create_task(self.let_go(body))
             return
         self.seen.created.setdefault(name, time.time())
         over = body.get("status", {}).get("jobDeploymentStatus") in ("Complete", "Failed")
         if uid not in self._playing and not over and JOB in metadata.get("labels", {}):
-            self._playing[uid] = group.create_task(self._play(body))
+            self._playing[uid] = group.create_task(self.play(body))
 
-    async def _play(self, body: Json) -> None:
+    async def play(self, body: Json) -> None:
+        """What becomes of a RayJob that is new."""
         labels, metadata = body["metadata"]["labels"], body["metadata"]
         ending = self._story(labels[JOB], int(labels[ATTEMPT]))
         await self._patch(body, {"metadata": {"finalizers": [FINALIZER]}})
         await self._status(body, jobDeploymentStatus="Initializing", rayClusterName=f"{metadata['name']}-x")
+        looks = "inspect" in body["spec"].get("entrypoint", "")
+        if ending is Ending.WAITS and not looks:
+            return
         await self._status(body, jobDeploymentStatus="Running")
         await self._status(body, jobStatus="RUNNING")
-        if ending is Ending.LOST:
+        if looks:
+            await self._inspect(body)
+        elif ending in (Ending.WELL, Ending.USER_FAULT):
+            await self.train(body, ending)
+            await self._end(body, well=ending is Ending.WELL)
+        else:
+            await self._fall_silent(body, ending)
+        self.seen.ended += 1
+
+    async def _end(self, body: Json, *, well: bool, exit_code: int = 65) -> None:
+        if well:
+            await self._status(body, jobStatus="SUCCEEDED")
+            await self._status(body, jobDeploymentStatus="Complete", succeeded=1)
+            return
+        text = f"Job entrypoint command failed with exit code {exit_code}, last available logs (truncated …):"
+        await self._status(
+            body,
+            jobStatus="FAILED",
+            jobDeploymentStatus="Failed",
+            reason="AppFailed",
+            message=text,
+            failed=1,
+        )
+
+    async def _fall_silent(self, body: Json, ending: Ending) -> None:
+        """Nobody tells how the trainer ends, if it does."""
+        if ending is not Ending.LOST:
+            url, token = await self._endpoint(body)
+            await self._post(url, token, progress(1, 1), tries=TRIES)
+        if ending is Ending.UNHEARD:
+            self._committed.add(body["metadata"]["ownerReferences"][0]["uid"])
+        if ending is not Ending.HANGS:
             message = "Job submission has failed. Reason: BackoffLimitExceeded."
             await self._status(
                 body, jobDeploymentStatus="Failed", reason="SubmissionFailed", message=message, failed=1
             )
-        else:
-            await self._train(body, ending)
-            if ending is Ending.WELL:
-                await self._status(body, jobStatus="SUCCEEDED")
-                await self._status(body, jobDeploymentStatus="Complete", succeeded=1)
-            else:
-                text = "Job entrypoint command failed with exit code 65, last available logs (truncated …):"
-                await self._status(
-                    body,
-                    jobStatus="FAILED",
-                    jobDeploymentStatus="Failed",
-                    reason="AppFailed",
-                    message=text,
-                    failed=1,
-                )
-        self.seen.ended += 1
 
-    async def _train(self, body: Json, ending: Ending) -> bool:
+    async def _inspect(self, body: Json) -> None:
+        url, token = await self._endpoint(body)
+        found = body["metadata"]["ownerReferences"][0]["uid"] in self._committed
+        report = progress(1, 1)
+        report["finetune"] |= {"inspection": True, "result": _committed(body) if found else NOTHING}
+        await self._post(url, token, report, tries=TRIES)
+        await self._end(body, well=found, exit_code=1)
+
+    async def train(self, body: Json, ending: Ending) -> bool:
         """Report as the trainer does; whether the result was taken."""
         url, token = await self._endpoint(body)
         for number in range(self._reports):
             await self._post(url, token, progress(number + 1, self._reports), tries=1)
             await asyncio.sleep(self._report_pace)
-        last = {"class": "BadData", "exitCode": 65, "message": "train.jsonl line 17: not JSON"}
+        last: Json = {"class": "BadData", "exitCode": 65, "message": "train.jsonl line 17: not JSON"}
         if ending is Ending.WELL:
-            job = body["metadata"]["labels"][JOB]
-            artifact = {
-                "uri": f"file:///artifacts/{job}",
-                "digest": DIGEST,
-                "sizeBytes": 1 << 20,
-                "baseModel": "file:///model",
-                "rank": 8,
-            }
-            last = {"class": "Succeeded", "exitCode": 0, "artifact": artifact}
+            last = _committed(body)
         final = progress(self._reports, self._reports)
         final["finetune"]["result"] = last
         return await self._post(url, token, final, tries=TRIES)
@@ -191,7 +223,8 @@ class Player:
         await self._patch(body, {"status": status}, "/status")
         await asyncio.sleep(self.pace * self._jitter.uniform(0.5, 1.5))
 
-    async def _let_go(self, body: Json) -> None:
+    async def let_go(self, body: Json) -> None:
+        """A RayJob is being deleted, and may go."""
         await self._patch(body, {"metadata": {"finalizers": None}})
 
     async def _patch(self, body: Json, patch: Json, part: str = "") -> None:
@@ -228,7 +261,7 @@ class Player:
         """All RayJobs, then their changes, for ever."""
         while True:
             try:
-                async with self._open.get(f"{self._server}/apis/ray.io/v1/rayjobs") as answer:
+                async with self._open.get(self._rayjobs) as answer:
                     listed = await answer.json()
                 for item in listed.get("items", []):
                     yield {"type": "ADDED", "object": item}
@@ -239,7 +272,7 @@ class Player:
                 await asyncio.sleep(0.5)
 
     async def _changes(self, version: str) -> AsyncIterator[Json]:
-        url = f"{self._server}/apis/ray.io/v1/rayjobs?watch=1&resourceVersion={version}&allowWatchBookmarks=true"
+        url = f"{self._rayjobs}?watch=1&resourceVersion={version}&allowWatchBookmarks=true"
         timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
         async with self._open.get(url, timeout=timeout, read_bufsize=1 << 22) as stream:
             async for line in stream.content:
@@ -248,6 +281,18 @@ class Player:
                     return
                 if event["type"] != "BOOKMARK":
                     yield event
+
+
+def _committed(body: Json) -> Json:
+    """The result that tells of an artifact."""
+    artifact = {
+        "uri": f"file:///artifacts/{body['metadata']['labels'][JOB]}",
+        "digest": DIGEST,
+        "sizeBytes": 1 << 20,
+        "baseModel": "file:///model",
+        "rank": 8,
+    }
+    return {"class": "Succeeded", "exitCode": 0, "artifact": artifact}
 
 
 def progress(step: int, total: int) -> Json:

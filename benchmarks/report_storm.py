@@ -17,9 +17,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks import pages
-from benchmarks.fleet import create_jobs, metric, until
+from benchmarks.fleet_places import Place, create_jobs, metric, until, well
 from benchmarks.rayjob_player import Player
-from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
 from tests.integration.operators import PARTS, Operator, apply_ray_crds
 
@@ -39,20 +38,15 @@ class Figures:
 
 
 async def measure(cluster: Cluster, jobs: int, folder: Path, *, every: float, seconds: float) -> Figures:
-    namespace = f"storm-{int(time.time()) % 100_000}"
-    server = f"https://127.0.0.1:{cluster.ports['kube-apiserver']}"
-    tls = kubeapi.client_context(cluster.layout.pki, "admin")
-    cluster.client().call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-    operator = Operator(
-        folder, cluster.layout.user_kubeconfig("operator"), namespace, FINETUNE_PROGRESS_SECONDS="10"
-    )
+    place = Place.make(cluster, "storm")
+    operator = place.operator(folder)
     operator.start()
-    player = Player(server, tls, pace=0.1, reports=100_000, report_pace=every)
+    player = Player(place.server, place.tls, pace=0.1, reports=100_000, report_pace=every)
     playing = asyncio.create_task(player.run())
     try:
-        await until(lambda: operator.get("/healthz") == "ok\n", seconds=30)
+        await until(lambda: well(operator), seconds=60)
         await asyncio.sleep(3)
-        await create_jobs(server, tls, namespace, jobs)
+        await create_jobs(place, jobs)
         await until(lambda: _running(operator) >= jobs, seconds=300, every=3)
         await asyncio.sleep(15)  # until the burst of the beginning is over
         assert operator.process is not None
