@@ -25,10 +25,12 @@ from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
 from tests.clients import FINAL, Kubectl, KubectlError
 from tests.clusters import api_server
+from tests.waiting import wait_until
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 RIGHTS = ROOT / "operator" / "finetune_local" / "manifests" / "operator-rbac.yaml"
+START_SECONDS = 120.0  # a moment, where nobody else needs the cores
 PARTS = ("etcd", "kube-apiserver", "kube-controller-manager")
 
 
@@ -137,6 +139,12 @@ class Operator:
         except OSError:
             return ""
 
+    def wait_healthy(self) -> None:
+        """Wait until it answers; a machine that is busy takes its time to start it."""
+        wait_until(
+            lambda: self.get("/healthz") == "ok\n", seconds=START_SECONDS, what="the operator does not start"
+        )
+
     def leads(self) -> bool:
         return "finetune_leader 1.0" in self.get("/metrics")
 
@@ -216,6 +224,24 @@ class Stage:
             }
             assert time.monotonic() < deadline, json.dumps(late, indent=1)
             time.sleep(0.2)
+
+    def reached(self, name: str, phase: str, *, seconds: float = 60) -> Json:
+        """The status of a job as soon as it is in this phase."""
+        last: Json = {}
+
+        def look() -> Json | None:
+            nonlocal last
+            last = self.statuses().get(name, last)
+            return last if last.get("phase") == phase else None
+
+        return wait_until(look, seconds=seconds, what=lambda: f"{name}: {last}")
+
+    def suspend(self, name: str, wanted: bool) -> None:
+        self.kubectl("patch", "ftj", name, "--type=merge", "-p", json.dumps({"spec": {"suspend": wanted}}))
+
+    def created_twice(self) -> dict[tuple[str, str], int]:
+        """UID of a job and name of a RayJob -> how often it was created, where that was more than once."""
+        return {name: len(uids) for name, uids in self.player.seen.owned.items() if len(uids) > 1}
 
     def rayjobs_ever(self) -> dict[str, int]:
         """RayJob -> how often it was created. Only this test's namespace counts."""

@@ -5,41 +5,80 @@ It is killed from outside, by the API proxy that sees its requests: the product 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from benchmarks.rayjob_player import Ending
 from finetune_local.cluster import Cluster
+from tests.clients import Json, KubectlError
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
 from tests.integration.operators import Keeper, Operator, Stage, played_cluster, staged
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.faults]
+pytestmark = pytest.mark.integration
 
 WRITES = r"^(POST|PUT|PATCH|DELETE) (?!.*tokenreviews)"
-# Each named point is a request of the operator: the kill falls right before or right after the server did it.
-POINTS = {
-    "record": r"^PATCH .*/finetunejobs/{job}/status",
-    "run-file": r"^PATCH .*/configmaps/{job}-a1",
-    "create": r"^POST .*/rayjobs",
-    "event": r"^POST .*/events",
-}
 SEED = int(os.environ.get("FINETUNE_TEST_SEED", "20261121"))
 KILLS = int(os.environ.get("FINETUNE_TEST_KILLS", "12"))
 _numbers = itertools.count(1)
 
 
+@dataclass(frozen=True)
+class Kindred:
+    """Jobs whose names begin alike: how their first attempt goes, and how they end."""
+
+    first: Ending
+    phase: str = "Succeeded"
+    attempts: int = 2
+    """The second one goes well."""
+
+
+KINDS = {
+    "well": Kindred(Ending.WELL, attempts=1),
+    "lost": Kindred(Ending.LOST),
+    "bad": Kindred(Ending.USER_FAULT, "Failed", 1),
+    "late": Kindred(Ending.LATE),
+    "unheard": Kindred(Ending.UNHEARD, attempts=1),
+    "stalled": Kindred(Ending.HANGS),
+    "held": Kindred(Ending.HANGS),
+    "cancelled": Kindred(Ending.HANGS, "Cancelled", 1),
+    "old": Kindred(Ending.WELL, attempts=1),
+    "torn": Kindred(Ending.HANGS),
+    "dropped": Kindred(Ending.HANGS),
+    "waiting": Kindred(Ending.WAITS),
+}
+# Each named point is a request of the operator in the life of such a job: the kill falls right before or right after
+# the server did it.
+POINTS = {
+    "record": ("lost", r"^PATCH .*/finetunejobs/{job}/status"),
+    "run-file": ("lost", r"^POST .*/configmaps"),  # created, as another's of that name must not be changed
+    "create": ("lost", r"^POST .*/rayjobs"),
+    "event": ("lost", r"^POST .*/events"),
+    "record-of-inspection": ("late", r"^PATCH .*/finetunejobs/{job}/status"),
+    "run-file-of-inspection": ("unheard", r"^POST .*/configmaps"),
+    "create-inspection": ("late", r"^POST .*/rayjobs"),
+    "delete-when-held": ("held", r"^DELETE .*/rayjobs/{job}-"),
+    "delete-when-cancelled": ("cancelled", r"^DELETE .*/rayjobs/{job}-"),
+    "delete-when-stalled": ("stalled", r"^DELETE .*/rayjobs/{job}-"),
+    "delete-when-old": ("old", r"^DELETE .*/finetunejobs/{job}"),
+}
+IN_SHORT = ("create",)  # not left to the long tests
+
+
 def story(job: str, attempt: int) -> Ending:
-    """Jobs called lost-… lose their first attempt, and those called bad-… fail by their user's fault."""
-    if job.startswith("bad"):
-        return Ending.USER_FAULT
-    return Ending.LOST if job.startswith("lost") and attempt == 1 else Ending.WELL
+    return KINDS[kind_of(job)].first if attempt == 1 else Ending.WELL
+
+
+def kind_of(job: str) -> str:
+    return job.partition("-")[0]
 
 
 @pytest.fixture(scope="module")
@@ -65,25 +104,28 @@ def proxy(api: Cluster, tmp_path: Path) -> Iterator[ApiProxy]:
 def keeper(proxy: ApiProxy, stage: Stage, tmp_path: Path) -> Iterator[Keeper]:
     operator = Operator(tmp_path / "operator", proxy.kubeconfig, stage.kubectl.namespace)
     kept = Keeper(operator)
-    wait_until(lambda: operator.get("/healthz") == "ok\n", seconds=30)
-    yield kept
-    kept.close()
+    try:
+        operator.wait_healthy()
+        yield kept
+    finally:
+        kept.close()
 
 
-def quick_retries(name: str) -> dict[str, object]:
-    del name
-    return {"retry": {"maxInfraRetries": 3, "backoffSeconds": {"min": 1, "max": 2}}}
+def quick_retries(name: str) -> Json:
+    more: Json = {"deadlines": {"stallSeconds": 10}} if name.startswith("stalled") else {}
+    if name.startswith("old"):
+        more = {"ttlSecondsAfterFinished": 0}
+    return {"retry": {"maxInfraRetries": 3, "backoffSeconds": {"min": 1, "max": 2}}, **more}
 
 
 def check(stage: Stage, names: list[str], *, seconds: float = 90) -> None:
     """The invariants: each job ended as its story says, no RayJob was created twice, and none that has no attempt."""
     statuses = stage.finished(*names, seconds=seconds)
     for name in names:
-        status = statuses[name]
-        expected = "Failed" if name.startswith("bad") else "Succeeded"
-        assert status["phase"] == expected, f"{name}: {status['phase']}: {status.get('message')}"
+        status, kind = statuses[name], KINDS[kind_of(name)]
+        assert status["phase"] == kind.phase, f"{name}: {status['phase']}: {status.get('message')}"
         attempts = [attempt["rayJob"] for attempt in status["attempts"]]
-        assert len(attempts) == (2 if name.startswith("lost") else 1), f"{name}: {attempts}"
+        assert len(attempts) == kind.attempts, f"{name}: {attempts}"
         ends = [condition["type"] for condition in status["conditions"] if condition["status"] == "True"]
         assert ("Complete" in ends) != ("Failed" in ends), f"{name}: {ends}"
     ever = stage.rayjobs_ever()
@@ -98,33 +140,64 @@ def check(stage: Stage, names: list[str], *, seconds: float = 90) -> None:
     assert set(ever) - recorded - inspections == set(), "created and not recorded"
 
 
+def live(stage: Stage, name: str) -> None:
+    """One job, from its creation to its end; what a person does in its story is done."""
+    stage.apply(name, **quick_retries(name))
+    match kind_of(name):
+        case "held":
+            stage.reached(name, "Running")
+            stage.suspend(name, True)
+            stage.reached(name, "Suspended")
+            stage.suspend(name, False)
+        case "cancelled":
+            stage.reached(name, "Running")
+            stage.kubectl("annotate", "ftj", name, "finetune.dev/action=cancel")
+        case "old":
+            wait_until(lambda: _is_gone(stage, name), seconds=60, what=f"{name} is not deleted")
+            return
+    stage.finished(name, seconds=90)
+
+
+def _is_gone(stage: Stage, name: str) -> bool:
+    """Both the job and its RayJob, which was there."""
+    with contextlib.suppress(KubectlError):
+        left = [body["metadata"]["name"] for body in stage.kubectl.items("ftj,rayjob")]
+        return f"{name}-a1" in stage.rayjobs_ever() and not {name, f"{name}-a1"} & set(left)
+    return False
+
+
 @pytest.mark.parametrize("when", [Kind.CALL_BEFORE, Kind.CALL_AFTER], ids=["before", "after"])
-@pytest.mark.parametrize("point", list(POINTS))
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=() if point in IN_SHORT else pytest.mark.faults) for point in POINTS]
+)
 def test_a_kill_at_a_named_point(
     point: str, when: Kind, keeper: Keeper, proxy: ApiProxy, stage: Stage
 ) -> None:
     """Each occurrence of the point in turn, until a job lived through without meeting it."""
+    kind, requests = POINTS[point]
     names = []
     for occurrence in itertools.count():
-        name = f"lost-{occurrence}"
-        pattern = POINTS[point].format(job=name)
+        name = f"{kind}-{occurrence}"
+        pattern = requests.format(job=name)
         fault = proxy.add(Fault(when, pattern, skip=occurrence, times=1, then=keeper.operator.kill))
         names.append(name)
-        stage.apply(name, **quick_retries(name))
-        stage.finished(name, seconds=60)
+        live(stage, name)
         proxy.faults.remove(fault)
         if not fault.hits:
             break
     assert len(names) > 1, "the point was never met"
-    check(stage, names)
+    assert stage.created_twice() == {}
+    if kind != "old":  # those are gone
+        check(stage, names)
 
 
+@pytest.mark.faults
 def test_kills_at_random_instants(keeper: Keeper, stage: Stage) -> None:
     print(f"seed {SEED}, {KILLS} kills (FINETUNE_TEST_SEED, FINETUNE_TEST_KILLS)")
     dice = random.Random(SEED)
     names: list[str] = []
     for number in range(KILLS):
-        new = [f"{kind}-{number}" for kind in ("well", "lost", "bad")]
+        new = [f"{kind}-{number}" for kind in ("well", "late" if number % 2 else "lost", "bad")]
         stage.apply(*new, **quick_retries(""))
         names += new
         time.sleep(dice.uniform(0.0, 3.0))
@@ -134,10 +207,11 @@ def test_kills_at_random_instants(keeper: Keeper, stage: Stage) -> None:
     assert keeper.starts > KILLS // 2
 
 
+@pytest.mark.faults
 def test_kills_at_random_writes(keeper: Keeper, proxy: ApiProxy, stage: Stage) -> None:
     """Denser than instants: every kill falls on a write."""
     dice = random.Random(SEED + 1)
-    names = [f"{kind}-{number}" for number in range(8) for kind in ("well", "lost", "bad")]
+    names = [f"{kind}-{number}" for number in range(8) for kind in ("well", "lost", "late", "bad")]
     faults = [
         proxy.add(
             Fault(
