@@ -90,6 +90,8 @@ async def build_rollouts(
             wake=wake,
         )
         book = EvidenceBook(kube, fleet)
+        emergencies = Emergencies(publisher, book)
+        watchlist.is_harmed = emergencies.is_due
         reconciler = AdapterDeploymentReconciler(
             kube=kube,
             telemetry=telemetry,
@@ -107,7 +109,7 @@ async def build_rollouts(
             errands=errands,
             watchlist=watchlist,
             announcer=Announcer(kube=kube, errands=errands),
-            emergencies=Emergencies(publisher, book),
+            emergencies=emergencies,
         )
         depth = telemetry.queue_depth.labels(KIND)
         queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, on_depth=depth.set))

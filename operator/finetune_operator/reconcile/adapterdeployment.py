@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -211,7 +211,8 @@ class AdapterDeploymentReconciler:
             write = self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
             await _within(READ_SECONDS, write)
             self._written[key] = now
-        self.emergencies.remember(key, body, plan.status)
+        stored = replace(seen.deployment, status=plan.status)
+        self.emergencies.remember(key, stored, deployment_facts.claim(body))
         self.errands.settle(key, seen.measurements, seen.webhooks)
         self.telemetry.rollouts.show(*key, before=seen.deployment.status, status=plan.status)
         self.telemetry.rollouts.show_engines(*key, adapters=plan.status.adapters, engines=_loaded(seen))

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from finetune_operator.adapters.kube import Json
-from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
+from finetune_operator.api.routes import Route
 from finetune_operator.core import rollout_checks, rollouts
-from finetune_operator.core.rollout_facts import Observed, Withdrawal
-from finetune_operator.reconcile import deployment_facts, facts
+from finetune_operator.core.rollout_facts import DeploymentFacts, Observed, Withdrawal
+from finetune_operator.reconcile.aliases import Claim
 from finetune_operator.reconcile.evidence import EvidenceBook
 from finetune_operator.reconcile.queue import Key
 from finetune_operator.reconcile.routes import Publisher
@@ -26,23 +25,20 @@ class Emergencies:
     publisher: Publisher
     book: EvidenceBook
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-    _known: dict[Key, Json] = field(default_factory=dict)
+    _known: dict[Key, tuple[DeploymentFacts, Claim]] = field(default_factory=dict)
     _withdrawn: dict[Key, Withdrawal] = field(default_factory=dict)
 
     def withdrawal(self, key: Key) -> Withdrawal | None:
         """What was done to the route, until the status says the same."""
         return self._withdrawn.get(key)
 
-    def remember(self, key: Key, body: Json, status: AdapterDeploymentStatus) -> None:
-        """The object as it is stored now."""
-        weights = status.weights
+    def remember(self, key: Key, deployment: DeploymentFacts, claim: Claim) -> None:
+        """The deployment as it is stored now."""
+        status, weights = deployment.status, deployment.status.weights
         if weights is None or not (weights.candidate > 0 or weights.mirror > 0):
             self.forget(key)
             return
-        spec = body.get("spec")
-        if key in self._known and deployment_facts.deployment_facts(body).problem is not None:
-            spec = self._known[key].get("spec")  # the guardrails of the last one that could be read
-        self._known[key] = {**body, "spec": spec, "status": facts.to_json(status)}
+        self._known[key] = deployment, claim
         known = self._withdrawn.get(key)
         if known is not None and not rollout_checks.concerns(known, status):
             del self._withdrawn[key]
@@ -51,12 +47,26 @@ class Emergencies:
         self._known.pop(key, None)
         self._withdrawn.pop(key, None)
 
+    def is_due(self, key: Key) -> bool:
+        """Whether what the routers have told by now proves harm that nothing was done about. Costs no request, so each
+        poll may ask."""
+        return key not in self._withdrawn and self._proof(key) is not None
+
     async def look(self, key: Key) -> None:
         """Publish the route without the candidate if it is proved to do harm by now; else nothing."""
-        body = self._known.get(key)
-        if body is None:
+        found = self._proof(key)
+        if found is None:
             return
-        deployment, claim = deployment_facts.deployment_facts(body), deployment_facts.claim(body)
+        withdrawal, route = found
+        if key not in self._withdrawn:
+            logger.error("%s/%s: %s: %s: taken out of the route", *key, withdrawal.reason, withdrawal.message)
+            self._withdrawn[key] = withdrawal
+        await self.publisher.replace(self._known[key][1], route)
+
+    def _proof(self, key: Key) -> tuple[Withdrawal, Route] | None:
+        if key not in self._known:
+            return None
+        deployment, claim = self._known[key]
         routing = self.publisher.facts(claim)
         seen = Observed(
             deployment=deployment,
@@ -65,11 +75,4 @@ class Emergencies:
             evidence=self.book.peek(deployment, routing.published),
             withdrawal=self._withdrawn.get(key),
         )
-        found = rollouts.withdraw(seen, now=self.clock().replace(microsecond=0))
-        if found is None:
-            return
-        withdrawal, route = found
-        if key not in self._withdrawn:
-            logger.error("%s/%s: %s: %s: taken out of the route", *key, withdrawal.reason, withdrawal.message)
-            self._withdrawn[key] = withdrawal
-        await self.publisher.replace(claim, route)
+        return rollouts.withdraw(seen, now=self.clock().replace(microsecond=0))

@@ -1,4 +1,7 @@
-"""Which deployments want to be woken by what: a FineTuneJob that changes, a poll that brings new counters."""
+"""Which deployments want to be woken by what: a FineTuneJob that changes, a poll that brings new counters.
+
+A rollback does not wait for `analysis.interval`: guardrails are looked at after every poll, from memory.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ class Watchlist:
         self._deployments_of: dict[Key, set[Key]] = {}
         self._intervals: dict[Key, float] = {}
         self._woken: dict[Key, float] = {}
+        self.is_harmed: Callable[[Key], bool] = lambda deployment: False
+        """Whether the counters that were just polled prove harm: that is looked at more often than all else."""
         fleet.on_poll = self._polled
 
     def refer(self, deployment: Key, job: Key | None) -> None:
@@ -60,7 +65,7 @@ class Watchlist:
 
     def _polled(self) -> None:
         now = asyncio.get_running_loop().time()
-        for deployment, interval in self._intervals.items():
-            if now - self._woken[deployment] >= interval - EARLY_SECONDS:
+        for deployment, interval in list(self._intervals.items()):
+            if now - self._woken[deployment] >= interval - EARLY_SECONDS or self.is_harmed(deployment):
                 self._woken[deployment] = now
                 self._wake(deployment)
