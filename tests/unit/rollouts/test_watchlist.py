@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from finetune_operator.reconcile.fleet import Fleet
@@ -15,7 +16,7 @@ class Polls:
     hurry = False
 
     def __init__(self) -> None:
-        self.on_poll = lambda: None
+        self.on_poll: Callable[[], None] = lambda: None
 
     def poll_soon(self) -> None:
         return
