@@ -1,4 +1,4 @@
-"""Faults of single jobs in K8sJobMode: no attempt twice, little work lost, and a status that says why."""
+"""What happens to single jobs in K8sJobMode: no attempt twice, little work lost, and a status that says why."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import stories
+from tests.cluster import deletions, stories
 from tests.cluster.objects import JOB_SECONDS, LONG, delete, head_pod, job
 from tests.cluster.stories import Stage, Story, Told
 
@@ -20,7 +20,9 @@ def a_drained_pod_saves_a_checkpoint_first(stage: Stage) -> None:
     team.wait_job("drained", lambda s: s.get("progress", {}).get("step", 0) > 20, seconds=JOB_SECONDS)
     team("delete", "pod", head_pod(team, "drained")["metadata"]["name"], "--wait=false")
     status = team.wait_job(
-        "drained", lambda s: s["attempts"][-1].get("resumedFromStep") is not None, seconds=2 * JOB_SECONDS
+        "drained",
+        lambda s: len(s["attempts"]) == 2 and "resumedFromStep" in s["attempts"][1],
+        seconds=2 * JOB_SECONDS,
     )["status"]
     first, second = status["attempts"]
     assert first["class"] == "Preempted", json.dumps(status["attempts"], indent=1)
@@ -49,6 +51,7 @@ STORIES = (
     a_killed_head_pod_costs_one_interval_at_most,
     a_killed_trainer_costs_one_interval_at_most,
     a_job_that_fails_at_once_says_so,
+    *deletions.PHASES,
 )
 
 

@@ -1,15 +1,10 @@
-"""A job is deleted in each of its phases, and nothing of it stays in the cluster."""
+"""Stories of jobs that are deleted, one in each phase: nothing of them stays in the cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 from tests.clients import FINAL, Json, Kubectl
-from tests.cluster import stories
 from tests.cluster.objects import JOB_SECONDS, LONG, MANY_ROWS, NOWHERE, delete, job
-from tests.cluster.stories import Stage, Story, Told
+from tests.cluster.stories import Stage
 
 
 def until(stage: Stage, name: str, phase: str) -> None:
@@ -29,17 +24,17 @@ def delete_in(stage: Stage, name: str, phase: str) -> None:
     assert stage.watcher.phases(name)[-1] == phase, "the phase in which it was deleted"
 
 
-def pending(stage: Stage) -> None:
+def deleted_while_pending(stage: Stage) -> None:
     stage.team.apply(job("deleted-pending", model={"fineTuneJobRef": {"name": "nobody"}}))
     delete_in(stage, "deleted-pending", "Pending")
 
 
-def provisioning(stage: Stage) -> None:
+def deleted_while_provisioning(stage: Stage) -> None:
     stage.team.apply(job("deleted-provisioning", hyperparameters=LONG))
     delete_in(stage, "deleted-provisioning", "Provisioning")
 
 
-def queued(stage: Stage) -> None:
+def deleted_while_queued(stage: Stage) -> None:
     """Somebody else suspends the RayJob, as a queue does."""
     stage.team.apply(job("deleted-queued", hyperparameters=LONG))
     until(stage, "deleted-queued", "Provisioning")
@@ -48,30 +43,30 @@ def queued(stage: Stage) -> None:
     delete_in(stage, "deleted-queued", "Queued")
 
 
-def suspended(stage: Stage) -> None:
+def deleted_while_suspended(stage: Stage) -> None:
     stage.team.apply(job("deleted-suspended", hyperparameters=LONG))
     until(stage, "deleted-suspended", "Provisioning")
     suspend(stage.team, "ftj", "deleted-suspended")
     delete_in(stage, "deleted-suspended", "Suspended")
 
 
-def validating(stage: Stage) -> None:
+def deleted_while_validating(stage: Stage) -> None:
     stage.team.apply(job("deleted-validating", hyperparameters=LONG))
     delete_in(stage, "deleted-validating", "Validating")
 
 
-def running(stage: Stage) -> None:
+def deleted_while_running(stage: Stage) -> None:
     stage.team.apply(job("deleted-running", hyperparameters=LONG))
     delete_in(stage, "deleted-running", "Running")
 
 
-def evaluating(stage: Stage) -> None:
+def deleted_while_evaluating(stage: Stage) -> None:
     hyperparameters: Json = {**LONG, "maxSteps": 1, "evalSteps": 1000}  # so that only the end is evaluated
     stage.team.apply(job("deleted-evaluating", hyperparameters=hyperparameters, dataset=MANY_ROWS))
     delete_in(stage, "deleted-evaluating", "Evaluating")
 
 
-def retrying(stage: Stage) -> None:
+def deleted_while_retrying(stage: Stage) -> None:
     """Between two attempts: what the first one left to read goes as well."""
     retry = {"maxUserRetries": 1, "backoffSeconds": {"min": 600, "max": 600}}
     stage.team.apply(job("deleted-retrying", dataset=NOWHERE, retry=retry))
@@ -80,15 +75,13 @@ def retrying(stage: Stage) -> None:
     delete_in(stage, "deleted-retrying", "Retrying")
 
 
-PHASES = (evaluating, running, validating, retrying, queued, suspended, provisioning, pending)
-
-
-@pytest.fixture(scope="module")
-def told(stage: Stage) -> Iterator[Told]:
-    with stories.together(PHASES, stage) as told:
-        yield told
-
-
-@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.__name__)
-def test_deletion_leaves_nothing(phase: Story, told: Told) -> None:
-    told[phase].result()
+PHASES = (
+    deleted_while_evaluating,
+    deleted_while_running,
+    deleted_while_validating,
+    deleted_while_retrying,
+    deleted_while_queued,
+    deleted_while_suspended,
+    deleted_while_provisioning,
+    deleted_while_pending,
+)
