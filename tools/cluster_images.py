@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import hashlib
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -70,8 +71,7 @@ def main() -> int:
     try:
         for image in IMAGES:
             if options.only in (None, image.name):
-                tar = pack(image, tools=options.cluster, folder=options.folder)
-                load(tar, options.folder)
+                pack(image, tools=options.cluster, folder=options.folder)
                 print(image.reference, flush=True)
     except ImageError as error:
         print(f"cluster_images: {error}", file=sys.stderr)
@@ -79,30 +79,60 @@ def main() -> int:
     return 0
 
 
-def pack(image: Image, *, tools: Path, folder: Path) -> Path:
-    """The image as a tar; its base must be in the cluster's store already."""
-    root = folder / "images" / f"{image.name}-root"
-    shutil.rmtree(root, ignore_errors=True)
-    fill(root, image, base=folder / "images" / "ray-root")
-    (base,) = sorted((folder / "images").glob("ray-*.layer.tar"))
+def pack(image: Image, *, tools: Path, folder: Path) -> None:
+    """Make the image and load it into the cluster's store, which must have its base already.
+
+    The packages are a layer of their own: gigabytes that are packed and loaded again only when a pin changes.
+    """
+    images, loaded = folder / "images", folder / "store" / f"{image.name}.packages"
+    (base,) = sorted(images.glob("ray-*.layer.tar"))
+    packages = packages_layer(image, tools=tools, images=images)
+    thin = loaded.is_file() and loaded.read_text() == packages.name
+    ours = images / f"{image.name}-root"
+    shutil.rmtree(ours, ignore_errors=True)
+    add_ours(ours, image, base=images / "ray-root")
     environment, user, workdir = last_stage(image.dockerfile)
-    tar = folder / "images" / f"{image.name}.tar"
+    tar = images / f"{image.name}.tar"
     command = [
-        *(sys.executable, str(tools / "mkimage.py"), "--thin", "--name", image.reference, "--out", str(tar)),
-        *("--layer", str(base), "--layer", str(root), "--user", user, "--workdir", workdir),
+        *(sys.executable, str(tools / "mkimage.py"), "--name", image.reference, "--out", str(tar)),
+        *("--layer", str(base), "--layer", str(packages), "--layer", str(ours)),
+        *("--user", user, "--workdir", workdir),
         *(f"--env={variable}" for variable in environment),
+        *(("--thin",) if thin else ()),
     ]
     subprocess.run(command, check=True)
-    return tar
+    load(tar, folder)
+    tar.unlink()
+    loaded.write_text(packages.name)
+
+
+def packages_layer(image: Image, *, tools: Path, images: Path) -> Path:
+    """The layer with the image's packages and their programs, named after what is in it."""
+    found = packages(image.requirements)
+    told = "".join(sorted(f"{each.name}=={each.version}\n" for each in found)) + str(CACHE_TAG)
+    layer = images / f"{image.name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.layer.tar"
+    if layer.exists():
+        return layer
+    for other in images.glob(f"{image.name}-*.layer.tar"):
+        other.unlink()
+    root, part = images / f"{image.name}-packages", layer.with_suffix(".part")
+    shutil.rmtree(root, ignore_errors=True)
+    add_packages(root, found)
+    script = "import sys, mkimage; mkimage.pack_folder(*sys.argv[1:])"
+    command = [sys.executable, "-B", "-c", script, str(root), str(part)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(tools)})
+    part.rename(layer)
+    shutil.rmtree(root)
+    return layer
 
 
 def load(tar: Path, folder: Path) -> None:
+    """Raises ImageError."""
     program = [str(folder / "bin" / "ctr"), "--address", str(folder / "run" / "containerd.sock")]
-    subprocess.run(
-        [*program, "--namespace", "k8s.io", "images", "import", str(tar)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [*program, "--namespace", "k8s.io", "images", "import", str(tar)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ImageError(f"{tar.name} cannot be loaded: {done.stderr.strip()[-500:]}")
 
 
 def last_stage(dockerfile: str) -> tuple[list[str], str, str]:
@@ -115,12 +145,22 @@ def last_stage(dockerfile: str) -> tuple[list[str], str, str]:
 
 def fill(root: Path, image: Image, *, base: Path) -> None:
     """The files that the Dockerfile adds to its base."""
-    for found in packages(image.requirements):
-        for source, target in files_of(found):
+    add_packages(root, packages(image.requirements))
+    add_ours(root, image, base=base)
+
+
+def add_packages(root: Path, found: Iterable[Distribution]) -> None:
+    """Packages with their programs."""
+    for each in found:
+        for source, target in files_of(each):
             put(source, root / PACKAGES / target)
-        for entry in found.entry_points:
+        for entry in each.entry_points:
             if entry.group == "console_scripts":
                 write_script(root, entry.name, entry.value)
+
+
+def add_ours(root: Path, image: Image, *, base: Path) -> None:
+    """What the Dockerfile adds to the packages: our wheel, Python's place, the user."""
     add_our_wheel(root)
     for program in ("python", "python3"):
         (root / PREFIX / "bin" / program).symlink_to("/usr/bin/python3")
