@@ -101,7 +101,8 @@ class AdminPort:
         await self._workers.gather()
         feedback = await asyncio.to_thread(self._store.sums)
         version = max(0, self._workers.version())
-        return _model(self._ledger.wire(instance=self._instance, version=version, feedback=feedback))
+        body = self._ledger.wire(instance=self._instance, version=version, feedback=feedback)
+        return web.Response(body=body, content_type="application/json")
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         await self._workers.gather()

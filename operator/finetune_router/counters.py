@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from finetune_operator.api.routes import Arm
+from finetune_operator.api.routes import Arm, Route
 
 SAMPLE_LIMIT = 1024
 LENGTH_BINS = 16
@@ -153,6 +153,11 @@ class ArmMetrics:
         }
 
 
+def comparison_of(route: Route) -> str:
+    """Identity of the comparison that needs a sample of keys; "" where nothing is compared."""
+    return route.comparison if route.candidate is not None else ""
+
+
 class Sample:
     """The distinct keys with the smallest hashes, and on which arms their outcomes were recorded."""
 
@@ -240,6 +245,10 @@ class Book:
             known = self._samples[alias] = Sample(alias, comparison)
             self.changed_samples.add(known)
         return known
+
+    def end_sample(self, alias: str) -> None:
+        """Nothing is compared any more."""
+        self._samples.pop(alias, None)
 
     def take_reports(self) -> Iterator[Report]:
         """All that changed, in parts, between which the event loop may have its turn; at least one part."""

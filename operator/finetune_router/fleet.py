@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_operator.api.routes import Snapshot
+from finetune_router import counters
 from finetune_router.config import RouterConfig
 from finetune_router.control import Channel, Message
 from finetune_router.exposition import MetricsBoard
@@ -108,6 +109,7 @@ class Fleet:
             "base_models": _dump_bases(snapshot),
         }
         self._snapshot, self._routes = snapshot, documents
+        self._ledger.compare({route.alias: counters.comparison_of(route) for route in snapshot.routes})
         for life in self.lives:
             life.channel.send("routes", change=change)
         await self._until(lambda life: not life.serving or life.version >= snapshot.version, _APPLY_SECONDS)
@@ -220,7 +222,7 @@ class Fleet:
                 logger.error("a worker refused snapshot %s and is replaced", message["version"])
                 life.process.kill()
             case "counters":
-                life.epoch.update(message)
+                self._ledger.update(life.epoch, message)
                 self._board.update(life.epoch.name, message)
             case "beat":
                 life.in_flight, life.mirrors = message["in_flight"], message["mirrors"]

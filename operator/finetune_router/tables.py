@@ -15,7 +15,7 @@ import jsonschema_rs
 from finetune_operator.api import routes as wire
 from finetune_operator.api.routes import Arm, SignalEvent
 from finetune_router.assignment import KeyKind, KeySource
-from finetune_router.counters import ArmMetrics, ArmState, Book, Sample
+from finetune_router.counters import ArmMetrics, ArmState, Book, Sample, comparison_of
 from finetune_router.upstreams import Upstream, Upstreams
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ class Route:
     watch: Watch = Watch()
     validator: jsonschema_rs.Validator | None = None
     sample: Sample | None = None
+    """None where nothing is compared."""
     is_base: bool = False
     entry: bytes = b""
     """The alias in the list of models."""
@@ -256,9 +257,17 @@ def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: Sche
         retry_stable=route.retry_stable,
         watch=Watch.build(route.signals),
         validator=None if route.output_schema is None else schemas.get(route.output_schema),
-        sample=book.sample(route.alias, route.comparison),
+        sample=_sample(route, book),
         entry=_model_entry(route.alias),
     )
+
+
+def _sample(route: wire.Route, book: Book) -> Sample | None:
+    comparison = comparison_of(route)
+    if not comparison:
+        book.end_sample(route.alias)
+        return None
+    return book.sample(route.alias, comparison)
 
 
 def _base_route(base: wire.BaseModelRoute, *, upstreams: Upstreams, book: Book) -> Route:

@@ -307,7 +307,8 @@ async def test_signals_are_counted_per_arm(
 async def test_tokens_latency_lengths_and_keys_are_counted(
     router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:
-    await router.push(route(alias, target("base", engine.url), comparison="mine"))
+    candidate = target(CANDIDATE, engine.url)
+    await router.push(route(alias, target("base", engine.url), candidate, comparison="mine"))
     engine.behaviours["base-model"] = Behaviour(text="five words are in here", delay=0.05, chunk_delay=0.02)
     for user in ("a", "b", "a"):
         for stream in (False, True):

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from finetune_operator.api.routes import Arm, ArmCounters, EpochCounters, KeySample
+from finetune_operator.adapters.routers import COUNTERS_BYTES
+from finetune_operator.api.routes import Arm, ArmCounters, EpochCounters, KeySample, RouterCounters
 from finetune_router import counters, exposition
+from finetune_router import ledger as ledgers
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, Book, Histogram, RunningMoments, Sample
 from finetune_router.exposition import Gauges, MetricsBoard, RouterCollector
-from finetune_router.ledger import Epoch, Ledger
+from finetune_router.ledger import Ledger
 
 NOTHING = EpochCounters(epoch="feedback-1")
 
@@ -92,21 +97,25 @@ def count_requests(book: Book, number: int, *, alias: str = "bot") -> None:
     book.changed_metrics.add(metrics)
 
 
+def told(ledger: Ledger) -> RouterCounters:
+    return RouterCounters.model_validate_json(ledger.wire(instance="i", version=1, feedback=NOTHING))
+
+
 def test_an_ended_epoch_keeps_its_counts_over_a_restart_of_the_router(tmp_path: Path) -> None:
     ledger, book = Ledger(tmp_path), Book()
     first = ledger.begin("worker-1")
     count_requests(book, 3)
-    first.update(report(book))
+    ledger.update(first, report(book))
     count_requests(book, 2)
-    first.update(report(book))
-    first.update(report(book))  # nothing new: nothing changes
+    ledger.update(first, report(book))
+    ledger.update(first, report(book))  # nothing new: nothing changes
     ledger.end("worker-1")
-    ledger.begin("worker-2").update(report(Book()))
+    ledger.update(ledger.begin("worker-2"), report(Book()))
     ledger.save()
     again = Ledger(tmp_path)
     again.load()
     for kept in (ledger, again):
-        wire = kept.wire(instance="i", version=1, feedback=NOTHING)
+        wire = told(kept)
         counts = {epoch.epoch: sum(arm.requests for arm in epoch.arms) for epoch in wire.epochs}
         assert counts["worker-1"] == 5
 
@@ -115,7 +124,7 @@ def test_broken_epochs_on_disk_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "epochs.json").write_text('{"epochs": [{"nope": 1}]}')
     ledger = Ledger(tmp_path)
     ledger.load()
-    assert ledger.wire(instance="i", version=1, feedback=NOTHING).epochs == (NOTHING,)
+    assert [epoch for epoch in told(ledger).epochs if epoch.arms or epoch.samples] == []
 
 
 def scrape(board: MetricsBoard) -> str:
@@ -180,14 +189,126 @@ def test_samples_of_several_workers_make_one_sample() -> None:
 @given(st.lists(st.tuples(st.integers(0, 100), st.sampled_from([STABLE_BIT, CANDIDATE_BIT]), st.booleans())))
 def test_the_parent_has_the_workers_sample(steps: list[tuple[int, int, bool]]) -> None:
     """Only what is new goes over the line."""
-    book, epoch = Book(), Epoch("worker-1")
+    book, ledger = Book(), Ledger(Path("nowhere"))
+    epoch = ledger.begin("worker-1")
     sample = book.sample("bot", "c1")
     for value, bit, is_report_due in steps:
         if sample.add(value, bit):
             book.changed_samples.add(sample)
         if is_report_due:
-            epoch.update(report(book))
-    epoch.update(report(book))
-    assert [one.model_dump() for one in epoch.wire().samples] == (
-        [KeySample.model_validate(sample.wire()).model_dump()]
+            ledger.update(epoch, report(book))
+    ledger.update(epoch, report(book))
+    assert samples_of(ledger) == [KeySample.model_validate(sample.wire())]
+
+
+def samples_of(ledger: Ledger) -> list[KeySample]:
+    return [sample for epoch in told(ledger).epochs for sample in epoch.samples]
+
+
+def see_keys(book: Book, comparison: str, keys: Iterable[int], *, alias: str = "bot") -> None:
+    sample = book.sample(alias, comparison)
+    for key in keys:
+        if sample.add(key, STABLE_BIT):
+            book.changed_samples.add(sample)
+
+
+def test_of_a_comparison_there_is_one_sample_and_it_survives_workers_and_restarts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.compare({"bot": "c1"})
+    for number, keys in enumerate(([1, 2], [2, 3], [9])):
+        book = Book()
+        count_requests(book, 1)
+        see_keys(book, "c1", keys)
+        ledger.update(ledger.begin(f"worker-{number}"), report(book))
+        if number < 2:
+            ledger.end(f"worker-{number}")
+    assert [sample.stable for sample in samples_of(ledger)] == [(1, 2, 3, 9)]
+    ledger.save()
+    again = Ledger(tmp_path)
+    again.load()
+    again.compare({"bot": "c1", "other": ""})
+    assert samples_of(again) == samples_of(ledger)
+
+
+def test_samples_of_comparisons_that_are_over_are_dropped(tmp_path: Path) -> None:
+    ledger, book = Ledger(tmp_path), Book()
+    epoch = ledger.begin("worker-1")
+    ledger.compare({"bot": "c1"})
+    see_keys(book, "c1", [1])
+    ledger.update(epoch, report(book))
+    ledger.compare({"bot": "c2"})
+    assert samples_of(ledger) == []
+    see_keys(book, "c1", [2])  # of a worker that has not applied the snapshot yet
+    ledger.update(epoch, report(book))
+    assert samples_of(ledger) == []
+    see_keys(book, "c2", [3])
+    ledger.update(epoch, report(book))
+    assert [sample.stable for sample in samples_of(ledger)] == [(3,)]
+    ledger.compare({"bot": ""})
+    assert samples_of(ledger) == []
+
+
+def test_the_epochs_of_an_older_router_are_read(tmp_path: Path) -> None:
+    sample = KeySample(alias="bot", comparison="c1", stable=(1, 2), candidate=(3,))
+    arm = ArmCounters(alias="bot", arm=Arm.STABLE, revision="base", requests=4)
+    old = EpochCounters(epoch="worker-1", arms=(arm,), samples=(sample,))
+    (tmp_path / "epochs.json").write_text(
+        json.dumps({"epochs": [old.model_dump(mode="json", by_alias=True)]})
     )
+    ledger = Ledger(tmp_path)
+    ledger.load()
+    assert samples_of(ledger) == [sample]
+    assert [arms for epoch in told(ledger).epochs for arms in epoch.arms] == [arm]
+
+
+def test_the_answer_to_the_operator_stays_small_with_many_aliases_and_many_lives(tmp_path: Path) -> None:
+    """All thousand aliases in a rollout, with full samples; 40 workers have died."""
+    aliases = [f"tenant-{number}-support-bot" for number in range(1000)]
+    ledger = Ledger(tmp_path)
+    ledger.compare(dict.fromkeys(aliases, "ab12cd34:20261129T120000Z:20"))
+    generator = random.Random(3)
+    keys = [generator.getrandbits(53) for _ in range(1024)]
+    book = Book()
+    for alias in aliases:
+        see_keys(book, "ab12cd34:20261129T120000Z:20", keys, alias=alias)
+        for arm, revision in ((Arm.STABLE, "11112222"), (Arm.CANDIDATE, "ab12cd34")):
+            state = book.state(alias, arm, revision)
+            state.requests = 123_456
+            state.events = {"errors": 1234, "slow-ttft": 567, "refusal": 89}
+            for _ in range(3):
+                state.seconds.add(generator.random())
+                state.ttft.add(generator.random())
+                state.add_tokens(generator.randrange(500))
+            book.changed_states.add(state)
+    parts = list(book.take_reports())
+    message = {
+        "arms": [arm for part in parts for arm in part.arms],
+        "samples": [s for part in parts for s in part.samples],
+    }
+    for number in range(41):
+        told_keys = message["samples"] if number == 0 else []
+        ledger.update(ledger.begin(f"worker-{number:032}"), {**message, "samples": told_keys})
+        if number < 40:
+            ledger.end(f"worker-{number:032}")
+    began = time.process_time()
+    body = ledger.wire(instance="i", version=1, feedback=NOTHING)
+    seconds = time.process_time() - began
+    assert len(body) < COUNTERS_BYTES / 2, f"{len(body) / 2**20:.0f} MiB"
+    assert seconds < 2.0  # of the parent, while the operator waits
+    assert body.count(b'"limit":1024') == 1000
+    ledger.compare(dict.fromkeys(aliases, ""))
+    without = ledger.wire(instance="i", version=1, feedback=NOTHING)
+    print(f"{len(body) / 2**20:.1f} MiB in {seconds:.2f} s; {len(without) / 2**20:.1f} MiB without samples")
+    assert len(without) < COUNTERS_BYTES / 4
+
+
+def test_of_ended_lives_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "MOST_ENDED_ARMS", 25)
+    ledger, book = Ledger(tmp_path), Book()
+    for number in range(10):
+        count_requests(book, 1, alias=f"bot-{number}")
+    message = report(book)
+    for number in range(5):
+        ledger.update(ledger.begin(f"worker-{number}"), message)
+        ledger.end(f"worker-{number}")
+    assert [epoch.epoch for epoch in told(ledger).epochs if epoch.arms] == ["worker-3", "worker-4"]
