@@ -35,6 +35,7 @@ FILE_NAME = "feedback.sqlite"
 METRICS_PER_ALIAS = 50  # names that clients may make up for one alias
 _BUSY_SECONDS = 5.0  # to wait for another worker's transaction
 _METRIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+# The index that goes was one over all idempotency keys, which are the clients' own: two may choose the same one.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS records (
@@ -42,7 +43,7 @@ CREATE TABLE IF NOT EXISTS records (
     revision TEXT NOT NULL, counted INTEGER NOT NULL, comment TEXT, idempotency_key TEXT, at INTEGER NOT NULL,
     PRIMARY KEY (ticket, metric)
 ) WITHOUT ROWID;
-CREATE UNIQUE INDEX IF NOT EXISTS records_by_key ON records (idempotency_key) WHERE idempotency_key IS NOT NULL;
+DROP INDEX IF EXISTS records_by_key;
 CREATE INDEX IF NOT EXISTS records_by_time ON records (at);
 CREATE TABLE IF NOT EXISTS sums (
     alias TEXT NOT NULL, arm TEXT NOT NULL, revision TEXT NOT NULL, metric TEXT NOT NULL,
@@ -91,16 +92,13 @@ class FeedbackStore:
         """
         value = float(feedback.value)
         with self._transaction() as database:
-            if (
-                feedback.idempotency_key is not None
-                and database.execute(
-                    "SELECT 1 FROM records WHERE idempotency_key = ?", (feedback.idempotency_key,)
-                ).fetchone()
-            ):
-                return False
             former = database.execute(
-                "SELECT value FROM records WHERE ticket = ? AND metric = ?", (ticket_text, feedback.metric)
+                "SELECT value, idempotency_key FROM records WHERE ticket = ? AND metric = ?",
+                (ticket_text, feedback.metric),
             ).fetchone()
+            key = feedback.idempotency_key
+            if former is not None and key is not None and former[1] == key:
+                return False
             if former is None:
                 self._check_room(database, ticket.alias, feedback.metric)
             database.execute(

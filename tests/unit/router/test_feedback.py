@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from finetune_operator.api.routes import Arm
 from finetune_router.errors import ApiError
-from finetune_router.feedback import METRICS_PER_ALIAS, Feedback, FeedbackDesk, FeedbackStore
+from finetune_router.feedback import FILE_NAME, METRICS_PER_ALIAS, Feedback, FeedbackDesk, FeedbackStore
 from finetune_router.tickets import TicketOffice
 
 OFFICE = TicketOffice(b"0123456789abcdef")
@@ -21,7 +22,7 @@ def mint(arm: Arm = Arm.CANDIDATE, *, counted: bool = True) -> str:
 
 
 def body(response_id: str, value: object, **more: object) -> bytes:
-    return json.dumps({"response_id": response_id, "metric": "helpful", "value": value, **more}).encode()
+    return json.dumps({"response_id": response_id, "metric": "helpful", "value": value} | more).encode()
 
 
 def scores(store: FeedbackStore) -> dict[tuple[str, str], tuple[int, float, float]]:
@@ -70,6 +71,35 @@ async def test_an_idempotency_key_counts_once(tmp_path: Path, desk: FeedbackDesk
     assert (await desk.take(body(response, 1, idempotency_key="k"))).is_new
     assert not (await desk.take(body(response, 0, idempotency_key="k"))).is_new
     assert scores(FeedbackStore(tmp_path)) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
+
+
+async def test_an_idempotency_key_is_one_of_its_response_and_metric(
+    tmp_path: Path, desk: FeedbackDesk
+) -> None:
+    """Clients choose them: `1` of one client has nothing to do with `1` of another."""
+    first, second = mint(), mint(Arm.STABLE)
+    assert (await desk.take(body(first, 1, idempotency_key="1"))).is_new
+    assert (await desk.take(body(second, 0, idempotency_key="1"))).is_new
+    assert (await desk.take(body(first, 0, metric="polite", idempotency_key="1"))).is_new
+    assert scores(FeedbackStore(tmp_path)) == {
+        ("Candidate", "helpful"): (1, 1.0, 1.0),
+        ("Candidate", "polite"): (1, 0.0, 0.0),
+        ("Stable", "helpful"): (1, 0.0, 0.0),
+    }
+
+
+async def test_the_file_of_an_older_router_is_taken_over(tmp_path: Path, desk: FeedbackDesk) -> None:
+    old = mint()
+    assert (await desk.take(body(old, 1, idempotency_key="1"))).is_new
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute(
+            "CREATE UNIQUE INDEX records_by_key ON records (idempotency_key) WHERE idempotency_key IS NOT NULL"
+        )
+    database.close()
+    again = FeedbackDesk(FeedbackStore(tmp_path), OFFICE)
+    assert not (await again.take(body(old, 0, idempotency_key="1"))).is_new
+    assert (await again.take(body(mint(), 0, idempotency_key="1"))).is_new
+    assert scores(FeedbackStore(tmp_path)) == {("Candidate", "helpful"): (2, 1.0, 1.0)}
 
 
 async def test_request_id_does_as_well(desk: FeedbackDesk) -> None:
