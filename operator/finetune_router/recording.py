@@ -303,17 +303,14 @@ class Recorder:
         self._book.changed_states.add(state)
 
     def _validator(self, seen: Observation) -> jsonschema_rs.Validator | None:
-        """The route's schema, else the one that the request itself asked for (response_format)."""
+        """The schema that the request itself asked for (response_format), else the route's."""
         route = seen.route
-        if route.validator is not None or not seen.response_format:
+        if not seen.response_format or SignalEvent.SCHEMA_INVALID not in route.watch.wanted:
             return route.validator
-        if len(seen.response_format) > REQUEST_SCHEMA_LIMIT:
-            return None
-        if SignalEvent.SCHEMA_INVALID not in route.watch.wanted:
-            return None
         try:
             asked = json.loads(seen.response_format)
             schema = asked["json_schema"]["schema"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        return self._schemas.get(schema)
+            return route.validator
+        # Of a schema that is too large, only that the answer is JSON is checked: the route's is not what was asked for.
+        return self._schemas.get(schema) if len(seen.response_format) <= REQUEST_SCHEMA_LIMIT else None

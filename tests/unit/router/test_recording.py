@@ -158,3 +158,38 @@ async def test_pinned_requests_are_not_watched(desk: Desk) -> None:
     desk.recorder.sweep()
     desk.finish(seen, End.ANSWERED)
     assert desk.counted == (0, {})
+
+
+COUNT = {"type": "object", "required": ["count"]}
+NAME = {"type": "object", "required": ["name"]}
+
+
+def json_schema(schema: object, **more: object) -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **more}}
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "valid"),
+    [
+        (None, '{"count": 1}', True),
+        (None, '{"name": "a"}', False),
+        (json_schema(NAME), '{"name": "a"}', True),
+        (json_schema(NAME), '{"count": 1}', False),
+        ({"type": "json_object"}, '{"name": "a"}', False),
+        ({"type": "json_schema"}, '{"name": "a"}', False),
+        (json_schema({"type": "no such type"}), "[]", True),
+        (json_schema(NAME, description="x" * 40_000), "[]", True),
+        (json_schema(NAME, description="x" * 40_000), "no json", False),
+    ],
+    ids=[
+        "none", "none, bad", "own", "own, bad", "json_object", "no schema", "unusable", "too large", "too large, bad",
+    ],
+)  # fmt: skip
+async def test_the_schema_of_the_request_goes_before_the_routes(
+    format: object,  # noqa: A002
+    text: str,
+    valid: bool,
+) -> None:
+    desk = Desk(await build_route(output_schema=COUNT))
+    desk.finish(desk.begin(ago=0.1, format=format), End.ANSWERED, text=text)
+    assert desk.counted == (1, {} if valid else {"invalid": 1})
