@@ -42,6 +42,14 @@ _JSON = "application/json"
 LOG_LINES = 10.0  # about failed requests, in a second
 
 
+@dataclass(slots=True)
+class Room:
+    """What one request has of the memory for bodies."""
+
+    held: int = 0
+    """Bytes."""
+
+
 @dataclass
 class Service:
     """Answers every request of the data port; one per worker."""
@@ -54,7 +62,7 @@ class Service:
     table: Table = field(default_factory=Table)
     in_flight: int = 0
     buffered: int = 0
-    """Bytes of request bodies in memory."""
+    """Bytes of request bodies in memory, and of those that are still coming."""
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -105,13 +113,9 @@ class Service:
         if self.in_flight >= self.config.max_concurrency:
             raise self._outside_error(errors.too_busy("too many requests are under way"))
         self.in_flight += 1
-        size = 0
+        room = Room()
         try:
-            data = await self._read(request, self.config.max_body_bytes)
-            size = len(data)
-            self.buffered += size
-            if self.buffered > self.config.max_buffered_bytes:
-                raise self._outside_error(errors.too_busy("too many large requests are under way"))
+            data = await self._read(request, self.config.max_body_bytes, room)
             table = self.table
             body = await self._parse(data, table)
             if body.model is None:
@@ -132,7 +136,7 @@ class Service:
             return await self.proxy.serve(Arrival(request, route, body, path, arrived), choice)
         finally:
             self.in_flight -= 1
-            self.buffered -= size
+            self.buffered -= room.held
 
     async def _parse(self, data: bytes, table: Table) -> Body:
         try:
@@ -142,8 +146,11 @@ class Service:
         except BrokenBodyError as error:
             raise self._outside_error(errors.bad_request(str(error))) from None
 
-    async def _read(self, request: web.BaseRequest, limit: int) -> bytes:
-        """The body, decompressed where it was compressed. Raises ApiError 400, 408, 413, 417."""
+    async def _read(self, request: web.BaseRequest, limit: int, room: Room) -> bytes:
+        """The body, decompressed where it was compressed. Raises ApiError 400, 408, 413, 417, 429.
+
+        The caller gives back the room, also when this raises.
+        """
         length = request.content_length
         if length is not None and length > limit:
             raise self._outside_error(errors.too_large(limit))
@@ -154,21 +161,27 @@ class Service:
         try:
             if content.is_eof():
                 data = content.read_nowait()
-            else:
-                async with asyncio.timeout(self.config.body_timeout):
-                    pieces = bytearray()
-                    while piece := await content.readany():
-                        pieces += piece
-                        if len(pieces) > limit:
-                            raise self._outside_error(errors.too_large(limit))
-                    data = bytes(pieces)
+                self._reserve(room, len(data), limit)
+                return data
+            async with asyncio.timeout(self.config.body_timeout):
+                pieces = []
+                while piece := await content.readany():
+                    self._reserve(room, len(piece), limit)
+                    pieces.append(piece)
+                return b"".join(pieces)
         except TimeoutError:
             raise self._outside_error(errors.body_too_slow(self.config.body_timeout)) from None
         except RequestPayloadError:
             raise self._outside_error(errors.bad_request("the body is broken in transfer")) from None
-        if len(data) > limit:
+
+    def _reserve(self, room: Room, size: int, limit: int) -> None:
+        """Take room for a piece as it comes: many large bodies may be on their way, and none be complete."""
+        room.held += size
+        self.buffered += size
+        if room.held > limit:
             raise self._outside_error(errors.too_large(limit))
-        return data
+        if self.buffered > self.config.max_buffered_bytes:
+            raise self._outside_error(errors.too_busy("too many large requests are under way"))
 
     async def _meet(self, request: web.BaseRequest, expectation: str) -> None:
         """Expect: 100-continue (RFC 9110, section 10.1.1)."""
@@ -205,7 +218,11 @@ class Service:
 
     async def _feedback(self, request: web.BaseRequest) -> web.Response:
         self._authenticate(request)
-        data = await self._read(request, _FEEDBACK_LIMIT)
+        room = Room()
+        try:
+            data = await self._read(request, _FEEDBACK_LIMIT, room)
+        finally:
+            self.buffered -= room.held
         try:
             outcome = await self.desk.take(data)
         except ApiError as error:

@@ -411,6 +411,32 @@ async def test_too_many_requests_are_429_and_the_place_is_given_back(
         assert sorted(answers, key=str) == [(200, None)] * 3 + [(429, "1")] * 2
 
 
+async def test_large_bodies_that_are_still_coming_take_room(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    """None of them is complete; together they are too much."""
+    router = own_router("--max-buffered-bytes", "1000000", "--max-body-bytes", "900000")
+    await asyncio.to_thread(router.start)
+    await router.push(route(alias, target("base", engine.url)))
+    writers = []
+    answers: list[asyncio.Task[bytes]] = []
+    for _ in range(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 800000\r\n\r\n".encode())
+        writer.write(b" " * 300_000)
+        writers.append(writer)
+        answers.append(asyncio.create_task(reader.readuntil(b"\r\n")))
+    done, waiting = await asyncio.wait(answers, timeout=1.0)
+    assert [task.result() for task in done] == [b"HTTP/1.1 429 Too Many Requests\r\n"] * 2
+    for task in waiting:
+        task.cancel()
+    for writer in writers:
+        writer.close()
+    await asyncio.sleep(0.2)
+    async with session.post(router.url + CHAT, data=chat(alias, pad="x" * 800_000)) as response:
+        assert response.status == 200, "the room was given back"
+
+
 async def test_slow_senders_are_told_so(
     own_router: Callable[..., Router], engine: Engine, alias: str
 ) -> None:
