@@ -110,9 +110,10 @@ class Agent:
                 "message": self._message,
             },
             "capacity": {
-                "maxLoras": self._max_loras(),
+                # Null, not 0, where it is not known: 0 would be a limit that no adapter keeps.
+                "maxLoras": self._max_loras() or None,
                 "loadedLoras": len(facts.adapters) if facts else 0,
-                "maxLoraRank": self.settings.max_lora_rank,
+                "maxLoraRank": self.settings.max_lora_rank or None,
             },
             "adapters": [entry.document() for entry in self._entries.values()],
         }
@@ -260,6 +261,7 @@ class Agent:
         return verdict.message if verdict.match is bases.Match.UNKNOWN else ""
 
     def _max_loras(self) -> int:
+        """Places for adapters; 0 where neither the settings nor the engine tell."""
         return self.settings.max_loras or (self._facts.max_loras if self._facts else None) or 0
 
     def _check_capacity(self, entry: Entry) -> None:

@@ -84,8 +84,9 @@ class Engine:
                 raise Dead("the engine has stopped")
             if len(self._waiting) + len(sequences) > self.limits.max_queue:
                 raise QueueFull(f"{len(self._waiting)} requests wait already; try again later")
-            for sequence in sequences:
-                sequence.adapter = self.registry.acquire(sequence.model)
+            keys = self.registry.acquire(sequence.model for sequence in sequences)
+            for sequence, key in zip(sequences, keys, strict=True):
+                sequence.adapter = key
             self._waiting.extend(sequences)
             self._wake.notify()
 

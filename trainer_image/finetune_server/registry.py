@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 _numbers = itertools.count(1)
@@ -63,15 +64,18 @@ class Registry:
             loaded = self._listed.get(name)
         return None if loaded is None else loaded.template
 
-    def acquire(self, model: str) -> str | None:
-        """Counts one more user of a model; returns the key of its weights, None for the base. Raises KeyError."""
+    def acquire(self, models: Iterable[str]) -> list[str | None]:
+        """Counts one more user of each; returns the keys of their weights, None for the base.
+
+        All or none: Raises KeyError, and then nobody is a user. An unload may come between two requests, never within.
+        """
         with self._lock:
-            if model in self._base_names:
-                return None
-            loaded = self._listed[model]
-            loaded.users += 1
-            loaded.last_used = time.monotonic()
-            return loaded.key
+            found = [None if model in self._base_names else self._listed[model] for model in models]
+            for loaded in found:
+                if loaded is not None:
+                    loaded.users += 1
+                    loaded.last_used = time.monotonic()
+            return [None if loaded is None else loaded.key for loaded in found]
 
     def release(self, key: str | None) -> str | None:
         """Counts one user less; returns the key when its weights are to be removed now."""

@@ -106,7 +106,22 @@ async def test_an_adapter_is_downloaded_verified_loaded_and_probed(start: Start,
         "baseModels": ["base"],
         "message": "",
     }
-    assert status["capacity"] == {"maxLoras": 2, "loadedLoras": 1, "maxLoraRank": 0}
+    assert status["capacity"] == {"maxLoras": 2, "loadedLoras": 1, "maxLoraRank": None}
+
+
+async def test_limits_that_nobody_told_are_null(start: Start) -> None:
+    """vLLM exports `vllm:lora_requests_info` late, and its largest rank nowhere; 0 would refuse every adapter."""
+    agent = await start(Engine(tells_places=False))
+    assert await agent.put("a--1", "first") == 202
+    await agent.wait("a--1", "Loaded")
+    capacity = (await agent.call("GET", "status"))[1]["capacity"]
+    assert capacity == {"maxLoras": None, "loadedLoras": 1, "maxLoraRank": None}
+
+
+async def test_limits_of_the_command_line_are_told(start: Start) -> None:
+    agent = await start(Engine(tells_places=False), max_loras=3, max_lora_rank=16)
+    capacity = (await agent.call("GET", "status"))[1]["capacity"]
+    assert capacity == {"maxLoras": 3, "loadedLoras": 0, "maxLoraRank": 16}
 
 
 async def test_a_name_is_never_given_to_another_artifact(start: Start) -> None:

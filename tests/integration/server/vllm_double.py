@@ -17,6 +17,7 @@ class Engine:
     up: bool = True
     adapters: dict[str, str] = field(default_factory=dict)
     max_lora: int = 2
+    tells_places: bool = True  # vLLM exports it with its first requests
     lies: bool = False  # says 200 to a load and does not load
     mute: bool = False  # lists an adapter and fails each request for it
     refuses: str = ""  # message of a refused load
@@ -46,9 +47,8 @@ class Engine:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         labels = f'max_lora="{self.max_lora}",running_lora_adapters="",waiting_lora_adapters=""'
-        return web.Response(
-            text=f"process_start_time_seconds {self.instance}\nvllm:lora_requests_info{{{labels}}} 1.0\n"
-        )
+        places = f"vllm:lora_requests_info{{{labels}}} 1.0\n" if self.tells_places else ""
+        return web.Response(text=f"process_start_time_seconds {self.instance}\n{places}")
 
     async def _models(self, request: web.Request) -> web.Response:
         cards: list[dict[str, Any]] = [{"id": "base", "root": "org/base", "parent": None}]

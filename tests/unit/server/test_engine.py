@@ -179,6 +179,18 @@ def test_a_full_queue_refuses(make_client: Any) -> None:
         client.engine.submit([client.sequence("d")])
 
 
+def test_a_request_that_cannot_be_taken_whole_holds_nothing(
+    make_client: Any, tiny_adapters: dict[str, Path]
+) -> None:
+    """As when an unload comes in the middle of it: a user that never leaves would keep the place for ever."""
+    client = make_client(max_loras=1)
+    client.engine.load("first", tiny_adapters["all"], pinned=False)
+    with pytest.raises(KeyError):
+        client.engine.submit([client.sequence("a", model="first"), client.sequence("b", model="gone")])
+    client.engine.load("second", tiny_adapters["all"], pinned=False)
+    assert [one.name for one in client.engine.registry.listed()] == ["second"]
+
+
 def test_the_adapter_unused_for_longest_makes_room_unless_somebody_keeps_it(
     make_client: Any, tiny_adapters: dict[str, Path]
 ) -> None:
