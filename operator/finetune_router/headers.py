@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -15,12 +16,14 @@ HOP_BY_HOP = frozenset(
 )  # fmt: skip
 # What the client proves itself with; only for the router.
 CREDENTIALS = frozenset(("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key"))
-# Set by the router: the body is a new one.
-_OWN = frozenset(("host", "content-length", "content-encoding", "x-request-id"))
+# Set by the router: the body is a new one, and answers must be such that it can read them.
+_OWN = frozenset(("host", "content-length", "content-encoding", "x-request-id", "accept-encoding"))
+READABLE_ENCODINGS = frozenset(("gzip", "x-gzip", "deflate", "identity"))
 _FORWARDED = (
-    "accept", "accept-encoding", "accept-language", "content-type", "user-agent", "traceparent", "tracestate",
+    "accept", "accept-language", "content-type", "user-agent", "traceparent", "tracestate",
     "x-client-request-id",
 )  # fmt: skip
+_LONGEST_CACHED = 256  # characters of an Accept-Encoding; no client has a longer one
 _ANSWER_DROPPED = frozenset(
     name.encode() for name in HOP_BY_HOP | {"server", "date", "content-length", "x-request-id"}
 ) - {b"expect"}
@@ -46,7 +49,25 @@ class HeaderPolicy:
                 passes = self._everything and lowered not in HOP_BY_HOP | CREDENTIALS | _OWN | named
             if passes and "\r" not in value and "\n" not in value and "\0" not in value:
                 lines.append(f"{lowered}: {value}\r\n")
+        encodings = headers.getall("accept-encoding", None)
+        if encodings is not None:
+            lines.append(f"accept-encoding: {_readable(encodings)}\r\n")
         return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+@functools.lru_cache(maxsize=256)
+def _readable_in(value: str) -> str:
+    """Those of a client's encodings that the router can read, with their weights."""
+    items = (item.strip() for item in value.split(","))
+    kept = [item for item in items if item.partition(";")[0].strip().lower() in READABLE_ENCODINGS]
+    return ", ".join(kept)
+
+
+def _readable(values: list[str]) -> str:
+    """What an engine may send to this client. Signals of the output would be blind to br and zstd."""
+    text = ", ".join(values)
+    kept = _readable_in(text) if len(text) <= _LONGEST_CACHED else ""
+    return kept or "identity"
 
 
 def answer_headers(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:

@@ -145,13 +145,15 @@ def first_event_is_error(data: bytes) -> bool:
 
 
 def decoded(data: bytes, encoding: str, limit: int) -> bytes | None:
-    """The content of a compressed answer up to `limit` bytes; None when it cannot be read."""
+    """The content of a compressed answer; None when it cannot be read, or is longer than `limit` bytes."""
     if encoding not in {"gzip", "deflate", "x-gzip"}:
         return None
     try:
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(data, limit)
+        unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+        content = unpacking.decompress(data, limit)
     except zlib.error:
         return None
+    return None if unpacking.unconsumed_tail else content  # half a document would look like an engine's mistake
 
 
 def fired_events(

@@ -217,6 +217,7 @@ class Recorder:
         if seen.encoding:
             plain = outputs.decoded(data, seen.encoding, ANSWER_LIMIT)
             if plain is None:
+                self.unread += 1
                 return
             data = plain
         if seen.is_stream:

@@ -94,6 +94,21 @@ async def test_a_compressed_answer_passes_as_it_is_and_is_still_read(
     assert (await ready.arm(alias, Arm.STABLE)).events["cut"] == 1
 
 
+async def test_an_answer_in_an_encoding_that_cannot_be_read_is_said_to_be_unread(
+    own_router: Callable[..., Router], engine: Engine, alias: str
+) -> None:
+    router = own_router()
+    await asyncio.to_thread(router.start)
+    await router.push(route(alias, target("base", engine.url)))
+    engine.behaviours["base-model"] = Behaviour(headers={"Content-Encoding": "br"})
+    async with (
+        aiohttp.ClientSession(auto_decompress=False) as plain,
+        plain.post(router.url + CHAT, data=chat(alias)) as response,
+    ):
+        assert response.status == 200
+    assert "adapter_router_outputs_unread_total 1.0" in await router.metrics()
+
+
 async def test_large_answers_pass_whole(
     ready: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:

@@ -164,6 +164,6 @@ def test_a_very_long_text_is_kept_in_part_and_not_judged() -> None:
 def test_compressed_answers_are_read_and_bombs_are_not() -> None:
     body = answer("hello")
     assert outputs.decoded(gzip.compress(body), "gzip", 10_000) == body
-    assert len(outputs.decoded(gzip.compress(b"0" * 10_000_000), "gzip", 1000) or b"") == 1000
+    assert outputs.decoded(gzip.compress(b"0" * 10_000_000), "gzip", 1000) is None
     assert outputs.decoded(b"no gzip", "gzip", 1000) is None
     assert outputs.decoded(body, "br", 1000) is None
