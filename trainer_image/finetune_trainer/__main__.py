@@ -1,4 +1,4 @@
-"""finetune-trainer run | inspect | compare | stop."""
+"""finetune-trainer run | check | inspect | compare | stop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 EPILOG = """\
-run and inspect read the run file named by FINETUNE_RUN_FILE (or --run-file) and end with one of these exit codes:
-0 Succeeded, 64 BadConfig, 65 BadData, 66 ModelNotFound, 74 Storage, 75 Preempted, 80 GpuOutOfMemory,
+run, check and inspect read the run file named by FINETUNE_RUN_FILE (or --run-file) and end with one of these codes:
+0 Succeeded or Checked, 64 BadConfig, 65 BadData, 66 ModelNotFound, 74 Storage, 75 Preempted, 80 GpuOutOfMemory,
 81 HostOutOfMemory, 82 NotFinite, 83 Collective, 84 CheckpointCorrupt, 1 Internal.
 """
 
@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "run":
         with signals.known_process():
             return lifecycle.run_job(options.run_file)
-    return lifecycle.run_job(options.run_file, only_inspect=True)
+    task = lifecycle.check if options.command == "check" else lifecycle.inspect
+    return lifecycle.run_job(options.run_file, task)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("run", "train as the run file says and commit the artifact to output.uri"),
+        (
+            "check",
+            "check configuration, model, data and memory without training, as a job does before it gets a GPU",
+        ),
         ("inspect", "verify the artifact in output.uri against its manifest and report it"),
     ):
         command = commands.add_parser(name, help=text, description=text)

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 class ErrorClass(StrEnum):
     SUCCEEDED = "Succeeded"
+    CHECKED = "Checked"  # by finetune-trainer check: nothing speaks against training
     BAD_CONFIG = "BadConfig"  # the run file contradicts itself, the model or the output folder
     BAD_DATA = "BadData"  # a data file is missing, unreadable or does not say what its format asks for
     MODEL_NOT_FOUND = (
@@ -29,6 +30,7 @@ class ErrorClass(StrEnum):
 
 EXIT_CODES = {
     ErrorClass.SUCCEEDED: 0,
+    ErrorClass.CHECKED: 0,
     ErrorClass.BAD_CONFIG: 64,
     ErrorClass.BAD_DATA: 65,
     ErrorClass.MODEL_NOT_FOUND: 66,

@@ -6,6 +6,7 @@ A refusal costs a second; a GPU that runs out of memory, minutes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune_fit import architectures, memory, runs, verdicts
 from finetune_fit.architectures import Architecture
@@ -13,9 +14,11 @@ from finetune_fit.memory import Method, Workload
 from finetune_trainer import model_files
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.methods import choices
-from finetune_trainer.methods.models import Device
 from finetune_trainer.preflight import Checked
 from finetune_trainer.runfile import Lora, Precision, RunFile
+
+if TYPE_CHECKING:
+    from finetune_trainer.methods.models import Device  # seconds of imports
 
 
 def check(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune_trainer import storage
@@ -25,8 +27,31 @@ def fetch(
         if not path.is_dir():
             raise ModelNotFound(f"{field}: {uri} is not a folder (looked at {path}); check the path")
         return path, None
-    try:
+    with _explained(uri, field=field, credentials=credentials):
         return storage.fetch_folder(uri, folder), None
+
+
+def fetch_config(uri: str, folder: Path, *, revision: str | None) -> Path:
+    """The folder of a model that is not on a disk here, or `folder` with its config.json and nothing else. Raises
+    ModelNotFound and StorageFailed."""
+    if storage.is_hub(uri):
+        from finetune_trainer.methods import hub  # imports huggingface_hub
+
+        return hub.fetch_config(uri, revision)
+    with _explained(uri, field="model.uri", credentials="in model.secretRef"):
+        text = storage.open_folder(uri).read("config.json")
+    if text is None:
+        raise ModelNotFound(f"model.uri: {uri} has no config.json; name the folder of a transformers model")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes(text)
+    return folder
+
+
+@contextlib.contextmanager
+def _explained(uri: str, *, field: str, credentials: str) -> Iterator[None]:
+    """Turns what an object store answers into the trainer's own failures."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise ModelNotFound(f"{field}: there is nothing at {uri}; check bucket and path") from error
     except PermissionError as error:

@@ -10,11 +10,12 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from finetune_trainer import artifacts, checkpoints, machine, preflight, pulse, runfile, storage
+from finetune_trainer import artifacts, checkpoints, early_fit, machine, preflight, pulse, runfile, storage
 from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
 from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
 
@@ -31,16 +32,20 @@ METRICS = {
 PREEMPTED_PATIENCE = 3.0  # seconds: the process is about to be killed, and its exit code says the same
 
 
-def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
-    """Runs (or inspects) what the run file says and returns the exit code; reports the result wherever it can."""
+Task: TypeAlias = Callable[[runfile.RunFile, Reporter], dict[str, Any]]
+"""What is done with a run file. Returns the result that is reported; raises TrainerError."""
+
+
+def run_job(run_file: Path, task: Task | None = None) -> int:
+    """Runs what the run file says, or does another task with it, and returns the exit code; reports the result wherever
+    it can."""
     reporter = Reporter(Endpoint.from_environment())
-    if only_inspect:
+    if task is inspect:
         reporter.update(inspection=True)
     try:
         run = runfile.load(run_file)
         with pulse.heard_by(reporter.beat):
-            artifact = _inspect(run, reporter) if only_inspect else _train(run, reporter)
-        result = _succeeded(artifact)
+            result = (task or train)(run, reporter)
     except Stopped as stopped:
         text = f"{stopped} at step {reporter.step}; nothing was committed"
         if stopped.signal_number != signal.SIGTERM:
@@ -55,7 +60,22 @@ def run_job(run_file: Path, *, only_inspect: bool = False) -> int:
     return int(result["exitCode"])
 
 
-def _inspect(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
+def train(run: runfile.RunFile, reporter: Reporter) -> dict[str, Any]:
+    """Trains and commits the artifact."""
+    return _succeeded(_train(run, reporter))
+
+
+def check(run: runfile.RunFile, reporter: Reporter) -> dict[str, Any]:
+    """Looks for what would end the training early, without a GPU and without claiming a folder."""
+    prepare_environment(run.uris())
+    reporter.update(phase=Phase.VALIDATING)
+    with tempfile.TemporaryDirectory(prefix="finetune-") as name:
+        found = early_fit.check(run, Path(name))
+    print(found, flush=True)
+    return {"class": ErrorClass.CHECKED, "exitCode": 0, "message": found}
+
+
+def inspect(run: runfile.RunFile, reporter: Reporter) -> dict[str, Any]:
     """Reports the artifact; where there is none, the newest checkpoint that is whole."""
     folder = storage.open_folder(run.output.uri)
     read = partial(storage.persist, what=f"output.uri {folder.uri} could not be read")
@@ -63,7 +83,7 @@ def _inspect(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
         _tell_checkpoint(checkpoints.Store(storage.open_folder(run.checkpoint.uri), run.job), reporter)
     artifact = read(lambda: artifacts.inspect(folder, run.job))
     _tell_committed(reporter, artifact)
-    return artifact
+    return _succeeded(artifact)
 
 
 def _tell_checkpoint(store: checkpoints.Store, reporter: Reporter) -> None:

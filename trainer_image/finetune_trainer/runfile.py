@@ -208,6 +208,8 @@ class RunFile(Part):
     output: Output
     checkpoint: Checkpoint | None = None
     overrides: Overrides = Overrides()
+    accelerator: str | None = None
+    """Kind of GPU that training will have, where the spec names one."""
 
     @property
     def lora(self) -> Lora:

@@ -67,6 +67,7 @@ from finetune_operator.api.finetunejob_status import (
 )
 from finetune_operator.api.finetunejob_training import (
     EarlyStoppingSpec,
+    FitCheck,
     HyperparameterSpec,
     Optimizer,
     OutputSpec,
@@ -102,6 +103,7 @@ __all__ = [
     "ErrorClass",
     "FineTuneJob",
     "FineTuneJobSpec",
+    "FitCheck",
     "FineTuneJobStatus",
     "GenerationSpec",
     "HyperparameterSpec",

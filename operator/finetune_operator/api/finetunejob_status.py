@@ -34,6 +34,7 @@ class ErrorClass(StrEnum):
     """Why an attempt ended; the exit codes are in docs/exit-codes.md."""
 
     SUCCEEDED = "Succeeded"
+    CHECKED = "Checked"  # attempt 0 found nothing wrong
     BAD_CONFIG = "BadConfig"
     BAD_DATA = "BadData"
     MODEL_NOT_FOUND = "ModelNotFound"
@@ -114,7 +115,7 @@ class Attempt(StatusModel):
     """One RayJob that was started for the job."""
 
     number: int
-    """1 for the first attempt."""
+    """1 for the first attempt. 0 is the check before it, which has no GPU (spec.resources.fitCheck)."""
     ray_job: Annotated[str, Field(max_length=63)]
     """Name of the RayJob."""
     uid: Annotated[str, Field(max_length=64)] | None = None

@@ -99,6 +99,11 @@ class EarlyStoppingSpec(ApiModel):
     """Smallest decrease of eval_loss that counts as an improvement. Default 0."""
 
 
+class FitCheck(StrEnum):
+    AUTO = "Auto"
+    SKIP = "Skip"
+
+
 class ResourcesSpec(ApiModel):
     """What the training pod gets."""
 
@@ -156,6 +161,10 @@ class ResourcesSpec(ApiModel):
     """Kind of GPU, as the nodes' label nvidia.com/gpu.product names it (the operator may be configured for another
     label), for example NVIDIA-L4 or NVIDIA-H100-80GB-HBM3. The training pod runs only on such nodes, and
     `finetune plan` compares the job with this GPU's memory. Absent: any GPU."""
+    fit_check: FitCheck = FitCheck.AUTO
+    """Auto (default): where acceleratorType is named, attempt 0 runs without a GPU; it checks configuration, model and
+    data, and compares the memory that training needs with that of the GPU. Skip: the first attempt asks for the
+    GPU at once, and checks there."""
 
 
 class SchedulingSpec(ApiModel):

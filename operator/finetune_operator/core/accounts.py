@@ -8,6 +8,7 @@ from finetune_operator.api.finetunejob import Attempt, ResumePolicy
 from finetune_operator.core import statuses
 from finetune_operator.core.conditions import ConditionType
 from finetune_operator.core.facts import Observed
+from finetune_operator.core.policies import CHECK
 from finetune_operator.core.reports import Report
 
 
@@ -78,7 +79,7 @@ def gpu_seconds(seen: Observed, *, now: datetime) -> int | None:
     """GPUs times the seconds in which the attempt's pod ran, with those before a queue held it back; None where it has
     no GPU."""
     spec = seen.job.spec
-    if spec is None or not spec.resources.gpus_per_worker:
+    if spec is None or not spec.resources.gpus_per_worker or seen.job.status.attempts[-1].number == CHECK:
         return None
     since = statuses.holds_since(seen.job.status, ConditionType.RESOURCES_READY)
     seconds = (end_of_attempt(seen, now=now) - since).total_seconds() if since else 0.0

@@ -62,7 +62,8 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     updated = seen.job.status.model_copy(update={"attempts": attempts})
     seen = replace(seen, job=replace(seen.job, status=updated))
     verdict = judge(seen, ending.error_class, final=ending.final)
-    if ending.inspect or (not verdict.retry and _may_be_committed(seen, ending)):
+    inspect = ending.inspect or (not verdict.retry and _may_be_committed(seen, ending))
+    if inspect and attempts[-1].number != policies.CHECK:
         return _inspect(seen, now=now)
     if verdict.retry:
         return retrying(seen, verdict, now=now)
@@ -128,7 +129,7 @@ def retrying(seen: Observed, verdict: policies.Verdict, *, now: datetime) -> Pla
     text = f"{words.told(attempt)}. Attempt {attempt.number + 1} follows ({verdict.why})"
     status = statuses.build(
         seen,
-        Phase.RETRYING,
+        words.phase_after(attempt),
         str(error_class),
         text + words.from_where(seen),
         claims=[

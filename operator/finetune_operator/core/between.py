@@ -12,6 +12,7 @@ from finetune_operator.core import (
     endings,
     fences,
     inspections,
+    policies,
     statuses,
     suspensions,
     words,
@@ -57,7 +58,7 @@ def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: 
         end_of_all = deadlines.total_end(seen)
         until = min(status.next_attempt_time, end_of_all) if end_of_all else status.next_attempt_time
         told = status
-        if status.phase is not Phase.RETRYING or "waits until" in (status.message or ""):
+        if status.phase is not words.phase_after(attempt) or "waits until" in (status.message or ""):
             told = _waiting_for_its_time(seen, attempt, now=now)
         return Plan(status=told, requeue_after=max(0.0, (until - now).total_seconds()))
     return _record_next(seen, attempt, now=now)
@@ -68,17 +69,21 @@ def _waiting_for_its_time(seen: Observed, attempt: Attempt, *, now: datetime) ->
     when = seen.job.status.next_attempt_time
     at = f" at {when:%H:%M:%S} UTC" if when else ""
     message = f"{words.told(attempt)}. Attempt {attempt.number + 1} starts{at}"
-    return statuses.build(seen, Phase.RETRYING, reason, message + words.from_where(seen), claims=[], now=now)
+    return statuses.build(
+        seen, words.phase_after(attempt), reason, message + words.from_where(seen), claims=[], now=now
+    )
 
 
 def _record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     """Record the next attempt. Its RayJob is created by the next pass, once this is stored."""
+    if attempt.number == policies.CHECK and attempt.error_class is ErrorClass.SUSPENDED:
+        return _check_again(seen, attempt, now=now)
     number = attempt.number + 1
     name = f"{seen.job.name}-a{number}"
     new = Attempt(number=number, ray_job=name, start_time=now, overrides=seen.job.status.next_overrides)
     status = statuses.build(
         seen,
-        Phase.RETRYING,
+        words.phase_after(attempt),
         "Starting",
         f"attempt {number} starts as RayJob {name}{words.from_where(seen)}",
         claims=[SPEC_IS_COMPLETE],
@@ -86,5 +91,21 @@ def _record_next(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         attempts=[*seen.job.status.attempts, new][-KEPT:],
         next_attempt_time=None,
         next_overrides=None,
+    )
+    return Plan(status=status, requeue_after=0)
+
+
+def _check_again(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
+    """The check was suspended before it was through. It had no GPU, no step and no cost: it begins anew."""
+    message = f"the check begins anew as RayJob {attempt.ray_job}"
+    status = statuses.build(
+        seen,
+        Phase.PENDING,
+        "Starting",
+        message,
+        claims=[SPEC_IS_COMPLETE],
+        now=now,
+        attempts=[Attempt(number=attempt.number, ray_job=attempt.ray_job, start_time=now)],
+        next_attempt_time=None,
     )
     return Plan(status=status, requeue_after=0)

@@ -10,6 +10,7 @@ from finetune_fit.prices import PriceTable
 from finetune_operator.api.finetunejob import Attempt, Cost, ErrorClass, FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core import statuses
 from finetune_operator.core.conditions import ConditionType
+from finetune_operator.core.policies import CHECK
 
 
 def updated(
@@ -43,7 +44,7 @@ def _used(attempt: Attempt, status: FineTuneJobStatus, gpus: int) -> int:
     """GPU seconds of an attempt; of one that runs, up to its trainer's last report, so that no pass without news
     changes the status."""
     so_far = attempt.gpu_seconds or 0
-    if attempt.end_time is not None:
+    if attempt.end_time is not None or attempt.number == CHECK:
         return so_far
     since = statuses.holds_since(status, ConditionType.RESOURCES_READY)
     heard = status.progress.last_report_time if status.progress else None

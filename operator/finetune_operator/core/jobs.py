@@ -16,6 +16,7 @@ from finetune_operator.api.finetunejob import (
     ErrorClass,
     FineTuneJobSpec,
     FineTuneJobStatus,
+    FitCheck,
     LastAction,
     Phase,
 )
@@ -27,6 +28,7 @@ from finetune_operator.core import (
     deadlines,
     endings,
     inspections,
+    policies,
     running,
     statuses,
     suspensions,
@@ -249,16 +251,21 @@ def _record_first_attempt(
     seen: Observed, spec: FineTuneJobSpec, settled: chains.Ready, *, defaults: Defaults, now: datetime
 ) -> Plan:
     job = seen.job
-    name = f"{job.name}-a1"
+    checks = spec.resources.fit_check is FitCheck.AUTO and spec.resources.accelerator_type is not None
+    first = Attempt(number=1, ray_job=f"{job.name}-a1", start_time=now)
+    message = f"attempt 1 starts as RayJob {first.ray_job}"
+    if checks:
+        first = Attempt(number=policies.CHECK, ray_job=f"{job.name}-check", start_time=now)
+        message = f"RayJob {first.ray_job} checks the job before it asks for a GPU"
     output = spec.output.uri or f"{defaults.output_uri}/{job.namespace}/{job.name}-{job.uid[:8]}"
     status = statuses.build(
         seen,
         Phase.PENDING,
         "Accepted",
-        f"attempt 1 starts as RayJob {name}",
+        message,
         claims=[SPEC_IS_COMPLETE],
         now=now,
-        attempts=[Attempt(number=1, ray_job=name, start_time=now)],
+        attempts=[first],
         start_time=now,
         effective=Effective(
             model_uri=settled.model_uri,

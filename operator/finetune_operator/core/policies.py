@@ -23,6 +23,7 @@ from finetune_operator.api.finetunejob import (
 
 MOST_AUTOMATIC_ROWS = 8  # rows per forward pass that the trainer takes where the spec names none
 MEMORY_FACTOR = 2
+CHECK = 0  # the number of the attempt that only checks
 
 
 class Budget(StrEnum):
@@ -30,6 +31,7 @@ class Budget(StrEnum):
 
     NONE = "none"  # never followed by another attempt
     FREE = "free"  # always followed by one
+    NEXT = "next"  # it was only the check before the first one
     USER = "user"
     INFRASTRUCTURE = "infrastructure"
     PREEMPTION = "preemption"
@@ -39,6 +41,7 @@ class Budget(StrEnum):
 
 BUDGETS = {
     ErrorClass.SUCCEEDED: Budget.NONE,
+    ErrorClass.CHECKED: Budget.NEXT,
     ErrorClass.BAD_CONFIG: Budget.USER,
     ErrorClass.BAD_DATA: Budget.USER,
     ErrorClass.MODEL_NOT_FOUND: Budget.USER,
@@ -78,9 +81,13 @@ def judge(error_class: ErrorClass, *, spec: FineTuneJobSpec, status: FineTuneJob
     """What follows on the last attempt of `status`, which ended with this class."""
     retries = status.retries or Retries()
     attempt = status.attempts[-1]
+    if attempt.number == CHECK and BUDGETS[error_class] is Budget.USER:
+        return Verdict(False, "", retries)
     match BUDGETS[error_class]:
         case Budget.NONE:
             return Verdict(False, "", retries)
+        case Budget.NEXT:
+            return Verdict(True, "which asks for the GPU", retries)
         case Budget.FREE:
             why = "when spec.suspend is false; it costs no retry"
             return Verdict(True, why, retries, overrides=attempt.overrides)

@@ -96,6 +96,6 @@ def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     if (old.phase, old.reason) == (new.phase, new.reason) or new.reason is None:
         return told
     waits = new.phase in (Phase.PENDING, Phase.PROVISIONING, Phase.QUEUED) and new.reason not in QUIET
-    failed = new.phase is Phase.RETRYING and new.reason not in QUIET | {"Preempted", "Suspended"}
+    failed = new.phase is Phase.RETRYING and new.reason not in QUIET | {"Preempted", "Suspended", "Checked"}
     warning = new.phase is Phase.FAILED or waits or failed
     return [*told, Event(warning=warning, reason=new.reason, message=new.message or "")]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from finetune_operator.api.finetunejob import Attempt, ResumePolicy
+from finetune_operator.api.finetunejob import Attempt, ErrorClass, Phase, ResumePolicy
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Observed
 
 
 def told(attempt: Attempt) -> str:
     """How an attempt ended, as the beginning of a sentence."""
+    if attempt.error_class is ErrorClass.CHECKED:
+        return f"checked: {(attempt.message or '').rstrip('.')}"
     return f"attempt {attempt.number} ended: {(attempt.message or '').rstrip('.')}"
+
+
+def phase_after(attempt: Attempt) -> Phase:
+    """The job's phase between this attempt and the next one."""
+    return Phase.PROVISIONING if attempt.error_class is ErrorClass.CHECKED else Phase.RETRYING
 
 
 def from_where(seen: Observed) -> str:

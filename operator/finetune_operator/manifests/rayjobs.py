@@ -16,6 +16,7 @@ from finetune_operator.manifests.runfiles import Places
 RAY_VERSION = "2.60.0"
 ENTRYPOINT = "finetune-trainer run"
 INSPECTION_ENTRYPOINT = "finetune-trainer inspect"
+CHECK_ENTRYPOINT = "finetune-trainer check"
 TOKEN_SECONDS = 3600  # the kubelet renews a projected token before it expires
 
 
@@ -68,24 +69,26 @@ def build_rayjob(
     inspect: bool = False,
 ) -> dict[str, Any]:
     """One attempt as a RayJob, or the search for its artifact (`inspect`). `memory` replaces what the spec says.
+    Attempt 0 is the check before the first one. Neither it nor an inspection has a GPU or waits in a queue.
 
     KubeRay's own retries are off: it knows no failure class and no checkpoint.
     """
+    trains = not inspect and attempt > 0
     pod_spec = _pod_spec(
         owner,
         claims=volume_claims(spec, places),
         functions=[] if inspect else reward_functions(spec),
         container={
             **_container(owner, attempt, spec, image, platform),
-            "resources": _resources(spec, memory=memory, inspect=inspect),
+            "resources": _resources(spec, memory=memory, gpus=trains),
         },
         config_map=name,
         platform=platform,
     )
-    if spec.resources.accelerator_type and not inspect:
+    if spec.resources.accelerator_type and trains:
         pod_spec["nodeSelector"] = {platform.accelerator_label: spec.resources.accelerator_type}
     rayjob_spec: dict[str, Any] = {
-        "entrypoint": INSPECTION_ENTRYPOINT if inspect else ENTRYPOINT,
+        "entrypoint": INSPECTION_ENTRYPOINT if inspect else ENTRYPOINT if trains else CHECK_ENTRYPOINT,
         "submissionMode": platform.submission_mode,
         "backoffLimit": 0,
         "shutdownAfterJobFinishes": True,
@@ -107,7 +110,7 @@ def build_rayjob(
         rayjob_spec["submitterPodTemplate"] = pods.submitter_template(image, platform.pod_defaults)
     metadata = _metadata(owner, name, attempt)
     queue = spec.scheduling.queue_name
-    if queue is not None and not inspect:
+    if queue is not None and trains:
         # From here on Kueue owns `suspend`. Created suspended: without it the job would run before Kueue has seen it.
         metadata["labels"] |= {naming.LABEL_QUEUE: queue}
         rayjob_spec["suspend"] = True
@@ -220,10 +223,10 @@ def _token_source(owner: Owner) -> dict[str, Any]:
     }
 
 
-def _resources(spec: FineTuneJobSpec, *, memory: str | None, inspect: bool) -> dict[str, Any]:
-    """Requests equal limits, so that the pod is Guaranteed and evicted last. An inspection needs no GPU."""
+def _resources(spec: FineTuneJobSpec, *, memory: str | None, gpus: bool) -> dict[str, Any]:
+    """Requests equal limits, so that the pod is Guaranteed and evicted last."""
     amounts: dict[str, str] = {"cpu": spec.resources.cpu, "memory": memory or spec.resources.memory}
-    if spec.resources.gpus_per_worker and not inspect:
+    if spec.resources.gpus_per_worker and gpus:
         amounts["nvidia.com/gpu"] = str(spec.resources.gpus_per_worker)
     return {"requests": dict(amounts), "limits": amounts}
 

@@ -87,6 +87,8 @@ def build_run_file(
         **settings,
         "output": {"uri": places.output_uri},
     }
+    if spec.resources.accelerator_type is not None:
+        run_file["accelerator"] = spec.resources.accelerator_type
     if places.checkpoint_uri is not None:
         run_file["checkpoint"] = _checkpoint(spec.checkpoint, places.checkpoint_uri)
     if overrides is not None and overrides.micro_batch_size is not None:

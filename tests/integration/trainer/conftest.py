@@ -43,7 +43,7 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
         file = tmp_path / "run.json"
         file.write_text(json.dumps(tiny.run_document(model, data, output, **parts)))
         capfd.readouterr()
-        code = lifecycle.run_job(file, only_inspect=only_inspect)
+        code = lifecycle.run_job(file, lifecycle.inspect if only_inspect else None)
         log = capfd.readouterr().out
         last = log.strip().splitlines()[-1]
         assert last.startswith("TRAINER_RESULT "), log
@@ -55,6 +55,25 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", tiny.chat_rows())
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[str, Ended]:
+    """Runs that `alone` has made, by what was run."""
+    return {}
+
+
+@pytest.fixture
+def alone(run: Run, references: dict[str, Ended]) -> Run:
+    """Runs a run file that nobody interrupts, once for all tests that compare with it. Its output is only read."""
+
+    def alone(model: Path, data: Path, /, **parts: Any) -> Ended:
+        key = json.dumps([str(model), str(data), parts], sort_keys=True)
+        if key not in references:
+            references[key] = run(model, data, name="alone", **parts)
+        return references[key]
+
+    return alone
 
 
 @pytest.fixture

@@ -233,6 +233,8 @@ def _budget(budget: policies.Budget) -> str:
             return "none: the job ends |"
         case policies.Budget.FREE:
             return "costs nothing | when `spec.suspend` is false"
+        case policies.Budget.NEXT:
+            return "costs nothing | at once: the first attempt, with its GPU"
         case policies.Budget.USER:
             return "`maxUserRetries` (0) | the same again, after the backoff"
         case policies.Budget.INFRASTRUCTURE:

@@ -9,7 +9,7 @@ from finetune_operator.core.facts import Defaults
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
 
 GPU = {
-    "resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4"},
+    "resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4", "fitCheck": "Skip"},
     "retry": {"backoffSeconds": {"min": 0, "max": 0}},
 }
 PRICED = Defaults("file:///artifacts", "trainer:1", PriceTable("EUR", {"nvidia-l4": 3.6, "default": 9.0}))

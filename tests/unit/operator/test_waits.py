@@ -42,7 +42,7 @@ def pod(reason: str, message: str, **more: Any) -> PodFacts:
     return PodFacts("triage-a1-head", False, reason, message, scheduled_at=START, **more)
 
 
-GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4"}}
+GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4", "fitCheck": "Skip"}}
 
 
 @pytest.mark.parametrize(

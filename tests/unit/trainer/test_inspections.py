@@ -38,7 +38,7 @@ def inspect(tmp_path: Path) -> Inspect:
         checkpoint={"uri": f"file://{tmp_path}/ck", "everySteps": 5},
     )
     file.write_text(json.dumps(document))
-    return lambda: lifecycle.run_job(file, only_inspect=True)
+    return lambda: lifecycle.run_job(file, lifecycle.inspect)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_an_empty_folder_is_no_storage_trouble(operator: Operator, inspect: Insp
 def test_a_run_file_that_cannot_be_read_is_reported_by_an_inspection_as_such(
     operator: Operator, tmp_path: Path
 ) -> None:
-    assert lifecycle.run_job(tmp_path / "none.json", only_inspect=True) == 64
+    assert lifecycle.run_job(tmp_path / "none.json", lifecycle.inspect) == 64
     assert last_report(operator).result is not None
 
 

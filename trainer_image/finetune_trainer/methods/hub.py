@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ class _Bar(tqdm):
 
 def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
     """Downloads a model into the hub's cache; returns its folder and the commit. Raises ModelNotFound or BadConfig."""
+    path = _download(uri, revision, MODEL_FILES)
+    return check_model_files(path, uri=uri), path.name
+
+
+def fetch_config(uri: str, revision: str | None) -> Path:
+    """The same with its config.json only."""
+    return _download(uri, revision, ["config.json"])
+
+
+def _download(uri: str, revision: str | None, patterns: Iterable[str]) -> Path:
     name = uri.removeprefix("hf://").strip("/")
     if name.count("/") != 1 or "@" in name:
         raise BadConfig(
@@ -33,7 +44,7 @@ def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
         )
     try:
         path = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(MODEL_FILES), tqdm_class=_Bar
+            name, revision=revision, allow_patterns=list(patterns), tqdm_class=_Bar
         )
     except errors.GatedRepoError as error:
         raise ModelNotFound(
@@ -50,4 +61,4 @@ def fetch_model(uri: str, revision: str | None) -> tuple[Path, str]:
             f"model.uri: the hub cannot be reached for {uri}, and it is not in the cache; "
             "check the network, or copy the model to a volume and use pvc:// or file://"
         ) from error
-    return check_model_files(Path(path), uri=uri), Path(path).name
+    return Path(path)

@@ -1,0 +1,131 @@
+"""Attempt 0: what speaks against a job is found before it asks for a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.finetunejob import FineTuneJobSpec, Phase
+from finetune_operator.core.facts import CreateRayJob, DeleteRayJob
+from finetune_operator.manifests import rayjobs
+from finetune_operator.manifests.runfiles import Places
+from tests.unit.operator.stories import SPEC, Story, rayjob, result, training
+
+GPU: dict[str, Any] = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4"}}
+FITS = result("Checked", 0, "needs 9.1 GiB, NVIDIA-L4 has 22.5 GiB")
+WORK, DONE = (
+    rayjob("Running", "RUNNING", name="triage-check"),
+    rayjob("Complete", "SUCCEEDED", name="triage-check"),
+)
+
+
+def checking(spec: dict[str, Any] | None = None) -> Story:
+    story = Story(GPU | {"scheduling": {"queueName": "team"}} | (spec or {})).started()
+    assert story.attempt.number == 0
+    story.step(rayjob=WORK)
+    return story
+
+
+def test_a_job_that_fits_asks_for_its_gpu_once_the_check_is_gone() -> None:
+    story = checking()
+    status = story.step(rayjob=WORK, report=FITS).status
+    assert (status.phase, status.reason) == (Phase.PROVISIONING, "Checked")
+    assert "checked: needs 9.1 GiB, NVIDIA-L4 has 22.5 GiB. Attempt 1 follows" in (status.message or "")
+    recorded = story.step(rayjob=DONE, after=2).status
+    assert recorded.message == "attempt 1 starts as RayJob triage-a1"
+    assert [attempt.number for attempt in story.job.status.attempts] == [0, 1]
+    assert list(story.step().actions) == [CreateRayJob("triage-a1", 1)]
+    assert story.attempt.gpu_seconds is None
+    assert story.job.status.retries is None or story.job.status.retries.infrastructure == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (result("BadConfig", 64, "method.type: Full of this model does not fit"), "BadConfig"),
+        (result("BadData", 65, "train.jsonl line 17: not JSON"), "BadData"),
+        (result("ModelNotFound", 66, "no config.json"), "ModelNotFound"),
+    ],
+)
+def test_what_the_check_finds_ends_the_job_whatever_retries_a_user_allows(told: Any, reason: str) -> None:
+    story = checking({"retry": {"maxUserRetries": 3}})
+    story.step(rayjob=WORK, report=told)
+    story.step(rayjob=DONE)
+    status = story.step().status
+    assert (status.phase, status.reason) == (Phase.FAILED, reason)
+    assert [attempt.number for attempt in status.attempts] == [0]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        rayjob("Failed", "FAILED", reason="AppFailed", message="Ray head pod not found."),
+        rayjob("Complete", "SUCCEEDED"),
+    ],
+)
+def test_a_check_that_did_not_say_anything_does_not_hold_the_job_up(end: Any) -> None:
+    story = checking({"retry": {"backoffSeconds": {"min": 0, "max": 0}}})
+    for _ in range(4):
+        story.step(rayjob=end, after=2)
+        if story.attempt.number == 1:
+            break
+    assert story.attempt.number == 1
+    assert story.job.status.attempts[0].inspection is None, "there is no artifact to look for"
+
+
+def test_a_check_that_is_suspended_begins_anew() -> None:
+    story = checking()
+    story.change(suspend=True)
+    story.step(rayjob=WORK)
+    assert list(story.step(rayjob=WORK).actions) == [DeleteRayJob("triage-check", "ray-uid")]
+    story.step()
+    assert story.job.status.phase is Phase.SUSPENDED
+    story.change(suspend=False)
+    for _ in range(4):
+        story.step(after=2)
+    assert [attempt.number for attempt in story.job.status.attempts] == [0]
+    assert story.attempt.end_time is None
+
+
+def test_a_check_is_cancelled_like_any_attempt() -> None:
+    story = checking()
+    story.act("cancel")
+    story.step(rayjob=WORK)
+    story.step(rayjob=WORK)
+    assert story.step().status.phase is Phase.CANCELLED
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [{}, {"gpusPerWorker": 1}, {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4", "fitCheck": "Skip"}],
+)
+def test_there_is_none_where_there_is_nothing_to_compare_with_or_nobody_wants_it(
+    resources: dict[str, Any],
+) -> None:
+    assert Story({"resources": resources}).started().attempt.number == 1
+
+
+def test_its_pod_has_no_gpu_and_waits_in_no_queue() -> None:
+    spec = FineTuneJobSpec.model_validate(SPEC | GPU | {"scheduling": {"queueName": "team"}})
+    platform = rayjobs.Platform("K8sJobMode", "http://operator:8090", None, 30)
+    owner, places = rayjobs.Owner("team", "triage", "uid"), Places("hf://acme/tiny", "s3://out", None)
+    built = rayjobs.build_rayjob(
+        owner, name="triage-check", attempt=0, spec=spec, image="trainer:1", places=places, platform=platform
+    )
+    pod = built["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert "nvidia.com/gpu" not in str(pod)
+    assert "nodeSelector" not in pod
+    assert "suspend" not in built["spec"]
+    assert built["spec"]["entrypoint"] == "finetune-trainer check"
+
+
+def test_progress_of_training_counts_from_the_first_attempt() -> None:
+    story = checking()
+    story.step(rayjob=WORK, report=FITS)
+    story.step(rayjob=DONE, after=2)
+    story.step(rayjob=DONE)
+    story.step()
+    story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=3, resumed=0))
+    check, first = story.job.status.attempts
+    assert (check.lost_steps or 0, first.last_step) == (0, 3)
