@@ -24,6 +24,7 @@ from tests.cluster.objects import (
 from tests.cluster.watching import Watcher
 
 AT_ONCE = 3  # on two cores
+INTERVAL = 20  # steps between two checkpoints
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,18 @@ def ended(status: Json, phase: str) -> None:
 
 
 def kill_head(stage: Stage, name: str) -> None:
-    """The head pod is killed without its grace period: the next attempt has lost one interval at most."""
-    interval = 50
-    checkpoint = {"uri": f"pvc://files/checkpoints/{name}", "everySteps": interval}
-    stage.team.apply(job(name, hyperparameters={**LONG, "maxSteps": 300}, checkpoint=checkpoint))
-    stage.team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > interval, seconds=JOB_SECONDS)
+    """The head pod is killed without its grace period."""
+    takes_steps(stage, name)
     pod = head_pod(stage.team, name)["metadata"]["name"]
     stage.team("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
-    costs_one_interval(stage, name, interval)
+    costs_one_interval(stage, name)
 
 
 def kill_trainer(stage: Stage, name: str) -> None:
     """The trainer is killed; its pod and Ray live on."""
-    interval = 50
-    checkpoint = {"uri": f"pvc://files/checkpoints/{name}", "everySteps": interval}
-    stage.team.apply(job(name, hyperparameters={**LONG, "maxSteps": 300}, checkpoint=checkpoint))
-    stage.team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > interval, seconds=JOB_SECONDS)
+    takes_steps(stage, name)
     assert "killed" in run_in_head(stage.team, name, KILL)
-    costs_one_interval(stage, name, interval)
+    costs_one_interval(stage, name)
 
 
 KILL = """
@@ -93,12 +88,20 @@ for number in filter(str.isdigit, os.listdir("/proc")):
 """
 
 
-def costs_one_interval(stage: Stage, name: str, interval: int) -> None:
+def takes_steps(stage: Stage, name: str) -> None:
+    """A job has its first checkpoint, and more to do than fits into a minute."""
+    checkpoint = {"uri": f"pvc://files/checkpoints/{name}", "everySteps": INTERVAL}
+    stage.team.apply(job(name, hyperparameters={**LONG, "maxSteps": 300}, checkpoint=checkpoint))
+    stage.team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > INTERVAL, seconds=JOB_SECONDS)
+
+
+def costs_one_interval(stage: Stage, name: str) -> None:
+    """The next attempt goes on from the newest checkpoint, to the end."""
     status = stage.team.finished(name, seconds=2 * JOB_SECONDS)
     ended(status, "Succeeded")
     assert len(status["attempts"]) == 2
-    assert status["attempts"][0]["lostSteps"] <= interval
-    assert status["attempts"][1]["resumedFromStep"] >= interval
+    assert status["attempts"][0]["lostSteps"] <= INTERVAL
+    assert status["attempts"][1]["resumedFromStep"] >= INTERVAL
     stage.runs_once(name, 2)
     delete(stage.team, name)
 

@@ -1,4 +1,7 @@
-"""One job from apply to artifact, looked at from all sides while it runs: its secret, its token, its reports."""
+"""One job from apply to artifact, looked at from all sides while it runs: its secret, its token, its reports.
+
+The operator that leads is killed on the way, and nobody notices.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 from finetune_operator.manifests import naming
 from tests.clients import Json, Kubectl
 from tests.cluster import stories
-from tests.cluster.objects import JOB_SECONDS, LONG, head_pod, job, run_in_head, run_pod, wait_for
+from tests.cluster.objects import JOB_SECONDS, LONG, head_pod, job, leader, run_in_head, run_pod, wait_for
 from tests.cluster.stories import Stage
 
 NAME = "succeeds"
@@ -46,7 +49,7 @@ def running(stage: Stage) -> Json:
     body = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "dataset"}}
     stage.team.apply({**body, "stringData": {"DATASET_TOKEN": SECRET}})
     dataset = {"sources": [{"uri": "pvc://files/chat.jsonl"}], "secretRef": {"name": "dataset"}}
-    stage.team.apply(job(NAME, dataset=dataset, hyperparameters={**LONG, "maxSteps": 200}))
+    stage.team.apply(job(NAME, dataset=dataset, hyperparameters={**LONG, "maxSteps": 300}))
     return stage.team.wait_job(NAME, lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=JOB_SECONDS)
 
 
@@ -79,11 +82,21 @@ def test_it_reports_over_tls_with_a_token_of_its_own(seen: Json, running: Json) 
     assert json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["aud"] == [audience]
 
 
+def test_the_operators_leader_is_killed_meanwhile(stage: Stage, seen: Json, installed: Kubectl) -> None:
+    del seen  # first the look into the pod
+    before = leader(installed)
+    installed("delete", "pod", before, "--grace-period=0", "--force", "--wait=false")
+    wait_for("another leader", lambda: leader(installed) not in (before, ""), seconds=60)
+    step = stage.team.job(NAME)["status"]["progress"]["step"]
+    stage.team.wait_job(NAME, lambda status: status["progress"]["step"] > step, seconds=60)
+
+
 def test_it_succeeds_and_was_heard_on_the_way(stage: Stage, running: Json) -> None:
+    del running
     status = stage.team.finished(NAME, seconds=JOB_SECONDS)
     stories.ended(status, "Succeeded")
     assert [one["class"] for one in status["attempts"]] == ["Succeeded"]
-    assert status["progress"]["step"] == 200
+    assert status["progress"]["step"] == 300
     assert any(0 < percent < 100 for percent in stage.watcher.percents(NAME))
     stage.runs_once(NAME, 1)
 
