@@ -84,7 +84,12 @@ def test_an_object_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
     filesystem = fsspec.filesystem(
-        "s3", key="a", secret="b", endpoint_url="http://127.0.0.1:9", skip_instance_cache=True
+        "s3",
+        key="a",
+        secret="b",
+        endpoint_url="http://127.0.0.1:9",
+        skip_instance_cache=True,
+        config_kwargs={"retries": {"max_attempts": 0}},  # botocore's own, beside those of s3fs
     )
     monkeypatch.setattr(filesystem, "retries", 1)
     assert classify(raised(lambda: filesystem.pipe_file("bucket/x", b"y")))[0] is ErrorClass.STORAGE

@@ -52,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve() -> Iterator[Operator]:
     server = Operator()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # shutdown() waits for the next poll.
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
     finally:
