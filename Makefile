@@ -18,12 +18,12 @@ test: setup ## unit, integration (real API server, KubeRay, Ray), end to end; th
 	@$(BIN)/python -m finetune_local.models
 	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
-test-faults: setup ## kills at named points, API faults, leadership, outages, retries and chaos: about half an hour
+test-faults: setup ## kills at named points and KILLS (default 50) random ones, API faults, leadership, JOBS (default 3000) passing through: an hour
 	@$(BIN)/finetune local build
-	@$(PYTEST) -m faults
+	@FINETUNE_TEST_KILLS=$(or $(KILLS),50) FINETUNE_TEST_JOBS=$(or $(JOBS),3000) $(PYTEST) -m faults
 
 test-unit: setup ## the tests that need no cluster and train nothing
-	@$(PYTEST) tests/unit
+	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder tests/unit
 
 chaos: setup ## faults at random over two fleets of jobs; SEED=n repeats a run, FAULTS=n (default 200) draws more
 	@FINETUNE_CHAOS_SEED=$(or $(SEED),$$RANDOM) FINETUNE_CHAOS_FAULTS=$(or $(FAULTS),200) $(PYTEST) -s tests/chaos

@@ -28,6 +28,39 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("here")
 
 _numbers = itertools.count(1)
+TRAINER = "tests/integration/trainer/"
+# Files of short tests that take more than a few seconds, the longest first.
+LONGEST = (
+    "tests/unit/operator/test_fuzz.py",
+    "tests/unit/rollouts/test_matrix.py",
+    "tests/calibration/test_guardrails.py",
+    "tests/unit/server/test_engine.py",
+    "tests/unit/rollouts/test_random.py",
+    "tests/unit/router/test_bodies.py",
+    "tests/unit/local/test_processes.py",
+    "tests/unit/operator/test_leadership.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where files run side by side, a training that needs a core is beside a cluster that is mostly waited for, and
+    short files come last, so that no worker is left alone with a long one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    files = list(dict.fromkeys(_file_of(item) for item in items))
+    short = [file for file in files if file.startswith(("tests/unit/", "tests/calibration/"))]
+    trainings = [file for file in files if file.startswith(TRAINER)]
+    waiting = [file for file in files if file not in {*short, *trainings}]
+    places = {
+        file: (index + 0.5) / len(group) for group in (trainings, waiting) for index, file in enumerate(group)
+    }
+    short.sort(key=lambda file: LONGEST.index(file) if file in LONGEST else len(LONGEST))
+    places |= {file: 1.0 + index for index, file in enumerate(short)}
+    items.sort(key=lambda item: places[_file_of(item)])
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session")
