@@ -174,6 +174,14 @@ class CreateRayJob:
 
 
 @dataclass(frozen=True)
+class WriteRunFile:
+    """Write the run file of an attempt again: somebody deleted it."""
+
+    name: str
+    attempt: int
+
+
+@dataclass(frozen=True)
 class DeleteRayJob:
     """Delete this RayJob, and no other of its name; its cluster and pods go with it."""
 
@@ -186,7 +194,7 @@ class DeleteJob:
     """Delete the FineTuneJob itself: its time to live is over."""
 
 
-Action: TypeAlias = CreateRayJob | DeleteRayJob | DeleteJob
+Action: TypeAlias = CreateRayJob | WriteRunFile | DeleteRayJob | DeleteJob
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from finetune_operator.core import (
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.durations import format_duration
-from finetune_operator.core.facts import Observed, Plan, PodFacts, RayJobFacts
+from finetune_operator.core.facts import Observed, Plan, PodFacts, RayJobFacts, WriteRunFile
 from finetune_operator.core.reports import Report
 
 RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
@@ -252,4 +252,6 @@ def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now:
     )
     most = waits.next_look(rayjob, now=now, most=WAITING_SECONDS)
     again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=most)
-    return Plan(status=status, requeue_after=again)
+    lacks_run_file = wait.reason == "ConfigMapMissing" and f"ConfigMap {rayjob.name} " in wait.message
+    actions = (WriteRunFile(rayjob.name, attempt.number),) if lacks_run_file else ()
+    return Plan(status=status, actions=actions, requeue_after=again)

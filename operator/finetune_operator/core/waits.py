@@ -167,7 +167,7 @@ def _missing_object(message: str) -> Callable[[str], Wait] | None:
         return lambda pod: Wait("SecretMissing", f"pod {pod} cannot start: {text}")
     if found := _CONFIG_MAP.search(message):
         name = found.group(1).rpartition("/")[2]
-        text = f"ConfigMap {name} is missing: somebody deleted it; cancel this job and create it again"
+        text = f"ConfigMap {name} is missing: a run file is written again by itself, any other is yours to create"
         return lambda pod: Wait("ConfigMapMissing", f"pod {pod} cannot start: {text}")
     if found := _CLAIM.search(message):
         name = found.group(1).rpartition("/")[2]

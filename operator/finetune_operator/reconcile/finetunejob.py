@@ -18,7 +18,7 @@ from finetune_operator.adapters.kube import (
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
-from finetune_operator.api.finetunejob import KIND
+from finetune_operator.api.finetunejob import KIND, FineTuneJobSpec
 from finetune_operator.core import jobs, refusals
 from finetune_operator.core.facts import (
     Action,
@@ -29,6 +29,7 @@ from finetune_operator.core.facts import (
     JobFacts,
     Observed,
     Plan,
+    WriteRunFile,
 )
 from finetune_operator.manifests import rayjobs, runfiles
 from finetune_operator.reconcile import clocks, events, facts, patches
@@ -129,6 +130,8 @@ class FineTuneJobReconciler:
             case CreateRayJob():
                 created = await self._create(job, action)
                 return None if action.inspect else created
+            case WriteRunFile():
+                await self._write_run_file(job, action)
             case DeleteRayJob(name, uid):
                 await self.kube.delete("ray.io/v1", "RayJob", job.namespace, name, uid=uid)
             case DeleteJob():
@@ -136,18 +139,29 @@ class FineTuneJobReconciler:
         return None
 
     async def _create(self, job: JobFacts, action: CreateRayJob) -> Json | None:
-        if job.spec is None or job.status.effective is None or job.status.effective.output_uri is None:
+        if job.spec is None or (places := _places(job, job.spec)) is None:
             return None  # the decision never asks for it: an attempt is recorded together with these
-        owner = rayjobs.Owner(job.namespace, job.name, job.uid)
-        platform = self.platform()
         effective, overrides = job.status.effective, job.status.attempts[-1].overrides
-        places = runfiles.Places(
-            output_uri=job.status.effective.output_uri,
-            checkpoint_uri=effective.checkpoint_uri,
-            model_uri=effective.model_uri or job.spec.model.uri or "",
-            adapter=effective.adapter,
-            reward=effective.reward,
+        rayjob = rayjobs.build_rayjob(
+            _owner(job),
+            name=action.name,
+            attempt=action.attempt,
+            spec=job.spec,
+            image=(effective.image if effective else None) or self.defaults.image,
+            places=places,
+            platform=self.platform(),
+            memory=overrides.memory if overrides else None,
+            inspect=action.inspect,
         )
+        # First: a pod that cannot mount it would wait for it.
+        await self._write_run_file(job, WriteRunFile(action.name, action.attempt))
+        # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
+        return await self.kube.create(rayjob)
+
+    async def _write_run_file(self, job: JobFacts, action: WriteRunFile) -> None:
+        """Raises NamesakeError or InvalidError where another's ConfigMap has the name: it must not be changed."""
+        if job.spec is None or (places := _places(job, job.spec)) is None:
+            return
         run_file = runfiles.build_run_file(
             namespace=job.namespace,
             name=job.name,
@@ -155,28 +169,11 @@ class FineTuneJobReconciler:
             attempt=action.attempt,
             spec=job.spec,
             places=places,
-            overrides=overrides,
+            overrides=job.status.attempts[-1].overrides,
         )
         config_map = rayjobs.build_config_map(
-            owner, name=action.name, attempt=action.attempt, run_file=run_file, platform=platform
+            _owner(job), name=action.name, attempt=action.attempt, run_file=run_file, platform=self.platform()
         )
-        rayjob = rayjobs.build_rayjob(
-            owner,
-            name=action.name,
-            attempt=action.attempt,
-            spec=job.spec,
-            image=effective.image or self.defaults.image,
-            places=places,
-            platform=platform,
-            memory=overrides.memory if overrides else None,
-            inspect=action.inspect,
-        )
-        await self._write_run_file(job, config_map)  # first: a pod that cannot mount it would wait for it
-        # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
-        return await self.kube.create(rayjob)
-
-    async def _write_run_file(self, job: JobFacts, config_map: Json) -> None:
-        """Raises NamesakeError or InvalidError where another's ConfigMap has the name: it must not be changed."""
         metadata = config_map["metadata"]
         try:
             await self.kube.create(config_map)
@@ -221,6 +218,24 @@ class FineTuneJobReconciler:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
             await events.post(self.kube, body, event, now=self.clock())
         return bool(patch)
+
+
+def _owner(job: JobFacts) -> rayjobs.Owner:
+    return rayjobs.Owner(job.namespace, job.name, job.uid)
+
+
+def _places(job: JobFacts, spec: FineTuneJobSpec) -> runfiles.Places | None:
+    """The folders that were settled with the first attempt."""
+    effective = job.status.effective
+    if effective is None or effective.output_uri is None:
+        return None
+    return runfiles.Places(
+        output_uri=effective.output_uri,
+        checkpoint_uri=effective.checkpoint_uri,
+        model_uri=effective.model_uri or spec.model.uri or "",
+        adapter=effective.adapter,
+        reward=effective.reward,
+    )
 
 
 def _must_be_sure(seen: Observed, plan: Plan) -> bool:

@@ -245,3 +245,19 @@ async def test_a_rayjob_that_became_invalid_while_it_ran_is_taken_down_after_the
     stage.api.time = stage.api.time.replace(minute=59)
     await stage.passes(2)
     assert stage.api.named("rayjobs") == []
+
+
+async def test_a_run_file_that_somebody_deleted_is_written_again() -> None:
+    stage = Stage()
+    await stage.passes(2)
+    stage.api.remove("configmaps", "triage-a1")
+    stage.kuberay("Initializing")
+    missing = {"reason": "CreateContainerConfigError", "message": 'configmap "triage-a1" not found'}
+    stage.pod(
+        "triage-a1-head",
+        phase="Pending",
+        containerStatuses=[{"name": "ray-head", "state": {"waiting": missing}}],
+    )
+    await stage.passes()
+    assert stage.status["reason"] == "ConfigMapMissing"
+    assert stage.api.named("configmaps") == ["triage-a1"]

@@ -14,6 +14,7 @@ from typing import Any
 from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core import jobs, statuses
 from finetune_operator.core.facts import (
+    Action,
     CreateRayJob,
     DeleteJob,
     DeleteRayJob,
@@ -155,7 +156,7 @@ class World:
             self.killed_at = None
             raise KilledError(point)
 
-    def _act(self, action: CreateRayJob | DeleteRayJob | DeleteJob) -> None:
+    def _act(self, action: Action) -> None:
         match action:
             case CreateRayJob(name, attempt, inspect):
                 if name in self.rayjobs:
