@@ -117,21 +117,6 @@ class RoutingFacts:
     """Why the newest snapshot is in the routers only and not in its ConfigMap, and what to do."""
 
     @property
-    def alias_problem(self) -> str | None:
-        """Why our alias cannot be routed, and what to do."""
-        if self.alias_taken_by is not None:
-            return (
-                f"AdapterDeployment {self.alias_taken_by} has this alias already, so nothing is routed; delete one of "
-                "the two"
-            )
-        if self.alias_is_base_of is not None:
-            return (
-                f"the alias is the name of a base model too, served by the engines of {self.alias_is_base_of}, and a "
-                "request could mean both, so nothing is routed; make it anew with another spec.alias"
-            )
-        return None
-
-    @property
     def verified(self) -> bool:
         return 0 < self.replicas == self.applied
 
@@ -206,6 +191,20 @@ class Observed:
     """What was done to the route while the status could not be written."""
     told: frozenset[str] = frozenset()
     """Names of the announcements that were told."""
+
+    @property
+    def alias_problem(self) -> str | None:
+        """Why our alias cannot be routed, and what to do."""
+        taken, base = self.routing.alias_taken_by, self.routing.alias_is_base_of
+        if taken is not None:
+            return f"AdapterDeployment {taken} has this alias already, so nothing is routed; delete one of the two"
+        # Whoever serves under a name had it before the base model.
+        if base is not None and self.deployment.status.stable_revision is None:
+            return (
+                f"the alias is the name of a base model too, served by the engines of {base}, and a request could mean "
+                "both, so nothing is routed; make it anew with another spec.alias"
+            )
+        return None
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
         return _announced(
             seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS), now
         )
-    if seen.routing.alias_problem is not None:
-        status = statuses.alias_taken(seen, seen.routing.alias_problem, now=now)
+    if seen.alias_problem is not None:
+        status = statuses.alias_taken(seen, seen.alias_problem, now=now)
         return _announced(seen, Plan(status=status, requeue_after=WATCH_SECONDS), now)
     turn = _look(Turn(seen, deployment.spec, now, deployment.status))
     turn = _go_on(turn) if deployment.problem is None else _stand_still(turn)
@@ -64,7 +64,7 @@ def withdraw(seen: Observed, *, now: datetime) -> tuple[Withdrawal, Route] | Non
     nothing is proved. Nothing else may be done before it is recorded: whatever needs a record waits for it.
     """
     spec = seen.deployment.spec
-    if spec is None or seen.deployment.deleting or seen.routing.alias_problem is not None:
+    if spec is None or seen.deployment.deleting or seen.alias_problem is not None:
         return None
     turn = checks.refresh(Turn(seen, spec, now, seen.deployment.status))
     harm = checks.harm(turn)

@@ -111,3 +111,6 @@ def test_an_alias_that_is_somebodys_base_model_is_not_routed() -> None:
     world.alias_is_base_of = None
     world.run(30)
     assert world.condition("Available")[0] == "True"
+    world.alias_is_base_of = "team-a/bot"
+    world.run(30)
+    assert world.condition("Available")[0] == "True", "what serves under a name keeps it"
