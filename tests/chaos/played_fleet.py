@@ -32,7 +32,7 @@ class PlayedFleet(Fleet):
     WEIGHTS: ClassVar[dict[str, float]] = {
         "killed": 6, "term": 5, "hang": 2, "code 74": 3, "code 83": 2, "code 84": 2, "code 1": 2, "code 80": 1,
         "code 81": 1, "code 65": 1, "forsaken": 5, "suspend": 4, "resume": 8, "cancel": 1, "job deleted": 1,
-        "job replaced": 2, "rayjob deleted": 4, "rayjob held": 3, "rayjob released": 8, "silence": 2,
+        "job replaced": 4, "rayjob deleted": 4, "rayjob held": 3, "rayjob released": 8, "silence": 2,
         "apiserver killed": 0.5, **Rollouts.WEIGHTS, **Replicas.WEIGHTS,
     }  # fmt: skip
 
@@ -75,6 +75,7 @@ class PlayedFleet(Fleet):
             if running.done():
                 running.result()
             running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     def call(self, act: Callable[[], Result]) -> Result:
         """Something that the player's own thread must do."""

@@ -23,7 +23,7 @@ HARMFUL = frozenset({BAD, WORSE})
 STEPS = [{"setWeight": 20}, {"pause": {"duration": "4s"}}, {"setWeight": 50}, {"pause": {"duration": "4s"}}]
 VERBS = ("pause", "resume", "resume", "abort", "retry")
 RATE = 60  # requests a second to each
-SETTLING_SECONDS = 120.0
+SETTLING_SECONDS = 300.0
 
 
 class Rollouts:
