@@ -164,6 +164,7 @@ class Player:
         if ending is not Ending.LOST:
             url, token = await self._endpoint(body)
             await self._post(url, token, progress(1, 1), tries=TRIES)
+            await asyncio.sleep(10 * self.pace)  # it does some work
         if ending is Ending.UNHEARD:
             self._committed.add(body["metadata"]["ownerReferences"][0]["uid"])
         if ending is not Ending.HANGS:

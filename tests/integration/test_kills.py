@@ -37,20 +37,21 @@ class Kindred:
 
     first: Ending
     phase: str = "Succeeded"
-    attempts: int = 2
-    """The second one goes well."""
+    attempts: tuple[int, ...] = (2,)
+    """How many there may be; the second one goes well."""
 
 
 KINDS = {
-    "well": Kindred(Ending.WELL, attempts=1),
+    "well": Kindred(Ending.WELL, attempts=(1,)),
     "lost": Kindred(Ending.LOST),
-    "bad": Kindred(Ending.USER_FAULT, "Failed", 1),
+    "bad": Kindred(Ending.USER_FAULT, "Failed", (1,)),
     "late": Kindred(Ending.LATE),
-    "unheard": Kindred(Ending.UNHEARD, attempts=1),
+    # Where the loss is known before the report, nobody looks for the artifact, and the next attempt finds it.
+    "unheard": Kindred(Ending.UNHEARD, attempts=(1, 2)),
     "stalled": Kindred(Ending.HANGS),
     "held": Kindred(Ending.HANGS),
-    "cancelled": Kindred(Ending.HANGS, "Cancelled", 1),
-    "old": Kindred(Ending.WELL, attempts=1),
+    "cancelled": Kindred(Ending.HANGS, "Cancelled", (1,)),
+    "old": Kindred(Ending.WELL, attempts=(1,)),
     "torn": Kindred(Ending.HANGS),
     "dropped": Kindred(Ending.HANGS),
     "waiting": Kindred(Ending.WAITS),
@@ -58,11 +59,10 @@ KINDS = {
 # Each named point is a request of the operator in the life of such a job: the kill falls right before or right after
 # the server did it.
 POINTS = {
-    "record": ("lost", r"^PATCH .*/finetunejobs/{job}/status"),
+    "record": ("late", r"^PATCH .*/finetunejobs/{job}/status"),
     "run-file": ("lost", r"^POST .*/configmaps"),  # created, as another's of that name must not be changed
     "create": ("lost", r"^POST .*/rayjobs"),
     "event": ("lost", r"^POST .*/events"),
-    "record-of-inspection": ("late", r"^PATCH .*/finetunejobs/{job}/status"),
     "run-file-of-inspection": ("unheard", r"^POST .*/configmaps"),
     "create-inspection": ("late", r"^POST .*/rayjobs"),
     "delete-when-held": ("held", r"^DELETE .*/rayjobs/{job}-"),
@@ -125,7 +125,7 @@ def check(stage: Stage, names: list[str], *, seconds: float = 90) -> None:
         status, kind = statuses[name], KINDS[kind_of(name)]
         assert status["phase"] == kind.phase, f"{name}: {status['phase']}: {status.get('message')}"
         attempts = [attempt["rayJob"] for attempt in status["attempts"]]
-        assert len(attempts) == kind.attempts, f"{name}: {attempts}"
+        assert len(attempts) in kind.attempts, f"{name}: {attempts}"
         ends = [condition["type"] for condition in status["conditions"] if condition["status"] == "True"]
         assert ("Complete" in ends) != ("Failed" in ends), f"{name}: {ends}"
     ever = stage.rayjobs_ever()
