@@ -67,10 +67,10 @@ class Observer:
             return
         uid = body["metadata"]["uid"]
         self._jobs[name] = self.last_seen[uid] = body
-        if before is not None and before["metadata"]["uid"] == uid:
-            old = before.get("status", {})
-            found = wrong_step(old, status, spec=body["spec"], missed=event == "LISTED")
-            self.wrong += [f"{name}: {text}" for text in [*found, *self._wrong_losses(uid, old, status)]]
+        known = before is not None and before["metadata"]["uid"] == uid
+        old = before.get("status", {}) if before is not None and known else {}
+        found = wrong_step(old, status, spec=body["spec"], missed=not known or event == "LISTED")
+        self.wrong += [f"{name}: {text}" for text in [*found, *self._wrong_losses(uid, old, status)]]
         if status and (not self.histories[name] or self.histories[name][-1] != status):
             self.histories[name].append(status)
 
