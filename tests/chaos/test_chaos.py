@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def _told(fleet: Fleet, names: list[str]) -> str:
 
 def check_end(fleet: Fleet, jobs: list[Json]) -> None:
     """Whoever was not ended by a person, nor has used up its retries, has succeeded, and nothing runs on."""
+    print(f"chaos: ends {dict(Counter(job['status']['reason'] for job in jobs))}, attempts {_classes(jobs)}")
     for job in jobs:
         name, status = job["metadata"]["name"], job["status"]
         good = checks.ended_well(job, excused=name in fleet.excused)
@@ -72,6 +74,13 @@ def check_end(fleet: Fleet, jobs: list[Json]) -> None:
         for attempt in status.get("attempts", []):
             assert "endTime" in attempt, f"seed {SEED}: attempt {attempt['number']} of {name} has no end"
     fleet.kubectl("wait", "--for=delete", "pod", "--all", "--timeout=90s")
+
+
+def _classes(jobs: list[Json]) -> dict[str, int]:
+    """What became of the attempts: a schedule that hurts nobody shows nothing."""
+    return dict(
+        Counter(attempt.get("class", "?") for job in jobs for attempt in job["status"].get("attempts", []))
+    )
 
 
 @pytest.fixture
