@@ -153,8 +153,9 @@ def prometheus(tmp_path: Path, lab: RealLab) -> Iterator[str]:
 
 
 FAILED = (
-    'sum(rate(adapter_router_requests_total{alias="{{alias}}",revision="{{candidate}}",code=~"5.."}[10s]))'
-    ' / sum(rate(adapter_router_requests_total{alias="{{alias}}",revision="{{candidate}}"}[10s]))'
+    # A revision without a failure has no such series.
+    '(sum(rate(adapter_router_requests_total{alias="{{alias}}",revision="{{candidate}}",code=~"5.."}[10s]))'
+    ' or vector(0)) / sum(rate(adapter_router_requests_total{alias="{{alias}}",revision="{{candidate}}"}[10s]))'
 )
 
 
