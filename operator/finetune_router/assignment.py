@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import NamedTuple, Self
 
 _WHOLE = 2.0**64
 _SAMPLE_SHIFT = 11  # 64 bit to 53 bit, which every JSON reader keeps exactly
@@ -46,8 +46,7 @@ class KeySource:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """Place of a request on the line, and its hash in the sample of distinct keys (independent of the place)."""
 
     place: float

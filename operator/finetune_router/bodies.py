@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
 
 from finetune_router import scanner
 from finetune_router.scanner import BrokenBodyError
@@ -21,8 +23,7 @@ _MODEL = re.compile(rb'"model"[ \t\n\r]*+:[ \t\n\r]*+("[^"\\]*+")')
 _ALWAYS = frozenset(("model", "stream", "response_format"))
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(NamedTuple):
     """What is known of a request body."""
 
     data: bytes
@@ -66,7 +67,7 @@ async def scan_body(data: bytes, wanted: frozenset[str]) -> Body:
 def parse_body(data: bytes, wanted: frozenset[str]) -> Body:
     """The fields of a short body. Raises BrokenBodyError."""
     try:
-        values = json.loads(data.decode("utf-8-sig" if data.startswith(_BOM) else "utf-8"))
+        values = _read(data)
     except (ValueError, RecursionError) as error:
         raise BrokenBodyError(f"the body is not JSON in UTF-8: {error}") from None
     if not isinstance(values, dict):
@@ -86,6 +87,14 @@ def parse_body(data: bytes, wanted: frozenset[str]) -> Body:
         response_format=json.dumps(response_format).encode() if response_format else None,
         spans=spans,
     )
+
+
+def _read(data: bytes) -> Any:
+    """As json.loads reads it; orjson takes a fifth of the time and refuses more. Raises ValueError, RecursionError."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return json.loads(data.decode("utf-8-sig" if data.startswith(_BOM) else "utf-8"))
 
 
 def _from_fields(fields: scanner.Fields, wanted: frozenset[str]) -> Body:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from finetune_operator.api.routes import REVISION_HEADER, Arm
 from finetune_router import assignment, errors
@@ -11,8 +11,7 @@ from finetune_router.assignment import Draw
 from finetune_router.tables import Leg, Route
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """An arm, and how it was chosen."""
 
     arm: Arm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -12,6 +13,7 @@ from finetune_operator.api.routes import ARM_HEADER, FALLBACK_HEADER, REVISION_H
 from finetune_router import errors
 from finetune_router.bodies import Body
 from finetune_router.choices import Choice
+from finetune_router.connections import UpstreamError, UpstreamTimeoutError
 from finetune_router.counters import Book
 from finetune_router.errors import ApiError
 from finetune_router.forwarding import Attempt, Failure, Forwarder, Outgoing, Reply
@@ -19,7 +21,6 @@ from finetune_router.headers import HeaderPolicy, answer_headers
 from finetune_router.recording import End, Observation, Recorder
 from finetune_router.tables import Leg, Route
 from finetune_router.tickets import TicketOffice
-from finetune_router.upstreams import UpstreamError, UpstreamTimeoutError
 
 REQUEST_ID_HEADER = "x-request-id"
 SERVER = "finetune-router"
@@ -30,8 +31,7 @@ _CANDIDATE_SHARE = 0.5  # of the time that is left; the rest is for stable
 _SLACK_SECONDS = 5.0  # after the deadline, for a client that is still reading
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """A request whose model is known."""
 
     request: web.BaseRequest

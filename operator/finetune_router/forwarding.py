@@ -9,18 +9,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from finetune_router import outputs
-from finetune_router.tables import Leg
-from finetune_router.upstreams import (
+from finetune_router.connections import (
     HIGH_WATER,
     ConnectFailedError,
     Connection,
     ResetError,
-    Upstream,
     UpstreamError,
     UpstreamTimeoutError,
 )
+from finetune_router.tables import Leg
+from finetune_router.upstreams import Upstream
 
 MOST_ENGINES = 3  # tried for one revision
 # Bytes; an answer up to this size is complete before the user gets its first byte. Not above the mark where a
@@ -54,8 +55,7 @@ class Limits:
     total: float
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """A request as the engines get it, but for its line and Host."""
 
     path: str

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import jsonschema_rs
 
 from finetune_operator.api.routes import SignalEvent
+from finetune_router.documents import read_json
 
 TEXT_LIMIT = 1024 * 1024  # characters kept of one choice; a longer text is not checked against a schema
 _PIECES = 512  # joined then: many short strings take ten times their length in memory
@@ -119,8 +120,8 @@ class EventReader:
             if value == _DONE:
                 continue
             try:
-                document = json.loads(value)
-            except ValueError:
+                document = read_json(value)
+            except (ValueError, RecursionError):
                 continue
             self.events += 1
             output.add(document)
@@ -130,7 +131,7 @@ def read_answer(body: bytes) -> Output:
     """A whole answer that is no stream."""
     output = Output()
     try:
-        output.add(json.loads(body))
+        output.add(read_json(body))
     except (ValueError, RecursionError):
         output.error = True
     return output
@@ -153,7 +154,9 @@ def decoded(data: bytes, encoding: str, limit: int) -> bytes | None:
         content = unpacking.decompress(data, limit)
     except zlib.error:
         return None
-    return None if unpacking.unconsumed_tail else content  # half a document would look like an engine's mistake
+    return (
+        None if unpacking.unconsumed_tail else content
+    )  # half a document would look like an engine's mistake
 
 
 def fired_events(

@@ -12,12 +12,12 @@ from aiohttp import web
 from finetune_operator.api.routes import Arm
 from finetune_router import flights
 from finetune_router.choices import Choice
+from finetune_router.connections import UpstreamError
 from finetune_router.errors import ApiError
 from finetune_router.flights import CLIENT_GONE, Arrival, Flight, Tools
 from finetune_router.forwarding import Attempt
 from finetune_router.recording import End, Observation
 from finetune_router.tables import Leg
-from finetune_router.upstreams import UpstreamError
 
 
 @dataclass

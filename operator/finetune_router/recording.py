@@ -29,7 +29,8 @@ PENDING_LIMIT = (
 )  # bytes of answers that wait to be read; more are counted without their output
 PIECE = 32 * 1024  # bytes of a stream that are read at once
 REQUEST_SCHEMA_LIMIT = 32 * 1024  # bytes; a larger schema in a request is not compiled
-SLICE_SECONDS = 0.002  # the event loop is given back after this time
+BATCH_SECONDS = 0.02  # answers wait for so long: in a burst, requests come first
+SLICE_SECONDS = 0.0005  # the event loop is given back after this time
 
 
 class End(StrEnum):
@@ -174,13 +175,14 @@ class Recorder:
         """Work off the queue for ever."""
         while True:
             await self._wake.wait()
-            self._wake.clear()
+            await asyncio.sleep(BATCH_SECONDS)
             started = time.perf_counter()
             while self._queue:
                 self._take(self._queue.popleft())
                 if time.perf_counter() - started > SLICE_SECONDS:
                     await asyncio.sleep(0)
                     started = time.perf_counter()
+            self._wake.clear()
 
     def flush(self) -> None:
         """Work off the queue at once, before a worker ends."""

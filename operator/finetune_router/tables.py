@@ -46,6 +46,8 @@ class Leg:
     def pick(self, tried: list[Upstream]) -> Upstream | None:
         """The engine with the fewest requests under way from this worker; one that refused a connection just now
         only when there is no other. None when all were tried."""
+        if len(self.upstreams) == 1:
+            return None if tried else self.upstreams[0]
         left = [upstream for upstream in self.upstreams if upstream not in tried]
         if len(left) <= 1:
             return left[0] if left else None

@@ -174,6 +174,23 @@ def test_series_of_gone_revisions_are_dropped_after_an_hour_and_evidence_is_not(
     assert book.state("bot", Arm.STABLE, "base").requests == 1
 
 
+def test_a_report_in_the_midst_of_another_one_has_all_that_is_left() -> None:
+    """The periodic one takes its time; who asks for counters meanwhile must get all of them."""
+    book, names = Book(), {f"bot-{number}" for number in range(3 * counters.REPORT_PART + 1)}
+    for name in names:
+        count_requests(book, 1, alias=name)
+        see_keys(book, "c1", [1], alias=name)
+    periodic = book.take_reports()
+    parts = [next(periodic)]
+    count_requests(book, 1, alias="bot-0")
+    parts += book.take_reports()
+    assert {arm["alias"] for part in parts for arm in part.arms} == names
+    assert {sample["alias"] for part in parts for sample in part.samples} == names
+    assert [arm["requests"] for part in parts for arm in part.arms if arm["alias"] == "bot-0"][-1] == 2
+    assert [part for part in periodic if part.arms or part.samples or part.metrics] == []
+    assert all(len(part.arms) <= counters.REPORT_PART for part in parts)
+
+
 def test_samples_of_several_workers_make_one_sample() -> None:
     """The promise of k minimum values: the union of two samples, cut to the limit, is the sample of the union."""
     generator = random.Random(7)

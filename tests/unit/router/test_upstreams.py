@@ -1,0 +1,78 @@
+"""Connections to engines: one timer for all exchanges of a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from finetune_router.connections import Connection, UpstreamTimeoutError
+from finetune_router.upstreams import Upstream, parse_address
+
+HEAD = b"POST / HTTP/1.1\r\nhost: e\r\ncontent-length: 0\r\n\r\n"
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+
+@asynccontextmanager
+async def engine(*delays: float) -> AsyncIterator[Upstream]:
+    """Answers its requests after these times, in turn."""
+    waits = iter(delays)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            await asyncio.sleep(next(waits))
+            writer.write(ANSWER)
+
+    def quietly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(serve(reader, writer))
+        task.add_done_callback(lambda done: writer.close() if done.cancelled() or done.exception() else None)
+
+    server = await asyncio.start_server(quietly, "127.0.0.1", 0)
+    try:
+        yield Upstream(parse_address(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+    finally:
+        server.close()
+
+
+async def exchange(connection: Connection, *, timeout: float) -> float:  # noqa: ASYNC109 - it is what is tested
+    """Seconds until the whole answer."""
+    began = time.perf_counter()
+    connection.send(HEAD, b"", timeout=timeout)
+    assert await connection.wait_complete(1000) == b"ok"
+    assert connection.finish()
+    return time.perf_counter() - began
+
+
+async def test_the_timer_of_one_exchange_does_not_end_the_next_one() -> None:
+    async with engine(0.0, 0.0, 0.5) as upstream:
+        connection = await upstream.connect(within=5)
+        await exchange(connection, timeout=0.2)
+        await asyncio.sleep(0.3)  # it fires between two exchanges
+        assert not connection.closed
+        await exchange(connection, timeout=0.3)
+        assert await exchange(connection, timeout=30) >= 0.5
+        connection.abort()
+
+
+async def test_a_shorter_time_counts_after_a_longer_one() -> None:
+    async with engine(0.0, 5.0) as upstream:
+        connection = await upstream.connect(within=5)
+        await exchange(connection, timeout=900)
+        began = time.perf_counter()
+        with pytest.raises(UpstreamTimeoutError):
+            await exchange(connection, timeout=0.1)
+        assert time.perf_counter() - began < 2
+        assert connection.closed
+
+
+async def test_a_longer_time_counts_after_a_shorter_one_and_is_kept() -> None:
+    async with engine(0.0, 5.0) as upstream:
+        connection = await upstream.connect(within=5)
+        await exchange(connection, timeout=0.2)
+        began = time.perf_counter()
+        with pytest.raises(UpstreamTimeoutError):
+            await exchange(connection, timeout=0.6)
+        assert 0.55 < time.perf_counter() - began < 3
