@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetune_local.cluster import Cluster
+from finetune_local.errors import LocalClusterError
 from finetune_operator.manifests import naming
 from tests.clients import FINAL, Json, Kubectl, KubectlError
 from tests.clusters import pid_of
@@ -26,6 +28,7 @@ SMALL = (
     {"maxInfraRetries": 1, "maxUserRetries": 1, "preemptions": 3, "backoffSeconds": BACKOFF},
 )
 ACTION = "finetune.dev/action"
+TRIES = 5
 HELD = '{"spec":{"suspend":true}}'
 RELEASED = '{"spec":{"suspend":false}}'
 
@@ -159,7 +162,7 @@ class Fleet:
 
     def _kill(self, part: str) -> str:
         os.kill(pid_of(self.cluster, part), signal.SIGKILL)
-        self.cluster.up(self.parts)
+        up_again(self.cluster, self.parts)
         return part
 
 
@@ -168,3 +171,12 @@ def choose(names: Sequence[str], pick: float) -> str:
     if not names:
         raise KubectlError("nobody")
     return sorted(names)[int(pick * len(names))]
+
+
+def up_again(cluster: Cluster, parts: Sequence[str]) -> None:
+    """What is missing is started, on a busy machine in several tries."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(LocalClusterError):
+            cluster.up(parts)
+            return
+    cluster.up(parts)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from finetune_local.cluster import Cluster
+from tests.chaos.fleets import up_again
 from tests.clients import Kubectl
 from tests.clusters import pid_of
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
@@ -144,7 +145,7 @@ class Replicas:
         """An API server that starts anew knows no past: who goes on from before gets 410 Gone."""
         compact(self._cluster)
         os.kill(pid_of(self._cluster, "kube-apiserver"), signal.SIGKILL)
-        self._cluster.up(self._parts)
+        up_again(self._cluster, self._parts)
         return "all"
 
     def storm_of_429(self, pick: float) -> str:

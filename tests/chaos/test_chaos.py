@@ -18,7 +18,7 @@ from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests import clusters, observers
 from tests.chaos import checks, real_fleet, schedules
-from tests.chaos.fleets import Fleet
+from tests.chaos.fleets import Fleet, up_again
 from tests.chaos.played_fleet import PlayedFleet
 from tests.chaos.played_trainers import INTERVAL
 from tests.chaos.real_fleet import RealFleet
@@ -97,7 +97,7 @@ def quick_cluster(tmp_path: Path) -> Iterator[Cluster]:
     """API server, garbage collection and KWOK; KubeRay has left its CRDs behind and is away."""
     running = Cluster(tmp_path / "chaos")
     try:
-        running.up((*parts.CONTROL_PLANE, "kuberay"))
+        up_again(running, (*parts.CONTROL_PLANE, "kuberay"))
         os.kill(clusters.pid_of(running, "kuberay"), signal.SIGKILL)
         yield running
     finally:
