@@ -81,7 +81,7 @@ async def measure(
         meter, requests = Meter(operator.process.pid), requests_of(operator)
         created = await create_jobs(place, jobs)
         # Not by the operator's metrics: making 30,000 series would be a part of what is measured.
-        await until(lambda: player.seen.ended >= jobs, seconds=120 + jobs)
+        await until(lambda: player.seen.ended >= jobs, seconds=300 + jobs)
         drained = meter.seconds()
         await asyncio.sleep(2)  # the last passes
         cpu = meter.cpu()
