@@ -28,6 +28,7 @@ pytestmark = pytest.mark.integration
 WRITES = r"^(POST|PUT|PATCH|DELETE) (?!.*tokenreviews)"
 SEED = int(os.environ.get("FINETUNE_TEST_SEED", "20261121"))
 KILLS = int(os.environ.get("FINETUNE_TEST_KILLS", "12"))
+BUSY_SECONDS = 300.0  # for what takes moments where nobody else needs the cores
 _numbers = itertools.count(1)
 
 
@@ -145,17 +146,17 @@ def live(stage: Stage, name: str) -> None:
     stage.apply(name, **quick_retries(name))
     match kind_of(name):
         case "held":
-            stage.reached(name, "Running")
+            stage.reached(name, "Running", seconds=BUSY_SECONDS)
             stage.suspend(name, True)
-            stage.reached(name, "Suspended")
+            stage.reached(name, "Suspended", seconds=BUSY_SECONDS)
             stage.suspend(name, False)
         case "cancelled":
-            stage.reached(name, "Running")
+            stage.reached(name, "Running", seconds=BUSY_SECONDS)
             stage.kubectl("annotate", "ftj", name, "finetune.dev/action=cancel")
         case "old":
-            wait_until(lambda: _is_gone(stage, name), seconds=60, what=f"{name} is not deleted")
+            wait_until(lambda: _is_gone(stage, name), seconds=BUSY_SECONDS, what=f"{name} is not deleted")
             return
-    stage.finished(name, seconds=90)
+    stage.finished(name, seconds=BUSY_SECONDS)
 
 
 def _is_gone(stage: Stage, name: str) -> bool:
