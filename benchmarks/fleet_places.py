@@ -151,7 +151,7 @@ def requests_of(operator: Operator) -> dict[str, float]:
 def finished(operator: Operator) -> float:
     """How many jobs have ended well. Raises RuntimeError where one did not."""
     found = metric(operator, "finetune_jobs_finished_total")
-    if bad := {labels: count for labels, count in found.items() if 'class="Succeeded"' not in labels}:
+    if bad := {labels: count for labels, count in found.items() if 'class="ArtifactPublished"' not in labels}:
         raise RuntimeError(f"jobs that did not succeed: {bad}")
     return sum(found.values())
 
