@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -146,17 +147,21 @@ def test_a_trained_reward_model_teaches(
 # ---------------------------------------------------------------- chains
 
 
-@pytest.fixture
-def first(taught: Path, tmp_path: Path, run: Run) -> Ended:
-    """An SFT job over the taught model that leaves an adapter."""
-    rows = tiny.write_jsonl(tmp_path / "new.jsonl", tiny.chat_rows(shift=1))
-    return run(
+@pytest.fixture(scope="session")
+def first(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """An SFT job over the taught model that leaves an adapter, which is only read."""
+    folder = tmp_path_factory.mktemp("first")
+    document = tiny.run_document(
         taught,
-        rows,
-        name="sft",
+        tiny.write_jsonl(folder / "new.jsonl", tiny.chat_rows(shift=1)),
+        folder / "out",
         method=METHODS["LoRA"],
         hyperparameters={"maxSteps": 5, "globalBatchSize": 8, "maxLength": 64, "learningRate": 5e-3},
     )
+    (folder / "run.json").write_text(json.dumps(document))
+    assert lifecycle.run_job(folder / "run.json") == 0
+    digest = hashlib.sha256((folder / "out" / "manifest.json").read_bytes()).hexdigest()
+    return Ended(0, {"artifact": {"digest": f"sha256:{digest}"}}, folder / "out", "")
 
 
 STILL = {"maxSteps": 1, "globalBatchSize": 8, "maxLength": 64, "learningRate": 1e-12, "evalSteps": 1}
@@ -165,13 +170,20 @@ STILL = {"maxSteps": 1, "globalBatchSize": 8, "maxLength": 64, "learningRate": 1
 @pytest.mark.parametrize("kind", ["LoRA", "QLoRA"])
 @pytest.mark.parametrize("objective", ["SFT", "DPO", "RewardModel", "RLOO", "GRPO"])
 def test_an_adapter_is_trained_further_and_fits_the_same_base_model(
-    taught: Path, data: Path, run: Run, first: Ended, functions_mounted: None, objective: str, kind: str
+    taught: Path,
+    data: Path,
+    chat_file: Path,
+    run: Run,
+    first: Ended,
+    functions_mounted: None,
+    objective: str,
+    kind: str,
 ) -> None:
     """At a rate of almost nothing the artifact is the upstream adapter again, and the reference is the policy."""
     sampling = objective in ("RLOO", "GRPO")
     files = {"SFT": None, "DPO": "preferences.jsonl", "RewardModel": "preferences.jsonl"}
     name = files.get(objective, "prompts.jsonl")
-    rows = data / name if name else tiny.write_jsonl(first.output.parent / "c.jsonl", tiny.chat_rows())
+    rows = data / name if name else chat_file
     quantization: dict[str, Any] = {"quantization": {}} if kind == "QLoRA" else {}
     ended = run(
         taught,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +31,13 @@ from tests.integration.trainer.stopping import (
     schedule,
     whole,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
 # Dropout, so that the state of the random numbers counts; an odd number of rows, so that epochs end in a short step.
 LORA = {"type": "LoRA", "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targetModules": ["all-linear"]}}
-STEPS = 40
+STEPS = 24  # after a stop in step 12 there are two evaluations and two ends of epochs
 HYPER = {"maxSteps": STEPS, "globalBatchSize": 8, "microBatchSize": 4, "maxLength": 64, "evalSteps": 7}
 
 
@@ -70,12 +74,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     tiny_model: Path,
     chat_file: Path,
     run: Run,
+    alone: Run,
     run_stopped: Callable[..., Ended],
     folder: Path,
     parts: dict[str, Any],
 ) -> None:
     parts = {"hyperparameters": HYPER, **parts}
-    alone = run(tiny_model, chat_file, name="alone", **parts)
+    undisturbed = alone(tiny_model, chat_file, **parts)
     step = 12
     stopped = run_stopped(
         StopAt(step), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
@@ -88,14 +93,20 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert f"resuming from file://{folder}/checkpoint-{step}" in resumed.log
     assert f"trained to step {STEPS} (from {step})" in resumed.log
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
     assert resumed.manifest["metrics"]["trainSeconds"] > 0
     assert not folder.exists()  # the artifact is committed: nothing is left to go back to
 
 
 @pytest.mark.parametrize("back", [0, 2, 3])
 def test_early_stopping_remembers_its_patience_and_the_best_weights(
-    tiny_model: Path, chat_file: Path, run: Run, run_stopped: Callable[..., Ended], folder: Path, back: int
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    alone: Run,
+    run_stopped: Callable[..., Ended],
+    folder: Path,
+    back: int,
 ) -> None:
     # So large a rate that the best weights are early ones and patience runs out.
     parts: dict[str, Any] = {
@@ -110,53 +121,72 @@ def test_early_stopping_remembers_its_patience_and_the_best_weights(
         },
         "earlyStopping": {"patience": 3},
     }
-    alone = run(tiny_model, chat_file, name="alone", **parts)
-    last = alone.manifest["metrics"]["step"]
+    undisturbed = alone(tiny_model, chat_file, **parts)
+    last = undisturbed.manifest["metrics"]["step"]
     assert 8 < last < 60
     stop = StopAt(last - back)
     stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
     assert stopped.code == 75, stopped.log
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
-    assert_same(resumed, alone)
-    assert resumed.manifest["metrics"] | {"trainSeconds": 0, "tokensPerSecond": 0} == alone.manifest[
+    assert_same(resumed, undisturbed)
+    assert resumed.manifest["metrics"] | {"trainSeconds": 0, "tokensPerSecond": 0} == undisturbed.manifest[
         "metrics"
     ] | {"trainSeconds": 0, "tokensPerSecond": 0}
 
 
+@pytest.fixture(scope="session")
+def kept_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders for what `interrupted` leaves, by what was run."""
+    root, numbers = tmp_path_factory.mktemp("kept"), itertools.count()
+    return functools.cache(lambda key: root / str(next(numbers)))
+
+
 @pytest.fixture
 def interrupted(
-    tiny_model: Path, chat_file: Path, run_stopped: Callable[..., Ended], folder: Path
+    tiny_model: Path,
+    chat_file: Path,
+    run_stopped: Callable[..., Ended],
+    folder: Path,
+    kept_checkpoints: Callable[[str], Path],
 ) -> Callable[..., int]:
-    """Leaves the checkpoints 5, 10 and 12 of a run that was stopped; returns the newest one's step."""
+    """Leaves the checkpoints 5, 10 and 12 of a run that was stopped; returns the newest one's step.
+
+    The run is made once for all tests that begin with the same one; each gets a copy of what it left.
+    """
 
     def interrupted(**parts: Any) -> int:
-        stopped = run_stopped(
-            StopAt(12), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
-        )
-        assert stopped.code == 75, stopped.log
-        return int(stopped.result["step"])
+        kept = kept_checkpoints(json.dumps(parts, sort_keys=True))
+        if not kept.exists():
+            stopped = run_stopped(
+                StopAt(12), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
+            )
+            assert stopped.code == 75, stopped.log
+            assert stopped.result["step"] == 12
+            folder.rename(kept)
+        shutil.copytree(kept, folder)
+        return 12
 
     return interrupted
 
 
 def test_nothing_is_left_to_train_after_a_stop_at_the_last_step(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, run_stopped: Callable[..., Ended]
+    tiny_model: Path, chat_file: Path, run: Run, alone: Run, folder: Path, run_stopped: Callable[..., Ended]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "evalSteps": STEPS}}
-    alone = run(tiny_model, chat_file, name="alone", **parts)
+    undisturbed = alone(tiny_model, chat_file, **parts)
     stop = StopAt(STEPS)
     stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
     assert stopped.code == 75, stopped.log
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert f"trained to step {STEPS} (from {STEPS})" in resumed.log
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
 
 
 def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+    tiny_model: Path, chat_file: Path, run: Run, alone: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
-    alone = run(tiny_model, chat_file, name="alone", **parts)
+    undisturbed = alone(tiny_model, chat_file, **parts)
     newest = interrupted(**parts)
     before = whole(folder)[-2]
     file = folder / f"checkpoint-{newest}/optimizer.pt"
@@ -167,21 +197,21 @@ def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
         f"checkpoint-{newest} is corrupt (optimizer.pt differs from manifest.json (SHA-256))" in resumed.log
     )
     assert f"resuming from file://{folder}/checkpoint-{before}" in resumed.log
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
 
 
 def test_where_nothing_can_be_trusted_training_begins_anew(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+    tiny_model: Path, chat_file: Path, run: Run, alone: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
-    alone = run(tiny_model, chat_file, name="alone", **parts)
+    undisturbed = alone(tiny_model, chat_file, **parts)
     interrupted(**parts)
     for file in folder.glob("*/adapter_model.safetensors"):
         file.write_bytes(b"garbage")
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert resumed.log.count("is corrupt") == 2 or resumed.log.count("is corrupt") == 3
     assert "resuming" not in resumed.log
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
 
 
 def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is_not_used_again(
@@ -249,10 +279,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_checkpoints_live_in_s3(
-    tiny_model: Path, chat_file: Path, run: Run, bucket: str, run_stopped: Callable[..., Ended]
+    tiny_model: Path, chat_file: Path, run: Run, alone: Run, bucket: str, run_stopped: Callable[..., Ended]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
-    alone = run(tiny_model, chat_file, name="alone", **parts)
+    undisturbed = alone(tiny_model, chat_file, **parts)
     filesystem, _ = storage.open_filesystem(bucket)
     uri = f"{bucket}/ck"
     stopped = run_stopped(StopAt(12), tiny_model, chat_file, checkpoint=schedule(uri), job=job(1), **parts)
@@ -263,7 +293,7 @@ def test_checkpoints_live_in_s3(
     resumed = run(tiny_model, chat_file, checkpoint=schedule(uri), job=job(2), **parts)
     assert f"{uri}/checkpoint-{newest} is corrupt" in resumed.log
     assert f"resuming from {uri}/checkpoint-" in resumed.log
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
     filesystem.invalidate_cache()
     assert filesystem.find("training/ck") == []
 
@@ -307,12 +337,12 @@ def test_a_run_that_is_not_finite_keeps_its_last_finite_checkpoint(
 
 
 def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+    tiny_model: Path, chat_file: Path, run: Run, alone: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     method = {**LORA, "lora": {**LORA["lora"], "dropout": 0.0}}  # type: ignore[dict-item]
     parts: dict[str, Any] = {"method": method, "hyperparameters": {**HYPER, "microBatchSize": 8}}
-    alone = run(tiny_model, chat_file, name="alone", **parts)
-    assert alone.manifest["hyperparameters"]["microBatchSize"] == 8
+    undisturbed = alone(tiny_model, chat_file, **parts)
+    assert undisturbed.manifest["hyperparameters"]["microBatchSize"] == 8
     interrupted(**parts)
     resumed = run(
         tiny_model,
@@ -327,7 +357,7 @@ def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
     assert "microBatchSize: 2 (override, at most 3)" in resumed.log
     used = resumed.manifest["hyperparameters"]
     assert (used["microBatchSize"], used["globalBatchSize"]) == (2, 8)
-    mine, theirs = losses(resumed), losses(alone)
+    mine, theirs = losses(resumed), losses(undisturbed)
     assert [entry["step"] for entry in mine] == [entry["step"] for entry in theirs]
     assert all(
         math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
@@ -337,7 +367,7 @@ def test_a_smaller_micro_batch_keeps_the_global_batch_and_the_course(
 
 
 def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
-    tiny_model: Path, run: Run, folder: Path, tmp_path: Path, run_stopped: Callable[..., Ended]
+    tiny_model: Path, run: Run, alone: Run, folder: Path, tmp_path: Path, run_stopped: Callable[..., Ended]
 ) -> None:
     data = tiny.write_jsonl(tmp_path / "many.jsonl", tiny.chat_rows())
     parts: dict[str, Any] = {
@@ -345,7 +375,7 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
         "dataset": {"sources": [{"uri": f"file://{data}"}], "split": {"eval": 0.5, "seed": 1}},
         "hyperparameters": {**HYPER, "maxSteps": 8, "evalSteps": 4, "microBatchSize": 1},
     }
-    alone = run(tiny_model, data, name="alone", **parts)
+    undisturbed = alone(tiny_model, data, **parts)
     stop = StopAt(4, during="evaluation")
     stopped = run_stopped(
         stop, tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(1), **parts
@@ -353,19 +383,23 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
     assert (stopped.code, stopped.result["step"]) == (75, 4), stopped.log
     assert "eval loss" not in stopped.log
     resumed = run(tiny_model, data, checkpoint=schedule(folder, everySteps=3), job=job(2), **parts)
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
 
 
 def test_a_stop_in_a_long_step_gives_that_step_up(
     tiny_model: Path,
     chat_file: Path,
     run: Run,
+    alone: Run,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     run_stopped: Callable[..., Ended],
 ) -> None:
-    parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "microBatchSize": 1}}
-    alone = run(tiny_model, chat_file, name="alone", **parts)
+    parts: dict[str, Any] = {
+        "method": LORA,
+        "hyperparameters": {**HYPER, "maxSteps": 20, "microBatchSize": 1},
+    }
+    undisturbed = alone(tiny_model, chat_file, **parts)
     monkeypatch.setattr("finetune_trainer.saving.LONG_REST", 0.0)  # every step is long
     stop = StopAt(13, during="substep")
     stopped = run_stopped(stop, tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts)
@@ -374,7 +408,7 @@ def test_a_stop_in_a_long_step_gives_that_step_up(
     assert max(whole(folder)) == 12
     resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert "(from 12)" in resumed.log
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
 
 
 def test_what_is_newest_and_whole_is_reported(
@@ -383,7 +417,7 @@ def test_what_is_newest_and_whole_is_reported(
     run: Run,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    interrupted: Callable[..., int],
+    run_stopped: Callable[..., Ended],
 ) -> None:
     from tests.unit.trainer.test_progress import serve
 
@@ -391,7 +425,11 @@ def test_what_is_newest_and_whole_is_reported(
     with serve() as server:
         monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", server.url)
         monkeypatch.setattr("finetune_trainer.progress.POST_INTERVAL", 0.02)
-        newest = interrupted(**parts)
+        stopped = run_stopped(
+            StopAt(12), tiny_model, chat_file, checkpoint=schedule(folder), job=job(1), **parts
+        )
+        assert stopped.code == 75, stopped.log
+        newest = stopped.result["step"]
         told = {"step": newest, "uri": f"file://{folder}/checkpoint-{newest}"}
         last = server.bodies[-1]["finetune"]
         assert (last["checkpoint"], last["resumedFromStep"]) == (told, 0)
@@ -408,10 +446,11 @@ def test_what_is_newest_and_whole_is_reported(
 
 
 def test_minutes_make_checkpoints_too(tiny_model: Path, chat_file: Path, run: Run, folder: Path) -> None:
-    by_minutes = {"uri": f"file://{folder}", "everyMinutes": 0.1 / 60, "keep": 1}
-    ended = run(tiny_model, chat_file, method=LORA, hyperparameters=HYPER, checkpoint=by_minutes)
+    by_minutes = {"uri": f"file://{folder}", "everyMinutes": 0.2 / 60, "keep": 1}
+    hyperparameters = {**HYPER, "maxSteps": 60}  # more than a second, and less than 0.2 s each
+    ended = run(tiny_model, chat_file, method=LORA, hyperparameters=hyperparameters, checkpoint=by_minutes)
     assert ended.code == 0
-    assert 1 <= ended.log.count(" saved in ") < STEPS
+    assert 1 <= ended.log.count(" saved in ") < 60
 
 
 # ---------------------------------------------------------------- processes of their own
@@ -431,6 +470,7 @@ def start(document: dict[str, Any], folder: Path, **environment: str) -> subproc
 
 def kill_in_mid_save(process: subprocess.Popen[str], folder: Path, *, after: int) -> list[str]:
     """Kills the process while a checkpoint later than `after` is half written; returns the names of that half."""
+    wait_until(lambda: whole(folder), seconds=240, what="the first checkpoint")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         for entry in folder.glob("checkpoint-*"):
@@ -449,11 +489,11 @@ def kill_in_mid_save(process: subprocess.Popen[str], folder: Path, *, after: int
 
 
 def test_a_process_killed_in_mid_save_leaves_nothing_that_could_be_taken_for_a_checkpoint(
-    tiny_model: Path, chat_file: Path, run: Run, folder: Path, tmp_path: Path
+    tiny_model: Path, chat_file: Path, run: Run, alone: Run, folder: Path, tmp_path: Path
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": {**HYPER, "maxSteps": 30}}
     often = schedule(folder, everySteps=1)
-    alone = run(tiny_model, chat_file, name="alone", **parts)
+    undisturbed = alone(tiny_model, chat_file, **parts)
     document = tiny.run_document(
         tiny_model, chat_file, tmp_path / "out", checkpoint=often, job=job(1), **parts
     )
@@ -462,7 +502,7 @@ def test_a_process_killed_in_mid_save_leaves_nothing_that_could_be_taken_for_a_c
     newest = max(whole(folder))
     resumed = run(tiny_model, chat_file, checkpoint=often, job=job(2), **parts)
     assert f"resuming from file://{folder}/checkpoint-{newest}" in resumed.log
-    assert_same(resumed, alone)
+    assert_same(resumed, undisturbed)
     assert not folder.exists()
 
 
