@@ -160,7 +160,7 @@ def prepare(kubectl: Kubectl, image: str) -> None:
     script = inspect.getsource(tiny) + (
         "\n\nbuild_model(Path('/files/tiny'))\n"
         "write_jsonl(Path('/files/chat.jsonl'), chat_rows(), times=8)\n"
-        "write_jsonl(Path('/files/many.jsonl'), chat_rows(), times=100)\nprint('prepared')\n"
+        "write_jsonl(Path('/files/many.jsonl'), chat_rows(), times=50)\nprint('prepared')\n"
     )
     assert "prepared" in run_pod(kubectl, "prepare", image, script, seconds=PREPARE_SECONDS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -47,10 +47,15 @@ Told = Mapping[Story, Future[None]]
 
 
 @contextlib.contextmanager
-def together(stories: Sequence[Story], stage: Stage) -> Iterator[Told]:
-    """Play the stories, a few at a time; a story's future tells how it ended."""
+def together(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Told]:
+    """Play the stories that tests of the module were selected for, a few at a time. A future tells how one ended."""
+    params = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {story: pool.submit(story, stage) for story in stories}
+        yield {one["story"]: pool.submit(one["story"], stage) for one in params if "story" in one}
 
 
 def ended(status: Json, phase: str) -> None:
@@ -107,7 +112,10 @@ def costs_one_interval(stage: Stage, name: str) -> None:
 
 
 def fail_at_once(stage: Stage, name: str) -> None:
-    """The image has no trainer, so the shell ends within milliseconds, twice. The status says so."""
+    """The image has no trainer, so the shell ends within milliseconds, twice. The status says so of each attempt.
+
+    Only once a RayCluster is ready does KubeRay tell the shell's exit code: in SidecarMode it may be the submitter's.
+    """
     if stage.settings.ray_image is None:
         pytest.skip("needs an image with Ray and without our trainer: FINETUNE_E2E_RAY_IMAGE")
     resources = {"image": stage.settings.ray_image, "cpu": "500m", "memory": "2Gi"}
@@ -115,8 +123,10 @@ def fail_at_once(stage: Stage, name: str) -> None:
     stage.team.apply(job(name, resources=resources, retry=retry))
     status = stage.team.finished(name, seconds=JOB_SECONDS)
     ended(status, "Failed")
-    assert [one["class"] for one in status["attempts"]] == ["Internal", "Internal"]
-    assert all("exit code 127" in one["message"] for one in status["attempts"]), status["attempts"]
+    first, second = status["attempts"]
+    assert [one["class"] for one in (first, second)] == ["Internal", "Internal"]
+    assert {one["exitCode"] for one in (first, second)} <= {127, 1}
+    assert f"{name}-a1" not in second["message"], "it is judged by its own pod"
     delete(stage.team, name)
 
 

@@ -56,8 +56,8 @@ STORIES = (
 
 
 @pytest.fixture(scope="module")
-def told(stage: Stage) -> Iterator[Told]:
-    with stories.together(STORIES, stage) as told:
+def told(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Told]:
+    with stories.together(request, stage) as told:
         yield told
 
 

@@ -32,25 +32,25 @@ def test_a_restricted_namespace_is_named_as_the_reason(sidecar: Kubectl) -> None
 
 
 def a_job_succeeds(stage: Stage) -> None:
-    stage.team.apply(job("beside"))
-    status = stage.team.finished("beside", seconds=JOB_SECONDS)
+    stage.team.apply(job("sidecar-succeeds"))
+    status = stage.team.finished("sidecar-succeeds", seconds=JOB_SECONDS)
     stories.ended(status, "Succeeded")
     assert [one["class"] for one in status["attempts"]] == ["Succeeded"]
-    stage.runs_once("beside", 1)
-    delete(stage.team, "beside")
+    stage.runs_once("sidecar-succeeds", 1)
+    delete(stage.team, "sidecar-succeeds")
 
 
 def a_job_that_fails_at_once_does_not_hang(stage: Stage) -> None:
     """KubeRay itself would wait for ever: a container that has ended makes the head pod unready."""
-    stories.fail_at_once(stage, "beside-at-once")
+    stories.fail_at_once(stage, "sidecar-at-once")
 
 
 def a_job_that_fails_soon_does_not_hang(stage: Stage) -> None:
-    stories.fail_soon(stage, "beside-soon")
+    stories.fail_soon(stage, "sidecar-soon")
 
 
 def a_killed_head_pod_costs_one_interval_at_most(stage: Stage) -> None:
-    stories.kill_head(stage, "beside-headless")
+    stories.kill_head(stage, "sidecar-headless")
 
 
 STORIES = (
@@ -62,10 +62,10 @@ STORIES = (
 
 
 @pytest.fixture(scope="module")
-def told(sidecar: Kubectl, stage: Stage) -> Iterator[Told]:
+def told(request: pytest.FixtureRequest, sidecar: Kubectl, stage: Stage) -> Iterator[Told]:
     """KubeRay's container has no security context, so the namespace must not enforce `restricted`."""
     enforce(sidecar, NAMESPACE, "baseline")
-    with stories.together(STORIES, stage) as told:
+    with stories.together(request, stage) as told:
         yield told
 
 
