@@ -82,38 +82,53 @@ def test_the_operator_has_no_right_to_secrets(cluster: clusters.Cluster) -> None
     assert refusal.value.status == 403
 
 
-@pytest.mark.parametrize("name", parts.TRAINING)
-def test_up_brings_a_killed_part_back(
-    cluster: clusters.Cluster, client: kubeapi.ApiClient, name: str
+def processes_of_ray(cluster: clusters.Cluster, program: str) -> list[psutil.Process]:
+    return [process for process in our_processes(cluster) if program in " ".join(process.cmdline())]
+
+
+# Each kills parts that do not need one another, and one of Ray's processes: any of them alone brings Ray down.
+ROUNDS = [
+    (("etcd", "ray"), None),
+    (("kube-apiserver",), "gcs_server"),
+    (("kube-controller-manager", "kube-scheduler", "kwok"), "raylet/raylet"),
+    (("ray-gateway", "kuberay", "operator"), "dashboard/dashboard.py"),
+]
+
+
+@pytest.mark.parametrize(("names", "program"), ROUNDS)
+def test_up_brings_killed_parts_and_processes_of_ray_back(
+    cluster: clusters.Cluster, client: kubeapi.ApiClient, names: tuple[str, ...], program: str | None
 ) -> None:
     base = "/api/v1/namespaces/default/configmaps/kept"
     meta = {"name": "kept", "namespace": "default"}
-    client.apply(base, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"before": name}})
-    victim = next(line for line in cluster.status() if line.name == name)
-    assert victim.pid is not None
-    os.kill(victim.pid, signal.SIGKILL)
+    kept = {"before": "-".join(names)}
+    client.apply(base, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": kept})
+    victims = {line.name: line.pid for line in cluster.status() if line.name in names}
+    for pid in victims.values():
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
 
     def crashed() -> bool:
-        return states(cluster)[name] is clusters.State.CRASHED
+        found = states(cluster)
+        return all(found[name] is clusters.State.CRASHED for name in names)
 
     wait_until(crashed, seconds=30, what="the crash is seen")
+    of_ray = processes_of_ray(cluster, program)[0] if program else None
+    if of_ray is not None:
+        of_ray.kill()
     cluster.up(parts.TRAINING)
     assert set(states(cluster).values()) == {clusters.State.RUNNING}
-    assert next(line.pid for line in cluster.status() if line.name == name) != victim.pid
-    assert client.call("GET", base)["data"] == {"before": name}
+    now = {line.name: line.pid for line in cluster.status()}
+    assert all(now[name] != pid for name, pid in victims.items())
+    assert client.call("GET", base)["data"] == kept
+    if program is not None:
+        fresh = processes_of_ray(cluster, program)
+        assert fresh
+        assert of_ray not in fresh
 
 
-@pytest.mark.parametrize("program", ["gcs_server", "raylet/raylet", "dashboard/dashboard.py"])
-def test_up_brings_ray_back_when_one_of_its_processes_was_killed(
-    cluster: clusters.Cluster, program: str
-) -> None:
-    victim = next(process for process in our_processes(cluster) if program in " ".join(process.cmdline()))
-    victim.kill()
-    cluster.up(parts.TRAINING)
-    assert set(states(cluster).values()) == {clusters.State.RUNNING}
-    fresh = [process for process in our_processes(cluster) if program in " ".join(process.cmdline())]
-    assert fresh
-    assert victim.pid not in {process.pid for process in fresh}
+def test_the_rounds_kill_every_part() -> None:
+    assert {name for names, _ in ROUNDS for name in names} == set(parts.TRAINING)
 
 
 def test_jobs_run_after_all_that_killing(client: kubeapi.ApiClient) -> None:
