@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from finetune_local import parts
 from finetune_local.cluster import Cluster
+from tests import tiny, trainers
 from tests.clients import Json, Kubectl, finetunejob
 from tests.clusters import pid_of
 
@@ -31,27 +32,88 @@ def is_training(status: Json) -> bool:
     return status.get("phase") == "Running" and status.get("progress", {}).get("step", 0) > 0
 
 
-STEPS = 300
+def has_reached(step: int) -> Callable[[Json], bool]:
+    return lambda status: status.get("progress", {}).get("step") == step
 
 
-def slow_job(name: str, model: Path, data: Path, *, steps: int = STEPS) -> Json:
+def slow_job(name: str, model: Path, data: Path, *, steps: int = 300) -> Json:
     """About 10 s of training with 300 steps, where nothing else uses the cores."""
     hyperparameters = {"maxSteps": steps, "globalBatchSize": 16, "maxLength": 64, "learningRate": 0.01}
     return finetunejob(name, model, data, hyperparameters=hyperparameters)
 
 
-@pytest.mark.parametrize("part", ["operator", "kube-apiserver", "etcd", "kuberay", "ray-gateway", "ray"])
-def test_a_part_that_is_killed_while_a_job_trains_costs_nothing(
-    part: str, whole: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+KILLED = ("operator", "kuberay", "ray-gateway", "ray", "kube-apiserver", "etcd")
+PACED = """
+import os, time
+
+calls = 0
+
+def paced(prompts, completions):
+    global calls
+    calls += 1
+    while len(os.listdir({folder!r})) < calls:
+        time.sleep(0.05)
+    return [float(len(text)) for text in completions]
+"""
+
+
+class Pace:
+    """A reward function that lets a job make one step, or evaluation, for each permit, and wait without work."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._numbers = itertools.count()
+        self.text = PACED.format(folder=str(folder))
+
+    def permit(self, calls: int) -> None:
+        for _ in range(calls):
+            (self._folder / str(next(self._numbers))).touch()
+
+
+def paced_job(name: str, model: Path, rows: Path, *, steps: int) -> Json:
+    """The ConfigMap `pace` has the function of a Pace."""
+    function = {"configMapRef": {"name": "pace", "key": "pace.py"}, "entry": "paced"}
+    return finetunejob(
+        name,
+        model,
+        rows,
+        objective="RLOO",
+        reward={"functions": [function]},
+        generation={"numGenerations": 2, "maxCompletionLength": 8},
+        hyperparameters={"maxSteps": steps, "globalBatchSize": 8, "maxLength": 64, "evalSteps": steps},
+    )
+
+
+def test_parts_that_are_killed_while_a_job_trains_cost_nothing(
+    whole: Cluster, kubectl: Kubectl, tiny_model: Path, tmp_path: Path
 ) -> None:
-    kubectl.apply(slow_job("survivor", tiny_model, tiny_rows))
-    uid = kubectl.wait_job("survivor", is_training)["status"]["attempts"][0]["uid"]
-    os.kill(pid_of(whole, part), signal.SIGKILL)
-    time.sleep(1)
-    whole.up(parts.TRAINING)
+    """One after the other under the same job, which trains a step without the part, and one with the next."""
+    pace = Pace(tmp_path / "permits")
+    rows = tiny.write_jsonl(tmp_path / "prompts.jsonl", tiny.prompt_rows())
+    script = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "pace"},
+        "data": {"pace.py": pace.text},
+    }
+    kubectl.apply(script)
+    steps = 2 * len(KILLED) + 2
+    kubectl.apply(paced_job("survivor", tiny_model, rows, steps=steps))
+    pace.permit(1)
+    uid = kubectl.wait_job("survivor", is_training, seconds=300)["status"]["attempts"][0]["uid"]
+    for done, part in enumerate(KILLED, start=1):
+        os.kill(pid_of(whole, part), signal.SIGKILL)
+        pace.permit(1)
+        time.sleep(1)
+        whole.up(parts.TRAINING)
+        pace.permit(1)
+        status = kubectl.wait_job("survivor", has_reached(2 * done + 1))["status"]
+        assert status["phase"] == "Running", f"{part}: {status}"
+    pace.permit(100)
     status = kubectl.finished("survivor", seconds=300)  # most of it is start-up, where the cores are shared
     assert status["phase"] == "Succeeded", status["message"]
-    assert status["progress"]["step"] == STEPS
+    assert status["progress"]["step"] == steps
     (attempt,) = status["attempts"]
     assert attempt["uid"] == uid, "the job ran twice"
     assert len(kubectl.items("rayjob")) == 1
@@ -68,22 +130,6 @@ def test_a_job_applied_while_the_operator_is_away_is_not_lost(
     assert kubectl.finished("patient")["phase"] == "Succeeded"
 
 
-def kill_trainer(job: str) -> None:
-    """Kill a job's processes: Python and the shell that started it. Either alone would leave the other behind."""
-    processes = [process for process in psutil.process_iter() if _works_for(process, job)]
-    assert processes, f"no trainer of {job} runs"
-    for process in processes:
-        process.kill()
-    psutil.wait_procs(processes, timeout=10)
-
-
-def _works_for(process: psutil.Process, job: str) -> bool:
-    try:
-        return f"/finetunejobs/{job}/" in process.environ().get("KUBEFLOW_TRAINER_SERVER_URL", "")
-    except psutil.Error:  # it has just ended, or belongs to somebody else
-        return False
-
-
 def test_a_trainer_that_is_killed_is_told_as_lost(
     kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
 ) -> None:
@@ -91,7 +137,7 @@ def test_a_trainer_that_is_killed_is_told_as_lost(
     job["spec"]["retry"] = {"maxInfraRetries": 0}
     kubectl.apply(job)
     kubectl.wait_job("killed", is_training)
-    kill_trainer("killed")
+    trainers.kill(kubectl.namespace, "killed")
     status = kubectl.finished("killed")
     assert (status["phase"], status["reason"]) == ("Failed", "Lost"), status["message"]
     assert "artifact" not in status
@@ -112,7 +158,7 @@ def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
     while not (output / "manifest.json").exists():
         assert time.monotonic() < deadline, "no manifest was written"
         time.sleep(0.01)
-    kill_trainer("unheard")
+    trainers.kill(kubectl.namespace, "unheard")
     whole.up(parts.TRAINING)
     status = kubectl.finished("unheard")
     assert status["phase"] == "Succeeded", status["message"]
@@ -123,20 +169,21 @@ def test_an_artifact_counts_even_if_its_trainer_died_before_it_could_report(
     assert status["metrics"]["evalLoss"] == pytest.approx(manifest["metrics"]["evalLoss"], rel=1e-3)
 
 
-def test_kuberay_may_be_installed_later(tmp_path: Path, tiny_model: Path, tiny_rows: Path) -> None:
+def test_kuberay_may_be_installed_later(
+    whole: Cluster, kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+) -> None:
     """A cluster without KubeRay: the job says what is missing, nothing crashes, and it goes on when KubeRay comes."""
-    bare = Cluster(tmp_path / "bare", operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"})
-    try:
-        bare.up((*parts.CONTROL_PLANE, "operator"))
-        kubectl = Kubectl(bare.kubeconfig, "default")
-        kubectl.apply(finetunejob("early", tiny_model, tiny_rows))
-        job = kubectl.wait_job("early", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=30)
-        assert job["status"]["phase"] == "Pending"
-        assert "install it" in job["status"]["message"]
-        operator = pid_of(bare, "operator")
-        bare.up(parts.TRAINING)
-        status = kubectl.finished("early")
-        assert status["phase"] == "Succeeded", status["message"]
-        assert pid_of(bare, "operator") == operator, "the operator was restarted"
-    finally:
-        bare.down()
+    definitions = kubectl("get", "crd", "-o", "name").split()
+    kubectl("delete", *(name for name in definitions if name.endswith(".ray.io")))
+    for part in ("kuberay", "operator"):
+        os.kill(pid_of(whole, part), signal.SIGKILL)
+    whole.up((*parts.CONTROL_PLANE, "operator"))
+    kubectl.apply(finetunejob("early", tiny_model, tiny_rows))
+    job = kubectl.wait_job("early", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=30)
+    assert job["status"]["phase"] == "Pending"
+    assert "install it" in job["status"]["message"]
+    operator = pid_of(whole, "operator")
+    whole.up(parts.TRAINING)
+    status = kubectl.finished("early")
+    assert status["phase"] == "Succeeded", status["message"]
+    assert pid_of(whole, "operator") == operator, "the operator was restarted"
