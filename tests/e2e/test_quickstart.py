@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.e2e]
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "quickstart"
-STEPS = 60
+STEPS = 30
 JOB, SPOILT = "triage-e2e", "triage-spoilt-e2e"
 SPOILT_STEPS = 8  # enough for the form of the answers
 DEPLOYMENT = "support-triage"

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -180,11 +181,12 @@ def test_counters_that_make_no_sense_count_as_none(lab: Lab) -> None:
     lab.wait(serves(GOOD))
     lab.send(rate=50)
     lab.routers[1].garbage = b'{"instance": "x", "version": 99, "epochs": [{"epoch": "e", "arms": NaN}]}'
-    steps = [{"setWeight": 50}, {"pause": {"duration": "25s"}}]
+    steps = [{"setWeight": 50}, {"pause": {"duration": "20s"}}]  # longer than a silence that is borne
     lab.deploy(BETTER, strategy={"canary": {"steps": steps}})
     status = lab.wait(lambda s: bool(s.get("evidenceMissingSince")), seconds=60)
     assert status["stableRevision"] == GOOD
-    time.sleep(15)
+    over = datetime.fromisoformat(status["stepStartTime"]) + timedelta(seconds=20 + 3)
+    time.sleep(max(0, (over - datetime.now(UTC)).total_seconds()))
     assert lab.status()["weights"]["candidate"] == 50, "held"
     lab.routers[1].garbage = None
     lab.wait(serves(BETTER), seconds=60)

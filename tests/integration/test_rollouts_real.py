@@ -26,7 +26,7 @@ from tests.integration.rollout_operator import serves
 
 pytestmark = pytest.mark.integration
 
-OUTAGE_SECONDS = float(os.environ.get("FINETUNE_OUTAGE_SECONDS", "20"))
+OUTAGE_SECONDS = float(os.environ.get("FINETUNE_OUTAGE_SECONDS", "16"))  # longer than a Lease lasts
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager")
 PARTS = (*CONTROL_PLANE, "operator", "router", "engine")
 
