@@ -18,6 +18,7 @@ SYSTEM = chart_pages.NAMESPACE
 NAMESPACE = "finetune-e2e"
 PREPARE_SECONDS = 240
 JOB_SECONDS = 420  # two cores: starting Ray and importing PyTorch takes a minute
+CPU = "450m"  # a node of two cores has room for three of these, or for two with KubeRay's sidecar of 500m
 LONG: Json = {"maxSteps": 2000, "globalBatchSize": 8, "maxLength": 64, "learningRate": 0.01}
 NOWHERE: Json = {"sources": [{"uri": "pvc://files/nowhere.jsonl"}]}
 MANY_ROWS: Json = {"sources": [{"uri": "pvc://files/many.jsonl"}], "split": {"eval": 0.5}}
@@ -176,7 +177,7 @@ def job(name: str, /, **spec: Any) -> Json:
             "method": {"type": "LoRA", "lora": {"r": 8, "alpha": 16}},
             "dataset": {"sources": [{"uri": "pvc://files/chat.jsonl"}]},
             "hyperparameters": {"maxSteps": 20, "globalBatchSize": 8, "maxLength": 64, "learningRate": 0.01},
-            "resources": {"cpu": "500m", "memory": "3Gi"},
+            "resources": {"cpu": CPU, "memory": "3Gi"},
             "checkpoint": {"uri": f"pvc://files/checkpoints/{name}", "everySteps": 20},
             "output": {"uri": f"pvc://files/artifacts/{name}-{int(time.time())}"},
             **spec,

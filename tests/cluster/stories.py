@@ -12,6 +12,7 @@ import pytest
 
 from tests.clients import Json, Kubectl
 from tests.cluster.objects import (
+    CPU,
     JOB_SECONDS,
     LONG,
     NOWHERE,
@@ -23,7 +24,6 @@ from tests.cluster.objects import (
 )
 from tests.cluster.watching import Watcher
 
-AT_ONCE = 3  # on two cores
 INTERVAL = 20  # steps between two checkpoints
 
 
@@ -47,14 +47,14 @@ Told = Mapping[Story, Future[None]]
 
 
 @contextlib.contextmanager
-def together(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Told]:
+def together(request: pytest.FixtureRequest, stage: Stage, *, at_once: int) -> Iterator[Told]:
     """Play the stories that tests of the module were selected for, a few at a time. A future tells how one ended."""
     params = [
         item.callspec.params
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec")
     ]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         yield {one["story"]: pool.submit(one["story"], stage) for one in params if "story" in one}
 
 
@@ -118,7 +118,7 @@ def fail_at_once(stage: Stage, name: str) -> None:
     """
     if stage.settings.ray_image is None:
         pytest.skip("needs an image with Ray and without our trainer: FINETUNE_E2E_RAY_IMAGE")
-    resources = {"image": stage.settings.ray_image, "cpu": "500m", "memory": "2Gi"}
+    resources = {"image": stage.settings.ray_image, "cpu": CPU, "memory": "2Gi"}
     retry = {"maxInfraRetries": 1, "backoffSeconds": {"min": 1, "max": 1}}
     stage.team.apply(job(name, resources=resources, retry=retry))
     status = stage.team.finished(name, seconds=JOB_SECONDS)

@@ -57,7 +57,7 @@ STORIES = (
 
 @pytest.fixture(scope="module")
 def told(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Told]:
-    with stories.together(request, stage) as told:
+    with stories.together(request, stage, at_once=3) as told:
         yield told
 
 

@@ -65,7 +65,7 @@ STORIES = (
 def told(request: pytest.FixtureRequest, sidecar: Kubectl, stage: Stage) -> Iterator[Told]:
     """KubeRay's container has no security context, so the namespace must not enforce `restricted`."""
     enforce(sidecar, NAMESPACE, "baseline")
-    with stories.together(request, stage) as told:
+    with stories.together(request, stage, at_once=2) as told:
         yield told
 
 
