@@ -79,7 +79,7 @@ class Observer:
         if began_anew(old, new) and "endTime" not in _last(new):
             self.begun_anew[uid, _last(new)["number"]] += 1
         for attempt in new.get("attempts", []) if self.interval else ():
-            processes = 1 + self.begun_anew[uid, attempt["number"]]
+            processes = 1 + self.begun_anew.get((uid, attempt["number"]), 0)
             if self.interval and attempt.get("lostSteps", 0) > self.interval * processes:
                 yield f"attempt {attempt['number']} lost {attempt['lostSteps']} steps with {processes} processes"
 

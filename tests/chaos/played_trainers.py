@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 Json = dict[str, Any]
-TOTAL, PER_TICK, INTERVAL = 60, 2, 10  # optimizer steps: of a job, per tick, between checkpoints
+TOTAL, PER_TICK, INTERVAL = 160, 2, 10  # optimizer steps: of a job, per tick, between checkpoints
 TICK = 0.15  # seconds
 PATIENCE = 10.0  # seconds for which a result is offered
 CLASSES = {
