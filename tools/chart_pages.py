@@ -36,7 +36,6 @@ class Rule:
     verbs: tuple[str, ...]
     scope: str
     why: str
-    audited: bool
     """Whether the test that reads the audit log must find it used."""
 
     def requests(self) -> Iterator[tuple[str, str, str]]:
@@ -56,7 +55,6 @@ def read_rules(root: Path = ROOT) -> tuple[Rule, ...]:
             verbs=tuple(entry["verbs"]),
             scope=entry["scope"],
             why=entry["why"],
-            audited=entry.get("audited", True),
         )
         for entry in yaml.safe_load((root / RULES).read_text(encoding="utf-8"))
     )

@@ -117,7 +117,9 @@ def test_no_room(kubectl: Kubectl) -> None:
 
 
 def test_no_node_of_the_kind(kubectl: Kubectl) -> None:
-    kubectl.apply(job("picky", resources={"gpusPerWorker": 1, "acceleratorType": "NVIDIA-B200", "fitCheck": "Skip"}))
+    kubectl.apply(
+        job("picky", resources={"gpusPerWorker": 1, "acceleratorType": "NVIDIA-B200", "fitCheck": "Skip"})
+    )
     told(kubectl, "picky", "NoMatchingNode", "NVIDIA-B200", "spec.resources.acceleratorType")
 
 
@@ -149,7 +151,13 @@ def say(kubectl: Kubectl, pod: Json, reason: str, message: str) -> None:
     kubectl("patch", "pod", name, "--subresource=status", "--type=strategic", "-p", json.dumps(status))
 
 
-ON_TROUBLE = {"gpusPerWorker": 1, "acceleratorType": GPU, "fitCheck": "Skip", "cpu": "200m", "memory": "256Mi"}
+ON_TROUBLE = {
+    "gpusPerWorker": 1,
+    "acceleratorType": GPU,
+    "fitCheck": "Skip",
+    "cpu": "200m",
+    "memory": "256Mi",
+}
 
 
 @pytest.mark.parametrize(

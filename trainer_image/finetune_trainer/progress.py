@@ -178,7 +178,7 @@ class Reporter:
                 endpoint.post(body)
                 return True
             except urllib.error.HTTPError as error:
-                if error.code < 500 and error.code != 429:
+                if _is_refusal(error):
                     _complain(f"result was not taken by the operator: HTTP {error.code} {error.reason}")
                     return False
                 reason = f"HTTP {error.code}"
@@ -203,10 +203,17 @@ class Reporter:
                 endpoint.post(body)
                 self._warned = ""
             except (OSError, ValueError) as error:
+                if not _is_refusal(error):
+                    self._changed.set()  # what is known now is still news when the operator is back
                 if str(error) != self._warned:  # once per reason, not every two seconds
                     self._warned = str(error)
                     print(f"progress could not be reported: {error}; training goes on", flush=True)
             self._closing.wait(POST_INTERVAL)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the operator answered that it does not want this report, so that sending it again cannot help."""
+    return isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
 
 
 def _complain(text: str) -> None:

@@ -80,7 +80,11 @@ def test_least_job_gets_every_default(create: Any) -> None:
         ),
         ({"method": QLORA}, ["method", "quantization"], {"type": "nf4", "doubleQuant": True}),
         ({"earlyStopping": {}}, ["earlyStopping"], {"patience": 3, "minDelta": 0}),
-        ({"resources": {"cpu": 2}}, ["resources"], {"cpu": 2, "memory": "4Gi", "gpusPerWorker": 0, "fitCheck": "Auto"}),
+        (
+            {"resources": {"cpu": 2}},
+            ["resources"],
+            {"cpu": 2, "memory": "4Gi", "gpusPerWorker": 0, "fitCheck": "Auto"},
+        ),
         ({"dataset": {"split": {"eval": 0}}}, ["dataset", "split"], {"eval": 0, "seed": 42}),
     ],
 )

@@ -127,6 +127,21 @@ def test_updates_do_not_wait_for_a_slow_operator_and_only_the_latest_is_sent(ope
     assert operator.bodies[-1]["finetune"]["step"] == 999
 
 
+@pytest.mark.parametrize(("code", "posts"), [(503, 2), (429, 2), (409, 1)])
+def test_progress_that_did_not_arrive_is_told_again_though_nothing_changes(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, code: int, posts: int
+) -> None:
+    """A step may take minutes: until then the status would stay as it was before the operator was away."""
+    monkeypatch.setattr("finetune_trainer.progress.POST_INTERVAL", 0.05)
+    operator.codes = [code]
+    reporter = Reporter(Endpoint(operator.url))
+    reporter.update(step=3)
+    wait_until(lambda: len(operator.bodies) >= posts, seconds=10)
+    time.sleep(0.3)
+    assert [body["finetune"]["step"] for body in operator.bodies] == [3] * posts
+    reporter.finish(RESULT, patience=1)
+
+
 def test_the_result_is_tried_again_while_the_operator_is_away(operator: Operator) -> None:
     operator.codes = [503, 503]
     assert Reporter(Endpoint(operator.url)).finish(RESULT)
