@@ -36,7 +36,6 @@ class Rule:
     verbs: tuple[str, ...]
     scope: str
     why: str
-    """Whether the test that reads the audit log must find it used."""
 
     def requests(self) -> Iterator[tuple[str, str, str]]:
         """Every (verb, group, resource) that it allows; a subresource is part of the resource."""
