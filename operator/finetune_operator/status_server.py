@@ -97,7 +97,8 @@ class StatusServer:
         uid = await self._review(key, token)
         self._verified[entry] = (uid, now + CACHE_SECONDS)
         self._verified.move_to_end(entry)
-        while len(self._verified) > CACHE_ENTRIES:
+        # The oldest first: a job that is gone must not be kept for the sake of its token.
+        while len(self._verified) > CACHE_ENTRIES or next(iter(self._verified.values()))[1] <= now:
             self._verified.popitem(last=False)
         return uid
 

@@ -17,8 +17,8 @@ class Rate:
 
 @dataclass
 class Limiter:
-    """A bucket per key. The keys that were quiet for longest are forgotten, which does them no harm: their buckets
-    are full again."""
+    """A bucket per key. Keys that were quiet until their buckets are full again are forgotten: memory follows those
+    that talk, not those that ever did. Above `keys` of them those go that were quiet for longest."""
 
     rate: Rate
     keys: int = 20_000
@@ -30,6 +30,7 @@ class Limiter:
         tokens = min(float(self.rate.burst), tokens + (now - since) * self.rate.per_second)
         wait = 0.0 if tokens >= 1.0 else (1.0 - tokens) / self.rate.per_second
         self._buckets[key] = (tokens if wait else tokens - 1.0, now)
-        while len(self._buckets) > self.keys:
+        full = now - self.rate.burst / self.rate.per_second
+        while len(self._buckets) > self.keys or next(iter(self._buckets.values()))[1] < full:
             self._buckets.popitem(last=False)
         return wait

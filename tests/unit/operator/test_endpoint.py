@@ -111,9 +111,16 @@ def test_a_job_may_send_a_burst_and_then_so_many_per_second() -> None:
 
 
 def test_the_limiter_forgets_whom_it_has_not_seen_for_long() -> None:
-    limiter = Limiter(Rate(burst=1, per_second=1.0), keys=100)
+    limiter = Limiter(Rate(burst=20, per_second=2.0))
     for number in range(10_000):
         limiter.take(number, now=float(number))
+    assert len(limiter._buckets) <= 12, "after ten seconds a bucket is full again"
+
+
+def test_the_limiter_keeps_no_more_than_so_many_at_once() -> None:
+    limiter = Limiter(Rate(burst=1, per_second=1.0), keys=100)
+    for number in range(10_000):
+        limiter.take(number, now=0.0)
     assert len(limiter._buckets) == 100
 
 
