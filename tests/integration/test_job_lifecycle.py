@@ -71,7 +71,7 @@ def test_apply_trains_and_publishes_an_artifact(kubectl: Kubectl, tiny_model: Pa
         event["reason"]
         for event in sorted(kubectl.events("learns"), key=lambda e: e["metadata"]["resourceVersion"])
     ]
-    assert reasons[0] == "Accepted"
+    assert reasons[0] == "Provisioning"
     assert reasons[-1] == "ArtifactPublished"
     assert len(reasons) == len(set(reasons)), "each transition is told once"
 

@@ -12,6 +12,7 @@ from finetune_operator.core import conditions
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Event, Observed
 
+UNTOLD = frozenset({"Accepted", "Submitting"})  # what follows within moments tells the same
 QUIET = frozenset(
     {
         "Accepted",
@@ -93,7 +94,7 @@ def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     action = new.last_action
     if action is not None and action != old.last_action:
         told.append(Event(action.refused, "ActionRefused" if action.refused else "Action", action.message))
-    if (old.phase, old.reason) == (new.phase, new.reason) or new.reason is None:
+    if (old.phase, old.reason) == (new.phase, new.reason) or new.reason is None or new.reason in UNTOLD:
         return told
     waits = new.phase in (Phase.PENDING, Phase.PROVISIONING, Phase.QUEUED) and new.reason not in QUIET
     failed = new.phase is Phase.RETRYING and new.reason not in QUIET | {"Preempted", "Suspended", "Checked"}

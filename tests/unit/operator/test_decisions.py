@@ -413,7 +413,7 @@ def test_one_event_per_transition() -> None:
     names += [
         e.reason for step in (1, 2, 3) for e in story.step(**running, report=training(step=step)).events
     ]
-    assert names == ["Accepted", "Provisioning", "Training"]
+    assert names == ["Provisioning", "Training"]
 
 
 def test_a_transition_time_moves_only_with_the_status_of_its_condition() -> None:
