@@ -15,6 +15,7 @@ from finetune_local import parts
 from finetune_local.cluster import Cluster
 from tests import tiny
 from tests.clients import Kubectl
+from tests.clusters import bring_up
 
 # Set before any test imports transformers: nothing here may ask a hub.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
@@ -72,7 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         operator_environment={"FINETUNE_PROGRESS_SECONDS": "1"},
     )
     try:
-        running.up(parts.TRAINING, report=lambda line: print(f"cluster: {line}"))
+        bring_up(running, parts.TRAINING, report=lambda line: print(f"cluster: {line}"))
         yield running
     finally:
         running.down(purge=request.session.testsfailed == 0)  # after a failure the logs are worth something

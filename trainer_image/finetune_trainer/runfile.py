@@ -89,7 +89,7 @@ class Job(Part):
     namespace: str
     name: str
     uid: Annotated[str, Field(min_length=1)]
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Annotated[int, Field(ge=0)]  # 0 is the check before the first one
 
 
 class Model(Part):
