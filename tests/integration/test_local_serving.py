@@ -58,7 +58,7 @@ def publish(cluster: Cluster) -> None:
 
 
 def complete(cluster: Cluster) -> dict[str, Any]:
-    body = {"model": "bot", "prompt": "a red cup", "max_tokens": 3, "temperature": 0}
+    body = {"model": "bot", "prompt": "a red cup", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{cluster.ports['router']}/v1/completions",
         data=json.dumps(body).encode(),

@@ -23,6 +23,7 @@ QUIET = frozenset(
         "Stopping",
         "Resumed",
         "RayJobNotCreated",
+        "Checked",
     }
 )
 
@@ -97,6 +98,6 @@ def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     if (old.phase, old.reason) == (new.phase, new.reason) or new.reason is None or new.reason in UNTOLD:
         return told
     waits = new.phase in (Phase.PENDING, Phase.PROVISIONING, Phase.QUEUED) and new.reason not in QUIET
-    failed = new.phase is Phase.RETRYING and new.reason not in QUIET | {"Preempted", "Suspended", "Checked"}
+    failed = new.phase is Phase.RETRYING and new.reason not in QUIET | {"Preempted", "Suspended"}
     warning = new.phase is Phase.FAILED or waits or failed
     return [*told, Event(warning=warning, reason=new.reason, message=new.message or "")]

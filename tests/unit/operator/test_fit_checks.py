@@ -29,8 +29,10 @@ def checking(spec: dict[str, Any] | None = None) -> Story:
 
 def test_a_job_that_fits_asks_for_its_gpu_once_the_check_is_gone() -> None:
     story = checking()
-    status = story.step(rayjob=WORK, report=FITS).status
+    plan = story.step(rayjob=WORK, report=FITS)
+    status = plan.status
     assert (status.phase, status.reason) == (Phase.PROVISIONING, "Checked")
+    assert [(event.reason, event.warning) for event in plan.events] == [("Checked", False)]
     assert "checked: needs 9.1 GiB, NVIDIA-L4 has 22.5 GiB. Attempt 1 follows" in (status.message or "")
     recorded = story.step(rayjob=DONE, after=2).status
     assert recorded.message == "attempt 1 starts as RayJob triage-a1"
