@@ -195,7 +195,7 @@ class WatchedKube(Kube):
         except (InvalidError, ForbiddenError):
             raise
         except ApiError as error:  # it exists, or nobody knows whether it was created
-            if body["metadata"].get("name"):
+            if (body["apiVersion"], body["kind"]) in WATCHED:
                 self._unsure.add(_name(body))
             if not isinstance(error, ConflictError | UnavailableError):  # 404: no such kind any more
                 self._groups.pop(body["apiVersion"], None)

@@ -47,6 +47,9 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     """Record the end of the last attempt and what follows."""
     seen = with_news(seen, now=now)
     attempts = seen.job.status.attempts
+    checks = attempts[-1].number == policies.CHECK
+    if checks and ending.inspect:
+        ending = _without_artifact(ending)
     last_step = ending.step or attempts[-1].last_step  # 0: it ended before it knew where it goes on
     attempts = statuses.with_last(
         attempts,
@@ -62,8 +65,7 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     updated = seen.job.status.model_copy(update={"attempts": attempts})
     seen = replace(seen, job=replace(seen.job, status=updated))
     verdict = judge(seen, ending.error_class, final=ending.final)
-    inspect = ending.inspect or (not verdict.retry and _may_be_committed(seen, ending))
-    if inspect and attempts[-1].number != policies.CHECK:
+    if ending.inspect or (not verdict.retry and not checks and _may_be_committed(seen, ending)):
         return _inspect(seen, now=now)
     if verdict.retry:
         return retrying(seen, verdict, now=now)
@@ -73,6 +75,13 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     message = f"{ending.message}; what is left of attempt {attempts[-1].number} is being stopped"
     status = statuses.build(seen, None, "Stopping", message, claims=claims, now=now)
     return Plan(status=status, requeue_after=0)
+
+
+def _without_artifact(ending: Ending) -> Ending:
+    """How a check ended of which nobody heard: it leaves nothing to look for, and its exit code says it all."""
+    if ending.exit_code == 0:
+        return Ending(ErrorClass.CHECKED, "nothing was found that speaks against training", exit_code=0)
+    return replace(ending, inspect=False)
 
 
 def with_news(seen: Observed, *, now: datetime) -> Observed:

@@ -19,7 +19,6 @@ from finetune_operator.core import (
     attempts,
     deadlines,
     failures,
-    policies,
     queues,
     reports,
     statuses,
@@ -36,7 +35,6 @@ RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch ev
 WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
 QUEUED_SECONDS = 30.0  # a queue's news arrive as watch events; only the position in it does not
 FRESH_SECONDS = 30.0
-CHECKED = "nothing was found that speaks against training"
 
 PHASE_TEXTS = {
     Phase.VALIDATING: ("Validating", "the trainer checks configuration, model and data"),
@@ -94,8 +92,6 @@ def _over(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetim
         return attempts.end(seen, stopped, now=now)
     if rayjob.deployment_status == "ValidationFailed":
         return attempts.end(seen, _invalid(seen, attempt, rayjob), now=now)
-    if rayjob.deployment_status == "Complete" and attempt.number == policies.CHECK:
-        return attempts.end(seen, Ending(ErrorClass.CHECKED, CHECKED, exit_code=0), now=now)
     if rayjob.deployment_status == "Complete":
         silent = "the trainer ended well and did not say what it left"
         done = Ending(ErrorClass.INTERNAL, silent, exit_code=0, inspect=True)
@@ -126,8 +122,6 @@ def _hung_sidecar(seen: Observed, pod: PodFacts, *, now: datetime) -> Plan:
     """SidecarMode: a submitter that has ended makes the head pod unready for ever, and KubeRay waits for it."""
     exit_code = pod.submitter_exit_code
     text = f"the trainer ended with exit code {exit_code} before the cluster was ready (pod {pod.name})"
-    if exit_code == 0 and seen.job.status.attempts[-1].number == policies.CHECK:
-        return attempts.end(seen, Ending(ErrorClass.CHECKED, CHECKED, exit_code=0), now=now)
     if exit_code == 0:
         return attempts.end(seen, Ending(ErrorClass.INTERNAL, text, exit_code=0, inspect=True), now=now)
     return attempts.end(seen, Ending(failures.class_of(exit_code), text, exit_code=exit_code), now=now)

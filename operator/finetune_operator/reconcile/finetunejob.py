@@ -73,8 +73,9 @@ class FineTuneJobReconciler:
     async def _pass(self, key: Key) -> float | None:
         found = await self._look(key, fresh=False)
         if found is not None and _must_be_sure(*found[1:]):
-            creating = all(isinstance(one, CreateRayJob) for one in found[2].actions)
-            found = await self._look(key, fresh=True, creating=creating and bool(found[2].actions))
+            actions = found[2].actions
+            creating = bool(actions) and all(isinstance(one, CreateRayJob) for one in actions)
+            found = await self._look(key, fresh=True, creating=creating)
         if found is None:
             self.mailbox.forget(key)
             self.telemetry.forget_job(*key)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.adapters.kube import ForbiddenError, InvalidError, UnavailableError
+from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, UnavailableError
 from finetune_operator.core.reports import Report
 from tests.unit.operator.memory_api import KEY, Fault, Stage, waiting
 from tests.unit.operator.stories import ARTIFACT, result, training
@@ -261,3 +261,15 @@ async def test_a_run_file_that_somebody_deleted_is_written_again() -> None:
     await stage.passes()
     assert stage.status["reason"] == "ConfigMapMissing"
     assert stage.api.named("configmaps") == ["triage-a1"]
+
+
+async def test_names_that_are_never_looked_up_again_are_not_kept() -> None:
+    """A refused Event or ConfigMap would stay in memory for ever: only what the watches tell of is ever asked after."""
+    stage = Stage()
+    stage.api.before = failing("POST", "", ConflictError)
+    kinds = (("v1", "Event"), ("v1", "ConfigMap"), ("ray.io/v1", "RayJob"))
+    for version, kind in kinds:
+        body = {"apiVersion": version, "kind": kind, "metadata": {"namespace": KEY[0], "name": "a1"}}
+        with pytest.raises(ConflictError):
+            await stage.api.create(body)
+    assert stage.api._unsure == {("ray.io/v1", "RayJob", KEY[0], "a1")}
