@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,10 +12,10 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
@@ -109,6 +110,15 @@ class Lab(Serving):
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "finetune_operator"], env=environment, stdout=log, stderr=log, cwd=ROOT
             )
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Self]:
+        """Started; closed in the end, whatever becomes of the test."""
+        self.start()
+        try:
+            yield self
+        finally:
+            self.close()
 
     def kill(self) -> None:
         """SIGKILL."""

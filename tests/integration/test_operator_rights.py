@@ -120,11 +120,8 @@ def lab(cluster: Cluster, kubectl: Kubectl, grants: list[Request], tmp_path: Pat
         "FINETUNE_STATUS_URL": f"http://127.0.0.1:{made.ports['status']}",
         "FINETUNE_PROGRESS_SECONDS": "1",
     }
-    made.start()
-    try:
+    with made.running():
         yield made
-    finally:
-        made.close()
 
 
 def audited(cluster: Cluster) -> list[tuple[Request, int]]:

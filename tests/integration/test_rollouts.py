@@ -30,11 +30,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> Iterator[Lab]:
     made = Lab(cluster, kubectl, tmp_path)
-    made.start()
-    try:
+    with made.running():
         yield made
-    finally:
-        made.close()
 
 
 def test_the_first_adapter_serves_without_steps(lab: Lab) -> None:

@@ -26,11 +26,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> Iterator[Lab]:
     made = Lab(cluster, kubectl, tmp_path)
     made.environment["FINETUNE_ENGINE_ENDPOINTS"] = "127.0.0.1"
-    made.start()
-    try:
+    with made.running():
         yield made
-    finally:
-        made.close()
 
 
 def base_models(lab: Lab) -> list[tuple[str, tuple[str, ...]]]:

@@ -35,11 +35,8 @@ def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path, receiver: Receiver) 
     providers = tmp_path / "alerts.json"
     providers.write_text(json.dumps({"room": f"{receiver.url}/room"}))
     made.environment["FINETUNE_ALERT_PROVIDERS_FILE"] = str(providers)
-    made.start()
-    try:
+    with made.running():
         yield made
-    finally:
-        made.close()
 
 
 class Receiver:

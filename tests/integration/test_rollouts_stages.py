@@ -31,11 +31,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> Iterator[Lab]:
     made = Lab(cluster, kubectl, tmp_path)
-    made.start()
-    try:
+    with made.running():
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

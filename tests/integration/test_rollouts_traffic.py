@@ -36,11 +36,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> Iterator[RealLab]:
     made = RealLab(cluster, kubectl, tmp_path)
-    made.start()
-    try:
+    with made.running():
         yield made
-    finally:
-        made.close()
 
 
 def canary(*steps: Json) -> Json:
