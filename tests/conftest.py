@@ -24,6 +24,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_EXPERI
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("FINETUNE_CPUS", "1")
 
+    # A port is chosen seconds before anything listens on it: each chooses among its own.
+    _share = 12_000 // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    _first = 20_000 + _share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.environ.setdefault("FINETUNE_LOCAL_PORTS", f"{_first}-{_first + _share - 1}")
+
 # A busy machine says nothing about the code.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import socket
 import time
 from collections.abc import Container, Iterable, Mapping
 
+from finetune_local.errors import LocalClusterError
+
+RANGE_VARIABLE = "FINETUNE_LOCAL_PORTS"
 # Below the range that Linux uses for outgoing connections (32768) and above Ray's worker ports (10002 to 19999).
-FIRST, LAST = 20_000, 32_000
+DEFAULT_RANGE = range(20_000, 32_000)
 DYING_SECONDS = 3.0  # a killed process holds its port until the kernel has taken down its memory
+
+_picked: set[int] = set()  # by this process: who asked for one may listen on it much later
 
 
 def is_free(port: int) -> bool:
@@ -39,7 +45,7 @@ def choose(
     """One port per name.
 
     A known port is kept when it is held by our own running part (`in_use_by_us`, names), or free within seconds.
-    Raises OSError when the range is exhausted.
+    Raises LocalClusterError when the range is exhausted.
     """
     ours = set(in_use_by_us)
     chosen: dict[str, int] = {}
@@ -52,9 +58,30 @@ def choose(
 
 
 def pick(count: int, *, taken: Container[int] = ()) -> list[int]:
-    """Different ports that are free now, in no order. Raises OSError when the range is exhausted."""
-    ports = random.sample(range(FIRST, LAST), LAST - FIRST)
+    """Different ports that are free now, in no order; none twice in a process while there are others.
+
+    Raises LocalClusterError when the range is exhausted, or is none.
+    """
+    among = allowed()
+    ports = sorted(random.sample(among, len(among)), key=_picked.__contains__)
     found = list(itertools.islice((port for port in ports if port not in taken and is_free(port)), count))
     if len(found) < count:
-        raise OSError(f"no free port on 127.0.0.1 between {FIRST} and {LAST}")
+        raise LocalClusterError(
+            f"no free port on 127.0.0.1 between {among.start} and {among.stop - 1}",
+            remedy=f"Set {RANGE_VARIABLE} to a wider range, such as 20000-31999.",
+        )
+    _picked.update(found)
     return found
+
+
+def allowed() -> range:
+    """The ports to choose from: FINETUNE_LOCAL_PORTS, or the default. Raises LocalClusterError."""
+    text = os.environ.get(RANGE_VARIABLE)
+    if not text:
+        return DEFAULT_RANGE
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) < 65_536):
+        raise LocalClusterError(
+            f"{RANGE_VARIABLE} is {text!r}", remedy="It must be a first and a last port, such as 20000-31999."
+        )
+    return range(int(first), int(last) + 1)

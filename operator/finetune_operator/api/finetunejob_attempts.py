@@ -51,7 +51,8 @@ def _count(value: object) -> object:
 
 
 CountOrUnlimited = Annotated[
-    Annotated[int, Field(ge=0, le=MAX_RETRIES)] | Annotated[str, Field(pattern=f"^{UNLIMITED}$")],
+    Annotated[int, Field(strict=True, ge=0, le=MAX_RETRIES)]  # `true` is no count
+    | Annotated[str, Field(pattern=f"^{UNLIMITED}$")],
     BeforeValidator(_count),
     WithJsonSchema(
         {

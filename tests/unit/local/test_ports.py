@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from finetune_local import ports
+from finetune_local.errors import LocalClusterError
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def busy() -> Iterator[int]:
 def test_known_ports_are_kept_and_all_differ() -> None:
     first = ports.choose(["a", "b", "c"], known={})
     assert len(set(first.values())) == 3
-    assert all(ports.FIRST <= port < ports.LAST for port in first.values())
+    assert all(port in ports.allowed() for port in first.values())
     assert ports.choose(["a", "b", "c"], known=first) == first
 
 
@@ -50,3 +51,23 @@ def test_a_port_that_our_running_part_holds_is_kept(busy: int) -> None:
 def test_forgotten_names_are_dropped_and_new_ones_added() -> None:
     chosen = ports.choose(["new"], known={"old": 20_001})
     assert set(chosen) == {"new"}
+
+
+def test_ports_come_from_the_range_that_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_LOCAL_PORTS", "31990-31992")
+    assert sorted(ports.pick(3)) == [31990, 31991, 31992]
+    with pytest.raises(LocalClusterError, match="no free port on 127.0.0.1 between 31990 and 31992"):
+        ports.pick(4)
+
+
+@pytest.mark.parametrize("text", ["many", "31992-31990", "0-10", "20000-70000", "20000", "-1-5"])
+def test_a_range_that_is_none_is_refused_with_an_example(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("FINETUNE_LOCAL_PORTS", text)
+    with pytest.raises(LocalClusterError, match=f"FINETUNE_LOCAL_PORTS is '{text}'"):
+        ports.pick(1)
+
+
+def test_a_port_is_not_handed_out_twice_before_anything_listens_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_LOCAL_PORTS", "31900-31939")
+    assert sorted(ports.pick(20) + ports.pick(20)) == list(range(31900, 31940))
+    assert ports.pick(1)  # there is no other

@@ -142,6 +142,13 @@ def test_a_broken_spec_is_a_problem_that_names_the_field_and_never_a_crash(broke
         build(job.spec)
 
 
+@pytest.mark.parametrize("wrong", [True, False, 1.0, 2.5, {"a": 1}, "-1", "1001"])
+def test_a_count_of_preemptions_is_a_number_or_unlimited(wrong: Any) -> None:
+    spec = {"model": {"uri": "hf://acme/tiny"}, "dataset": {"sources": [{"uri": "s3://data/a.jsonl"}]}}
+    assert facts.job_facts(body(spec)).spec is not None
+    assert "retry.preemptions" in (facts.job_facts(body(spec | {"retry": {"preemptions": wrong}})).problem or "")
+
+
 @hypothesis.seed(SEED)
 @FAST
 @given(spec=specs.valid_specs(), data=st.data())
