@@ -14,6 +14,7 @@ import kopf
 
 from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import GROUP, VERSION
+from finetune_operator.kopf_storage import NoDiffBase, NoProgress
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import facts
 from finetune_operator.reconcile.queue import Key
@@ -92,6 +93,8 @@ def build_registry(
 def configure_kopf(settings: kopf.OperatorSettings) -> None:
     """Our choices, each with its reason."""
     settings.persistence.finalizer = f"{GROUP}/finalizer"  # never shared with another Kopf operator
+    settings.persistence.diffbase_storage = NoDiffBase()
+    settings.persistence.progress_storage = NoProgress()
     settings.peering.standalone = True  # a Lease decides who leads: peering has no fence
     settings.posting.enabled = False  # events are ours: posted after the status that they tell about
     settings.networking.connect_timeout = 10

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import json
 import random
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +106,7 @@ class Kube:
             aio.config.load_incluster_config(client_configuration=configuration)
         else:
             await aio.config.load_kube_config(client_configuration=configuration)
+        _settle_proxy(configuration)
         return cls(aio.client.ApiClient(configuration), may_write=may_write, on_answer=on_answer)
 
     async def close(self) -> None:
@@ -286,6 +289,15 @@ class Kube:
             raise UnavailableError(f"{method} {path}: {type(error).__name__} {error}") from error
         self._on_answer(method, answer.status)
         return answer.status, data, _seconds(answer.headers.get("Retry-After"))
+
+
+def _settle_proxy(configuration: aio.client.Configuration) -> None:
+    """The proxy that the environment names for the API server (HTTPS_PROXY, NO_PROXY), once for all requests: left to
+    itself the client asks a thread for it, and one more for .netrc, before each of them."""
+    server = urllib.parse.urlsplit(configuration.host)
+    if configuration.proxy is None and not urllib.request.proxy_bypass(server.netloc):
+        configuration.proxy = urllib.request.getproxies().get(server.scheme)
+    configuration.client_session_kwargs = {"trust_env": False}
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -146,7 +146,9 @@ def test_a_broken_spec_is_a_problem_that_names_the_field_and_never_a_crash(broke
 def test_a_count_of_preemptions_is_a_number_or_unlimited(wrong: Any) -> None:
     spec = {"model": {"uri": "hf://acme/tiny"}, "dataset": {"sources": [{"uri": "s3://data/a.jsonl"}]}}
     assert facts.job_facts(body(spec)).spec is not None
-    assert "retry.preemptions" in (facts.job_facts(body(spec | {"retry": {"preemptions": wrong}})).problem or "")
+    assert "retry.preemptions" in (
+        facts.job_facts(body(spec | {"retry": {"preemptions": wrong}})).problem or ""
+    )
 
 
 @hypothesis.seed(SEED)

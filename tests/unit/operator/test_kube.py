@@ -1,0 +1,52 @@
+"""How the client of the operator reaches the API server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from finetune_operator.adapters.kube import Kube
+
+
+async def asked(monkeypatch: pytest.MonkeyPatch, folder: Path, *, not_for: str) -> list[str]:
+    """Who answered: `server` or `proxy`, where the environment names a proxy, but none for the hosts `not_for`."""
+    heard: list[str] = []
+
+    def answers(name: str) -> TestServer:
+        async def answer(request: web.Request) -> web.Response:
+            heard.append(f"{name} {request.path}")
+            return web.json_response({"kind": "APIGroup"})
+
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", answer)
+        return TestServer(application)
+
+    async with answers("server") as server, answers("proxy") as proxy:
+        config = {
+            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.port}"}}],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        }
+        (folder / "kubeconfig").write_text(json.dumps(config))
+        monkeypatch.setattr(
+            "kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "kubeconfig")
+        )
+        for name, value in (("http_proxy", f"http://127.0.0.1:{proxy.port}"), ("no_proxy", not_for)):
+            monkeypatch.setenv(name, value)
+        kube = await Kube.connect()
+        assert await kube.has_group_version("ray.io/v1")
+        await kube.close()
+    return heard
+
+
+async def test_the_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert await asked(monkeypatch, tmp_path, not_for="") == ["proxy /apis/ray.io/v1"]
+
+
+async def test_no_proxy_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert await asked(monkeypatch, tmp_path, not_for="127.0.0.1") == ["server /apis/ray.io/v1"]
