@@ -17,6 +17,7 @@ from finetune_operator.endpoint import Desk
 from finetune_operator.health import Health
 from finetune_operator.manifests.rayjobs import Platform
 from finetune_operator.reconcile import clocks
+from finetune_operator.reconcile.departures import Departures
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key, KeyedQueue
@@ -48,6 +49,9 @@ async def lead(
         enqueue=lambda key, after: queue.add(key, after=after),
         progress_seconds=settings.progress_seconds,
     )
+    departures = Departures(
+        kube=kube, namespaces=settings.namespaces, shown=telemetry.shown_jobs, wake=queue.add
+    )
     async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_push) as rollouts:
 
         def job_changed(key: Key, is_news: bool) -> None:
@@ -60,6 +64,7 @@ async def lead(
         tasks = [
             asyncio.create_task(queue.run(), name="queue"),
             asyncio.create_task(rollouts.run(), name="rollouts"),
+            asyncio.create_task(departures.run(), name="departures"),
             asyncio.create_task(
                 handlers.watch(
                     settings.namespaces,

@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 import pytest
 
 from finetune_local.cluster import Cluster
+from finetune_operator.adapters import kube
 from tests.buckets import open_bucket, serve_bucket
 from tests.clients import FINAL, Json, Kubectl, finetunejob
 
@@ -187,3 +188,24 @@ def test_credentials_of_the_users_secret_reach_the_trainer_and_nobody_else(
         assert secret not in kubectl("get", kind, "-o", "yaml")
     logs = [path for path in cluster.layout.logs.rglob("*") if path.is_file()]
     assert [path.name for path in logs if secret in path.read_text(errors="replace")] == []
+
+
+async def test_names_are_listed_page_by_page_without_the_rest(
+    kubectl: Kubectl, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kube, "PAGE", 2)
+    monkeypatch.setattr(
+        "kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig)
+    )
+    names = [f"one-{number}" for number in range(5)]
+    for name in names:
+        body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"a": "b"}}
+        kubectl.apply(body)
+    client = await kube.Kube.connect()
+    try:
+        found = await client.list_names("v1", "ConfigMap", [kubectl.namespace])
+        assert {(kubectl.namespace, name) for name in names} <= found
+        pages = client._pages("v1", "ConfigMap", [kubectl.namespace], accept=kube.METADATA_ONLY)
+        assert not [body for body in [body async for body in pages] if "data" in body]
+    finally:
+        await client.close()

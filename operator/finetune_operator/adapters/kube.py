@@ -12,7 +12,7 @@ import json
 import random
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +44,7 @@ PLURALS = {
     (API_VERSION, adapterdeployment.KIND): adapterdeployment.PLURAL,
 }
 PAGE = 500  # objects per answer of a list
+METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
 class ApiError(Exception):
@@ -140,18 +141,28 @@ class Kube:
 
     async def list_all(self, api_version: str, kind: str, namespaces: Sequence[str]) -> list[Json]:
         """All objects of a kind in these namespaces; of the whole cluster where none is named."""
-        found: list[Json] = []
+        return [body async for body in self._pages(api_version, kind, namespaces)]
+
+    async def list_names(
+        self, api_version: str, kind: str, namespaces: Sequence[str]
+    ) -> set[tuple[str, str]]:
+        """Namespace and name of each, for which the server sends no more than the metadata."""
+        bodies = self._pages(api_version, kind, namespaces, accept=METADATA_ONLY)
+        return {(body["metadata"]["namespace"], body["metadata"]["name"]) async for body in bodies}
+
+    async def _pages(
+        self, api_version: str, kind: str, namespaces: Sequence[str], *, accept: str = "application/json"
+    ) -> AsyncIterator[Json]:
         for namespace in namespaces or (None,):
-            more = ""
+            path, more = _path(api_version, kind, namespace), ""
             while True:
                 query = [("limit", str(PAGE)), *([("continue", more)] if more else [])]
-                path = _path(api_version, kind, namespace)
-                answer = await self._request("GET", path, query=query, missing_ok=True) or {}
-                found += answer.get("items", [])
+                answer = await self._request("GET", path, query=query, accept=accept, missing_ok=True) or {}
+                for body in answer.get("items", []):
+                    yield body
                 more = answer.get("metadata", {}).get("continue", "")
                 if not more:
                     break
-        return found
 
     async def apply(self, body: Json) -> Json:
         """Server-side apply under our field manager; safe to repeat. A metadata.resourceVersion in the body is a
@@ -243,12 +254,13 @@ class Kube:
         body: Json | list[Json] | None = None,
         content_type: str = "application/json",
         query: list[tuple[str, str]] | None = None,
+        accept: str = "application/json",
         missing_ok: bool = False,
     ) -> Json | None:
         """Send it, and again where the server was too busy to begin with it, as every client of Kubernetes does."""
         for number in range(1, BUSY_TRIES + 1):
             status, data, retry_after = await self._send(
-                method, path, body=body, content_type=content_type, query=query
+                method, path, body=body, content_type=content_type, query=query, accept=accept
             )
             if status != 429 or number == BUSY_TRIES:
                 break
@@ -269,6 +281,7 @@ class Kube:
         body: Json | list[Json] | None,
         content_type: str,
         query: list[tuple[str, str]] | None,
+        accept: str,
     ) -> tuple[int, bytes, float]:
         """Status, body and Retry-After in seconds. Raises UnavailableError where there is no answer."""
         if method != "GET" and not self._may_write():
@@ -278,7 +291,7 @@ class Kube:
                 method,
                 path,
                 query_params=query,
-                header_params={"Accept": "application/json", "Content-Type": content_type},
+                header_params={"Accept": accept, "Content-Type": content_type},
                 body=body,
                 auth_settings=["BearerToken"],
             )

@@ -52,7 +52,7 @@ class Telemetry:
         )
         self.jobs_finished = Counter(
             "finetune_jobs_finished_total",
-            "Jobs that ended, by class of failure or Succeeded.",
+            "Jobs that ended, by the reason in their status: a class of failure, or ArtifactPublished.",
             ["namespace", "class"],
             registry=registry,
         )
@@ -110,6 +110,10 @@ class Telemetry:
         self._set("eval_loss", key, metrics.eval_loss if metrics else None)
         self._set("reward", key, metrics.reward if metrics else None)
         self._set("accuracy", key, metrics.accuracy if metrics else None)
+
+    def shown_jobs(self) -> set[tuple[str, str]]:
+        """Namespace and name of the jobs that have series."""
+        return set(self._phases)
 
     def forget_job(self, namespace: str, name: str) -> None:
         """Drop the series of a job that is gone."""

@@ -158,11 +158,12 @@ class Fleet:
             logger.info("router %s is gone", url)
             self._retire(self._replicas.pop(url))
         for url in found:
-            if url not in self._replicas:
-                replica = Replica(url)
+            replica = self._replicas.setdefault(url, Replica(url))
+            if replica.task is None or replica.task.done():
+                if replica.task is not None:  # a fault of ours must not keep a router on an old snapshot
+                    logger.error("pushing to router %s failed; again", url, exc_info=replica.task.exception())
                 replica.task = asyncio.create_task(self._serve(replica), name=f"push to {url}")
                 replica.offered.set()
-                self._replicas[url] = replica
 
     def _retire(self, replica: Replica) -> None:
         if replica.task is not None:

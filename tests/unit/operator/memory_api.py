@@ -79,6 +79,7 @@ class MemoryApi(WatchedKube):
         body: Json | list[Json] | None = None,
         content_type: str = "application/json",
         query: list[tuple[str, str]] | None = None,
+        accept: str = "application/json",
         missing_ok: bool = False,
     ) -> Json | None:
         self.requests.append(f"{method} {path}")

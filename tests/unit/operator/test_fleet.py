@@ -116,6 +116,21 @@ async def test_a_router_that_lost_its_snapshot_gets_it_again() -> None:
         assert made[0].puts == [3, 3]
 
 
+async def test_a_fault_of_ours_does_not_keep_a_router_on_an_old_snapshot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with routers(1) as (made, fleet):
+        fleet.offer(3, snapshot(3))
+        await until(lambda: fleet.count_applying(3) == 1)
+        with monkeypatch.context() as broken:
+            broken.setattr(Routers, "push", None)
+            fleet.offer(4, snapshot(4))
+            task = fleet.replicas[0].task
+            assert task is not None
+            await until(task.done)
+        await until(lambda: made[0].version == 4)
+
+
 async def test_a_router_with_a_newer_snapshot_is_told_of() -> None:
     async with routers(1) as (made, fleet):
         newer: list[int] = []
