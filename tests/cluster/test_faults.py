@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster import deletions, stories
-from tests.cluster.objects import JOB_SECONDS, LONG, delete, head_pod, job
+from tests.cluster.objects import JOB_SECONDS, LONG, delete, head_pod, job, wait_for
 from tests.cluster.stories import Stage, Story, Told
 
 
@@ -42,6 +42,27 @@ def a_killed_trainer_costs_one_interval_at_most(stage: Stage) -> None:
     stories.kill_trainer(stage, "shot")
 
 
+def a_killed_submitter_costs_one_interval_at_most(stage: Stage) -> None:
+    """KubeRay takes its end for the job's, and takes the trainer's pod away."""
+    stories.takes_steps(stage, "unsubmitted")
+    pods = ("pods", "-l", "batch.kubernetes.io/job-name=unsubmitted-a1")
+    stage.team("delete", *pods, "--grace-period=0", "--force", "--wait=false")
+    stories.costs_one_interval(stage, "unsubmitted")
+
+
+def a_deleted_submitter_costs_nothing(stage: Stage) -> None:
+    """KubeRay's status stays at RUNNING for good: the trainer's own report counts, and its pod goes all the same."""
+    stories.takes_steps(stage, "orphaned")
+    stage.team("delete", "job", "orphaned-a1", "--wait=false")
+    status = stage.team.finished("orphaned", seconds=JOB_SECONDS)
+    stories.ended(status, "Succeeded")
+    assert len(status["attempts"]) == 1
+    stage.runs_once("orphaned", 1)
+    labels = ("-l", "finetune.dev/job=orphaned")
+    wait_for("no pod of orphaned", lambda: not stage.team.items("pods", *labels) or None, seconds=180)
+    delete(stage.team, "orphaned")
+
+
 def a_job_that_fails_at_once_says_so(stage: Stage) -> None:
     stories.fail_at_once(stage, "at-once")
 
@@ -50,6 +71,8 @@ STORIES = (
     a_drained_pod_saves_a_checkpoint_first,
     a_killed_head_pod_costs_one_interval_at_most,
     a_killed_trainer_costs_one_interval_at_most,
+    a_killed_submitter_costs_one_interval_at_most,
+    a_deleted_submitter_costs_nothing,
     a_job_that_fails_at_once_says_so,
     *deletions.PHASES,
 )

@@ -95,7 +95,9 @@ def test_the_example_trains_to_an_artifact(trained: dict[str, Any]) -> None:
 
 def test_watching_shows_progress_line_by_line_where_there_is_no_terminal(trained: dict[str, Any]) -> None:
     text = trained["watched"]
-    for word in ("Provisioning", "Running", "Succeeded", "loss"):
+    # A phase that is over before the next look is not seen, and Provisioning may take less than a second.
+    assert any(word in text for word in ("Pending", "Validating", "Provisioning"))
+    for word in ("Running", "Succeeded", "loss"):
         assert word in text
     assert f"/{STEPS}" in text
 

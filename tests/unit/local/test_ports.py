@@ -55,6 +55,7 @@ def test_forgotten_names_are_dropped_and_new_ones_added() -> None:
 
 def test_ports_come_from_the_range_that_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_LOCAL_PORTS", "31990-31992")
+    monkeypatch.setattr(ports, "is_free", lambda port: True)
     assert sorted(ports.pick(3)) == [31990, 31991, 31992]
     with pytest.raises(LocalClusterError, match=r"no free port on .* between 31990 and 31992"):
         ports.pick(4)
@@ -71,5 +72,7 @@ def test_a_port_is_not_handed_out_twice_before_anything_listens_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FINETUNE_LOCAL_PORTS", "31900-31939")
+    monkeypatch.setattr(ports, "is_free", lambda port: True)
+    monkeypatch.setattr(ports, "_picked", set())
     assert sorted(ports.pick(20) + ports.pick(20)) == list(range(31900, 31940))
     assert ports.pick(1)  # there is no other
