@@ -119,7 +119,7 @@ class FineTuneJobReconciler:
                 return seen, refusals.unavailable(seen, plan, action, str(error), now=now)
             if created is not None:
                 rayjob = facts.rayjob_facts(created, owner=seen.job.name, owner_uid=seen.job.uid)
-                seen = replace(seen, rayjob=rayjob)
+                seen = replace(seen, rayjob=rayjob, pods=())  # what was there before is of another attempt
                 then = jobs.decide(seen, defaults=self.defaults, now=self.observer.now(seen.job))
                 plan = replace(then, actions=(), requeue_after=0.0 if then.actions else then.requeue_after)
         return seen, plan

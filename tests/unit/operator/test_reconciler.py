@@ -136,6 +136,20 @@ async def test_a_job_of_the_same_name_waits_for_the_pods_of_the_former_one() -> 
     assert stage.status["phase"] == "Provisioning"
 
 
+async def test_what_has_ended_of_an_attempt_says_nothing_about_the_next_one() -> None:
+    """SidecarMode: the submitter's exit code is in the pod, and the pod is there until its RayCluster is gone."""
+    stage = Stage(retry={"maxInfraRetries": 5, "backoffSeconds": {"min": 0, "max": 0}})
+    await stage.passes(2)
+    submitter = {"name": "ray-job-submitter", "state": {"terminated": {"exitCode": 127}}}
+    stage.kuberay("Initializing")
+    stage.pod("triage-a1-head", phase="Failed", containerStatuses=[submitter])
+    await stage.passes(8)
+    first, second = stage.status["attempts"]
+    assert first["exitCode"] == 127
+    assert "endTime" not in second, second["message"]
+    assert stage.status["phase"] == "Provisioning"
+
+
 async def test_a_pod_whose_end_no_watch_told_holds_nobody_up_and_fails_nobody() -> None:
     stage = Stage()
     await stage.passes(3)
