@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from finetune_local import parts
+from finetune_local import parts, ports
 from finetune_local.cluster import Cluster
 from tests import tiny
 from tests.clients import Kubectl
@@ -25,9 +25,9 @@ if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("FINETUNE_CPUS", "1")
 
     # A port is chosen seconds before anything listens on it: each chooses among its own.
-    _share = 12_000 // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    _first = 20_000 + _share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    os.environ.setdefault("FINETUNE_LOCAL_PORTS", f"{_first}-{_first + _share - 1}")
+    _share = len(ports.DEFAULT_RANGE) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    _first = ports.DEFAULT_RANGE.start + _share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.environ.setdefault(ports.RANGE_VARIABLE, f"{_first}-{_first + _share - 1}")
 
 # A busy machine says nothing about the code.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])

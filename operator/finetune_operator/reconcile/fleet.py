@@ -158,7 +158,8 @@ class Fleet:
             logger.info("router %s is gone", url)
             self._retire(self._replicas.pop(url))
         for url in found:
-            replica = self._replicas.setdefault(url, Replica(url))
+            if (replica := self._replicas.get(url)) is None:  # not made anew at each poll
+                replica = self._replicas[url] = Replica(url)
             if replica.task is None or replica.task.done():
                 if replica.task is not None:  # a fault of ours must not keep a router on an old snapshot
                     logger.error("pushing to router %s failed; again", url, exc_info=replica.task.exception())
