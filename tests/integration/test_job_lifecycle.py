@@ -207,5 +207,6 @@ async def test_names_are_listed_page_by_page_without_the_rest(
         assert {(kubectl.namespace, name) for name in names} <= found
         pages = client._pages("v1", "ConfigMap", [kubectl.namespace], accept=kube.METADATA_ONLY)
         assert not [body for body in [body async for body in pages] if "data" in body]
+        assert await client.list_names("v1", "Pod", [kubectl.namespace]) == set(), "it comes as null"
     finally:
         await client.close()

@@ -124,20 +124,18 @@ class Kube:
         answer = await self._request(
             "GET", _path(api_version, kind, namespace), query=[("labelSelector", selector)], missing_ok=True
         )
-        return list(answer["items"]) if answer else []
+        return _items(answer)
 
     async def events_about(self, namespace: str, *, uid: str) -> list[Json]:
         """The core/v1 Events about one object, in any order."""
         query = [("fieldSelector", f"involvedObject.uid={uid}")]
-        answer = await self._request("GET", _path("v1", "Event", namespace), query=query)
-        return list(answer["items"]) if answer else []
+        return _items(await self._request("GET", _path("v1", "Event", namespace), query=query))
 
     async def pending_workloads(self, namespace: str, queue: str) -> list[Json]:
         """The Workloads that wait in a LocalQueue of Kueue, the next one first (at most 1000). Empty where Kueue does
         not serve that list."""
         path = f"/apis/{KUEUE_VISIBILITY}/namespaces/{namespace}/localqueues/{queue}/pendingworkloads"
-        answer = await self._request("GET", path, missing_ok=True)
-        return list(answer.get("items", [])) if answer else []
+        return _items(await self._request("GET", path, missing_ok=True))
 
     async def list_all(self, api_version: str, kind: str, namespaces: Sequence[str]) -> list[Json]:
         """All objects of a kind in these namespaces; of the whole cluster where none is named."""
@@ -158,7 +156,7 @@ class Kube:
             while True:
                 query = [("limit", str(PAGE)), *([("continue", more)] if more else [])]
                 answer = await self._request("GET", path, query=query, accept=accept, missing_ok=True) or {}
-                for body in answer.get("items", []):
+                for body in _items(answer):
                     yield body
                 more = answer.get("metadata", {}).get("continue", "")
                 if not more:
@@ -322,6 +320,11 @@ def _path(api_version: str, kind: str, namespace: str | None, name: str | None =
     within = f"/namespaces/{namespace}" if namespace else ""
     path = f"{root}{within}/{PLURALS[api_version, kind]}"
     return f"{path}/{name}" if name else path
+
+
+def _items(answer: Json | None) -> list[Json]:
+    """An empty list of metadata only comes with `"items": null`."""
+    return (answer or {}).get("items") or []
 
 
 def _error(status: int, data: bytes, request: str) -> ApiError:

@@ -44,6 +44,8 @@ class Departures:
                 await self.look()
             except ApiError as error:
                 logger.warning("which jobs are gone is looked up later: %s", error)
+            except Exception:  # a fault of ours here costs some stale series, never the operator
+                logger.exception("which jobs are gone could not be looked up; again later")
 
     async def look(self) -> None:
         """Raises ApiError."""

@@ -18,6 +18,7 @@ from finetune_router import assignment
 from tests.integration.router import engines
 from tests.integration.router.engines import Behaviour, Engine
 from tests.integration.router.routers import Router, route, target
+from tests.waiting import until
 
 CANDIDATE = "ab12cd34"
 CHAT = "/v1/chat/completions"
@@ -383,15 +384,17 @@ async def test_the_engine_with_the_fewest_requests_is_taken(
     router = own_router()
     await asyncio.to_thread(router.start)
     async with engines.running() as slow, engines.running() as quick:
-        slow.behaviours["base-model"] = Behaviour(delay=1.0)
+        slow.behaviours["base-model"] = Behaviour(delay=5.0)
         await router.push(route(alias, target("base", slow.url, quick.url)))
-        waiting = asyncio.create_task(arms_of(session, router, alias, ["a", "b", "c", "d"]))
-        await asyncio.sleep(0.2)
-        assert len(slow.seen) == len(quick.seen) == 2
+        asked: list[asyncio.Task[dict[str, str]]] = []
+        while not slow.seen:
+            asked.append(asyncio.create_task(arms_of(session, router, alias, [f"first{len(asked)}"])))
+            await until(lambda: len(slow.seen) + len(quick.seen) == len(asked))
+        await asyncio.gather(*asked[:-1])  # the quick engine has none under way now, the slow one has one
         for number in range(6):
             await arms_of(session, router, alias, [f"u{number}"])
-        assert (len(slow.seen), len(quick.seen)) == (2, 8)
-        await waiting
+        assert (len(slow.seen), len(quick.seen)) == (1, len(asked) - 1 + 6)
+        asked[-1].cancel()
 
 
 async def test_a_route_without_stable_and_one_whose_engines_lack_the_model(

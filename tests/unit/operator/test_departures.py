@@ -46,3 +46,18 @@ async def test_an_api_server_that_is_away_ends_nothing(monkeypatch: pytest.Monke
     await until(lambda: bool(woken))
     looking.cancel()
     assert next(failures, None) is None, "three looks failed before"
+
+
+async def test_a_fault_of_its_own_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(departures, "LOOK_SECONDS", 0.01)
+    stage, woken = Stage(), list[Key]()
+    await stage.passes(2)
+    stage.api.remove("finetunejobs", KEY[1], told=False)
+    faults = iter([TypeError("'NoneType' object is not iterable")])
+    stage.api.before = lambda method, path: next(faults, None)
+    looking = asyncio.create_task(departures_of(stage, woken).run())
+    await until(lambda: bool(woken))
+    looking.cancel()
+    assert "'NoneType' object is not iterable" in caplog.text
