@@ -59,17 +59,18 @@ class Watcher:
 
     async def _run(self) -> None:
         async with aiohttp.ClientSession(headers=HEADERS) as session:
-            version = None
+            first: int | None = None
             while self.withdrawn is None:
                 asked = (self._counters(session, front.admin_url) for front in self._lab.fronts)
                 told = await asyncio.gather(*asked)
                 now = time.monotonic()
+                first = max(router.version for router in told) if first is None else first
                 if self.proved is None:
                     self._fold(list(told))
-                    if self._is_proved():
-                        self.proved, version = now, max(router.version for router in told)
-                elif version is not None and self._is_withdrawn(told, after=version):
+                    self.proved = now if self._is_proved() else None
+                if self._is_withdrawn(told, after=first):  # it may be so before we have seen the proof
                     self.withdrawn = now
+                    self.proved = self.proved or now
                 await asyncio.sleep(LOOK_SECONDS)
 
     def _is_withdrawn(self, told: list[RouterCounters], *, after: int) -> bool:
