@@ -19,7 +19,8 @@ from pathlib import Path
 
 import aiohttp
 
-from benchmarks import pages
+from benchmarks import fleet_floor, pages
+from benchmarks.fleet_floor import Floor, Sample
 from benchmarks.fleet_places import Json, Meter, Place, added, create_many, p50_p99, until, well
 from finetune_local import binaries
 from finetune_local.cluster import Cluster
@@ -27,7 +28,7 @@ from finetune_local.ports import choose
 from tests.integration.operators import small_job
 from tests.integration.rayjobs import rayjob
 
-CONCURRENCY = 8  # passes at once, as our queue has them; its own default is 1
+CONCURRENCY = 16  # passes at once, as our queue has them; its own default is 1
 QPS = (
     1000  # requests per second that its client allows itself: with the default of 100 it would wait for that
 )
@@ -58,11 +59,12 @@ class Lap:
 
 @dataclass(frozen=True)
 class Race:
-    """Both, in turns, as often."""
+    """Both, in turns, as often, and what the API server needs for the requests alone."""
 
     jobs: int
     operator: Sequence[Lap]
     kuberay: Sequence[Lap]
+    floors: Sequence[Floor]
 
     @property
     def ratio(self) -> float:
@@ -71,7 +73,15 @@ class Race:
 
     def rows(self) -> list[str]:
         """Of each the lap in the middle, by its throughput."""
-        return [_middle(self.operator).row("operator"), _middle(self.kuberay).row("KubeRay")]
+        return [
+            _middle(self.operator).row("operator"),
+            _middle(self.kuberay).row("KubeRay"),
+            self.floor.row(),
+        ]
+
+    @property
+    def floor(self) -> Floor:
+        return sorted(self.floors, key=lambda floor: floor.rate)[len(self.floors) // 2]
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -85,26 +95,30 @@ def _middle(laps: Sequence[Lap]) -> Lap:
 
 async def race(cluster: Cluster, jobs: int, folder: Path, *, rounds: int) -> Race:
     """Let both run, the one after the other, each time with a fresh process in a namespace of its own."""
-    ours, theirs = [], []
+    ours, theirs, floors = [], [], []
+    bodies = [small_job(f"job-{number}") for number in range(jobs)]
     for number in range(rounds):
-        ours.append(await _operator_lap(cluster, jobs, folder / f"operator-{jobs}-{number}"))
+        lap, sample = await _operator_lap(cluster, bodies, folder / f"operator-{jobs}-{number}")
+        ours.append(lap)
         pages.say(ours[-1].row("operator"))
+        floors.append(await fleet_floor.measure(cluster, bodies, sample, requests_at_once=CONCURRENCY))
+        pages.say(floors[-1].row())
         theirs.append(await _kuberay_lap(cluster, jobs, folder / f"kuberay-{jobs}-{number}"))
         pages.say(theirs[-1].row("KubeRay"))
-    return Race(jobs, ours, theirs)
+    return Race(jobs, ours, theirs, floors)
 
 
-async def _operator_lap(cluster: Cluster, jobs: int, folder: Path) -> Lap:
-    place = Place.make(cluster, f"race-{jobs}")
+async def _operator_lap(cluster: Cluster, bodies: Sequence[Json], folder: Path) -> tuple[Lap, Sample]:
+    place = Place.make(cluster, f"race-{len(bodies)}")
     operator = place.operator(folder)
     operator.start()
     try:
         await until(lambda: well(operator), seconds=60)
         await asyncio.sleep(3)  # Kopf's discovery and first lists
         assert operator.process is not None
-        bodies = [small_job(f"job-{number}") for number in range(jobs)]
         parents = place.url("finetune.dev/v1alpha1", "finetunejobs")
-        return await _lap(place, operator.process.pid, parents, bodies, place.url("ray.io/v1", "rayjobs"))
+        lap = await _lap(place, operator.process.pid, parents, bodies, place.url("ray.io/v1", "rayjobs"))
+        return lap, await fleet_floor.sample(place, bodies[0]["metadata"]["name"])
     finally:
         operator.kill()
 

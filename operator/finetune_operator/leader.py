@@ -46,7 +46,7 @@ async def lead(
     reports = StatusServer(
         kube=kube,
         mailbox=mailbox,
-        enqueue=lambda key, after: queue.add(key, after=after),
+        enqueue=lambda key, after, urgent: queue.add(key, after=after, urgent=urgent),
         progress_seconds=settings.progress_seconds,
     )
     departures = Departures(
@@ -64,6 +64,7 @@ async def lead(
         tasks = [
             asyncio.create_task(queue.run(), name="queue"),
             asyncio.create_task(rollouts.run(), name="rollouts"),
+            asyncio.create_task(reconciler.recorder.run(), name="events"),
             asyncio.create_task(departures.run(), name="departures"),
             asyncio.create_task(
                 handlers.watch(

@@ -35,7 +35,7 @@ from finetune_operator.reconcile.queue import Key
 logger = logging.getLogger(__name__)
 
 PERSIST_SECONDS = 8.0  # below the 10 s after which the trainer gives up one post
-CACHE_SECONDS = 60.0  # a revoked token is noticed after this time
+CACHE_SECONDS = 300.0  # a revoked token is noticed after this time
 CACHE_ENTRIES = 10_000
 REVIEWS = 16  # TokenReviews under way at once
 JOB_RATE = Rate(burst=20, per_second=2.0)  # our trainer posts every 2 s, Kubeflow's callback every 5 s
@@ -46,8 +46,14 @@ class StatusServer:
     """Takes reports, checks who sends them, and hands them to the queue."""
 
     def __init__(
-        self, *, kube: Kube, mailbox: Mailbox, enqueue: Callable[[Key, float], None], progress_seconds: float
+        self,
+        *,
+        kube: Kube,
+        mailbox: Mailbox,
+        enqueue: Callable[[Key, float, bool], None],
+        progress_seconds: float,
     ) -> None:
+        """`enqueue` asks for a pass over a key after some seconds; the last argument: whether somebody waits for it."""
         self._kube = kube
         self._mailbox = mailbox
         self._enqueue = enqueue
@@ -74,7 +80,7 @@ class StatusServer:
         if not self._mailbox.put(key, uid=uid, attempt=attempt, report=report):
             raise web.HTTPConflict(text=f"attempt {attempt} has reported its result already, or is over")
         wait = 0.0 if urgent else self._progress_seconds - self._mailbox.seconds_since_write(key)
-        self._enqueue(key, wait)
+        self._enqueue(key, wait, report.result is not None)
         if report.result and not await self._mailbox.wait_written(
             key, report, uid=uid, seconds=PERSIST_SECONDS
         ):

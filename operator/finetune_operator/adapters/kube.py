@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+import pydantic_core
 from kubernetes import aio
 
 from finetune_operator.api import adapterdeployment, finetunejob
@@ -27,6 +28,7 @@ Json = dict[str, Any]
 
 FIELD_MANAGER = "finetune-operator"
 REQUEST_SECONDS = 30
+CONNECTIONS = 20  # at once, of about 300 kB each; further requests wait for their turn
 BUSY_TRIES = 4  # of a request that the server was too busy to begin with (429)
 BUSY_SECONDS = 5.0  # the longest that one is held back, whatever Retry-After says
 KUEUE_VERSION = "kueue.x-k8s.io/v1beta2"  # served since Kueue 0.15
@@ -102,7 +104,7 @@ class Kube:
     ) -> Self:
         """A client by the pod's service account or the kubeconfig, without a request yet. `on_answer` is told the
         method and the HTTP status of each request, 0 where there was no answer."""
-        configuration = aio.client.Configuration()
+        configuration = aio.client.Configuration(connection_pool_maxsize=CONNECTIONS)
         if IN_CLUSTER_TOKEN.is_file():  # noqa: ASYNC240 - once, at the start
             aio.config.load_incluster_config(client_configuration=configuration)
         else:
@@ -268,7 +270,7 @@ class Kube:
             return None
         if not 200 <= status <= 299:
             raise _error(status, data, f"{method} {path}")
-        parsed: Json = json.loads(data)
+        parsed: Json = pydantic_core.from_json(data)
         return parsed
 
     async def _send(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
 from finetune_operator.api.finetunejob import FineTuneJobStatus
@@ -23,6 +25,26 @@ JOB_GAUGES = {
         "Share of preferences in which the chosen answer is ahead, 0 to 1.",
     ),
 }
+
+
+class JobSeries(Collector):
+    """Gauges per job, made of a few numbers when somebody asks: kept as series they are 10 kB for each job."""
+
+    def __init__(self) -> None:
+        self.shown: dict[tuple[str, str], tuple[str, tuple[float | None, ...]]] = {}
+        """Namespace and name -> the phase, and a value or none for each of JOB_GAUGES."""
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        phases = GaugeMetricFamily(
+            "finetune_job_phase", "1 for the phase that a job is in.", labels=[*JOB_LABELS, "phase"]
+        )
+        gauges = [GaugeMetricFamily(name, text, labels=JOB_LABELS) for name, text in JOB_GAUGES.values()]
+        for key, (phase, values) in list(self.shown.items()):  # at once: it is asked for in a thread
+            phases.add_metric((*key, phase), 1)
+            for gauge, value in zip(gauges, values, strict=True):
+                if value is not None:
+                    gauge.add_metric(key, value)
+        return [phases, *gauges]
 
 
 class Telemetry:
@@ -68,16 +90,8 @@ class Telemetry:
         self.loop_lag = Gauge(
             "finetune_event_loop_lag_seconds", "How late the event loop was last.", registry=registry
         )
-        self._phase = Gauge(
-            "finetune_job_phase",
-            "1 for the phase that a job is in.",
-            [*JOB_LABELS, "phase"],
-            registry=registry,
-        )
-        self._gauges = {
-            key: Gauge(name, text, JOB_LABELS, registry=registry) for key, (name, text) in JOB_GAUGES.items()
-        }
-        self._phases: dict[tuple[str, str], str] = {}
+        self._jobs = JobSeries()
+        registry.register(self._jobs)
         self.rollouts = RolloutTelemetry(registry)
 
     def api_answered(self, method: str, status: int) -> None:
@@ -95,36 +109,23 @@ class Telemetry:
 
     def show_job(self, namespace: str, name: str, status: FineTuneJobStatus) -> None:
         """Set the series of one job by its status."""
-        key = (namespace, name)
-        phase = str(status.phase or "Pending")
-        before = self._phases.get(key)
-        if before is not None and before != phase:
-            self._phase.remove(*key, before)
-        self._phases[key] = phase
-        self._phase.labels(*key, phase).set(1)
         progress, metrics = status.progress, status.metrics
-        self._set("progress", key, progress.percent / 100 if progress else None)
-        self._set("step", key, progress.step if progress else None)
-        self._set("tokens", key, progress.tokens_per_second if progress else None)
-        self._set("loss", key, metrics.loss if metrics else None)
-        self._set("eval_loss", key, metrics.eval_loss if metrics else None)
-        self._set("reward", key, metrics.reward if metrics else None)
-        self._set("accuracy", key, metrics.accuracy if metrics else None)
+        values = {
+            "progress": progress.percent / 100 if progress else None,
+            "step": progress.step if progress else None,
+            "tokens": progress.tokens_per_second if progress else None,
+            "loss": metrics.loss if metrics else None,
+            "eval_loss": metrics.eval_loss if metrics else None,
+            "reward": metrics.reward if metrics else None,
+            "accuracy": metrics.accuracy if metrics else None,
+        }
+        shown = str(status.phase or "Pending"), tuple(values[name] for name in JOB_GAUGES)
+        self._jobs.shown[namespace, name] = shown
 
     def shown_jobs(self) -> set[tuple[str, str]]:
         """Namespace and name of the jobs that have series."""
-        return set(self._phases)
+        return set(self._jobs.shown)
 
     def forget_job(self, namespace: str, name: str) -> None:
         """Drop the series of a job that is gone."""
-        key = (namespace, name)
-        phase = self._phases.pop(key, None)
-        if phase is None:
-            return
-        self._phase.remove(*key, phase)
-        for gauge in self._gauges.values():
-            gauge.remove(*key)
-
-    def _set(self, gauge: str, key: tuple[str, str], value: float | None) -> None:
-        if value is not None:
-            self._gauges[gauge].labels(*key).set(value)
+        self._jobs.shown.pop((namespace, name), None)

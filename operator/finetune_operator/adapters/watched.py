@@ -2,17 +2,19 @@
 
 What is kept is never believed where being behind could do harm. A status is written only onto the version that was
 read (409 otherwise, and the object is read anew), an object that is not known is looked up, and whoever is about to do
-something that must not happen twice reads with `fresh`.
+something that must not happen twice reads with `fresh`: what the API server itself answered, at most a second ago.
 """
 
 from __future__ import annotations
 
-import json
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import pydantic_core
 
 from finetune_operator.adapters import elapsed
 from finetune_operator.adapters.kube import (
@@ -30,6 +32,10 @@ from finetune_operator.api.finetunejob import KIND
 WATCHED = frozenset({(API_VERSION, KIND), ("ray.io/v1", "RayJob"), ("v1", "Pod")})
 GROUP_SECONDS = 300.0  # for which an API group that was there counts as there
 BELIEF_SECONDS = 120.0  # for which an object of which nothing is heard is believed to be as it was
+LONGEST_BELIEF_SECONDS = (
+    300.0  # the same where the watch tells of others: it may have missed a deletion all the same
+)
+SURE_SECONDS = 1.0  # for which the answer to a write of ours is as good as what a read would tell
 DEPARTED_SECONDS = 300.0  # for which a pod that the cluster took away is remembered with the reason
 
 Name = tuple[str, str, str, str]
@@ -42,8 +48,14 @@ class _Known:
     version: int
     """-1 where versions cannot be compared."""
     text: bytes
-    """JSON: a tenth of the memory of the parsed object."""
+    """JSON, deflated: a thirtieth of the memory of the parsed object."""
     heard: float
+    sure: float = float("-inf")
+    """When the API server answered a write of ours with this version, or one before it."""
+
+    def body(self) -> Json:
+        parsed: Json = pydantic_core.from_json(zlib.decompress(self.text))
+        return parsed
 
 
 class Sightings:
@@ -54,6 +66,8 @@ class Sightings:
         """`clock` counts sleep too: after that nothing is believed."""
         self._clock = clock
         self._known: OrderedDict[Name, _Known] = OrderedDict()  # what was heard of last is at the end
+        self._watches: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+        """When a watch last told of anything, by API version, kind and namespace; the latest is at the end."""
         self._pods: dict[
             tuple[str, str], dict[Name, _Known]
         ] = {}  # by namespace and job; until they are deleted
@@ -69,13 +83,23 @@ class Sightings:
     def notice(self, event_type: str | None, body: Mapping[str, Any]) -> bool:
         """Take note of a watch event; whether it says anything new. Of two versions the newer one counts, in whichever
         order they come: what we wrote ourselves is known from its answer."""
+        watch = _name(body)[:3]
+        self._watches[watch] = self._clock()
+        self._watches.move_to_end(watch)
+        return self._take(event_type, body)
+
+    def note(self, body: Mapping[str, Any], *, written: bool) -> None:
+        """Take note of what the API server answered to a read, or to a write of ours."""
+        self._take("MODIFIED", body, sure=self._clock() if written else float("-inf"))
+
+    def _take(self, event_type: str | None, body: Mapping[str, Any], *, sure: float = float("-inf")) -> bool:
         self._drop_old()
         name, uid = _name(body), body["metadata"]["uid"]
         place = self._place(body)
         known = place.get(name)
         if event_type == "DELETED":
             if _was_taken_away(body):
-                self._departed[name] = _Known(uid, 0, json.dumps(_trimmed(body)).encode(), self._clock())
+                self._departed[name] = _Known(uid, 0, _text(body), self._clock())
             if known is not None and known.uid == uid:
                 del place[name]
             if place is not self._known and not place:
@@ -83,10 +107,12 @@ class Sightings:
             return True
         version = _version(body)
         is_news = known is None or known.uid != uid or not 0 <= version <= known.version
+        if known is not None and known.uid == uid:
+            sure = max(sure, known.sure)
         if is_news or known is None:
-            place[name] = _Known(uid, version, json.dumps(_trimmed(body)).encode(), self._clock())
+            place[name] = _Known(uid, version, _text(body), self._clock(), sure)
         elif version == known.version:
-            place[name] = replace(known, heard=self._clock())
+            place[name] = replace(known, heard=self._clock(), sure=sure)
         if place is self._known:
             self._known.move_to_end(name)
         return is_news
@@ -94,12 +120,17 @@ class Sightings:
     def forget(self, name: Name) -> None:
         self._known.pop(name, None)
 
-    def get(self, name: Name) -> Json | None:
+    def get(self, name: Name, *, fresh: bool = False) -> Json | None:
+        """What is believed; `fresh`: only what was certain a moment ago."""
         known = self._known.get(name)
-        if known is None or self._clock() - known.heard > BELIEF_SECONDS:
+        if known is None:
             return None
-        body: Json = json.loads(known.text)
-        return body
+        now = self._clock()
+        if fresh:
+            return known.body() if now - known.sure <= SURE_SECONDS else None
+        told = max(known.heard, self._watches.get(name[:3], known.heard))
+        believed = now - told <= BELIEF_SECONDS and now - known.heard <= LONGEST_BELIEF_SECONDS
+        return known.body() if believed else None
 
     def knows(self, name: Name) -> bool:
         return name in self._known
@@ -107,12 +138,12 @@ class Sightings:
     def pods(self, namespace: str, labels: Mapping[str, str]) -> list[Json]:
         """Pods of one of our jobs by its labels."""
         known = self._pods.get((namespace, labels[_JOB]), {})
-        bodies = [json.loads(known[name].text) for name in sorted(known)]
+        bodies = [known[name].body() for name in sorted(known)]
         return [body for body in bodies if labels.items() <= _labels(body).items()]
 
     def departed(self, namespace: str, labels: Mapping[str, str]) -> list[Json]:
         """Pods of one of our jobs that are gone because the cluster took them away, as they were in the end."""
-        bodies = [json.loads(known.text) for name, known in self._departed.items() if name[2] == namespace]
+        bodies = [known.body() for name, known in self._departed.items() if name[2] == namespace]
         return [body for body in bodies if labels.items() <= _labels(body).items()]
 
     def replace_pods(
@@ -124,7 +155,7 @@ class Sightings:
         there = {body["metadata"]["uid"] for body in found}
         for name, one in list(known.items()):
             old = one.uid not in there and one.heard < asked
-            if old and labels.items() <= _labels(json.loads(one.text)).items():
+            if old and labels.items() <= _labels(one.body()).items():
                 del known[name]
         if not known:
             self._pods.pop((namespace, labels[_JOB]), None)
@@ -136,6 +167,9 @@ class Sightings:
 
     def _drop_old(self) -> None:
         oldest = self._clock() - BELIEF_SECONDS
+        while self._watches and next(iter(self._watches.values())) < oldest:
+            self._watches.popitem(last=False)
+        oldest = self._clock() - LONGEST_BELIEF_SECONDS
         while self._known and next(iter(self._known.values())).heard < oldest:
             self._known.popitem(last=False)
         oldest = self._clock() - DEPARTED_SECONDS
@@ -155,14 +189,14 @@ class WatchedKube(Kube):
     async def get(
         self, api_version: str, kind: str, namespace: str, name: str, *, fresh: bool = False
     ) -> Json | None:
-        known = None if fresh else self.sightings.get((api_version, kind, namespace, name))
+        known = self.sightings.get((api_version, kind, namespace, name), fresh=fresh)
         if known is not None:
             return known
         body = await super().get(api_version, kind, namespace, name)
         if (api_version, kind) in WATCHED:
             self._unsure.discard((api_version, kind, namespace, name))
             if body is not None:
-                self._note(body)
+                self.sightings.note(body, written=False)
             else:
                 self.sightings.forget((api_version, kind, namespace, name))
         return body
@@ -236,7 +270,7 @@ class WatchedKube(Kube):
 
     def _note(self, body: Json) -> None:
         if body and (body.get("apiVersion"), body.get("kind")) in WATCHED:
-            self.sightings.notice("MODIFIED", body)
+            self.sightings.note(body, written=True)
 
 
 _JOB = "finetune.dev/job"
@@ -272,6 +306,10 @@ def _was_taken_away(body: Mapping[str, Any]) -> bool:
         (one.get("state") or {}).get("terminated", {}).get("reason") == "OOMKilled"
         for one in status.get("containerStatuses") or []
     )
+
+
+def _text(body: Mapping[str, Any]) -> bytes:
+    return zlib.compress(pydantic_core.to_json(_trimmed(body)), 1)
 
 
 def _job_of(body: Mapping[str, Any]) -> tuple[str, str]:

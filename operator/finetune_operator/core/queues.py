@@ -15,6 +15,8 @@ from finetune_operator.core.facts import Observed, RayJobFacts, WorkloadFacts
 
 ACTIVATE = """--type=merge -p '{"spec":{"active":true}}'"""
 WORKLOAD_SECONDS = 10.0  # Kueue makes a Workload within this time if it runs
+LOOK_SECONDS = 30.0  # a queue's news arrive as watch events; only the position in it does not
+LONGEST_LOOK_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ def look(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Place:
         message=(workload.evicted_message or workload.message)[:4000],
     )
     return Place("Queued" if reason in ("Pending", "Waiting") else reason, message, queue)
+
+
+def next_look(workload: WorkloadFacts) -> float:
+    """Seconds until the position is asked for again: further back it tells less, and more jobs ask for theirs."""
+    return min(LONGEST_LOOK_SECONDS, LOOK_SECONDS + (workload.position or 0))
 
 
 def _without_workload(seen: Observed, rayjob: RayJobFacts, name: str, *, now: datetime) -> Place:

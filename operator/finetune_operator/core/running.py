@@ -33,7 +33,6 @@ from finetune_operator.core.reports import Report
 
 RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
 WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
-QUEUED_SECONDS = 30.0  # a queue's news arrive as watch events; only the position in it does not
 FRESH_SECONDS = 30.0
 
 PHASE_TEXTS = {
@@ -220,7 +219,8 @@ def _held_back(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Plan:
         retries=retries if retries != Retries() else known.retries,
         queue=place.queue,
     )
-    return Plan(status=status, requeue_after=QUEUED_SECONDS if seen.workload else WAITING_SECONDS)
+    again = queues.next_look(seen.workload) if seen.workload else WAITING_SECONDS
+    return Plan(status=status, requeue_after=again)
 
 
 def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> Plan:
@@ -244,7 +244,7 @@ def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now:
         now=now,
         attempts=statuses.with_last(seen.job.status.attempts, uid=rayjob.uid),
     )
-    most = waits.next_look(rayjob, now=now, most=WAITING_SECONDS)
+    most = waits.next_look(seen, rayjob, now=now, soon=WAITING_SECONDS, late=RESYNC_SECONDS)
     again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=most)
     lacks_run_file = wait.reason == "ConfigMapMissing" and f"ConfigMap {rayjob.name} " in wait.message
     actions = (WriteRunFile(rayjob.name, attempt.number),) if lacks_run_file else ()

@@ -35,12 +35,16 @@ class Wait:
     message: str
 
 
-def next_look(rayjob: RayJobFacts, *, now: datetime, most: float) -> float:
-    """Seconds until the reason may be another one though nothing has changed, at most `most`."""
+def next_look(seen: Observed, rayjob: RayJobFacts, *, now: datetime, soon: float, late: float) -> float:
+    """Seconds until the reason may be another one though no watch tells of a change. Only a pod's events and its age
+    are like that, which are looked at `soon`, and KubeRay's silence once; all else comes by itself, and is looked at
+    `late` in case that it was missed."""
+    if any(not pod.running and not pod.gone for pod in seen.pods):
+        return soon
     if rayjob.known_to_kuberay or rayjob.created is None:
-        return most
+        return late
     due = HEED_SECONDS - (now - rayjob.created).total_seconds()
-    return min(most, due) if due > 0 else most
+    return min(late, due) if due > 0 else late
 
 
 def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:

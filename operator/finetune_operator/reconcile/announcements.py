@@ -112,7 +112,7 @@ class Announcer:
         """Post the Event. Returns whether it is new. Raises UnavailableError; one that is refused is given up, as the
         status says the same."""
         event = Event(warning=item.severity is not Severity.INFO, reason=item.reason, message=item.message)
-        body = events.build(subject.body, event, now=item.time)
+        body = events.build(events.Subject.of(subject.body), event, now=item.time)
         body["metadata"] = {"name": item.name, "namespace": subject.deployment.namespace}
         try:
             await self._kube.create(body)

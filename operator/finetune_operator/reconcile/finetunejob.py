@@ -1,4 +1,4 @@
-"""One pass over a FineTuneJob: observe, decide, act, write the status once, post the events."""
+"""One pass over a FineTuneJob: observe, decide, act, write the status once, record the events."""
 
 from __future__ import annotations
 
@@ -61,6 +61,11 @@ class FineTuneJobReconciler:
     @functools.cached_property
     def observer(self) -> JobObserver:
         return JobObserver(self.kube, self.mailbox, self.followers, self.clock)
+
+    @functools.cached_property
+    def recorder(self) -> events.Recorder:
+        """To be run beside the passes."""
+        return events.Recorder(self.kube)
 
     async def __call__(self, key: Key) -> float | None:
         """One pass. Returns the seconds after which to look again, or None."""
@@ -217,7 +222,7 @@ class FineTuneJobReconciler:
             self.telemetry.jobs_finished.labels(key[0], plan.status.reason).inc()
         for event in plan.events:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
-            await events.post(self.kube, body, event, now=self.clock())
+            self.recorder.record(body, event, now=self.clock())
         return bool(patch)
 
 

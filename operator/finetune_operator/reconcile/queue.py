@@ -18,11 +18,13 @@ logger = logging.getLogger(__name__)
 Key: TypeAlias = tuple[str, str]
 """Namespace and name."""
 Worker: TypeAlias = Callable[[Key], Awaitable[float | None]]
-"""Handles one key; returns the seconds after which it wants to see the key again, or None."""
+"""Handles one key; returns the seconds after which it wants to see the key again, or None. Zero means now, while what
+it has read and written is fresh: such passes follow each other without a turn in the queue, but for every eighth."""
 
 FIRST_BACKOFF = 0.5
 LAST_BACKOFF = 60.0
 LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away or busy says nothing about the key
+STEPS = 8  # passes over one key after which others have their turn
 
 
 class KeyedQueue:
@@ -34,7 +36,7 @@ class KeyedQueue:
         self,
         worker: Worker,
         *,
-        concurrency: int = 8,
+        concurrency: int = 16,
         on_depth: Callable[[int], None] = lambda depth: None,
         ordinary: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:
@@ -43,7 +45,8 @@ class KeyedQueue:
         self._concurrency = concurrency
         self._on_depth = on_depth
         self._due: dict[Key, float] = {}
-        self._heap: list[tuple[float, int, Key]] = []
+        self._heap: list[tuple[bool, float, int, Key]] = []  # what is urgent comes first, and is always due
+        self._urgent: set[Key] = set()
         self._order = itertools.count()
         self._failures: dict[Key, int] = {}
         self._started: dict[Key, float] = {}
@@ -51,13 +54,20 @@ class KeyedQueue:
         self._changed = asyncio.Event()
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
 
-    def add(self, key: Key, *, after: float = 0.0) -> None:
-        """Ask for a pass over the key in `after` seconds; of several wishes the earliest counts."""
-        when = asyncio.get_running_loop().time() + max(after, 0.0)
-        if key in self._due and self._due[key] <= when:
-            return
+    def add(self, key: Key, *, after: float = 0.0, urgent: bool = False) -> None:
+        """Ask for a pass over the key in `after` seconds; of several wishes the earliest counts. `urgent`: now, and
+        before all that are not."""
+        now = asyncio.get_running_loop().time()
+        when = now if urgent else now + max(after, 0.0)
+        known = self._due.get(key)
+        if known is not None and known <= when:
+            if not urgent or key in self._urgent:
+                return
+            when = known
+        if urgent:
+            self._urgent.add(key)
         self._due[key] = when
-        heapq.heappush(self._heap, (when, next(self._order), key))
+        heapq.heappush(self._heap, (not urgent, when, next(self._order), key))
         self._on_depth(len(self._due))
         self._changed.set()
 
@@ -86,21 +96,22 @@ class KeyedQueue:
     def _start_due(self, group: asyncio.TaskGroup) -> float | None:
         """Start what is due; return the seconds to the next due key, None when only a change can bring work."""
         now = asyncio.get_running_loop().time()
-        blocked: list[tuple[float, int, Key]] = []
+        blocked: list[tuple[bool, float, int, Key]] = []
         delay: float | None = None
         while self._heap and len(self._started) < self._concurrency:
-            when, order, key = self._heap[0]
-            if self._due.get(key) != when:  # replaced by an earlier wish
+            _, when, _, key = self._heap[0]
+            if self._due.get(key) != when:  # replaced by an earlier wish, or an urgent one
                 heapq.heappop(self._heap)
                 continue
             if when > now:
                 delay = when - now
                 break
-            heapq.heappop(self._heap)
+            first = heapq.heappop(self._heap)
             if key in self._started:  # its worker wakes us when it is done
-                blocked.append((when, order, key))
+                blocked.append(first)
                 continue
             del self._due[key]
+            self._urgent.discard(key)
             self._started[key] = self._moved = now
             group.create_task(self._serve(key))
         for item in blocked:
@@ -110,7 +121,14 @@ class KeyedQueue:
 
     async def _serve(self, key: Key) -> None:
         try:
-            again = await self._worker(key)
+            for _ in range(STEPS):
+                again = await self._worker(key)
+                if again != 0:
+                    break
+                self._started[key] = self._moved = asyncio.get_running_loop().time()
+                if self._due.get(key, float("inf")) <= self._moved:
+                    del self._due[key]  # the next pass sees what was asked for until now
+                    self._urgent.discard(key)
         except self._ordinary as error:
             again = self._backoff(key, most=LAST_ORDINARY_BACKOFF)
             logger.warning("reconcile of %s/%s has to wait %.1f s: %s", *key, again, error)

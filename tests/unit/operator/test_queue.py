@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from finetune_operator.reconcile.queue import (
     FIRST_BACKOFF,
     LAST_ORDINARY_BACKOFF,
+    STEPS,
     Key,
     KeyedQueue,
     Worker,
@@ -196,3 +197,44 @@ async def test_an_api_server_that_is_away_is_no_reason_for_long_waits() -> None:
     assert not task.done()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_pass_that_goes_on_at_once_keeps_its_turn_for_a_while() -> None:
+    seen: list[Key] = []
+
+    async def worker(key: Key) -> float | None:
+        seen.append(key)
+        await asyncio.sleep(0)
+        if key == A and seen.count(A) < STEPS + 2:
+            queue.add(A)  # what it wrote comes back as an event
+            return 0.0
+        return None
+
+    async with running(worker, concurrency=1) as queue:
+        queue.add(A)
+        queue.add(B)
+        await until(lambda: seen.count(A) == STEPS + 2)
+        await asyncio.sleep(0.05)
+    assert seen == [A] * STEPS + [B] + [A] * 2, "no pass too many, and the others have their turn"
+
+
+async def test_what_is_urgent_comes_first_whatever_waits() -> None:
+    seen: list[Key] = []
+    keys = [("ns", f"{number}") for number in range(4)]
+
+    async def worker(key: Key) -> None:
+        seen.append(key)
+        await asyncio.sleep(0.02)
+
+    async with running(worker, concurrency=1) as queue:
+        for key in keys:
+            queue.add(key)
+        await until(lambda: len(seen) == 1)
+        queue.add(keys[3], urgent=True)  # it waits already
+        queue.add(A, after=3600)
+        queue.add(A, urgent=True)  # it would have come much later
+        queue.add(keys[0], urgent=True)  # its pass is under way
+        assert 0 <= queue.standing_still() < 5
+        await until(lambda: len(seen) == 6)
+        await asyncio.sleep(0.05)
+    assert seen == [keys[0], keys[3], A, keys[0], keys[1], keys[2]], "each once, and none is lost"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec, Phase
+from finetune_operator.core import queues
 from finetune_operator.core.facts import WorkloadFacts
 from finetune_operator.manifests import naming, rayjobs
 from finetune_operator.manifests.runfiles import Places
@@ -147,6 +148,11 @@ def test_what_the_queue_says_is_in_the_status(
     assert (plan.status.queue.name, plan.status.queue.position) == ("team-a", 3)
     assert plan.status.queue.workload == "rayjob-triage-a1-1a2b3"
     assert plan.actions == ()
+
+
+def test_far_back_in_a_queue_the_position_is_asked_for_less_often() -> None:
+    waits = [queues.next_look(WorkloadFacts(name="w", position=position)) for position in (None, 0, 100, 900)]
+    assert waits == [30, 30, 130, 300]
 
 
 def test_without_kueue_the_job_says_so() -> None:

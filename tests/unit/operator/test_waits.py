@@ -32,7 +32,7 @@ def told(pod: PodFacts | None = None, spec: dict[str, Any] | None = None, **more
     plan = story.step(rayjob=rayjob(**({"deployment": "Initializing"} | more)), pods=pods)
     assert plan.status.phase is Phase.PROVISIONING
     assert plan.requeue_after is not None
-    assert plan.requeue_after <= 15
+    assert plan.requeue_after <= (15 if pods else 60), "a pod's events are asked for, a RayJob's status comes"
     ready = {c.type: c for c in plan.status.conditions}["ResourcesReady"]
     assert (ready.status, ready.reason, ready.message) == ("False", plan.status.reason, plan.status.message)
     return plan.status.reason or "", plan.status.message or ""
@@ -123,10 +123,18 @@ def test_a_rayjob_that_nobody_looks_at_names_kuberay_within_15_seconds() -> None
     unseen = rayjob("", known_to_kuberay=False, created=story.now)
     plan = story.step(rayjob=unseen, after=12)
     assert plan.status.reason == "Provisioning"
-    assert plan.requeue_after == 10
+    assert plan.requeue_after == 12
     plan = story.step(rayjob=unseen)
     assert plan.status.reason == "KubeRayUnavailable"
     assert "see that its operator runs" in (plan.status.message or "")
+
+
+def test_a_job_is_looked_at_only_as_often_as_time_alone_can_change_why_it_waits() -> None:
+    story = Story().started()
+    quiet = story.step(rayjob=rayjob("Initializing", created=START))
+    assert quiet.requeue_after == 60, "the next status of the RayJob comes by itself"
+    runs = PodFacts("triage-a1-head", True)
+    assert story.step(rayjob=rayjob("Initializing", created=START), pods=[runs]).requeue_after == 60
 
 
 def test_a_pod_that_is_quick_costs_no_status_of_its_own() -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.adapters.watched import BELIEF_SECONDS, Sightings
+from finetune_operator.adapters.watched import (
+    BELIEF_SECONDS,
+    LONGEST_BELIEF_SECONDS,
+    SURE_SECONDS,
+    Sightings,
+)
 
 JOB = ("finetune.dev/v1alpha1", "FineTuneJob", "ns", "a")
 
@@ -70,9 +75,47 @@ def test_what_was_not_heard_of_for_long_is_looked_up() -> None:
     now += 2
     assert seen.get(JOB) is None
     seen.notice("ADDED", pod("x", attempt=1))
-    now += BELIEF_SECONDS + 1
+    now += LONGEST_BELIEF_SECONDS + 1
     seen.notice("MODIFIED", pod("x", attempt=1))
     assert len(seen) == 1, "what is believed no more takes no memory; a pod stays until it is deleted"
+
+
+def test_a_silent_object_is_believed_for_longer_while_its_watch_tells_of_others() -> None:
+    now = 0.0
+    seen = Sightings(clock=lambda: now)
+    seen.notice(None, job(1))
+    other = job(2) | {"metadata": job(2, uid="v")["metadata"] | {"name": "b"}}
+    elsewhere = other | {"metadata": other["metadata"] | {"namespace": "other"}}
+    now = BELIEF_SECONDS + 1
+    seen.notice("MODIFIED", elsewhere)
+    seen.note(other, written=True)
+    assert seen.get(JOB) is None, "that namespace may have a watch of its own, and an answer is no watch"
+    seen.notice("MODIFIED", other)
+    assert seen.get(JOB)
+    now = LONGEST_BELIEF_SECONDS + 1
+    seen.notice("MODIFIED", other)
+    assert seen.get(JOB) is None, "a deletion while no watch listened is told by none"
+    assert len(seen._watches) == 1, "watches that tell nothing take no memory"
+
+
+def test_the_answer_to_a_write_is_certain_for_a_moment() -> None:
+    now = 0.0
+    seen = Sightings(clock=lambda: now)
+    seen.notice("MODIFIED", job(1))
+    seen.note(job(1), written=False)
+    assert seen.get(JOB, fresh=True) is None, "neither a watch nor what was read before is"
+    seen.note(job(2), written=True)
+    seen.notice("MODIFIED", job(3, status={"phase": "Running"}))
+    now = SURE_SECONDS
+    found = seen.get(JOB, fresh=True)
+    assert found is not None
+    assert found["status"] == {"phase": "Running"}, "what a watch told after it is not older"
+    now += 0.1
+    assert seen.get(JOB, fresh=True) is None
+    assert seen.get(JOB)
+    seen.note(job(4, uid="other"), written=False)
+    now = 0.0
+    assert seen.get(JOB, fresh=True) is None, "that was about another object of the name"
 
 
 def test_pods_are_found_by_the_labels_of_their_attempt() -> None:

@@ -66,8 +66,11 @@ def test_a_spec_that_cannot_be_read_is_a_problem_with_the_fields_name() -> None:
     assert facts.job_facts(body()).problem is None
 
 
+SUBJECT = events.Subject("FineTuneJob", "team", "triage", "u")
+
+
 def test_an_event_fits_into_the_api_and_stays_text() -> None:
-    event = events.build(body(), Event(warning=True, reason="BadData", message="é" * 2000), now=START)
+    event = events.build(SUBJECT, Event(warning=True, reason="BadData", message="é" * 2000), now=START)
     assert len(event["message"].encode()) <= 1024
     assert set(event["message"]) == {"é"}
 
