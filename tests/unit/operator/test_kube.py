@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -12,13 +13,17 @@ from aiohttp.test_utils import TestServer
 from finetune_operator.adapters.kube import Kube
 
 
-async def asked(monkeypatch: pytest.MonkeyPatch, folder: Path, *, not_for: str) -> list[str]:
-    """Who answered: `server` or `proxy`, where the environment names a proxy, but none for the hosts `not_for`."""
+async def asked(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, not_for: str, credentials: str = ""
+) -> list[str]:
+    """Who answered: `server` or `proxy`, where the environment names a proxy, but none for the hosts `not_for`; with
+    the credentials that it was sent for the proxy."""
     heard: list[str] = []
 
     def answers(name: str) -> TestServer:
         async def answer(request: web.Request) -> web.Response:
-            heard.append(f"{name} {request.path}")
+            sent = request.headers.get("Proxy-Authorization", "")
+            heard.append(f"{name} {request.path} {sent}".strip())
             return web.json_response({"kind": "APIGroup"})
 
         application = web.Application()
@@ -36,7 +41,8 @@ async def asked(monkeypatch: pytest.MonkeyPatch, folder: Path, *, not_for: str) 
         monkeypatch.setattr(
             "kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "kubeconfig")
         )
-        for name, value in (("http_proxy", f"http://127.0.0.1:{proxy.port}"), ("no_proxy", not_for)):
+        url = f"http://{credentials}127.0.0.1:{proxy.port}"
+        for name, value in (("http_proxy", url), ("no_proxy", not_for)):
             monkeypatch.setenv(name, value)
         kube = await Kube.connect()
         assert await kube.has_group_version("ray.io/v1")
@@ -46,6 +52,17 @@ async def asked(monkeypatch: pytest.MonkeyPatch, folder: Path, *, not_for: str) 
 
 async def test_the_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert await asked(monkeypatch, tmp_path, not_for="") == ["proxy /apis/ray.io/v1"]
+
+
+async def test_the_name_and_the_word_in_the_proxys_url_are_for_the_proxy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sent = "Basic " + base64.b64encode(b"name:wo@rd").decode()
+    heard = await asked(monkeypatch, tmp_path, not_for="", credentials="name:wo%40rd@")
+    assert heard == [f"proxy /apis/ray.io/v1 {sent}"]
+    assert await asked(monkeypatch, tmp_path, not_for="127.0.0.1", credentials="name:word@") == [
+        "server /apis/ray.io/v1"
+    ]
 
 
 async def test_no_proxy_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
