@@ -251,7 +251,11 @@ def _compatible(turn: Turn) -> Claim:
             told = engine.adapters.get(adapter.served_name)
             if told is not None and told.reason in ("IncompatibleBase", "RankTooLarge"):
                 return Claim(kind, False, str(told.reason), f"{engine.url}: {told.message}")
-    return Claim(kind, True, "Compatible", f"the engines serve {turn.spec.base_model_ref.name}")
+    text = f"the engines serve {turn.spec.base_model_ref.name}"
+    others = turn.seen.routing.base_answered_by
+    if others is not None:
+        text += f"; requests for that name itself go to {others}"
+    return Claim(kind, True, "Compatible", text)
 
 
 def _capacity(turn: Turn) -> Claim:

@@ -113,6 +113,8 @@ class RoutingFacts:
     """`namespace/name` of the deployment that owns the alias, when it is not us."""
     alias_is_base_of: str | None = None
     """`namespace/name` of a deployment whose engines answer for a base model with the name of our alias."""
+    base_answered_by: str | None = None
+    """Whose engines answer for our base model's own name, when they are not ours."""
     not_stored: str | None = None
     """Why the newest snapshot is in the routers only and not in its ConfigMap, and what to do."""
 

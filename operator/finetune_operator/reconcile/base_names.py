@@ -69,6 +69,14 @@ class BaseNames:
         """A deployment whose engines answer for the name."""
         return min(self._winners(name, bases, lambda key: False), default=None)
 
+    def answered_by(self, claim: Claim, bases: Mapping[Key, Base]) -> str | None:
+        """Whose engines answer for the base model of a deployment, where they are not its own."""
+        winners = self._winners(claim.base, bases, lambda key: False)
+        if not winners or claim.key in winners:
+            return None
+        by_default = self._claims[winners[0]].is_served_by_default
+        return "the operator's default engine" if by_default else f"the engines of namespace {winners[0][0]}"
+
     def _winners(self, name: str, bases: Mapping[Key, Base], silent: Callable[[Key], bool]) -> list[Key]:
         """Deployments whose engines count."""
         asking = [claim for claim in self._claims.values() if claim.base == name]

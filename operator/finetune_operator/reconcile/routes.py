@@ -156,6 +156,7 @@ class Publisher:
             not_stored=self._copy.problem,
             alias_taken_by="/".join(holder) if taken and holder else None,
             alias_is_base_of=None if route is not None else self._base_owner(claim),
+            base_answered_by=self._base_names.answered_by(claim, self._bases()),
         )
 
     def left_behind(self) -> dict[str, list[str]]:

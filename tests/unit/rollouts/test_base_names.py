@@ -58,6 +58,31 @@ def test_a_name_that_the_default_engine_does_not_serve_is_not_taken_from_anybody
     assert published(made, bases) == {"qwen": {OURS}}
 
 
+def test_a_deployment_whose_engines_do_not_answer_for_the_name_is_told_who_does() -> None:
+    ours, theirs, default = claim(A, "2026-01"), claim(B, "2026-02"), claim(C, "2026-03", default=True)
+    made = names(ours, theirs)
+    bases = {A: Base("qwen", (OURS,)), B: Base("qwen", (THEIRS,))}
+    assert made.answered_by(ours, bases) is None
+    assert made.answered_by(theirs, bases) == "the engines of namespace team-a"
+    made.claim(default)
+    bases[C] = Base("qwen", ("http://default",))
+    assert made.answered_by(ours, bases) == "the operator's default engine"
+    assert made.answered_by(default, bases) is None
+    assert made.answered_by(claim(A, "2026-01", base="llama"), bases) is None, "nobody serves it"
+
+
+def test_the_status_tells_who_answers_for_the_base_model() -> None:
+    world = World(spec=spec_of("a"), wanted=Wanted(artifact=artifact("a")))
+    world.run(20)
+    assert "requests for that name" not in world.message("BaseModelCompatible")
+    world.base_answered_by = "the engines of namespace team-b"
+    world.run(20)
+    assert world.condition("BaseModelCompatible") == ("True", "Compatible")
+    assert world.message("BaseModelCompatible").endswith(
+        "requests for that name itself go to the engines of namespace team-b"
+    )
+
+
 def test_a_namespace_may_have_several_engines() -> None:
     other = ("team-a", "second")
     made = names(claim(A, "2026-01"), claim(other, "2026-02"), claim(B, "2026-03"))

@@ -120,6 +120,7 @@ class World:
     deleting: bool = False
     alias_taken_by: str | None = None
     alias_is_base_of: str | None = None
+    base_answered_by: str | None = None
     answers: Callable[[str, WebhookType], bool] = lambda name, kind: True
     metric: Callable[[], tuple[float | None, str | None]] = lambda: (1.0, None)
     scores: dict[str, float] = field(default_factory=dict)
@@ -297,6 +298,7 @@ class World:
                 behind=self.routing.behind,
                 alias_taken_by=self.alias_taken_by,
                 alias_is_base_of=self.alias_is_base_of,
+                base_answered_by=self.base_answered_by,
                 not_stored=self.not_stored,
             ),
             evidence=self._evidence(status),
@@ -387,6 +389,10 @@ class World:
     def condition(self, kind: str) -> tuple[str, str]:
         found = next(c for c in self.status.conditions if c.type == kind)
         return found.status, found.reason
+
+    def message(self, kind: str) -> str:
+        """Of a condition."""
+        return next(c.message for c in self.status.conditions if c.type == kind)
 
     def history(self) -> list[tuple[str, str]]:
         return [(entry.revision[0], str(entry.completion_status)) for entry in self.status.history]
