@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 1024  # the limit of the API
 MOST_WAITING = 10_000
+POSTERS = 4  # requests under way at once
 LAST_SECONDS = 2.0  # for what waits when the operator ends
 
 
@@ -37,9 +38,8 @@ class Subject(NamedTuple):
 
 
 class Recorder:
-    """Posts events in the background, one after the other, so that no job waits for the events of another. One that
-    cannot be posted is lost, as the status already says the same; so is the oldest where more than MOST_WAITING wait.
-    """
+    """Posts events in the background, a few at once, so that no job waits for the events of another. One that cannot
+    be posted is lost, as the status already says the same; so is the oldest where more than MOST_WAITING wait."""
 
     def __init__(self, kube: Kube) -> None:
         self._kube = kube
@@ -66,6 +66,11 @@ class Recorder:
     async def flush(self) -> None:
         """Post what waits."""
         self._arrived.clear()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(POSTERS, len(self._waiting))):
+                group.create_task(self._post_all())
+
+    async def _post_all(self) -> None:
         while self._waiting:
             subject, event, now = first = self._waiting.popleft()
             try:
