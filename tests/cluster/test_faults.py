@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import deletions, stories
+from tests.cluster import deletions, stories, suspensions
 from tests.cluster.objects import JOB_SECONDS, LONG, delete, head_pod, job, wait_for
 from tests.cluster.stories import Stage, Story, Told
 
@@ -75,6 +75,7 @@ STORIES = (
     a_deleted_submitter_costs_nothing,
     a_job_that_fails_at_once_says_so,
     *deletions.PHASES,
+    *suspensions.PHASES,
 )
 
 
