@@ -30,7 +30,7 @@ from tests.integration.rollout_operator import Serving
 pytestmark = pytest.mark.integration
 
 SEED = int(os.environ.get("FINETUNE_CHAOS_SEED") or 7)  # `make chaos` draws another one each time
-FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS") or 30)
+FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS") or 20)
 HEALING_SECONDS = 600.0  # the machine may be busy
 
 

@@ -18,7 +18,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
-JOBS = 150
+JOBS = 100
 
 
 def drawn(number: int) -> list[Json]:
