@@ -17,13 +17,12 @@ from finetune_operator.api.base import GROUP, VERSION
 from finetune_operator.kopf_storage import NoDiffBase, NoProgress
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import facts
-from finetune_operator.reconcile.queue import Key, Rank
+from finetune_operator.reconcile.queue import Key
 
 Notice: TypeAlias = Callable[[str | None, Mapping[str, Any]], bool]
 """Takes note of an event's type and object; whether it says anything new."""
-JobChanged: TypeAlias = Callable[[Key, Rank | None], None]
-"""Told of each event about a job or what it started, with the rank of the pass that it asks for; None where it says
-nothing new."""
+JobChanged: TypeAlias = Callable[[Key, bool], None]
+"""Told of each event about a job or what it started, and whether it says anything new."""
 
 
 async def watch(
@@ -66,9 +65,7 @@ def build_registry(
     async def finetunejob_changed(
         event: kopf.RawEvent, namespace: str | None, name: str | None, **_: Any
     ) -> None:
-        body = event["object"]
-        rank = Rank.OTHER if body.get("status") else Rank.NEW
-        job_changed((namespace or "", name or ""), rank if notice(event["type"], body) else None)
+        job_changed((namespace or "", name or ""), notice(event["type"], event["object"]))
 
     @kopf.on.event(GROUP, VERSION, adapterdeployment.PLURAL, registry=registry)
     async def adapterdeployment_changed(namespace: str | None, name: str | None, **_: Any) -> None:
@@ -78,19 +75,17 @@ def build_registry(
     async def rayjob_changed(
         event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any
     ) -> None:
-        rank = Rank.OTHER if notice(event["type"], event["object"]) else None
-        job_changed((namespace or "", labels[naming.LABEL_JOB]), rank)
+        job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
 
     @kopf.on.event("v1", "pods", labels=ours, registry=registry)
     async def pod_changed(event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        rank = Rank.OTHER if notice(event["type"], event["object"]) else None
-        job_changed((namespace or "", labels[naming.LABEL_JOB]), rank)
+        job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
 
     # Without Kueue there is no such resource, and Kopf waits until there is one. Workloads do not carry labels of ours.
     @kopf.on.event("kueue.x-k8s.io", "v1beta2", "workloads", registry=registry)
     async def workload_changed(namespace: str | None, body: kopf.Body, **_: Any) -> None:
         if job := facts.workload_owner(dict(body)):
-            job_changed((namespace or "", job), Rank.OTHER)
+            job_changed((namespace or "", job), True)
 
     return registry
 

@@ -20,7 +20,7 @@ from finetune_operator.reconcile import clocks
 from finetune_operator.reconcile.departures import Departures
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
-from finetune_operator.reconcile.queue import Key, KeyedQueue, Rank
+from finetune_operator.reconcile.queue import Key, KeyedQueue
 from finetune_operator.status_server import StatusServer
 
 
@@ -46,7 +46,7 @@ async def lead(
     reports = StatusServer(
         kube=kube,
         mailbox=mailbox,
-        enqueue=lambda key, after, rank: queue.add(key, after=after, rank=rank),
+        enqueue=lambda key, after, urgent: queue.add(key, after=after, urgent=urgent),
         progress_seconds=settings.progress_seconds,
     )
     departures = Departures(
@@ -54,9 +54,9 @@ async def lead(
     )
     async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_push) as rollouts:
 
-        def job_changed(key: Key, rank: Rank | None) -> None:
-            if rank is not None:
-                queue.add(key, rank=rank)
+        def job_changed(key: Key, is_news: bool) -> None:
+            if is_news:
+                queue.add(key)
             rollouts.watchlist.job_changed(key)
 
         stand_by = desk.answer

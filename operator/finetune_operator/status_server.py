@@ -30,7 +30,7 @@ from finetune_operator.core.reports import Report
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import facts
 from finetune_operator.reconcile.mailbox import Mailbox
-from finetune_operator.reconcile.queue import Key, Rank
+from finetune_operator.reconcile.queue import Key
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ class StatusServer:
         *,
         kube: Kube,
         mailbox: Mailbox,
-        enqueue: Callable[[Key, float, Rank], None],
+        enqueue: Callable[[Key, float, bool], None],
         progress_seconds: float,
     ) -> None:
-        """`enqueue` asks for a pass over a key after some seconds, with this rank."""
+        """`enqueue` asks for a pass over a key after some seconds; the last argument: whether somebody waits for it."""
         self._kube = kube
         self._mailbox = mailbox
         self._enqueue = enqueue
@@ -80,7 +80,7 @@ class StatusServer:
         if not self._mailbox.put(key, uid=uid, attempt=attempt, report=report):
             raise web.HTTPConflict(text=f"attempt {attempt} has reported its result already, or is over")
         wait = 0.0 if urgent else self._progress_seconds - self._mailbox.seconds_since_write(key)
-        self._enqueue(key, wait, Rank.AWAITED if report.result else Rank.OTHER)
+        self._enqueue(key, wait, report.result is not None)
         if report.result and not await self._mailbox.wait_written(
             key, report, uid=uid, seconds=PERSIST_SECONDS
         ):

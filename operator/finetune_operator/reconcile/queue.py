@@ -6,7 +6,6 @@ Cost follows changes: a key that nobody adds costs nothing. Times are in seconds
 from __future__ import annotations
 
 import asyncio
-import enum
 import heapq
 import itertools
 import logging
@@ -28,14 +27,6 @@ LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away or busy says nothing 
 STEPS = 8  # passes over one key after which others have their turn
 
 
-class Rank(enum.IntEnum):
-    """Of keys that are due, those of a lower rank come first."""
-
-    AWAITED = 0  # somebody is on the line until the pass is done
-    NEW = 1  # nothing was done for it yet
-    OTHER = 2
-
-
 class KeyedQueue:
     """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key.
 
@@ -54,8 +45,8 @@ class KeyedQueue:
         self._concurrency = concurrency
         self._on_depth = on_depth
         self._due: dict[Key, float] = {}
-        self._heap: list[tuple[Rank, float, int, Key]] = []  # only keys of rank OTHER may be due later
-        self._ranks: dict[Key, Rank] = {}
+        self._heap: list[tuple[bool, float, int, Key]] = []  # what is urgent comes first, and is always due
+        self._urgent: set[Key] = set()
         self._order = itertools.count()
         self._failures: dict[Key, int] = {}
         self._started: dict[Key, float] = {}
@@ -63,19 +54,20 @@ class KeyedQueue:
         self._changed = asyncio.Event()
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
 
-    def add(self, key: Key, *, after: float = 0.0, rank: Rank = Rank.OTHER) -> None:
-        """Ask for a pass over the key: in `after` seconds where its rank is OTHER, else now. Of several wishes the
-        earliest and the lowest rank count."""
+    def add(self, key: Key, *, after: float = 0.0, urgent: bool = False) -> None:
+        """Ask for a pass over the key in `after` seconds; of several wishes the earliest counts. `urgent`: now, and
+        before all that are not."""
         now = asyncio.get_running_loop().time()
-        when = now + max(after, 0.0) if rank is Rank.OTHER else now
+        when = now if urgent else now + max(after, 0.0)
         known = self._due.get(key)
         if known is not None and known <= when:
-            if rank >= self._ranks.get(key, Rank.OTHER):
+            if not urgent or key in self._urgent:
                 return
             when = known
-        self._ranks[key] = rank = min(rank, self._ranks.get(key, rank))
+        if urgent:
+            self._urgent.add(key)
         self._due[key] = when
-        heapq.heappush(self._heap, (rank, when, next(self._order), key))
+        heapq.heappush(self._heap, (not urgent, when, next(self._order), key))
         self._on_depth(len(self._due))
         self._changed.set()
 
@@ -104,11 +96,11 @@ class KeyedQueue:
     def _start_due(self, group: asyncio.TaskGroup) -> float | None:
         """Start what is due; return the seconds to the next due key, None when only a change can bring work."""
         now = asyncio.get_running_loop().time()
-        blocked: list[tuple[Rank, float, int, Key]] = []
+        blocked: list[tuple[bool, float, int, Key]] = []
         delay: float | None = None
         while self._heap and len(self._started) < self._concurrency:
             _, when, _, key = self._heap[0]
-            if self._due.get(key) != when:  # replaced by an earlier wish, or one of a lower rank
+            if self._due.get(key) != when:  # replaced by an earlier wish, or an urgent one
                 heapq.heappop(self._heap)
                 continue
             if when > now:
@@ -118,7 +110,8 @@ class KeyedQueue:
             if key in self._started:  # its worker wakes us when it is done
                 blocked.append(first)
                 continue
-            del self._due[key], self._ranks[key]
+            del self._due[key]
+            self._urgent.discard(key)
             self._started[key] = self._moved = now
             group.create_task(self._serve(key))
         for item in blocked:
@@ -134,7 +127,8 @@ class KeyedQueue:
                     break
                 self._started[key] = self._moved = asyncio.get_running_loop().time()
                 if self._due.get(key, float("inf")) <= self._moved:
-                    del self._due[key], self._ranks[key]  # the next pass sees what was asked for until now
+                    del self._due[key]  # the next pass sees what was asked for until now
+                    self._urgent.discard(key)
         except self._ordinary as error:
             again = self._backoff(key, most=LAST_ORDINARY_BACKOFF)
             logger.warning("reconcile of %s/%s has to wait %.1f s: %s", *key, again, error)

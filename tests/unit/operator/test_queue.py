@@ -12,7 +12,6 @@ from finetune_operator.reconcile.queue import (
     STEPS,
     Key,
     KeyedQueue,
-    Rank,
     Worker,
 )
 from tests.waiting import until
@@ -219,7 +218,7 @@ async def test_a_pass_that_goes_on_at_once_keeps_its_turn_for_a_while() -> None:
     assert seen == [A] * STEPS + [B] + [A] * 2, "no pass too many, and the others have their turn"
 
 
-async def test_of_what_is_due_the_lowest_rank_comes_first_and_no_wish_is_lost() -> None:
+async def test_what_is_urgent_comes_first_whatever_waits() -> None:
     seen: list[Key] = []
     keys = [("ns", f"{number}") for number in range(4)]
 
@@ -231,15 +230,11 @@ async def test_of_what_is_due_the_lowest_rank_comes_first_and_no_wish_is_lost() 
         for key in keys:
             queue.add(key)
         await until(lambda: len(seen) == 1)
-        queue.add(B, rank=Rank.NEW)
-        queue.add(keys[3], rank=Rank.NEW)
-        queue.add(keys[3], rank=Rank.AWAITED)  # it waits already, twice
-        queue.add(keys[3])
+        queue.add(keys[3], urgent=True)  # it waits already
         queue.add(A, after=3600)
-        queue.add(A, rank=Rank.AWAITED)  # it would have come much later
-        queue.add(keys[0], rank=Rank.AWAITED)  # its pass is under way
+        queue.add(A, urgent=True)  # it would have come much later
+        queue.add(keys[0], urgent=True)  # its pass is under way
         assert 0 <= queue.standing_still() < 5
-        await until(lambda: len(seen) == 7)
+        await until(lambda: len(seen) == 6)
         await asyncio.sleep(0.05)
-    assert seen == [keys[0], keys[3], A, keys[0], B, keys[1], keys[2]]
-    assert (queue._due, queue._ranks) == ({}, {})
+    assert seen == [keys[0], keys[3], A, keys[0], keys[1], keys[2]], "each once, and none is lost"
