@@ -13,16 +13,18 @@ from typing import Any
 Json = dict[str, Any]
 
 SEEN, READ = "seen", "read"
-# Which test brings a case about on the laptop cluster: real API server, KubeRay, Ray and trainer. The module is
-# tests/integration/test_attempts.py unless another one is named.
+# Which test brings a case about, with a real API server, KubeRay, Ray and trainer: on the laptop cluster, in module
+# tests/integration/test_attempts.py unless another one is named, or in tests/cluster on real pods.
 PROVOKED = {
     "1": "test_jobs_that_cannot_start_say_why_and_end_as_they_must",
     "3": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "6": "cluster/test_faults.a_killed_submitter_costs_one_interval_at_most",
     "7a": "test_jobs_that_cannot_start_say_why_and_end_as_they_must",
     "8b": "test_a_ray_job_that_is_stopped_in_the_dashboard_is_cancelled",
     "10": "test_job_lifecycle.test_apply_trains_and_publishes_an_artifact",
     "12a": "test_what_ends_a_process_and_how_the_job_goes_on",
     "14": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "15": "cluster/test_faults.a_deleted_submitter_costs_nothing",
     "17b": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "18": "test_a_quota_is_named_and_waited_for",
     "21": "test_what_happens_to_its_objects_and_how_the_job_goes_on",

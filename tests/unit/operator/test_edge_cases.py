@@ -23,9 +23,10 @@ def test_no_case_is_missing() -> None:
 @pytest.mark.parametrize(("case", "test"), PROVOKED.items())
 def test_the_tests_that_provoke_a_case_exist(case: str, test: str) -> None:
     assert case in {known.id for known in EDGE_CASES}
-    module, _, name = test.rpartition(".")
-    folder = Path(__file__).parents[2] / "integration"
-    assert f"def {name}(" in (folder / f"{module or 'test_attempts'}.py").read_text(encoding="utf-8")
+    place, _, name = test.rpartition(".")
+    folder, _, module = place.rpartition("/")
+    file = Path(__file__).parents[2] / (folder or "integration") / f"{module or 'test_attempts'}.py"
+    assert f"def {name}(" in file.read_text(encoding="utf-8")
 
 
 def test_the_committed_page_is_current() -> None:
