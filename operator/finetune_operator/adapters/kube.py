@@ -13,6 +13,7 @@ import random
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -80,6 +81,14 @@ class TokenOwner:
     username: str
 
 
+def _always() -> bool:
+    return True
+
+
+_fence: ContextVar[Callable[[], bool]] = ContextVar("fence", default=_always)
+"""Whether the request that this task is about to send may still be sent."""
+
+
 class Kube:
     """A client with the few requests that the operator makes. Each write first asks `may_write`, the last moment at
     which a process that was stopped for a while can learn that it leads no more."""
@@ -88,7 +97,7 @@ class Kube:
         self,
         client: aio.client.ApiClient,
         *,
-        may_write: Callable[[], bool] = lambda: True,
+        may_write: Callable[[], bool] = _always,
         on_answer: Callable[[str, int], None] = lambda method, status: None,
     ) -> None:
         self._client = client
@@ -99,7 +108,7 @@ class Kube:
     async def connect(
         cls,
         *,
-        may_write: Callable[[], bool] = lambda: True,
+        may_write: Callable[[], bool] = _always,
         on_answer: Callable[[str, int], None] = lambda method, status: None,
     ) -> Self:
         """A client by the pod's service account or the kubeconfig, without a request yet. `on_answer` is told the
@@ -110,6 +119,7 @@ class Kube:
         else:
             await aio.config.load_kube_config(client_configuration=configuration)
         _settle_proxy(configuration)
+        configuration.client_session_kwargs = {"trust_env": False, "trace_configs": [_trace()]}
         return cls(aio.client.ApiClient(configuration), may_write=may_write, on_answer=on_answer)
 
     async def close(self) -> None:
@@ -284,8 +294,10 @@ class Kube:
         accept: str,
     ) -> tuple[int, bytes, float]:
         """Status, body and Retry-After in seconds. Raises UnavailableError where there is no answer."""
-        if method != "GET" and not self._may_write():
+        may_send = _always if method == "GET" else self._may_write
+        if not may_send():
             raise FencedError(f"{method} {path}: not sent, as this process leads no more")
+        token = _fence.set(may_send)
         try:
             request = await self._client.param_serialize(
                 method,
@@ -300,6 +312,8 @@ class Kube:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             self._on_answer(method, 0)
             raise UnavailableError(f"{method} {path}: {type(error).__name__} {error}") from error
+        finally:
+            _fence.reset(token)
         self._on_answer(method, answer.status)
         return answer.status, data, _seconds(answer.headers.get("Retry-After"))
 
@@ -310,7 +324,19 @@ def _settle_proxy(configuration: aio.client.Configuration) -> None:
     server = urllib.parse.urlsplit(configuration.host)
     if configuration.proxy is None and not urllib.request.proxy_bypass(server.netloc):
         configuration.proxy = urllib.request.getproxies().get(server.scheme)
-    configuration.client_session_kwargs = {"trust_env": False}
+
+
+def _trace() -> aiohttp.TraceConfig:
+    """Asks the fence once more when a request has got its connection, for which it may have waited."""
+
+    async def look(*_: object) -> None:
+        if not _fence.get()():
+            raise FencedError("a request was not sent, as this process leads no more")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_end.append(look)
+    trace.on_connection_reuseconn.append(look)
+    return trace
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -58,6 +58,14 @@ class _Known:
         return parsed
 
 
+@dataclass(frozen=True)
+class _Watch:
+    told: float = float("-inf")
+    """When it last told of anything."""
+    listed: float = float("-inf")
+    """When it last began with a list, which tells what is there and not what is gone."""
+
+
 class Sightings:
     """The newest known version of each watched object, without what nobody here asks about. What is believed no more
     is dropped, so memory follows what happens and not what has ever been."""
@@ -66,8 +74,8 @@ class Sightings:
         """`clock` counts sleep too: after that nothing is believed."""
         self._clock = clock
         self._known: OrderedDict[Name, _Known] = OrderedDict()  # what was heard of last is at the end
-        self._watches: OrderedDict[tuple[str, str, str], float] = OrderedDict()
-        """When a watch last told of anything, by API version, kind and namespace; the latest is at the end."""
+        self._watches: OrderedDict[tuple[str, str, str], _Watch] = OrderedDict()
+        """By API version, kind and namespace; the latest that told of anything is at the end."""
         self._pods: dict[
             tuple[str, str], dict[Name, _Known]
         ] = {}  # by namespace and job; until they are deleted
@@ -83,9 +91,10 @@ class Sightings:
     def notice(self, event_type: str | None, body: Mapping[str, Any]) -> bool:
         """Take note of a watch event; whether it says anything new. Of two versions the newer one counts, in whichever
         order they come: what we wrote ourselves is known from its answer."""
-        watch = _name(body)[:3]
-        self._watches[watch] = self._clock()
-        self._watches.move_to_end(watch)
+        key, now = _name(body)[:3], self._clock()
+        listed = now if event_type is None else self._watches.get(key, _Watch()).listed
+        self._watches[key] = _Watch(told=now, listed=listed)
+        self._watches.move_to_end(key)
         return self._take(event_type, body)
 
     def note(self, body: Mapping[str, Any], *, written: bool) -> None:
@@ -128,9 +137,10 @@ class Sightings:
         now = self._clock()
         if fresh:
             return known.body() if now - known.sure <= SURE_SECONDS else None
-        told = max(known.heard, self._watches.get(name[:3], known.heard))
-        believed = now - told <= BELIEF_SECONDS and now - known.heard <= LONGEST_BELIEF_SECONDS
-        return known.body() if believed else None
+        watch, told = self._watches.get(name[:3], _Watch()), known.heard
+        if watch.listed <= known.heard:  # else it was not in the list, or is not yet
+            told = max(told, min(watch.told, known.heard + LONGEST_BELIEF_SECONDS - BELIEF_SECONDS))
+        return known.body() if now - told <= BELIEF_SECONDS else None
 
     def knows(self, name: Name) -> bool:
         return name in self._known
@@ -167,7 +177,7 @@ class Sightings:
 
     def _drop_old(self) -> None:
         oldest = self._clock() - BELIEF_SECONDS
-        while self._watches and next(iter(self._watches.values())) < oldest:
+        while self._watches and next(iter(self._watches.values())).told < oldest:
             self._watches.popitem(last=False)
         oldest = self._clock() - LONGEST_BELIEF_SECONDS
         while self._known and next(iter(self._known.values())).heard < oldest:

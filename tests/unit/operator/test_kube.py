@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from pathlib import Path
@@ -10,7 +11,23 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from finetune_operator.adapters.kube import Kube
+from finetune_operator.adapters import kube as kube_module
+from finetune_operator.adapters.kube import FencedError, Kube
+from tests.waiting import until
+
+
+def point_at(monkeypatch: pytest.MonkeyPatch, folder: Path, port: int | None) -> None:
+    """A kubeconfig for the server at this port."""
+    config = {
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (folder / "kubeconfig").write_text(json.dumps(config))
+    monkeypatch.setattr(
+        "kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "kubeconfig")
+    )
 
 
 async def asked(
@@ -31,16 +48,7 @@ async def asked(
         return TestServer(application)
 
     async with answers("server") as server, answers("proxy") as proxy:
-        config = {
-            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.port}"}}],
-            "users": [{"name": "u", "user": {}}],
-            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-            "current-context": "x",
-        }
-        (folder / "kubeconfig").write_text(json.dumps(config))
-        monkeypatch.setattr(
-            "kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "kubeconfig")
-        )
+        point_at(monkeypatch, folder, server.port)
         url = f"http://{credentials}127.0.0.1:{proxy.port}"
         for name, value in (("http_proxy", url), ("no_proxy", not_for)):
             monkeypatch.setenv(name, value)
@@ -67,3 +75,38 @@ async def test_the_name_and_the_word_in_the_proxys_url_are_for_the_proxy(
 
 async def test_no_proxy_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert await asked(monkeypatch, tmp_path, not_for="127.0.0.1") == ["server /apis/ray.io/v1"]
+
+
+async def test_a_write_that_waited_for_its_connection_is_not_sent_by_one_that_leads_no_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kube_module, "CONNECTIONS", 1)
+    heard: list[str] = []
+    go_on = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        heard.append(request.method)
+        await go_on.wait()
+        return web.json_response({"kind": "APIGroup"})
+
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(application) as server:
+        point_at(monkeypatch, tmp_path, server.port)
+        leads = True
+        kube = await Kube.connect(may_write=lambda: leads)
+        reading = asyncio.create_task(kube.has_group_version("ray.io/v1"))
+        await until(lambda: bool(heard))
+        body = {"apiVersion": "v1", "kind": "Event", "metadata": {"namespace": "team"}}
+        writing = asyncio.create_task(kube.create(body))
+        await asyncio.sleep(0.05)  # it waits for the only connection
+        leads = False
+        go_on.set()
+        assert await reading
+        with pytest.raises(FencedError):
+            await writing
+        assert await kube.has_group_version("ray.io/v1"), (
+            "the connection is free again, and reading is allowed"
+        )
+        await kube.close()
+    assert heard == ["GET", "GET"]

@@ -98,6 +98,20 @@ def test_a_silent_object_is_believed_for_longer_while_its_watch_tells_of_others(
     assert len(seen._watches) == 1, "watches that tell nothing take no memory"
 
 
+def test_an_object_that_a_new_list_lacks_is_believed_no_longer_than_others() -> None:
+    now = 0.0
+    seen = Sightings(clock=lambda: now)
+    seen.notice(None, job(1))
+    other = job(2) | {"metadata": job(2, uid="v")["metadata"] | {"name": "b"}}
+    now = 1.0
+    seen.notice(None, other)  # the watch has begun anew, and nobody told that the first one was deleted
+    now = BELIEF_SECONDS
+    seen.notice("MODIFIED", other)
+    assert seen.get(JOB)
+    now = BELIEF_SECONDS + 1
+    assert seen.get(JOB) is None
+
+
 def test_the_answer_to_a_write_is_certain_for_a_moment() -> None:
     now = 0.0
     seen = Sightings(clock=lambda: now)
