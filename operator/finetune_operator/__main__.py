@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import kopf
-import uvloop
 from aiohttp import web
 
 from finetune_operator import config, endpoint, leader, leadership
@@ -37,7 +36,7 @@ def main() -> None:
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per watch event otherwise
     try:
-        uvloop.run(run(settings))
+        asyncio.run(run(settings))
     except asyncio.CancelledError:  # a signal
         return
     except Exception:  # the border of the process: what ends it is a line of its log, and no success
