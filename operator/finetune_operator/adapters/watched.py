@@ -35,6 +35,10 @@ BELIEF_SECONDS = 120.0  # for which an object of which nothing is heard is belie
 LONGEST_BELIEF_SECONDS = (
     300.0  # the same where the watch tells of others: it may have missed a deletion all the same
 )
+PODS_SECONDS = (
+    60.0  # for which the pods of a job that does not run yet are believed to be those that the watch told of
+)
+LISTING_SECONDS = 5.0  # after which what a new list lacks is looked up
 SURE_SECONDS = 1.0  # for which the answer to a write of ours is as good as what a read would tell
 DEPARTED_SECONDS = 300.0  # for which a pod that the cluster took away is remembered with the reason
 
@@ -138,8 +142,9 @@ class Sightings:
         if fresh:
             return known.body() if now - known.sure <= SURE_SECONDS else None
         watch, told = self._watches.get(name[:3], _Watch()), known.heard
-        if watch.listed <= known.heard:  # else it was not in the list, or is not yet
-            told = max(told, min(watch.told, known.heard + LONGEST_BELIEF_SECONDS - BELIEF_SECONDS))
+        if known.heard < watch.listed < now - LISTING_SECONDS:  # it was not in the list
+            return None
+        told = max(told, min(watch.told, known.heard + LONGEST_BELIEF_SECONDS - BELIEF_SECONDS))
         return known.body() if now - told <= BELIEF_SECONDS else None
 
     def knows(self, name: Name) -> bool:
@@ -150,6 +155,11 @@ class Sightings:
         known = self._pods.get((namespace, labels[_JOB]), {})
         bodies = [known[name].body() for name in sorted(known)]
         return [body for body in bodies if labels.items() <= _labels(body).items()]
+
+    def knows_pods(self, namespace: str, labels: Mapping[str, str]) -> bool:
+        """Whether the pods of one of our jobs are believed to be those that are known: of each one was heard lately."""
+        oldest = self._clock() - PODS_SECONDS
+        return all(pod.heard >= oldest for pod in self._pods.get((namespace, labels[_JOB]), {}).values())
 
     def departed(self, namespace: str, labels: Mapping[str, str]) -> list[Json]:
         """Pods of one of our jobs that are gone because the cluster took them away, as they were in the end."""
@@ -169,6 +179,8 @@ class Sightings:
                 del known[name]
         if not known:
             self._pods.pop((namespace, labels[_JOB]), None)
+        for body in found:
+            self.note({"apiVersion": "v1", "kind": "Pod", **body}, written=False)
 
     def _place(self, body: Mapping[str, Any]) -> MutableMapping[Name, _Known]:
         if body["kind"] != "Pod":
@@ -220,7 +232,7 @@ class WatchedKube(Kube):
         labels: Mapping[str, str],
         fresh: bool = False,
     ) -> list[Json]:
-        if kind == "Pod" and not fresh and _JOB in labels:
+        if kind == "Pod" and not fresh and _JOB in labels and self.sightings.knows_pods(namespace, labels):
             return self.sightings.pods(namespace, labels)
         asked = self.sightings.now()
         found = await super().find(api_version, kind, namespace, labels=labels)

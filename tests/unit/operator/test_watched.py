@@ -6,7 +6,9 @@ from typing import Any
 
 from finetune_operator.adapters.watched import (
     BELIEF_SECONDS,
+    LISTING_SECONDS,
     LONGEST_BELIEF_SECONDS,
+    PODS_SECONDS,
     SURE_SECONDS,
     Sightings,
 )
@@ -98,18 +100,33 @@ def test_a_silent_object_is_believed_for_longer_while_its_watch_tells_of_others(
     assert len(seen._watches) == 1, "watches that tell nothing take no memory"
 
 
-def test_an_object_that_a_new_list_lacks_is_believed_no_longer_than_others() -> None:
+def test_an_object_that_a_new_list_lacks_is_looked_up() -> None:
     now = 0.0
     seen = Sightings(clock=lambda: now)
     seen.notice(None, job(1))
     other = job(2) | {"metadata": job(2, uid="v")["metadata"] | {"name": "b"}}
     now = 1.0
-    seen.notice(None, other)  # the watch has begun anew, and nobody told that the first one was deleted
-    now = BELIEF_SECONDS
-    seen.notice("MODIFIED", other)
+    seen.notice(None, other)  # the watch has begun anew, and its list may be long
+    now += LISTING_SECONDS
     assert seen.get(JOB)
-    now = BELIEF_SECONDS + 1
-    assert seen.get(JOB) is None
+    now += 0.1
+    assert seen.get(JOB) is None, "nobody told that it was deleted"
+
+
+def test_pods_of_which_nothing_was_heard_are_listed_again() -> None:
+    now = 0.0
+    seen = Sightings(clock=lambda: now)
+    of_job = {"finetune.dev/job": "a"}
+    assert seen.knows_pods("ns", of_job), "none is known, and a watch tells of new ones"
+    for name in ("x", "y"):
+        seen.notice("ADDED", pod(name, attempt=1))
+    now = PODS_SECONDS
+    assert seen.knows_pods("ns", of_job)
+    now += 1
+    assert not seen.knows_pods("ns", of_job)
+    seen.replace_pods("ns", of_job, [pod("x", attempt=1)], asked=now)
+    assert seen.knows_pods("ns", of_job)
+    assert [body["metadata"]["name"] for body in seen.pods("ns", of_job)] == ["x"]
 
 
 def test_the_answer_to_a_write_is_certain_for_a_moment() -> None:
