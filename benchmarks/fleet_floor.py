@@ -28,7 +28,6 @@ KEPT = ("name", "namespace", "labels", "annotations")
 class Sample:
     """What the operator has made for one job."""
 
-    name: str
     status: Json
     config_map: Json
     rayjob: Json
@@ -64,7 +63,7 @@ async def sample(place: Place, name: str) -> Sample:
 
         job = await read(place.url(API_VERSION, finetunejob.PLURAL), name)
         made = await read(core, f"{name}-a1"), await read(place.url("ray.io/v1", "rayjobs"), f"{name}-a1")
-    return Sample(name, job["status"], *made)
+    return Sample(job["status"], *made)
 
 
 async def measure(cluster: Cluster, bodies: Sequence[Json], like: Sample, *, requests_at_once: int) -> Floor:

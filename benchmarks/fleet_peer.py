@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import aiohttp
 
@@ -57,6 +58,9 @@ class Lap:
         )
 
 
+Timed = TypeVar("Timed", Lap, Floor)
+
+
 @dataclass(frozen=True)
 class Race:
     """Both, in turns, as often, and what the API server needs for the requests alone."""
@@ -81,7 +85,7 @@ class Race:
 
     @property
     def floor(self) -> Floor:
-        return sorted(self.floors, key=lambda floor: floor.rate)[len(self.floors) // 2]
+        return _middle(self.floors)
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -89,7 +93,7 @@ class Race:
         return _middle(self.operator).rate, _middle(self.kuberay).rate
 
 
-def _middle(laps: Sequence[Lap]) -> Lap:
+def _middle(laps: Sequence[Timed]) -> Timed:
     return sorted(laps, key=lambda lap: lap.rate)[len(laps) // 2]
 
 
