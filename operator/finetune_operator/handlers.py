@@ -6,14 +6,17 @@ every object that exists.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import kopf
+from kopf._cogs.structs.references import Insights
 
 from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import GROUP, VERSION
+from finetune_operator.kopf_resources import look_for_missing
 from finetune_operator.kopf_storage import NoDiffBase, NoProgress
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import facts
@@ -33,10 +36,22 @@ async def watch(
     deployment_changed: Callable[[Key], None],
 ) -> None:
     """Watch these namespaces, or the whole cluster where none is named, until a signal arrives."""
+    registry = build_registry(notice=notice, job_changed=job_changed, deployment_changed=deployment_changed)
+    insights = Insights()
+    looks: list[asyncio.Task[None]] = []
+
+    @kopf.on.startup(id="look for missing resources", registry=registry)
+    async def begin_to_look(settings: kopf.OperatorSettings, **_: Any) -> None:
+        looks.append(asyncio.create_task(look_for_missing(registry, insights, settings), name="resources"))
+
+    @kopf.on.cleanup(id="look no more", registry=registry)
+    async def end_looking(**_: Any) -> None:
+        for look in looks:
+            look.cancel()
+
     await kopf.operator(
-        registry=build_registry(
-            notice=notice, job_changed=job_changed, deployment_changed=deployment_changed
-        ),
+        registry=registry,
+        insights=insights,
         # For peering, which is not used. Kopf would ask for the user's name, and a pod's user may have none. Its type
         # is a NewType of str that Kopf does not export.
         identity=naming.MANAGER,  # type: ignore[arg-type]

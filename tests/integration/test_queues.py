@@ -129,9 +129,10 @@ def test_a_job_queues_is_suspended_is_let_in_and_is_preempted(kubectl: Kubectl) 
     assert status["queue"]["name"] == "team-a"
     assert conditions(status)["QuotaReserved"] == ("False", "Queued")
 
-    # A change of the Workload alone arrives as a watch event, well before the next look.
+    # A change of the Workload alone arrives as a watch event, before the next look (30 s). The watch may begin 10 s
+    # after the CRD came: test_late_resources.py.
     kueue.queue(condition("QuotaReserved", False, "Inadmissible", "LocalQueue team-a doesn't exist"))
-    status = kubectl.wait_job("patient", lambda s: s.get("reason") == "QueueMissing", seconds=10)["status"]
+    status = kubectl.wait_job("patient", lambda s: s.get("reason") == "QueueMissing", seconds=20)["status"]
     assert f"there is no LocalQueue team-a in namespace {kubectl.namespace}" in status["message"]
 
     # The user's own suspension takes the RayJob away; afterwards the next attempt queues.
