@@ -57,7 +57,9 @@ class BaseNames:
         silent: Callable[[Key], bool],
     ) -> dict[str, set[str]]:
         """Name -> engines. `inherited` is what was published before this operator started, which stays until those
-        are heard that are still `silent`."""
+        are heard that are still `silent`. What is published settles which namespace has a name, so all that want it
+        must have been told of before."""
+        self._settle()
         names = {base.name for base in bases.values()} | inherited.keys()
         found = {name: self._winners(name, bases, silent) for name in names}
         return {
@@ -66,11 +68,11 @@ class BaseNames:
         }
 
     def owner_of(self, name: str, bases: Mapping[Key, Base]) -> Key | None:
-        """A deployment whose engines answer for the name."""
+        """A deployment whose engines answer for the name, as it was settled."""
         return min(self._winners(name, bases, lambda key: False), default=None)
 
     def answered_by(self, claim: Claim, bases: Mapping[Key, Base]) -> str | None:
-        """Whose engines answer for the base model of a deployment, where they are not its own."""
+        """Whose engines answer for the base model of a deployment, where they are not its own, as it was settled."""
         winners = self._winners(claim.base, bases, lambda key: False)
         if not winners or claim.key in winners:
             return None
@@ -84,14 +86,16 @@ class BaseNames:
         served = [c.key for c in by_default if c.key in bases and bases[c.key].upstreams]
         if served or any(silent(claim.key) for claim in by_default):
             return [key for key in served if bases[key].name == name]
-        holder = self._holder(name, [claim for claim in asking if not claim.is_served_by_default])
+        holder = self._holders.get(name)
         return [c.key for c in asking if c.key[0] == holder and c.key in bases and bases[c.key].name == name]
 
-    def _holder(self, name: str, asking: list[Claim]) -> str | None:
-        namespaces = [claim.key[0] for claim in sorted(asking, key=lambda c: (c.created, c.key))]
-        if not namespaces:
-            self._holders.pop(name, None)
-            return None
-        if self._holders.get(name) not in namespaces:
-            self._holders[name] = namespaces[0]
-        return self._holders[name]
+    def _settle(self) -> None:
+        """Who came first has a name, and keeps it for as long as a deployment of that namespace asks for it."""
+        asking: dict[str, list[str]] = {}
+        for claim in sorted(self._claims.values(), key=lambda c: (c.created, c.key)):
+            if not claim.is_served_by_default:
+                asking.setdefault(claim.base, []).append(claim.key[0])
+        self._holders = {
+            name: self._holders[name] if self._holders.get(name) in namespaces else namespaces[0]
+            for name, namespaces in asking.items()
+        }

@@ -156,10 +156,9 @@ class Publisher:
             not_stored=self._copy.problem,
             alias_taken_by="/".join(holder) if taken and holder else None,
             alias_is_base_of=None if route is not None else self._base_owner(claim),
-            # Whoever asks settles who has a name, so not before all that want it are known.
-            base_answered_by=self._base_names.answered_by(claim, self._bases())
-            if self._started.is_set() and not self._silent
-            else None,
+            base_answered_by=None
+            if self._silent  # not all have told yet what their engines serve
+            else self._base_names.answered_by(claim, self._bases()),
         )
 
     def left_behind(self) -> dict[str, list[str]]:

@@ -62,6 +62,7 @@ def test_a_deployment_whose_engines_do_not_answer_for_the_name_is_told_who_does(
     ours, theirs, default = claim(A, "2026-01"), claim(B, "2026-02"), claim(C, "2026-03", default=True)
     made = names(ours, theirs)
     bases = {A: Base("qwen", (OURS,)), B: Base("qwen", (THEIRS,))}
+    published(made, bases)
     assert made.answered_by(ours, bases) is None
     assert made.answered_by(theirs, bases) == "the engines of namespace team-a"
     made.claim(default)
@@ -69,6 +70,17 @@ def test_a_deployment_whose_engines_do_not_answer_for_the_name_is_told_who_does(
     assert made.answered_by(ours, bases) == "the operator's default engine"
     assert made.answered_by(default, bases) is None
     assert made.answered_by(claim(A, "2026-01", base="llama"), bases) is None, "nobody serves it"
+
+
+def test_to_ask_who_answers_settles_nothing() -> None:
+    late = claim(B, "2026-02")
+    made = names(late)  # of all deployments the first one that is told of, and not the first one that there was
+    bases = {A: Base("qwen", (OURS,)), B: Base("qwen", (THEIRS,))}
+    assert made.answered_by(late, bases) is None
+    assert made.owner_of("qwen", bases) is None
+    made.claim(claim(A, "2026-01"))
+    assert published(made, bases) == {"qwen": {OURS}}
+    assert made.answered_by(late, bases) == "the engines of namespace team-a"
 
 
 def test_the_status_tells_who_answers_for_the_base_model() -> None:
