@@ -98,7 +98,7 @@ def test_a_stream_that_runs_when_its_deployment_is_deleted_ends_well(lab: RealLa
     whole: list[bytes] = []
     reading = Thread(target=lambda: whole.append(lab.loop.run(read())), daemon=True)
     reading.start()
-    wait_until(lambda: bool(began), seconds=10, what="the stream does not begin")
+    wait_until(lambda: bool(began), seconds=30, what="the stream does not begin")
     lab.kubectl("delete", "adep", "bot")
     gone = {**body, "stream": False}
 

@@ -71,7 +71,7 @@ PROGRESS = {
 
 def test_progress_reaches_the_status(kubectl: Kubectl, waiting_job: str, post: Post) -> None:
     assert post(waiting_job, token(kubectl, waiting_job), PROGRESS) == (200, {"accepted": True})
-    status = kubectl.wait_job(waiting_job, lambda s: "progress" in s, seconds=10)["status"]
+    status = kubectl.wait_job(waiting_job, lambda s: "progress" in s, seconds=30)["status"]
     assert (status["phase"], status["progress"]["summary"], status["progress"]["eta"]) == (
         "Running",
         "40%",
@@ -90,7 +90,7 @@ def test_what_kubeflows_callback_sends_is_understood(kubectl: Kubectl, waiting_j
         }
     }
     assert post(waiting_job, token(kubectl, waiting_job), body)[0] == 200
-    status = kubectl.wait_job(waiting_job, lambda s: "progress" in s, seconds=10)["status"]
+    status = kubectl.wait_job(waiting_job, lambda s: "progress" in s, seconds=30)["status"]
     assert (status["progress"]["step"], status["progress"]["totalSteps"]) == (3, 12)
 
 
@@ -152,7 +152,7 @@ def test_the_operator_tells_prometheus_about_the_job(
     cluster: Cluster, kubectl: Kubectl, waiting_job: str, post: Post
 ) -> None:
     post(waiting_job, token(kubectl, waiting_job), PROGRESS)
-    kubectl.wait_job(waiting_job, lambda s: "progress" in s, seconds=10)
+    kubectl.wait_job(waiting_job, lambda s: "progress" in s, seconds=30)
     series = f'{{finetunejob="{waiting_job}",namespace="{kubectl.namespace}"}}'
     text = scrape(cluster, "/metrics")
     assert f"finetune_job_loss{series} 1.25" in text

@@ -80,7 +80,7 @@ def told(kubectl: Kubectl, name: str, reason: str, *parts: str) -> Json:
     """The status with this reason, within 15 seconds of the RayJob's creation; its message has these parts, and
     `kubectl get ftj` shows the reason."""
     began = time.monotonic()
-    kubectl.wait_job(name, lambda status: bool(status.get("attempts")), seconds=10)
+    kubectl.wait_job(name, lambda status: bool(status.get("attempts")), seconds=30)
     status: Json = kubectl.wait_job(name, lambda s: s.get("reason") == reason, seconds=SECONDS)["status"]
     print(f"{name}: {reason} after {time.monotonic() - began:.1f} s: {status['message']}")
     for part in parts:
