@@ -42,7 +42,7 @@ PEER = """
 KubeRay 1.6.2 in the same run, in turns: objects created at once, and their first children, which is a RayJob for
 the operator and a RayCluster for KubeRay. Latencies are from the answer to the creation to the watch event,
 jobs per second from the first creation to the last child. Nobody plays what would come next. KubeRay has as many passes
-at once as the operator (16) and 1,000 requests per second (by default one and 100). Of {rounds} the one in the middle.
+at once as the operator (24) and 1,000 requests per second (by default one and 100). Of {rounds} the one in the middle.
 The API server alone: a client without any logic sends the requests that the operator needs until a RayJob is there.
 
 | jobs at once | | create → child, p50 | p99 | jobs | CPU per job | peak RSS |

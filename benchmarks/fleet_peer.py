@@ -29,7 +29,7 @@ from finetune_local.ports import choose
 from tests.integration.operators import small_job
 from tests.integration.rayjobs import rayjob
 
-CONCURRENCY = 16  # passes at once, as our queue has them; its own default is 1
+CONCURRENCY = 24  # passes at once, as our queue has them; its own default is 1
 QPS = (
     1000  # requests per second that its client allows itself: with the default of 100 it would wait for that
 )

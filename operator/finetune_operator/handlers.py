@@ -17,7 +17,7 @@ from kopf._cogs.structs.references import Insights
 from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import GROUP, VERSION
 from finetune_operator.kopf_resources import look_for_missing
-from finetune_operator.kopf_storage import NoDiffBase, NoProgress
+from finetune_operator.kopf_storage import NoDiffBase, NoMemories, NoProgress
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import facts
 from finetune_operator.reconcile.queue import Key
@@ -52,6 +52,7 @@ async def watch(
     await kopf.operator(
         registry=registry,
         insights=insights,
+        memories=NoMemories(),
         # For peering, which is not used. Kopf would ask for the user's name, and a pod's user may have none. Its type
         # is a NewType of str that Kopf does not export.
         identity=naming.MANAGER,  # type: ignore[arg-type]

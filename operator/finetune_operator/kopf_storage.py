@@ -1,4 +1,4 @@
-"""Kopf's places for what was handled last: none, as this operator has handlers for events only.
+"""Kopf's places for what was seen and handled last: none, as this operator has handlers for events only.
 
 Kopf copies every object of every event three times to find out what changed since, which was more than half of the
 operator's CPU time, and nothing here asks for it.
@@ -9,6 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import kopf
+from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
+
+
+class NoMemories(ResourceMemories):
+    """Nothing is remembered of an object from one event to the next; Kopf keeps about a kilobyte of each, of finished
+    ones too."""
+
+    async def recall(self, *arguments: Any, **options: Any) -> ResourceMemory:
+        return await super().recall(*arguments, **{**options, "ephemeral": True})
 
 
 class NoDiffBase(kopf.DiffBaseStorage):

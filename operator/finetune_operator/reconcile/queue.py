@@ -36,7 +36,7 @@ class KeyedQueue:
         self,
         worker: Worker,
         *,
-        concurrency: int = 16,
+        concurrency: int = 24,
         on_depth: Callable[[int], None] = lambda depth: None,
         ordinary: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import kopf
 
 from finetune_operator.handlers import configure_kopf
+from finetune_operator.kopf_storage import NoMemories
 
 
 def test_nothing_of_an_object_is_copied_compared_or_written() -> None:
@@ -21,3 +24,12 @@ def test_nothing_of_an_object_is_copied_compared_or_written() -> None:
     )  # the default copies it, once for each place that it knows
     progress.touch(body=body, patch=patch, value="now")
     assert not patch
+
+
+async def test_nothing_is_remembered_of_an_object_once_its_event_is_handled() -> None:
+    memories = NoMemories()
+    body: Any = {"metadata": {"uid": "a"}}
+    first = await memories.recall(body, noticed_by_listing=True)
+    assert await memories.recall(body) is not first
+    assert list(memories.iter_all_memories()) == []
+    await memories.forget(body)
