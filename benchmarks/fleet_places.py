@@ -4,6 +4,7 @@ and what a process costs meanwhile."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import time
@@ -107,13 +108,18 @@ async def create_jobs(place: Place, jobs: int, *, first: int = 0, **spec: Any) -
 
 
 async def added(session: aiohttp.ClientSession, url: str) -> AsyncIterator[Json]:
-    """The objects that are there, and then those that are created, until cancelled."""
+    """The objects that are there, and then those that are created, each once, until cancelled. A watch that the server
+    ends, as it does with one that reads too slowly, begins anew."""
     timeout = aiohttp.ClientTimeout(total=None)
-    async with session.get(f"{url}?watch=1", timeout=timeout, read_bufsize=1 << 22) as stream:
-        async for line in stream.content:
-            event = json.loads(line)
-            if event["type"] == "ADDED":
-                yield event["object"]
+    told: set[str] = set()
+    while True:
+        with contextlib.suppress(aiohttp.ClientPayloadError):
+            async with session.get(f"{url}?watch=1", timeout=timeout, read_bufsize=1 << 22) as stream:
+                async for line in stream.content:
+                    event = json.loads(line)
+                    if event["type"] == "ADDED" and (uid := event["object"]["metadata"]["uid"]) not in told:
+                        told.add(uid)
+                        yield event["object"]
 
 
 async def until(holds: Callable[[], bool], *, seconds: float, every: float = 0.2) -> None:
