@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import aiohttp
 import kopf
-from kopf._cogs.clients import errors, scanning
+from kopf._cogs.clients import scanning
 from kopf._cogs.structs.references import Insights
 from kopf._core.reactor.observation import revise_resources
 
@@ -30,8 +29,8 @@ async def look_for_missing(
         await asyncio.sleep(LOOK_SECONDS)
         try:
             await _look(registry, insights, settings)
-        except (errors.APIError, aiohttp.ClientError, TimeoutError) as error:
-            logger.debug("what the API server serves is not known: %s", error)
+        except Exception as error:  # the border of a look: the next one comes in any case
+            logger.warning("what the API server serves is not known: %s", error)
 
 
 async def _look(registry: kopf.OperatorRegistry, insights: Insights, settings: kopf.OperatorSettings) -> None:
