@@ -82,6 +82,7 @@ async def test_a_write_that_waited_for_its_connection_is_not_sent_by_one_that_le
 ) -> None:
     monkeypatch.setattr(kube_module, "CONNECTIONS", 1)
     heard: list[str] = []
+    said: list[bool] = []
     go_on = asyncio.Event()
 
     async def answer(request: web.Request) -> web.Response:
@@ -94,12 +95,17 @@ async def test_a_write_that_waited_for_its_connection_is_not_sent_by_one_that_le
     async with TestServer(application) as server:
         point_at(monkeypatch, tmp_path, server.port)
         leads = True
-        kube = await Kube.connect(may_write=lambda: leads)
+
+        def may_write() -> bool:
+            said.append(leads)
+            return leads
+
+        kube = await Kube.connect(may_write=may_write)
         reading = asyncio.create_task(kube.has_group_version("ray.io/v1"))
         await until(lambda: bool(heard))
         body = {"apiVersion": "v1", "kind": "Event", "metadata": {"namespace": "team"}}
         writing = asyncio.create_task(kube.create(body))
-        await asyncio.sleep(0.05)  # it waits for the only connection
+        await until(lambda: bool(said))  # it may, and waits for the only connection
         leads = False
         go_on.set()
         assert await reading
@@ -110,3 +116,4 @@ async def test_a_write_that_waited_for_its_connection_is_not_sent_by_one_that_le
         )
         await kube.close()
     assert heard == ["GET", "GET"]
+    assert said == [True, False]

@@ -74,9 +74,7 @@ def test_a_deployment_whose_engines_do_not_answer_for_the_name_is_told_who_does(
 
 def test_to_ask_who_answers_settles_nothing() -> None:
     late = claim(B, "2026-02")
-    made = names(
-        late
-    )  # of all deployments the first one that is told of, and not the first one that there was
+    made = names(late)  # the first one that is told of, and not the first one that there was
     bases = {A: Base("qwen", (OURS,)), B: Base("qwen", (THEIRS,))}
     assert made.answered_by(late, bases) is None
     assert made.owner_of("qwen", bases) is None
