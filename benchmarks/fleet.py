@@ -25,6 +25,7 @@ from benchmarks.fleet_peer import Race
 from benchmarks.fleet_real import RealFigures
 from benchmarks.fleet_runs import Figures
 from finetune_local.cluster import Cluster
+from finetune_operator.reconcile.queue import CONCURRENCY
 from tests.integration.operators import PARTS, apply_ray_crds
 
 TITLE = "Fleet"
@@ -42,7 +43,8 @@ PEER = """
 KubeRay 1.6.2 in the same run, in turns: objects created at once, and their first children, which is a RayJob for
 the operator and a RayCluster for KubeRay. Latencies are from the answer to the creation to the watch event,
 jobs per second from the first creation to the last child. Nobody plays what would come next. KubeRay has as many passes
-at once as the operator (24) and 1,000 requests per second (by default one and 100). Of {rounds} the one in the middle.
+at once as the operator ({passes}) and 1,000 requests per second (by default one and 100). Of {rounds} the one
+in the middle.
 The API server alone: a client without any logic sends the requests that the operator needs until a RayJob is there.
 
 | jobs at once | | create → child, p50 | p99 | jobs | CPU per job | peak RSS |
@@ -108,7 +110,8 @@ def page(runs: Sequence[Figures], races: Sequence[Race], real: RealFigures | Non
         text += PLAYED + "".join(f"{run.row()}\n" for run in runs)
     if races:
         rounds = "1 lap" if len(races[0].operator) == 1 else f"{len(races[0].operator)} laps"
-        text += PEER.format(rounds=rounds) + "".join(f"{row}\n" for race in races for row in race.rows())
+        text += PEER.format(rounds=rounds, passes=CONCURRENCY)
+        text += "".join(f"{row}\n" for race in races for row in race.rows())
     if real is not None:
         text += REAL + real.row() + "\n"
     return text.lstrip() + goals(runs, races, real) + "\n"

@@ -26,10 +26,10 @@ from benchmarks.fleet_places import Json, Meter, Place, added, create_many, p50_
 from finetune_local import binaries
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
+from finetune_operator.reconcile.queue import CONCURRENCY
 from tests.integration.operators import small_job
 from tests.integration.rayjobs import rayjob
 
-CONCURRENCY = 24  # passes at once, as our queue has them; its own default is 1
 QPS = (
     1000  # requests per second that its client allows itself: with the default of 100 it would wait for that
 )
@@ -194,7 +194,7 @@ def start_kuberay(place: Place, folder: Path, *, proxy: str | None = None) -> su
                 f"--watch-namespace={place.namespace}",
                 f"--metrics-addr=127.0.0.1:{ports['metrics']}",
                 f"--health-probe-bind-address=127.0.0.1:{ports['health']}",
-                f"--reconcile-concurrency={CONCURRENCY}",
+                f"--reconcile-concurrency={CONCURRENCY}",  # as our queue has them; its own default is 1
                 f"--qps={QPS}",
                 f"--burst={2 * QPS}",
             ],

@@ -32,12 +32,8 @@ from finetune_operator.api.finetunejob import KIND
 WATCHED = frozenset({(API_VERSION, KIND), ("ray.io/v1", "RayJob"), ("v1", "Pod")})
 GROUP_SECONDS = 300.0  # for which an API group that was there counts as there
 BELIEF_SECONDS = 120.0  # for which an object of which nothing is heard is believed to be as it was
-LONGEST_BELIEF_SECONDS = (
-    300.0  # the same where the watch tells of others: it may have missed a deletion all the same
-)
-PODS_SECONDS = (
-    60.0  # for which the pods of a job that does not run yet are believed to be those that the watch told of
-)
+LONGEST_BELIEF_SECONDS = 300.0  # the same where the watch tells of others: it may have missed a deletion
+PODS_SECONDS = 60.0  # the same for the pods of a job that does not run yet
 LISTING_SECONDS = 5.0  # after which what a new list lacks is looked up
 SURE_SECONDS = 1.0  # for which the answer to a write of ours is as good as what a read would tell
 DEPARTED_SECONDS = 300.0  # for which a pod that the cluster took away is remembered with the reason
@@ -141,10 +137,10 @@ class Sightings:
         now = self._clock()
         if fresh:
             return known.body() if now - known.sure <= SURE_SECONDS else None
-        watch, told = self._watches.get(name[:3], _Watch()), known.heard
+        watch = self._watches.get(name[:3], _Watch())
         if known.heard < watch.listed < now - LISTING_SECONDS:  # it was not in the list
             return None
-        told = max(told, min(watch.told, known.heard + LONGEST_BELIEF_SECONDS - BELIEF_SECONDS))
+        told = max(known.heard, min(watch.told, known.heard + LONGEST_BELIEF_SECONDS - BELIEF_SECONDS))
         return known.body() if now - told <= BELIEF_SECONDS else None
 
     def knows(self, name: Name) -> bool:
