@@ -140,7 +140,9 @@ def measure_plain(results: Results, direct: Subject, subjects: list[Subject], *,
             results.found["half"][subject.name].append(run)
     for _ in range(PAIRS):
         for aliases in (1, MANY):
-            run = measure(router, size=1024, connections=CONNECTIONS, seconds=PAIR_SECONDS, aliases=aliases)
+            run = measure(
+                router, size=1024, connections=CONNECTIONS, seconds=PAIR_SECONDS, aliases=aliases, users=MANY
+            )
             results.found[f"{aliases} aliases"][router.name].append(run)
 
 
@@ -163,7 +165,7 @@ def measure_memory(router: Subject) -> tuple[int, ...]:
 
 def measure(
     subject: Subject, *, size: int, connections: int, seconds: float, rate: float = 0.0, stream: bool = False,
-    aliases: int = 1,
+    aliases: int = 1, users: int = 1,
 ) -> Measurement:  # fmt: skip
     """Run the load generator, in a process of its own, while no other proxy runs.
 
@@ -172,6 +174,7 @@ def measure(
     command = pinned(
         OTHER_CORE, sys.executable, "-m", "benchmarks.router_load", "--port", str(subject.port), "--size", str(size),
         "--connections", str(connections), "--seconds", str(seconds), "--rate", str(rate), "--aliases", str(aliases),
+        "--users", str(users),
     )  # fmt: skip
     memory: list[int] = []
     over = threading.Event()
@@ -320,7 +323,7 @@ def build_targets(results: Results, names: list[str], flat: tuple[int, ...]) -> 
         f"median of {len(results.found['half']['router'])} pairs{nginx} |",
         f"| flat memory at 1,000 open streams | {early:.0f} MiB, then {late:.0f} MiB |",
         f"| an assignment in at most 20 µs | {measure_assignment():.1f} µs |",
-        f"| 1,000 aliases no slower than one | {statistics.median(ratios):.2f} times the requests per CPU second of "
+        f"| 1,000 aliases no slower than one, 1,000 users | {statistics.median(ratios):.2f} times the requests per CPU second of "
         f"one ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs) |",
     ]
     if "LiteLLM" in names:

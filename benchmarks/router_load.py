@@ -156,11 +156,13 @@ async def run_open(load: Load, tally: Tally) -> None:
         await asyncio.wait(waiting, timeout=60)
 
 
-def build_requests(*, model: str, aliases: int, size: int, stream: bool, port: int) -> tuple[bytes, ...]:
-    """Whole requests with bodies of about `size` bytes; with several aliases, one request for each."""
+def build_requests(
+    *, model: str, aliases: int, users: int, size: int, stream: bool, port: int
+) -> tuple[bytes, ...]:
+    """Whole requests with bodies of about `size` bytes, one of each user; with several aliases, for each in turn."""
     requests = []
-    for number in range(max(1, aliases)):
-        name = model if aliases <= 1 else f"{model}-{number}"
+    for number in range(users):
+        name = model if aliases <= 1 else f"{model}-{number % aliases}"
         document = {
             "model": name,
             "user": f"user-{number}",
@@ -210,11 +212,13 @@ def main() -> None:
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--model", default="support-bot")
     parser.add_argument("--aliases", type=int, default=1)
+    parser.add_argument("--users", type=int, default=1)
     options = parser.parse_args()
     load = Load(
         request=build_requests(
             model=options.model,
             aliases=options.aliases,
+            users=options.users,
             size=options.size,
             stream=options.stream,
             port=options.port,
