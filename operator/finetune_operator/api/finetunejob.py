@@ -308,7 +308,7 @@ class FineTuneJob(ApiModel):
             ),
             rule(
                 "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 "
-                # For cost, before the fields: a write of status is told by status, and the API server keeps spec out of it.
+                # First, for cost: what changes status is a write of status, and the API server keeps spec out of that.
                 f"|| !has(self.status) || self.status != oldSelf.status || ({_unchanged()})",
                 "the spec cannot be changed once the first attempt was started (but for suspend, retry, deadlines and "
                 "ttlSecondsAfterFinished); apply the new spec under another name, or delete this job first",
