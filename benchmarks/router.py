@@ -323,8 +323,8 @@ def build_targets(results: Results, names: list[str], flat: tuple[int, ...]) -> 
         f"median of {len(results.found['half']['router'])} pairs{nginx} |",
         f"| flat memory at 1,000 open streams | {early:.0f} MiB, then {late:.0f} MiB |",
         f"| an assignment in at most 20 µs | {measure_assignment():.1f} µs |",
-        f"| 1,000 aliases no slower than one, 1,000 users | {statistics.median(ratios):.2f} times the requests per CPU second of "
-        f"one ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs) |",
+        f"| 1,000 aliases no slower than one, 1,000 users | {statistics.median(ratios):.2f} times the requests per CPU "
+        f"second of one ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs) |",
     ]
     if "LiteLLM" in names:
         ratio = results.median("closed 1 KB", "router", "per_cpu_second") / results.median(
