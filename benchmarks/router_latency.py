@@ -82,7 +82,9 @@ def turn(subjects: tuple[router_targets.Subject, ...], rate: float, seconds: flo
 def compare_aliases(router: router_targets.Subject) -> float:
     """Requests per CPU second with 1,000 aliases in turn, as a share of those with one."""
     one, many = (
-        measure(router, size=1024, connections=32, seconds=ALIAS_SECONDS, aliases=aliases, users=MANY).per_cpu_second
+        measure(
+            router, size=1024, connections=32, seconds=ALIAS_SECONDS, aliases=aliases, users=MANY
+        ).per_cpu_second
         for aliases in (1, MANY)
     )
     return many / one
