@@ -78,6 +78,7 @@ def test_spec_may_change_before_the_first_attempt_and_not_after(
                 "spec: Forbidden: the spec cannot be changed once the first attempt was started"
                 in caught.value.body
             )
+    status: dict[str, Any] | None
     for status in ({"phase": "Failed"}, {"attempts": []}, None):  # the rule looks at status first
         with pytest.raises(client.ApiException, match="the spec cannot be changed once"):
             patch(api, namespace, {"spec": {"hyperparameters": {"epochs": 6}}, "status": status})
