@@ -35,13 +35,13 @@ settings.load_profile("here")
 
 _numbers = itertools.count(1)
 TRAINER = "tests/integration/trainer/"
+SHORT = ("tests/unit/", "tests/properties/", "tests/calibration/")
 # Files of short tests that take more than a few seconds, the longest first.
 LONGEST = (
-    "tests/unit/operator/test_fuzz.py",
+    "tests/properties/test_job_specs.py",
     "tests/unit/rollouts/test_matrix.py",
     "tests/calibration/test_guardrails.py",
-    "tests/unit/server/test_engine.py",
-    "tests/unit/rollouts/test_random.py",
+    "tests/properties/test_rollouts.py",
     "tests/unit/router/test_bodies.py",
     "tests/unit/local/test_processes.py",
     "tests/unit/operator/test_leadership.py",
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     files = list(dict.fromkeys(_file_of(item) for item in items))
-    short = [file for file in files if file.startswith(("tests/unit/", "tests/calibration/"))]
+    short = [file for file in files if file.startswith(SHORT)]
     trainings = [file for file in files if file.startswith(TRAINER)]
     waiting = [file for file in files if file not in {*short, *trainings}]
     places = {

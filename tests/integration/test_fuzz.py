@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
 from tests import specs
+from tests.properties.test_job_specs import SEED
 from tests.specs import Broken, Json
-from tests.unit.operator.test_fuzz import SEED
 
 pytestmark = pytest.mark.integration
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests import specs
 from tests.clients import Kubectl
 from tests.integration.operators import Operator, played_cluster
+from tests.properties.test_job_specs import SEED
 from tests.specs import Json
-from tests.unit.operator.test_fuzz import SEED
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
