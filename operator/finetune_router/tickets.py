@@ -24,7 +24,7 @@ _SIGNATURE_BYTES = 16
 _KEY_BYTES = 32
 _ARMS = (Arm.STABLE, Arm.CANDIDATE, Arm.SHADOW)
 _UNCOUNTED = 0x80
-_PREFIXES = ("chatcmpl-", "cmpl-", "embd-", "resp_", "req_")
+_PREFIXES = ("chatcmpl-", "cmpl-", "embd-", "rerank-", "score-", "classify-", "pool-", "resp_", "req_")
 _LONGEST = 1024
 
 
@@ -61,7 +61,7 @@ class TicketOffice:
         )
         payload = head + alias
         signature = hmac.digest(self._key, payload, "sha256")[:_SIGNATURE_BYTES]
-        return base64.urlsafe_b64encode(payload + signature).rstrip(b"=").decode()
+        return _encoded(payload + signature)
 
     def normalise(self, text: str) -> str:
         """The id without the prefix that engines put before it."""
@@ -79,6 +79,8 @@ class TicketOffice:
             raw = base64.b64decode(
                 text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True
             )
+            if _encoded(raw) != text:  # other spellings of the same bytes would each count as a response
+                raise ValueError("not as it was minted")
         except (ValueError, binascii.Error):
             raise BadTicketError("not an id of this router") from None
         payload, signature = raw[:-_SIGNATURE_BYTES], raw[-_SIGNATURE_BYTES:]
@@ -96,6 +98,10 @@ class TicketOffice:
             minted_at=minted_at,
             counted=not flags & _UNCOUNTED,
         )
+
+
+def _encoded(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def load_key(file: Path | None, state_folder: Path) -> bytes:
