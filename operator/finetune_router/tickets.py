@@ -22,6 +22,7 @@ _VERSION = 1
 _HEAD = struct.Struct(">BBI6s8s")  # version, arm and flags, time in seconds, nonce, revision
 _SIGNATURE_BYTES = 16
 _KEY_BYTES = 32
+_SHORTEST_KEY = 16  # bytes
 _ARMS = (Arm.STABLE, Arm.CANDIDATE, Arm.SHADOW)
 _UNCOUNTED = 0x80
 _PREFIXES = ("chatcmpl-", "cmpl-", "embd-", "rerank-", "score-", "classify-", "pool-", "resp_", "req_")
@@ -111,12 +112,17 @@ def load_key(file: Path | None, state_folder: Path) -> bytes:
     """
     if file is not None:
         key = file.read_bytes().strip()
-        if len(key) < 16:
-            raise ValueError(f"{file}: a signing key needs at least 16 bytes, this one has {len(key)}")
+        if len(key) < _SHORTEST_KEY:
+            raise ValueError(
+                f"{file}: a signing key needs at least {_SHORTEST_KEY} bytes, this one has {len(key)}"
+            )
         return key
     own = state_folder / "signing.key"
-    if not own.exists():
-        descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    key = own.read_bytes() if own.exists() else b""
+    # A start on a full disk left it empty; with an empty key anybody can sign.
+    if len(key) < _SHORTEST_KEY:
+        key = secrets.token_hex(_KEY_BYTES).encode()
+        descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(secrets.token_hex(_KEY_BYTES).encode())
-    return own.read_bytes()
+            stream.write(key)
+    return key

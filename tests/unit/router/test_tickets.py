@@ -84,6 +84,13 @@ def test_a_replica_without_a_key_makes_one_and_keeps_it(tmp_path: Path) -> None:
     assert (tmp_path / "signing.key").stat().st_mode & 0o077 == 0
 
 
+def test_a_key_that_a_full_disk_left_empty_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "signing.key").touch(mode=0o600)
+    key = tickets.load_key(None, tmp_path)
+    assert len(key) >= 32
+    assert key == tickets.load_key(None, tmp_path)
+
+
 def test_a_short_key_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("short\n")
