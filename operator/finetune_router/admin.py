@@ -67,7 +67,8 @@ class AdminPort:
             given = credentials.bearer_token(request.headers.get("Authorization"))
             # Read each time: a Secret may be rotated, and this port sees a few requests a second.
             expected = self._token_file.read_text(encoding="utf-8").strip()
-            if not expected or not hmac.compare_digest(given.encode(), expected.encode()):
+            told = given.encode("utf-8", "surrogateescape")  # the bytes of the header, whatever they are
+            if not expected or not hmac.compare_digest(told, expected.encode()):
                 return web.json_response(
                     {"error": "send the admin token as Authorization: Bearer"}, status=401
                 )

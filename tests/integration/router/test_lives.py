@@ -189,6 +189,11 @@ async def test_the_admin_port(router: Router, engine: Engine, alias: str) -> Non
         for method, path in (("GET", ROUTES_PATH), ("PUT", ROUTES_PATH), ("GET", COUNTERS_PATH)):
             assert (await router.admin(method, path, token=token))[0] == 401
         assert (await router.admin("GET", "/healthz", token=token))[0] == 200
+    head = b"GET /admin/v1/counters HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", router.admin_port)
+    writer.write(head)
+    assert b" 401 " in await reader.readline(), "a token that is no UTF-8"
+    writer.close()
     code, text = await router.admin("GET", ROUTES_PATH)
     assert RoutesApplied.model_validate_json(text).version == version
 
