@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -77,7 +78,11 @@ async def run(config: RouterConfig) -> None:
 async def prune(store: FeedbackStore, days: int) -> None:
     """Delete old feedback records now and then, for ever."""
     while True:
-        deleted = await asyncio.to_thread(store.prune, days)
+        try:
+            deleted = await asyncio.to_thread(store.prune, days)
+        except sqlite3.Error as error:  # the next time it may have room, or not be locked
+            logger.error("old feedback records are still there: %s", error)
+            deleted = 0
         if deleted:
             logger.info("deleted %d feedback records older than %d days", deleted, days)
         await asyncio.sleep(_PRUNE_SECONDS)

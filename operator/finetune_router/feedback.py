@@ -7,9 +7,9 @@ transaction, so that reading them costs the same however many records there are.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
-import math
 import re
 import sqlite3
 import threading
@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +33,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "feedback.sqlite"
 METRICS_PER_ALIAS = 50  # names that clients may make up for one alias
 _BUSY_SECONDS = 5.0  # to wait for another worker's transaction
+_LARGEST = 10**9  # of a value, either side of zero
 _METRIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 # The index that goes was one over all idempotency keys, which are the clients' own: two may choose the same one.
 _SCHEMA = """
@@ -80,10 +80,14 @@ class FeedbackStore:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE_NAME
         self._local = threading.local()
-        with self._transaction() as database:
-            for statement in _SCHEMA.split(";"):
-                database.execute(statement)
-            database.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', ?)", (uuid.uuid4().hex,))
+        try:
+            self._prepare()
+        except sqlite3.OperationalError:  # no room, no rights: the file itself may be whole
+            raise
+        except sqlite3.DatabaseError as error:  # requests must be answered all the same
+            logger.error("%s is put aside, and the feedback in it is lost: %s", self._path, error)
+            self._put_aside()
+            self._prepare()
 
     def put(self, ticket_text: str, ticket: Ticket, feedback: Feedback) -> bool:
         """Store a value; whether the response had none for the metric.
@@ -137,6 +141,20 @@ class FeedbackStore:
                 "DELETE FROM records WHERE at < ?", (int(time.time()) - days * 86_400,)
             ).rowcount
 
+    def _prepare(self) -> None:
+        with self._transaction() as database:
+            for statement in _SCHEMA.split(";"):
+                database.execute(statement)
+            database.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', ?)", (uuid.uuid4().hex,))
+
+    def _put_aside(self) -> None:
+        """Rename what is no database; its log must not be taken for the new one's."""
+        self._local = threading.local()
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                file = self._path.with_name(FILE_NAME + suffix)
+                file.replace(file.with_name(f"{FILE_NAME}.broken{suffix}"))
+
     def _check_room(self, database: sqlite3.Connection, alias: str, metric: str) -> None:
         known = {
             row[0] for row in database.execute("SELECT DISTINCT metric FROM sums WHERE alias = ?", (alias,))
@@ -168,7 +186,7 @@ class FeedbackStore:
             self._local.database = known
         return known
 
-    @contextmanager
+    @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         database = self._database()
         database.execute("BEGIN IMMEDIATE")
@@ -239,5 +257,5 @@ class FeedbackDesk:
             raise errors.bad_request(
                 "metric: up to 63 letters, digits, and . _ - inside; for example helpful", param="metric"
             )
-        if not math.isfinite(float(feedback.value)) or abs(float(feedback.value)) > 1e9:
+        if not -_LARGEST <= feedback.value <= _LARGEST:  # also NaN; an integer may be too large for a float
             raise errors.bad_request("value: a boolean, or a number between -1e9 and 1e9", param="value")

@@ -107,16 +107,16 @@ class Ledger:
             if comparisons.get(alias) == sample.comparison
         }
 
-    def wire(self, *, instance: str, version: int, feedback: EpochCounters) -> bytes:
-        """A RouterCounters as JSON."""
+    def wire(self, *, instance: str, version: int, feedback: EpochCounters | None) -> bytes:
+        """A RouterCounters as JSON. For its reader, an epoch that is not told of has not changed."""
         epochs = [epoch.document() for epoch in (*self._ended.values(), *self._live.values())]
-        told = feedback.model_dump(mode="json", by_alias=True)
+        told = [] if feedback is None else [feedback.model_dump(mode="json", by_alias=True)]
         return orjson.dumps(
             {
                 "apiVersion": COUNTERS_VERSION,
                 "instance": instance,
                 "version": version,
-                "epochs": [*epochs, told, self._sampled()],
+                "epochs": [*epochs, *told, self._sampled()],
             }
         )
 

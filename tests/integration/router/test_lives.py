@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from finetune_operator.api.routes import (
     SignalEvent,
     Snapshot,
 )
+from finetune_router.feedback import FILE_NAME
 from tests.integration.router.engines import Behaviour, Engine
 from tests.integration.router.routers import Router, route, target
 
@@ -212,6 +215,22 @@ async def test_the_admin_port(router: Router, engine: Engine, alias: str) -> Non
     assert (code, f"route {alias}" in text) == (400, True)
     newer = json.loads(Snapshot(version=version).model_dump_json(by_alias=True)) | {"fromTheFuture": 1}
     assert (await router.admin("PUT", ROUTES_PATH, data=json.dumps(newer)))[0] == 200
+
+
+async def test_a_feedback_file_of_no_use_stops_neither_requests_nor_counters(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = own_router()
+    state = router.folder / "state"
+    state.mkdir()
+    (state / FILE_NAME).write_bytes(b"no database" * 1000)
+    await asyncio.to_thread(router.start)
+    await router.push(route(alias, target("base", engine.url)))
+    assert await status(session, router, alias) == 200
+    assert "is put aside" in router.log.read_text()
+    with contextlib.closing(sqlite3.connect(state / FILE_NAME)) as database:
+        database.execute("DROP TABLE sums")
+    assert (await router.arm(alias, Arm.STABLE)).requests == 1
 
 
 async def test_the_newest_of_mirror_and_routes_file_counts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune_operator.api.routes import Arm
+from finetune_router.__main__ import prune
 from finetune_router.errors import ApiError
 from finetune_router.feedback import FILE_NAME, METRICS_PER_ALIAS, Feedback, FeedbackDesk, FeedbackStore
 from finetune_router.tickets import TicketOffice
@@ -117,6 +119,7 @@ async def test_request_id_does_as_well(desk: FeedbackDesk) -> None:
         ({"metric": "x" * 64}, "at most 63"),
         ({"value": "yes"}, "value"),
         ({"value": 1e12}, "between -1e9 and 1e9"),
+        ({"value": 10**400}, "between -1e9 and 1e9"),
         ({"value": None}, "value"),
         ({"other": 1}, "other"),
     ],
@@ -131,8 +134,9 @@ async def test_bad_feedback_is_told_what_is_wrong(
     assert said in caught.value.message
 
 
-async def test_infinity_is_no_value(desk: FeedbackDesk) -> None:
-    data = body(mint(), 1).replace(b'"value": 1', b'"value": Infinity')
+@pytest.mark.parametrize("value", [b"Infinity", b"-Infinity", b"NaN"])
+async def test_infinity_is_no_value(desk: FeedbackDesk, value: bytes) -> None:
+    data = body(mint(), 1).replace(b'"value": 1', b'"value": ' + value)
     with pytest.raises(ApiError, match="value"):
         await desk.take(data)
 
@@ -151,6 +155,33 @@ async def test_old_records_go_and_sums_stay(tmp_path: Path, desk: FeedbackDesk) 
     assert store.prune(1) == 0
     assert store.prune(-1) == 1
     assert scores(store) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
+
+
+async def test_pruning_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        calls = 0
+
+        def prune(self, days: int) -> int:
+            self.calls += 1
+            raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr("finetune_router.__main__._PRUNE_SECONDS", 0.0)
+    store = Store()
+    task = asyncio.create_task(prune(store, 90))  # type: ignore[arg-type]
+    async with asyncio.timeout(5):
+        while store.calls < 2:
+            assert not task.done()
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_a_file_that_is_no_database_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"x" * 8192)
+    (tmp_path / f"{FILE_NAME}-wal").write_bytes(b"y" * 8192)
+    desk = FeedbackDesk(FeedbackStore(tmp_path), OFFICE)
+    assert (await desk.take(body(mint(), True))).is_new
+    assert scores(FeedbackStore(tmp_path)) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
+    assert (tmp_path / f"{FILE_NAME}.broken").read_bytes() == b"x" * 8192
 
 
 def test_several_writers_lose_nothing(tmp_path: Path) -> None:
