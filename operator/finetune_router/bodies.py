@@ -68,6 +68,9 @@ def parse_body(data: bytes, wanted: frozenset[str]) -> Body:
     """The fields of a short body. Raises BrokenBodyError."""
     try:
         values = _read(data)
+        asked = values.get("response_format") if isinstance(values, dict) else None
+        # Written again it may be nested too deeply where it was not when it was read.
+        response_format = json.dumps(asked).encode() if asked else None
     except (ValueError, RecursionError) as error:
         raise BrokenBodyError(f"the body is not JSON in UTF-8: {error}") from None
     if not isinstance(values, dict):
@@ -78,13 +81,12 @@ def parse_body(data: bytes, wanted: frozenset[str]) -> Body:
         match = _MODEL.search(data) if data.count(_MODEL_KEY) == 1 and b"\\u" not in data else None
         # Without a match the word stands elsewhere too, or is written with escapes.
         spans = (match.span(1),) if match else tuple(scanner.scan_at_once(data, _ALWAYS).all_spans["model"])
-    response_format = values.get("response_format")
     return Body(
         data=data,
         model=model if isinstance(model, str) else None,
         stream=values.get("stream") is True,
         texts={name: value for name in wanted if isinstance(value := values.get(name), str) and value},
-        response_format=json.dumps(response_format).encode() if response_format else None,
+        response_format=response_format,
         spans=spans,
     )
 

@@ -152,6 +152,15 @@ def test_deep_nesting_breaks_nothing() -> None:
         bodies.parse_body(b'{"a":' + b"[" * 10_000, WANTED)
 
 
+@pytest.mark.parametrize("depth", [500, 900, 960, 980, 1000, 1020])
+def test_a_response_format_that_is_nested_too_deeply_is_refused(depth: int) -> None:
+    data = b'{"model":"x","response_format":' + b"[" * depth + b"]" * depth + b"}"
+    try:
+        assert bodies.parse_body(data, WANTED).model == "x"
+    except BrokenBodyError:
+        assert depth > 500
+
+
 async def test_other_tasks_have_their_turn_during_a_nasty_long_body() -> None:
     """Each bracket is a step: a body of nothing else is the slowest that there is."""
     data = b'{"model":"x","a":[' + b"[]," * 400_000 + b"1]}"
