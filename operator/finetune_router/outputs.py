@@ -17,13 +17,15 @@ from finetune_operator.api.routes import SignalEvent
 from finetune_router.documents import read_json
 
 TEXT_LIMIT = 1024 * 1024  # characters kept of one choice; a longer text is not checked against a schema
+_MOST_TOKENS = 10**9  # of one answer; what says more, or less than none, has not counted them
 _PIECES = 512  # joined then: many short strings take ten times their length in memory
 _DATA = b"data:"
 _DONE = b"[DONE]"
+# Possessive (`*+`): a text of blanks only, as loops make them, took 50 ms of trying each way to share them out.
 _REFUSAL = re.compile(
-    r"\W*(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately)?"
-    r"[,.;:!\s—-]*(?:but |that )?(?:as an ai\b[^.]{0,60}?[,\s])?"
-    r"\s*i(?:['’]m| am)?\s*(?:can(?:no|['’]?)t|can not|unable to|not able to|won['’]?t|will not"
+    r"\W*+(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately)?"
+    r"[,.;:!\s—-]*+(?:but |that )?(?:as an ai\b[^.]{0,60}?[,\s])?"
+    r"\s*+i(?:['’]m| am)?\s*(?:can(?:no|['’]?)t|can not|unable to|not able to|won['’]?t|will not"
     r"|must decline|must refuse|do not feel comfortable|don['’]?t feel comfortable)\b",
     re.IGNORECASE,
 )
@@ -76,8 +78,9 @@ class Output:
         if document.get("error"):
             self.error = True
         usage = document.get("usage")
-        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
-            self.completion_tokens = usage["completion_tokens"]
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if isinstance(tokens, int) and 0 <= tokens <= _MOST_TOKENS:
+            self.completion_tokens = tokens
         choices = document.get("choices")
         if not isinstance(choices, list):
             return

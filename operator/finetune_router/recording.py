@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, ArmMetrics, ArmS
 from finetune_router.forwarding import Attempt
 from finetune_router.outputs import EventReader, Output
 from finetune_router.tables import Route, SchemaCache
+
+logger = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 4 * 1024 * 1024  # bytes kept of one answer that is no stream
 PENDING_LIMIT = (
@@ -196,10 +199,14 @@ class Recorder:
             self._wake.set()
 
     def _take(self, seen: Observation) -> None:
+        """Whatever an engine or a client made of it, the next ones must be counted."""
         seen.queued = False
-        self._read(seen)
-        if seen.code:
-            self._count(seen)
+        try:
+            self._read(seen)
+            if seen.code:
+                self._count(seen)
+        except Exception as error:  # its message might quote the text
+            logger.error("an answer is not counted: %s", type(error).__name__)
 
     def _drop(self, seen: Observation) -> None:
         self._pending_bytes -= seen.bytes_kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import time
 from typing import Any
 
 import pytest
@@ -77,6 +78,20 @@ def test_each_signal(body: bytes, event: str) -> None:
 )
 def test_ordinary_answers_are_no_refusals_and_no_loops(text: str) -> None:
     assert not fired(answer(text)) & {"refusal", "repetition", "empty_output"}
+
+
+@pytest.mark.parametrize("text", [" " * 5000, "\n" * 200, ",\t" * 100, "I'm sorry" + " " * 191])
+def test_a_text_of_blanks_is_judged_at_once(text: str) -> None:
+    began = time.process_time()
+    for _ in range(10):
+        assert not outputs.is_refusal(text)
+    assert time.process_time() - began < 0.05  # with each way to share them out, 20 ms a text
+
+
+@pytest.mark.parametrize("tokens", [-5, 10**400, 1.5, "7", None])
+def test_a_number_of_tokens_that_is_none_is_not_taken(tokens: object) -> None:
+    body = json.dumps({"choices": [], "usage": {"completion_tokens": tokens}}).encode()
+    assert outputs.read_answer(body).completion_tokens is None
 
 
 def test_a_tool_call_is_neither_empty_nor_invalid() -> None:

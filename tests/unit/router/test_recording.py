@@ -10,7 +10,7 @@ import pytest
 
 from finetune_operator.api import routes as wire
 from finetune_operator.api.routes import Arm, Signal, SignalEvent
-from finetune_router import bodies
+from finetune_router import bodies, outputs
 from finetune_router.counters import ArmState, Book
 from finetune_router.forwarding import Attempt
 from finetune_router.recording import End, Observation, Recorder
@@ -158,6 +158,21 @@ async def test_pinned_requests_are_not_watched(desk: Desk) -> None:
     desk.recorder.sweep()
     desk.finish(seen, End.ANSWERED)
     assert desk.counted == (0, {})
+
+
+async def test_an_answer_that_cannot_be_counted_takes_no_other_with_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stumble(*_: object) -> None:
+        raise OverflowError("the text of a user")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(outputs, "fired_events", stumble)
+        desk.finish(desk.begin(ago=0.1), End.ANSWERED)
+    assert "OverflowError" in caplog.text
+    assert "the text of a user" not in caplog.text
+    desk.finish(desk.begin(ago=0.1), End.ANSWERED)
+    assert desk.counted == (1, {})
 
 
 COUNT = {"type": "object", "required": ["count"]}
