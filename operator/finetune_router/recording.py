@@ -17,7 +17,7 @@ from enum import StrEnum
 import jsonschema_rs
 
 from finetune_operator.api.routes import Arm, SignalEvent
-from finetune_router import outputs
+from finetune_router import outputs, schemas
 from finetune_router.bodies import Body
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, ArmMetrics, ArmState, Book
 from finetune_router.forwarding import Attempt
@@ -323,4 +323,6 @@ class Recorder:
         except (ValueError, KeyError, TypeError, RecursionError):
             return route.validator
         # Of a schema that is too large, only that the answer is JSON is checked: the route's is not what was asked for.
-        return self._schemas.get(schema) if len(seen.response_format) <= REQUEST_SCHEMA_LIMIT else None
+        if len(seen.response_format) > REQUEST_SCHEMA_LIMIT or not schemas.is_bounded(schema):
+            return None
+        return self._schemas.get(schema)

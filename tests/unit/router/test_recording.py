@@ -193,11 +193,14 @@ def json_schema(schema: object, **more: object) -> dict[str, object]:
         ({"type": "json_object"}, '{"name": "a"}', False),
         ({"type": "json_schema"}, '{"name": "a"}', False),
         (json_schema({"type": "no such type"}), "[]", True),
+        (json_schema({"$defs": {"n": NAME}, "$ref": "#/$defs/n"}), '{"count": 1}', False),
+        (json_schema({**NAME, "items": {"$ref": "#"}}), "{}", True),
         (json_schema(NAME, description="x" * 40_000), "[]", True),
         (json_schema(NAME, description="x" * 40_000), "no json", False),
     ],
     ids=[
-        "none", "none, bad", "own", "own, bad", "json_object", "no schema", "unusable", "too large", "too large, bad",
+        "none", "none, bad", "own", "own, bad", "json_object", "no schema", "unusable", "references, bad", "recursive",
+        "too large", "too large, bad",
     ],
 )  # fmt: skip
 async def test_the_schema_of_the_request_goes_before_the_routes(
