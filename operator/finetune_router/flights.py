@@ -28,7 +28,7 @@ CLIENT_GONE = 499  # as nginx calls a client that went away
 # Of a request that one revision refuses, another one may think otherwise; but not for these reasons.
 NOT_THE_REVISIONS = frozenset((401, 403, 408, 413, 429))
 _CANDIDATE_SHARE = 0.5  # of the time that is left; the rest is for stable
-_SLACK_SECONDS = 5.0  # after the deadline, for a client that is still reading
+_SLACK_SECONDS = 5.0  # after the deadline, or after a cut, for a client that is still reading
 
 
 class Arrival(NamedTuple):
@@ -227,11 +227,11 @@ class Flight:
         except TimeoutError:  # the client reads too slowly to ever come to the end
             end, code = End.GONE, CLIENT_GONE
             seen.held_up = True
-            _cut(request)
+            cut(request, patience=0.0)
         except UpstreamError as error:
             slow_client = isinstance(error, UpstreamTimeoutError) and connection.paused
             end, code = (End.GONE, CLIENT_GONE) if slow_client else (End.ERROR, 502)
-            _cut(request)
+            cut(request, patience=_SLACK_SECONDS)
         recorder.finish(seen, end, code)
         return response
 
@@ -298,7 +298,12 @@ def no_answer(route: Route, failure: Failure | None) -> ApiError:
     return errors.engine_unreachable()
 
 
-def _cut(request: web.BaseRequest) -> None:
-    """Close the client's connection without the end of the body, so that it sees that something is missing."""
-    if request.transport is not None:
-        request.transport.close()
+def cut(request: web.BaseRequest, *, patience: float) -> None:
+    """Close the client's connection without the end of the body, so that it sees that something is missing.
+
+    It has so many seconds to read what came before: one that reads nothing must not keep the connection for ever.
+    """
+    transport = request.transport
+    if transport is not None:
+        transport.close()
+        asyncio.get_running_loop().call_later(patience, transport.abort)
