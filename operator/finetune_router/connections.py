@@ -221,6 +221,7 @@ class Connection(asyncio.Protocol):
             return
         if self._until_close and self.head_complete and error is None:
             self.complete = True
+            self.last_body_at = time.perf_counter()
             self._wake()
         else:
             self._fail(ResetError("the engine closed the connection"))
@@ -232,6 +233,8 @@ class Connection(asyncio.Protocol):
             raise ResetError("the engine sent more than one answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.head_complete:  # a trailer, which must not pass for a header (RFC 9110, section 6.5.1)
+            return
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > _HEAD_LIMIT:
             self._fail(ResetError("the answer's headers are too long"))

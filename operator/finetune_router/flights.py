@@ -217,9 +217,10 @@ class Flight:
             async with asyncio.timeout(self._deadline + _SLACK_SECONDS - time.perf_counter()):
                 await response.prepare(request)
                 await response.write(reply.first)
-                seen.overhead = (
-                    attempt.sent_at - self._arrival.at + time.perf_counter() - connection.first_body_at
-                )
+                if connection.started:
+                    seen.overhead = (
+                        attempt.sent_at - self._arrival.at + time.perf_counter() - connection.first_body_at
+                    )
                 while data := await connection.read():
                     recorder.keep(seen, data)
                     await response.write(data)

@@ -94,7 +94,7 @@ class Upstream:
                 )
         except TimeoutError:
             raise ConnectFailedError("no connection in time") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a host name that can be none
             raise ConnectFailedError(f"cannot connect: {error}") from None
         self.is_suspect = False
         self.down_until = 0.0

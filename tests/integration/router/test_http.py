@@ -74,6 +74,19 @@ async def test_a_piece_reaches_the_user_when_it_leaves_the_engine(
     assert all(0.1 < gap < 0.5 for gap in gaps)
 
 
+async def test_the_time_in_the_router_is_none_of_an_empty_stream(
+    ready: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    engine.behaviours["base-model"] = Behaviour(chunks=(b"",))
+    async with session.post(ready.url + CHAT, data=chat(alias, stream=True)) as response:
+        assert (response.status, await response.read()) == (200, b"")
+    lines = (await ready.metrics()).splitlines()
+    sums = [
+        line for line in lines if line.startswith("adapter_router_overhead_seconds_sum") and alias in line
+    ]
+    assert all(float(line.split()[-1]) < 10.0 for line in sums)
+
+
 async def test_a_compressed_answer_passes_as_it_is_and_is_still_read(
     ready: Router, alias: str, session: aiohttp.ClientSession
 ) -> None:

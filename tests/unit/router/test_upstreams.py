@@ -1,4 +1,4 @@
-"""Connections to engines: one timer for all exchanges of a connection."""
+"""Connections to engines: their timer, which all exchanges share, and what they make of odd answers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from unittest import mock
 
 import pytest
 
-from finetune_router.connections import Connection, UpstreamTimeoutError
+from finetune_router.connections import ConnectFailedError, Connection, UpstreamTimeoutError
 from finetune_router.upstreams import Upstream, parse_address
 
 HEAD = b"POST / HTTP/1.1\r\nhost: e\r\ncontent-length: 0\r\n\r\n"
@@ -76,3 +77,39 @@ async def test_a_longer_time_counts_after_a_shorter_one_and_is_kept() -> None:
         with pytest.raises(UpstreamTimeoutError):
             await exchange(connection, timeout=0.6)
         assert 0.55 < time.perf_counter() - began < 3
+
+
+async def answered(*pieces: bytes, then_closed: bool = False) -> Connection:
+    """A connection over which these bytes came as an answer."""
+    connection = Connection(asyncio.get_running_loop())
+    connection.connection_made(mock.create_autospec(asyncio.Transport))
+    connection.send(HEAD, b"", timeout=5.0)
+    for piece in pieces:
+        connection.data_received(piece)
+    if then_closed:
+        connection.connection_lost(None)
+    await connection.wait_body()
+    return connection
+
+
+async def test_a_trailer_is_no_header() -> None:
+    connection = await answered(
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-type: text/plain\r\n\r\n2\r\nok\r\n",
+        b"0\r\ncontent-encoding: gzip\r\nset-cookie: a=b\r\n\r\n",
+    )
+    assert await connection.wait_complete(1000) == b"ok"
+    assert connection.headers == [(b"transfer-encoding", b"chunked"), (b"content-type", b"text/plain")]
+    assert connection.finish()
+
+
+async def test_an_answer_without_a_body_has_an_end_all_the_same() -> None:
+    began = time.perf_counter()
+    connection = await answered(b"HTTP/1.1 200 OK\r\n\r\n", then_closed=True)
+    assert await connection.wait_complete(1000) == b""
+    assert connection.last_body_at >= began
+    assert not connection.started
+
+
+async def test_a_host_name_that_can_be_none_is_not_reached() -> None:
+    with pytest.raises(ConnectFailedError):
+        await Upstream(parse_address("http://a..b:8000")).connect(within=5)
