@@ -84,12 +84,17 @@ class Service:
             response = self._refusal(ApiError(500, "the router failed", "api_error", "internal_error"))
         if not response.prepared:
             response.headers["Server"] = SERVER
-            if self.draining:
-                response.force_close()
+            if REQUEST_ID_HEADER not in response.headers:
+                response.headers[REQUEST_ID_HEADER] = _own_id()
+        if self.draining:
+            response.force_close()
         return response
 
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
-        path, _, query = request.raw_path.partition("?")
+        target = request.raw_path
+        if target.startswith(("http://", "https://")):  # a whole URL is as good (RFC 9112, section 3.2.2)
+            target = request.rel_url.raw_path_qs
+        path, _, query = target.partition("?")
         method = request.method
         if path in self._paths:
             if method == "POST":
@@ -253,10 +258,15 @@ class Service:
         headers: dict[str, Any] = {}
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
-        headers[REQUEST_ID_HEADER] = error.request_id or secrets.token_urlsafe(12)
+        headers[REQUEST_ID_HEADER] = error.request_id or _own_id()
         if error.status >= 500:
             self._complain(error, headers[REQUEST_ID_HEADER])
         response = web.Response(body=error.body(), status=error.status, content_type=_JSON, headers=headers)
         if error.status in {408, 413, 417}:  # the rest of the body is not wanted
             response.force_close()
         return response
+
+
+def _own_id() -> str:
+    """An id for an answer that no engine had a part in."""
+    return secrets.token_urlsafe(12)

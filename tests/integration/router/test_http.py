@@ -249,6 +249,14 @@ async def test_broken_bodies_are_400_in_openais_shape(
         assert (error["type"], error["code"]) == ("invalid_request_error", code)
 
 
+async def test_a_whole_url_is_a_path_too(ready: Router, engine: Engine, alias: str) -> None:
+    """RFC 9112, section 3.2.2."""
+    body = chat(alias)
+    head = f"POST http://router{CHAT}?a=b HTTP/1.1\r\nHost: router\r\nContent-Length: {len(body)}\r\n\r\n"
+    assert b" 200 " in await raw(ready, head.encode() + body, until=b"\r\n")
+    assert engine.seen[-1].path == CHAT + "?a=b"
+
+
 async def test_unknown_models_paths_and_methods(
     ready: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:
@@ -270,6 +278,7 @@ async def test_unknown_models_paths_and_methods(
         assert (response.status, response.headers["allow"]) == (204, "POST, OPTIONS")
     async with session.head(ready.url + "/v1/models") as response:
         assert (response.status, await response.read()) == (200, b"")
+        assert response.headers["x-request-id"]
     async with session.get(ready.url + "/v1/models/nobody") as response:
         assert response.status == 404
 

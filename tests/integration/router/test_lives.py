@@ -86,6 +86,23 @@ async def test_running_streams_end_in_peace_when_the_router_is_stopped(
     assert await stopping == 0
 
 
+async def test_a_stream_too_ends_its_connection_while_the_router_is_stopped(
+    own_router: Callable[..., Router], engine: Engine, alias: str
+) -> None:
+    router = await start(own_router("--drain-delay", "10"))
+    await router.push(route(alias, target("base", engine.url)))
+    engine.behaviours["base-model"] = Behaviour(text="word " * 20, chunk_delay=0.05)
+    body = json.dumps(chat(alias, stream=True)).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert b" 200 " in await reader.readline()
+    assert router.process is not None
+    router.process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(8):
+        assert (await reader.read()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    writer.close()
+
+
 async def test_a_stream_without_end_is_cut_after_the_grace_time(
     own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:
