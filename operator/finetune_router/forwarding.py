@@ -206,7 +206,8 @@ class Forwarder:
             await connection.wait_body()
             reply = Reply(upstream, connection, connection.status, connection.headers)
             _read_framing(reply)
-            if outgoing.stream and not connection.complete:
+            # Engines also take 1 and "true" for `stream`: what they send counts.
+            if (outgoing.stream or reply.is_events) and not connection.complete:
                 left = outgoing.deadline - time.perf_counter()
                 connection.set_timeout(left, silence=self.limits.silence)
             if reply.is_events and reply.status < 400:

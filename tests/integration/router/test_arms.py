@@ -310,6 +310,17 @@ async def test_never_in_the_middle_of_a_stream(
     assert (candidate.requests, candidate.events["errors"]) == (1, 1)
 
 
+async def test_a_stream_has_its_time_however_the_client_asked_for_it(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    """Engines take 1 for true; the stream takes more than a candidate's half of the four seconds."""
+    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(text="one two three four five six", chunk_delay=0.35)
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
+    async with session.post(router.url + CHAT, json=ask(alias, "u", stream=1)) as response:
+        assert response.headers["x-adapter-arm"] == "Candidate"
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
+
+
 async def test_one_engine_of_several_may_die_lack_the_model_or_be_busy(
     router: Router, session: aiohttp.ClientSession, alias: str
 ) -> None:
