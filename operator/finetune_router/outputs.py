@@ -112,6 +112,8 @@ class EventReader:
     def __init__(self) -> None:
         self._rest = b""
         self.events = 0
+        self.is_silent = True
+        """Whether there was nothing but the end."""
 
     def feed(self, data: bytes, output: Output) -> None:
         lines = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
@@ -122,6 +124,7 @@ class EventReader:
             value = line[len(_DATA) :].strip()
             if value == _DONE:
                 continue
+            self.is_silent = False
             try:
                 document = read_json(value)
             except (ValueError, RecursionError):

@@ -239,6 +239,8 @@ class Recorder:
     def _count(self, seen: Observation) -> None:
         if seen.end is End.ANSWERED and seen.output is not None and seen.output.error:
             seen.end = End.ERROR
+        if seen.output is not None and seen.reader is not None and seen.reader.is_silent:
+            seen.output.generative = True  # a stream that says nothing is an empty answer
         tokens = self._tokens(seen)
         fired = frozenset[SignalEvent]()
         if seen.end is End.ANSWERED and seen.output is not None:

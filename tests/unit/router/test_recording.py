@@ -160,6 +160,27 @@ async def test_pinned_requests_are_not_watched(desk: Desk) -> None:
     assert desk.counted == (0, {})
 
 
+@pytest.mark.parametrize(
+    ("body", "events"),
+    [
+        (b"", {"invalid": 1}),
+        (b": ping\n\n", {"invalid": 1}),
+        (b"data: [DONE]\n\n", {"invalid": 1}),
+        (b'data: {"type": "response.created"}\n\n', {}),
+        (b"data: no json\n\n", {}),
+    ],
+)
+async def test_a_stream_that_says_nothing_is_an_empty_answer(
+    desk: Desk, body: bytes, events: dict[str, int]
+) -> None:
+    seen = desk.begin(ago=0.1)
+    seen.is_stream = True
+    desk.recorder.keep(seen, body)
+    desk.recorder.finish(seen, End.ANSWERED, 200)
+    desk.recorder.flush()
+    assert desk.counted == (1, events)
+
+
 async def test_an_answer_that_cannot_be_counted_takes_no_other_with_it(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
