@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ class Proxy:
 
     tools: Tools
     max_mirrors: int
+    max_mirror_bytes: int
+    """Of bodies that are mirrored; their requests may be long over, and hold no room any more."""
+    mirrored_bytes: int = 0
     mirrors: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def serve(self, arrival: Arrival, choice: Choice) -> web.StreamResponse:
@@ -58,14 +62,15 @@ class Proxy:
                 verdict.set_result(is_taken)
 
     def _start_mirror(self, arrival: Arrival, leg: Leg, flight: Flight) -> asyncio.Future[bool] | None:
-        """Send a copy to the candidate, unless too many copies are under way; nobody waits for it.
+        """Send a copy to the candidate, unless too many or too large copies are under way; nobody waits for it.
 
         Returns where it wants to hear whether stable took the request.
         """
         metrics = leg.shadow_metrics
         if metrics is None:
             return None
-        if len(self.mirrors) >= self.max_mirrors:
+        size = len(arrival.body.data)
+        if len(self.mirrors) >= self.max_mirrors or self.mirrored_bytes + size > self.max_mirror_bytes:
             metrics.mirrors["dropped"] = metrics.mirrors.get("dropped", 0) + 1
             self.tools.book.changed_metrics.add(metrics)
             return None
@@ -73,8 +78,13 @@ class Proxy:
         verdict: asyncio.Future[bool] = loop.create_future()
         task = loop.create_task(self._mirror(arrival, leg, flight.headers, verdict))
         self.mirrors.add(task)
-        task.add_done_callback(self.mirrors.discard)
+        self.mirrored_bytes += size
+        task.add_done_callback(functools.partial(self._end_mirror, size))
         return verdict
+
+    def _end_mirror(self, size: int, task: asyncio.Task[None]) -> None:
+        self.mirrors.discard(task)
+        self.mirrored_bytes -= size
 
     async def _mirror(
         self, arrival: Arrival, leg: Leg, headers: bytes, verdict: asyncio.Future[bool]

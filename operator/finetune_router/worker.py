@@ -42,6 +42,7 @@ _TEND_SECONDS = 2.0
 # those under way are no garbage: at the usual 700, a burst of ten had it run in their midst.
 _YOUNG_OBJECTS = 20_000
 _KEEP_ALIVE = 75.0  # seconds that an idle client connection is kept, as in nginx
+_MIRROR_SHARE = 0.25  # of the room for bodies, which mirrors may hold beside it
 _HEAD_LIMIT = 16 * 1024  # bytes of one header line
 
 
@@ -215,7 +216,11 @@ def build_worker(channel: Channel, config: RouterConfig) -> Worker:
         tickets=office,
         policy=HeaderPolicy(config.forward_headers),
     )
-    proxy = Proxy(tools, max_mirrors=config.max_mirrors)
+    proxy = Proxy(
+        tools,
+        max_mirrors=config.max_mirrors,
+        max_mirror_bytes=int(config.max_buffered_bytes * _MIRROR_SHARE),
+    )
     service = Service(
         config=config,
         proxy=proxy,

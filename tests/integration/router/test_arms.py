@@ -455,6 +455,34 @@ async def test_nothing_fails_while_the_routes_move(
         assert set(statuses) == {200}
 
 
+async def test_large_bodies_are_not_kept_for_a_mirror_that_hangs(
+    own_router: Callable[..., Router], session: aiohttp.ClientSession, alias: str
+) -> None:
+    """Their own requests are over, so that --max-buffered-bytes knows nothing of them."""
+    router = own_router("--max-buffered-bytes", "4000000")
+    await asyncio.to_thread(router.start)
+    async with engines.running() as stable, engines.running() as shadow:
+        name = f"bot--{CANDIDATE}"
+        shadow.behaviours[name] = Behaviour(delay=1.0)
+        await router.push(
+            route(alias, target("base", stable.url), target(CANDIDATE, shadow.url), weight=0, mirror=100)
+        )
+
+        async def send(size: int) -> None:
+            async with session.post(router.url + CHAT, json=ask(alias, "u", pad="x" * size)) as response:
+                assert response.status == 200
+
+        for size in (600_000, 600_000, 10, 600_000):
+            await send(size)
+        await asyncio.sleep(1.5)
+        await send(600_000)
+        await asyncio.sleep(1.5)
+        metrics = await router.metrics()
+        for outcome, count in (("answered", 3), ("dropped", 2)):
+            line = f'adapter_router_mirror_total{{alias="{alias}",outcome="{outcome}"}} {count:.1f}'
+            assert line in metrics
+
+
 async def test_mirrored_requests_are_counted_and_slow_nobody(
     router: Router, session: aiohttp.ClientSession, alias: str
 ) -> None:
