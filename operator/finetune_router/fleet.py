@@ -147,7 +147,13 @@ class Fleet:
         """Keep one worker alive until the router stops."""
         pause = RESTART_SECONDS
         while not self._stopping:
-            life = await self._launch(slot)
+            try:
+                life = await self._launch(slot)
+            except OSError as error:  # no memory, or no processes left, just now
+                pause = min(pause * 2, _LONGEST_RESTART)
+                logger.error("worker %d cannot be started, next try in %.1f s: %s", slot, pause, error)
+                await asyncio.sleep(pause)
+                continue
             try:
                 await self._listen_to(life)
             finally:

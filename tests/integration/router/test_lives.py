@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -26,9 +27,13 @@ from finetune_operator.api.routes import (
     SignalEvent,
     Snapshot,
 )
+from finetune_router.config import RouterConfig
+from finetune_router.exposition import MetricsBoard
 from finetune_router.feedback import FILE_NAME
+from finetune_router.fleet import Fleet
+from finetune_router.ledger import Ledger
 from tests.integration.router.engines import Behaviour, Engine
-from tests.integration.router.routers import Router, route, target
+from tests.integration.router.routers import START_SECONDS, Router, route, target
 
 CANDIDATE = "ab12cd34"
 CHAT = "/v1/chat/completions"
@@ -183,6 +188,32 @@ async def test_a_worker_that_hangs_is_replaced(
     os.kill(pid, signal.SIGSTOP)
     assert await status(session, router, alias) == 200  # by the successor, after about ten seconds
     assert await worker_pids(router) != [pid]
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its socket takes connections all the while, and nobody else answers them."""
+    execute, tries = asyncio.create_subprocess_exec, 0
+
+    async def start_process(*arguments: Any, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return await execute(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_process)
+    config = RouterConfig(state_dir=str(tmp_path), port=0, grace=0.5)
+    workers = Fleet(config, Ledger(tmp_path), MetricsBoard())
+    workers.listen()
+    workers.start()
+    async with asyncio.timeout(START_SECONDS):
+        while not workers.all_serving():
+            await asyncio.sleep(0.05)
+    assert tries == 2
+    assert "cannot be started" in caplog.text
+    await workers.drain()
 
 
 async def test_workers_do_not_outlive_a_parent_that_is_killed(own_router: Callable[..., Router]) -> None:
