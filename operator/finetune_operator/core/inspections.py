@@ -92,7 +92,7 @@ def none_found(seen: Observed, found: str, *, now: datetime) -> Plan:
     attempt = seen.job.status.attempts[-1]
     if attempt.error_class is ErrorClass.INTERNAL and attempt.exit_code == 0:
         message = f"the trainer ended well but left no committed artifact: {found}"
-        told = statuses.with_last(seen.job.status.attempts, message=message)
+        told = statuses.with_last(seen.job.status.attempts, message=message[:4000])
         seen = seen.with_status(seen.job.status.model_copy(update={"attempts": told}))
     return _decided(seen, now=now)
 

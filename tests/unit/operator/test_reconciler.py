@@ -209,6 +209,25 @@ async def test_a_configmap_of_somebody_else_is_not_taken_over() -> None:
     assert "ownerReferences" not in kept["metadata"]
 
 
+async def test_a_message_of_any_length_ends_a_job() -> None:
+    stage = Stage()
+    await stage.passes(3)
+    stage.kuberay("ValidationFailed", message="no " * 20_000)
+    await stage.passes(4)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Failed", "BadConfig")
+    assert all(len(one["message"]) <= 4000 for one in stage.status["conditions"])
+
+
+@pytest.mark.parametrize("error", [ForbiddenError, InvalidError, UnavailableError])
+async def test_a_webhook_that_refuses_at_length_is_told(error: Callable[[str], Exception]) -> None:
+    stage = Stage()
+    await stage.passes()
+    stage.api.before = failing("POST", "rayjobs", lambda path: error("denied " * 20_000))
+    await stage.passes(4)
+    assert stage.status["message"].startswith("denied"), stage.status
+    assert len(stage.status["message"]) <= 4096
+
+
 async def test_an_upstream_of_which_old_news_are_kept_is_looked_up_before_the_job_fails() -> None:
     stage = Stage(model={"fineTuneJobRef": {"name": "base"}})
     upstream = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "base"}}
