@@ -52,11 +52,13 @@ def spec_problem(error: ValidationError) -> str:
     return "; ".join(lines + more)
 
 
-def rayjob_facts(body: Json, *, owner: str, owner_uid: str) -> RayJobFacts:
-    """The facts of a RayJob as the FineTuneJob `owner` sees it."""
+def rayjob_facts(body: Json, *, owner: str, owner_uid: str, recorded_uid: str | None = None) -> RayJobFacts:
+    """The facts of a RayJob as the FineTuneJob `owner` sees it. One with the `recorded_uid` is the attempt's own, also
+    where somebody took its owner reference away: it must not go on training unheeded."""
     metadata, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
     owners = metadata.get("ownerReferences", [])
-    ours = any(reference["uid"] == owner_uid for reference in owners)
+    owned = any(reference["uid"] == owner_uid for reference in owners)
+    ours = owned or metadata["uid"] == recorded_uid
     namesake = any(reference.get("kind") == KIND and reference.get("name") == owner for reference in owners)
     return RayJobFacts(
         name=metadata["name"],

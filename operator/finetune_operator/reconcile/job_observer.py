@@ -183,7 +183,11 @@ class JobObserver:
 
     async def _rayjob(self, job: JobFacts, name: str, *, fresh: bool) -> RayJobFacts | None:
         body = await self.kube.get("ray.io/v1", "RayJob", job.namespace, name, fresh=fresh)
-        return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid) if body else None
+        if body is None:
+            return None
+        attempt = job.status.attempts[-1]
+        recorded = attempt.uid if name == attempt.ray_job else None
+        return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid, recorded_uid=recorded)
 
 
 def _is_of(rayjob: RayJobFacts | None, pod: Mapping[str, Json]) -> bool:

@@ -209,6 +209,19 @@ async def test_a_configmap_of_somebody_else_is_not_taken_over() -> None:
     assert "ownerReferences" not in kept["metadata"]
 
 
+async def test_a_rayjob_whose_owner_somebody_took_away_is_still_the_attempts_own() -> None:
+    stage = await running()
+    del stage.api.objects["rayjobs", "triage-a1"]["metadata"]["ownerReferences"]
+    stage.kuberay("Running", "RUNNING")
+    stage.report(training(step=6))
+    await stage.passes()
+    assert (stage.status["phase"], stage.status["progress"]["step"]) == ("Running", 6)
+    stage.api.put(stage.job | {"spec": stage.job["spec"] | {"suspend": True}})
+    await stage.passes(4)
+    assert stage.status["phase"] == "Suspended"
+    assert stage.api.named("rayjobs") == [], "it does not train on unheeded"
+
+
 async def test_a_message_of_any_length_ends_a_job() -> None:
     stage = Stage()
     await stage.passes(3)
