@@ -146,6 +146,7 @@ def _decide_unfinished(seen: Observed, *, defaults: Defaults, now: datetime) -> 
 
 def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     """The last attempt may run."""
+    seen = _without_a_copy(seen, attempt)
     result, rayjob = seen.report.result if seen.report else None, seen.rayjob
     if result is not None and rayjob is not None and _was_held_back(rayjob, result):
         seen = attempts.with_news(seen, now=now)
@@ -170,6 +171,14 @@ def _decide_live(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         taken = f"RayJob {rayjob.name} exists and belongs to someone else: delete it or choose another name"
         return attempts.end(seen, Ending(ErrorClass.BAD_CONFIG, taken, final=True), now=now)
     return running.decide(seen, attempt, rayjob, now=now)
+
+
+def _without_a_copy(seen: Observed, attempt: Attempt) -> Observed:
+    """The facts as if the attempt's RayJob was not there, where another one has its name and owner (kubectl replace
+    --force): the pods of the one that was created may still write, and are waited for as after any other deletion."""
+    rayjob = seen.rayjob
+    is_copy = rayjob is not None and rayjob.ours and attempt.uid is not None and rayjob.uid != attempt.uid
+    return replace(seen, rayjob=None) if is_copy else seen
 
 
 def _ending_of(seen: Observed, attempt: Attempt, result: Result) -> Ending:

@@ -222,6 +222,25 @@ async def test_a_rayjob_whose_owner_somebody_took_away_is_still_the_attempts_own
     assert stage.api.named("rayjobs") == [], "it does not train on unheeded"
 
 
+async def test_a_copy_in_the_place_of_a_rayjob_counts_as_its_deletion() -> None:
+    """kubectl replace --force: the pods of the one that ran may still write while the copy starts its own."""
+    stage = await running()
+    copy = stage.api.objects["rayjobs", "triage-a1"]
+    stage.api.put({**copy, "metadata": copy["metadata"] | {"uid": "copy"}, "status": {}})
+    stage.pod("triage-a1-head")
+    await stage.passes(4)
+    attempt = stage.status["attempts"][-1]
+    assert (attempt["class"], attempt["message"]) == (
+        "Lost",
+        "RayJob triage-a1 was deleted before it finished",
+    )
+    assert stage.api.named("rayjobs") == []
+    assert "waits until pod triage-a1-head is gone" in stage.status["message"]
+    stage.api.remove("pods", "triage-a1-head")
+    await stage.passes(4, after=10)
+    assert stage.api.named("rayjobs") == ["triage-a2"]
+
+
 async def test_a_message_of_any_length_ends_a_job() -> None:
     stage = Stage()
     await stage.passes(3)
