@@ -198,12 +198,15 @@ class FineTuneJobReconciler:
 
     async def _write(self, key: Key, body: Json, seen: Observed, plan: Plan) -> bool:
         """The only place that writes a FineTuneJob's status; events follow, so that they tell what is stored. Whether
-        there was anything to write."""
+        anything was stored."""
         patch = patches.merge_diff(body.get("status", {}), facts.to_json(plan.status))
+        stored = False
         if patch:
             version = body["metadata"]["resourceVersion"]
             try:
-                await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+                answer = await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+                # Else the CRD is of an older operator and has no such fields: writing them at once again cannot help.
+                stored = answer["metadata"]["resourceVersion"] != version
             except InvalidError as error:
                 if seen.report is None:
                     raise
@@ -223,7 +226,7 @@ class FineTuneJobReconciler:
         for event in plan.events:
             logger.info("%s/%s: %s: %s", *key, event.reason, event.message)
             self.recorder.record(body, event, now=self.clock())
-        return bool(patch)
+        return stored
 
 
 def _owner(job: JobFacts) -> rayjobs.Owner:

@@ -46,6 +46,8 @@ class MemoryApi(WatchedKube):
         self.before: Fault = lambda method, path: None
         self.after: Fault = lambda method, path: None
         self.time = START
+        self.pruned: frozenset[str] = frozenset()
+        """Fields of a status that the CRD does not have."""
         self._versions = itertools.count(1)
 
     def put(self, body: Mapping[str, Any], *, told: bool = True) -> Json:
@@ -128,7 +130,11 @@ class MemoryApi(WatchedKube):
         if expected != stored["metadata"]["resourceVersion"]:
             raise kube.ConflictError("the object has been modified")
         if is_status:
-            merge(stored.setdefault("status", {}), body["status"])
+            before = copy.deepcopy(stored)
+            status = {name: value for name, value in body["status"].items() if name not in self.pruned}
+            merge(stored.setdefault("status", {}), status)
+            if stored == before:
+                return stored
         return self.put(stored, told=False)
 
 

@@ -241,6 +241,15 @@ async def test_a_copy_in_the_place_of_a_rayjob_counts_as_its_deletion() -> None:
     assert stage.api.named("rayjobs") == ["triage-a2"]
 
 
+async def test_a_status_field_that_the_crd_lacks_makes_no_pass_follow_at_once() -> None:
+    """An older CRD (crds.install=false): the API server leaves the field out and says 200."""
+    stage = Stage(suspend=True)
+    stage.api.pruned = frozenset({"observedGeneration"})
+    await stage.passes(2)
+    assert stage.status["phase"] == "Suspended"
+    assert await stage.reconcile(KEY) is None
+
+
 async def test_a_message_of_any_length_ends_a_job() -> None:
     stage = Stage()
     await stage.passes(3)
