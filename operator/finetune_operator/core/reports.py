@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from finetune_operator.api.finetunejob import (
@@ -20,6 +20,13 @@ from finetune_operator.api.finetunejob import (
 )
 from finetune_operator.core import durations
 
+
+def _with_zone(time: datetime) -> datetime:
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+# One without a zone is compared with others that have one.
+Time = Annotated[datetime, AfterValidator(_with_zone)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -40,7 +47,7 @@ class TrainerStatus(ReportModel):
     progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
     estimated_remaining_seconds: Count | None = None
     metrics: Annotated[list[Metric], Field(max_length=64)] = []
-    last_updated_time: datetime | None = None
+    last_updated_time: Time | None = None
 
 
 class Result(ReportModel):

@@ -10,6 +10,8 @@ from finetune_operator.core.reports import Report
 from finetune_operator.reconcile import clocks
 from finetune_operator.reconcile.queue import Key
 
+OVERTAKEN_SECONDS = 60.0  # more than the endpoint lets a request take
+
 
 @dataclass
 class _Slot:
@@ -89,6 +91,10 @@ class Mailbox:
 
 
 def _is_older(report: Report, known: Report) -> bool:
-    """Whether progress was overtaken on its way, by the trainer's own clock."""
+    """Whether progress was overtaken on its way, by the trainer's own clock. Where that says more than a request can
+    take, it was set back, or the process began again on a node whose clock is behind: silence would be held against a
+    trainer that is at work."""
     sent, latest = report.trainer_status.last_updated_time, known.trainer_status.last_updated_time
-    return report.result is None and sent is not None and latest is not None and sent < latest
+    if report.result is not None or sent is None or latest is None:
+        return False
+    return 0 < (latest - sent).total_seconds() <= OVERTAKEN_SECONDS

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import durations, reports
+from finetune_operator.core.reports import Report
 from finetune_operator.reconcile.mailbox import Mailbox
 from tests.unit.operator.stories import ARTIFACT, START, result, training
 
@@ -81,6 +82,31 @@ async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> No
     assert report is not None
     assert report.finetune.step == 3
     assert mailbox.latest(key, uid="u", attempt=3) == (None, None)
+
+
+def at_step(step: int, sent: str) -> Report:
+    return Report.model_validate({"trainerStatus": {"lastUpdatedTime": sent}, "finetune": {"step": step}})
+
+
+@pytest.mark.parametrize(
+    ("sent", "step"),
+    [
+        ("2026-01-01T11:59:58Z", 5),  # overtaken on its way
+        ("2026-01-01T11:59:58", 5),  # as a trainer of somebody else writes it
+        ("2026-01-01T11:00:01Z", 6),  # the clock was set back by an hour
+        ("0001-01-01T00:00:00+23:59", 6),
+        ("2026-01-01T12:00:02", 6),
+    ],
+)
+async def test_a_report_is_older_than_another_by_the_trainers_clock_unless_that_was_set_back(
+    sent: str, step: int
+) -> None:
+    mailbox, key = Mailbox(), ("team", "triage")
+    assert mailbox.put(key, uid="u", attempt=1, report=at_step(5, "2026-01-01T12:00:00Z"))
+    assert mailbox.put(key, uid="u", attempt=1, report=at_step(6, sent))
+    report, _ = mailbox.latest(key, uid="u", attempt=1)
+    assert report is not None
+    assert report.finetune.step == step
 
 
 async def test_a_trainer_of_a_deleted_job_says_nothing_about_its_namesake() -> None:
