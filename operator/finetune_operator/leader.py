@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from finetune_operator import handlers, parts
-from finetune_operator.adapters.kube import UnavailableError
+from finetune_operator.adapters.kube import ApiError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import AuthorityFile
 from finetune_operator.adapters.watched import WatchedKube
@@ -40,7 +40,7 @@ async def lead(
     queue = KeyedQueue(
         reconciler,
         on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set,
-        ordinary=UnavailableError,
+        ordinary=ApiError,  # its message says it all: a right that is missing, a job that is gone by now
     )
     reconciler.followers.wake = queue.add
     reports = StatusServer(

@@ -85,6 +85,19 @@ def test_a_third_of_all_requests_goes_wrong(
     assert fault.hits > 10
 
 
+@pytest.mark.parametrize("status", [403, 404, 413])
+def test_a_status_that_is_refused_is_one_line_of_the_log(
+    status: int, operator: Operator, proxy: ApiProxy, stage: Stage
+) -> None:
+    """A right that is missing, an object that went meanwhile: where it was asked for says nothing to people."""
+    proxy.add(fault := Fault(Kind.REFUSE, r"^PATCH .*finetunejobs", status=status, times=4))
+    stage.apply("well-refused", "lost-refused")
+    check(stage, ["well-refused", "lost-refused"], seconds=60)
+    assert fault.hits == 4
+    assert "has to wait" in operator.log()
+    assert "Traceback" not in operator.log()
+
+
 @pytest.mark.parametrize("gone", [False, True], ids=["cut", "410-gone"])
 def test_watches_end_again_and_again(gone: bool, operator: Operator, proxy: ApiProxy, stage: Stage) -> None:
     cut = 0

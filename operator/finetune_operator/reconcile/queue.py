@@ -23,7 +23,7 @@ it has read and written is fresh: such passes follow each other without a turn i
 
 FIRST_BACKOFF = 0.5
 LAST_BACKOFF = 60.0
-LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away or busy says nothing about the key
+LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away, busy or refuses says nothing about the key
 CONCURRENCY = 24  # passes at once: with these, new jobs wait for the API server alone (docs/benchmarks.md)
 STEPS = 8  # passes over one key after which others have their turn
 
