@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 DEFAULT_KUBECONFIG = Path("~/.kube/config")
 
 
@@ -40,6 +42,10 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
         raise NoClusterError(
             f"{str(error).rstrip('.')}. Set KUBECONFIG or --kubeconfig, "
             "or start a cluster on this machine: finetune local up"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise NoClusterError(
+            f"{file or 'the kubeconfig'} is no kubeconfig; set KUBECONFIG or --kubeconfig"
         ) from error
     chosen = next((one for one in known if one["name"] == context), active)
     return _connection(settings, chosen["context"].get("namespace") or "default")

@@ -1,0 +1,42 @@
+"""What the commands say where there is no cluster, or no such object, whatever they were given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune_cli.__main__ import app
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+current-context: x
+contexts: [{name: x, context: {cluster: c, user: u}}]
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
+users: [{name: u, user: {}}]
+"""
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["jobs", *arguments])
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+@pytest.mark.parametrize(
+    "content", [b"- a", b"a: b: c", b"hello", b"\xd0\x00", b"contexts: 1\ncurrent-context: x"]
+)
+def test_a_file_that_is_no_kubeconfig_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config").write_bytes(content)
+    told = run("list", "--kubeconfig", str(tmp_path / "config"))
+    assert f"error: {tmp_path}/config is no kubeconfig" in told.replace("\n", "")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "ftj/triage"])
+@pytest.mark.parametrize("command", ["describe", "watch"])
+def test_what_cannot_be_a_name_is_asked_of_no_cluster(command: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(KUBECONFIG)
+    told = run(command, name, "--kubeconfig", str(tmp_path / "config"))
+    assert f"error: {name!r} is no name of a FineTuneJob; see: finetune jobs list -A" in told
