@@ -8,6 +8,7 @@ import signal
 from collections.abc import Sequence
 
 from finetune_operator.api.finetunejob import ErrorClass
+from finetune_operator.core import texts
 from finetune_operator.core.facts import PodFacts, RayJobFacts
 
 CLASS_OF_EXIT_CODE = {
@@ -86,7 +87,11 @@ def class_by_pods(pods: Sequence[PodFacts]) -> tuple[ErrorClass, str] | None:
 
 
 def message_of(rayjob: RayJobFacts) -> str:
-    """What KubeRay tells of a RayJob that failed, in one line."""
+    """What KubeRay tells of a RayJob that failed, in one line. Ray colours its log."""
+    return texts.one_line(_message_of(rayjob))
+
+
+def _message_of(rayjob: RayJobFacts) -> str:
     exit_code = exit_code_of(rayjob.message)
     if exit_code is None:
         first = rayjob.message.splitlines()[0] if rayjob.message else "no message"

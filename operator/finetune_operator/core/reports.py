@@ -18,7 +18,7 @@ from finetune_operator.api.finetunejob import (
     Phase,
     Progress,
 )
-from finetune_operator.core import durations
+from finetune_operator.core import durations, texts
 
 
 def _with_zone(time: datetime) -> datetime:
@@ -55,7 +55,7 @@ class Result(ReportModel):
 
     error_class: Annotated[ErrorClass, Field(alias="class")]
     exit_code: Annotated[int, Field(ge=0, le=255)]
-    message: Annotated[str, Field(max_length=4000)] = ""
+    message: Annotated[str, Field(max_length=4000), AfterValidator(texts.one_line)] = ""
     step: Count | None = None
     artifact: Artifact | None = None
 

@@ -22,6 +22,7 @@ from finetune_operator.core import (
     queues,
     reports,
     statuses,
+    texts,
     waits,
     words,
 )
@@ -108,13 +109,12 @@ def _over(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetim
 
 def _invalid(seen: Observed, attempt: Attempt, rayjob: RayJobFacts) -> Ending:
     """KubeRay checks a RayJob each time that it looks: one that ran and is invalid now was changed by somebody."""
+    told = texts.one_line(rayjob.message)
     running = statuses.holds_since(seen.job.status, ConditionType.RESOURCES_READY) is not None
     if running or rayjob.job_status or attempt.last_step is not None:
-        text = f"RayJob {rayjob.name} was changed while it ran, and KubeRay refuses it now: {rayjob.message}"
+        text = f"RayJob {rayjob.name} was changed while it ran, and KubeRay refuses it now: {told}"
         return Ending(ErrorClass.LOST, text)
-    return Ending(
-        ErrorClass.BAD_CONFIG, f"KubeRay refuses RayJob {rayjob.name}: {rayjob.message}", final=True
-    )
+    return Ending(ErrorClass.BAD_CONFIG, f"KubeRay refuses RayJob {rayjob.name}: {told}", final=True)
 
 
 def _hung_sidecar(seen: Observed, pod: PodFacts, *, now: datetime) -> Plan:

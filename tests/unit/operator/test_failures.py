@@ -45,3 +45,8 @@ def test_what_the_trainer_wanted_to_report_is_in_its_log() -> None:
 )
 def test_a_result_that_does_not_fit_the_exit_code_is_not_believed(line: str) -> None:
     assert told("75", f"{line}\nthe end")[2] == "the trainer ended with exit code 75: the end"
+
+
+def test_the_colours_of_rays_log_are_not_told() -> None:
+    said = told("74", "\x1b[36m(train pid=7)\x1b[0m out of\tdisk\n")[2]
+    assert said == "the trainer ended with exit code 74: (train pid=7) out of disk"

@@ -84,6 +84,24 @@ async def test_an_attempt_that_is_over_does_not_displace_the_present_one() -> No
     assert mailbox.latest(key, uid="u", attempt=3) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("CUDA out of memory.\n  Tried to allocate 2 GiB", "CUDA out of memory. Tried to allocate 2 GiB"),
+        (
+            "\x1b[36m(pid=7)\x1b[0m lost\r\n2026-01-01 INFO cancelled",
+            "(pid=7) lost 2026-01-01 INFO cancelled",
+        ),
+        ("\x1b]0;title\x07 nul\x00 \u202e turned", "]0;title nul turned"),
+        ("größer als 4 GiB 😀", "größer als 4 GiB 😀"),
+    ],
+)
+def test_a_result_is_told_in_one_line_that_no_terminal_obeys(said: str, told: str) -> None:
+    found = result("Internal", 1, said).result
+    assert found is not None
+    assert found.message == told
+
+
 def at_step(step: int, sent: str) -> Report:
     return Report.model_validate({"trainerStatus": {"lastUpdatedTime": sent}, "finetune": {"step": step}})
 
