@@ -26,6 +26,8 @@ class JobFacts:
     problem: str | None
     status: FineTuneJobStatus
     deleting: bool = False
+    orphans: bool = False
+    """Whether its deletion is to leave what it owns (kubectl delete --cascade=orphan)."""
     action: str | None = None
     """Value of the annotation finetune.dev/action."""
 

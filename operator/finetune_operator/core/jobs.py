@@ -58,7 +58,7 @@ CANCEL = "cancel"
 def decide(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
     """The next step of a job. Pure: the same facts give the same plan."""
     if seen.job.deleting:
-        return Plan(status=seen.job.status)
+        return _while_it_is_deleted(seen)
     if is_finished(seen.job.status):
         return _after_the_end(seen, now=now)
     plan = _decide_unfinished(_with_action(seen), defaults=defaults, now=now)
@@ -76,6 +76,13 @@ def has_cleanup_left(status: FineTuneJobStatus, *, now: datetime) -> bool:
     if status.completion_time is None or not status.attempts:
         return False
     return (now - status.completion_time).total_seconds() < CLEANUP_WINDOW_SECONDS
+
+
+def _while_it_is_deleted(seen: Observed) -> Plan:
+    """Somebody's finalizer holds the job, and garbage collection waits for that: what runs is taken down meanwhile."""
+    there = [rayjob for rayjob in (seen.rayjob, seen.inspection) if rayjob is not None and rayjob.ours]
+    actions = [DeleteRayJob(one.name, one.uid) for one in there if one.deleting_since is None]
+    return Plan(status=seen.job.status, actions=[] if seen.job.orphans else actions)
 
 
 def _after_the_end(seen: Observed, *, now: datetime) -> Plan:

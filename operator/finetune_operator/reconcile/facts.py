@@ -37,6 +37,7 @@ def job_facts(body: Json) -> JobFacts:
         problem=problem,
         status=FineTuneJobStatus.model_validate(body.get("status", {})),
         deleting="deletionTimestamp" in metadata,
+        orphans="orphan" in metadata.get("finalizers", []),
         action=metadata.get("annotations", {}).get(ACTION_ANNOTATION),
     )
 

@@ -38,7 +38,7 @@ class JobObserver:
         for is always asked of it. `creating`: all that follows is the creation of the attempt's RayJob, which is
         refused where there is one, so that it need not be looked for."""
         if job.deleting:
-            return Observed(job=job)
+            return await self._observe_finished(job, fresh=fresh)
         if not jobs.is_finished(job.status) and not job.status.attempts:
             return await self._observe_new(key, job, fresh=fresh)
         self.followers.follow(key, ())

@@ -222,6 +222,19 @@ async def test_a_rayjob_whose_owner_somebody_took_away_is_still_the_attempts_own
     assert stage.api.named("rayjobs") == [], "it does not train on unheeded"
 
 
+@pytest.mark.parametrize(("finalizer", "left"), [("acme.io/backup", []), ("orphan", ["triage-a1"])])
+async def test_a_deleted_job_that_a_finalizer_holds_trains_no_further(
+    finalizer: str, left: list[str]
+) -> None:
+    stage = await running()
+    before = stage.status
+    deleted = {"deletionTimestamp": "2026-01-01T12:00:10Z", "finalizers": [finalizer]}
+    stage.api.put(stage.job | {"metadata": stage.job["metadata"] | deleted})
+    await stage.passes(3)
+    assert stage.api.named("rayjobs") == left
+    assert stage.status == before
+
+
 async def test_a_copy_in_the_place_of_a_rayjob_counts_as_its_deletion() -> None:
     """kubectl replace --force: the pods of the one that ran may still write while the copy starts its own."""
     stage = await running()
