@@ -82,7 +82,7 @@ class PodFacts:
     submitter_exit_code: int | None = None
     """Exit code of KubeRay's container ray-job-submitter (SidecarMode), once it has ended."""
     out_of_memory: bool = False
-    """Whether the kernel killed a container of it for its memory."""
+    """Whether the kernel killed its trainer's container for its memory."""
     disruption: str | None = None
     """Why the cluster takes the pod away (condition DisruptionTarget): preemption, eviction, a node that goes."""
 

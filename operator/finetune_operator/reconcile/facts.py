@@ -156,7 +156,7 @@ def pod_facts(body: Json, *, attempt_start: datetime | None = None, warning: Jso
         terminating="deletionTimestamp" in metadata,
         node=body.get("spec", {}).get("nodeName"),
         submitter_exit_code=_submitter_exit_code(containers),
-        out_of_memory=any(_ended(container).get("reason") == "OOMKilled" for container in containers),
+        out_of_memory=any(_is_out_of_memory(container) for container in containers),
         disruption=_disruption(disrupted),
     )
 
@@ -208,6 +208,12 @@ def _ended(container: Mapping[str, Any]) -> Mapping[str, Any]:
         if ended := state.get("terminated"):
             return dict(ended)
     return {}
+
+
+def _is_out_of_memory(container: Mapping[str, Any]) -> bool:
+    """Only the trainer's own: one that a platform adds, a proxy or an agent, has its own memory, and more for the
+    trainer helps it not."""
+    return container.get("name") == naming.HEAD_CONTAINER and _ended(container).get("reason") == "OOMKilled"
 
 
 def _submitter_exit_code(containers: Sequence[Mapping[str, Any]]) -> int | None:

@@ -130,6 +130,8 @@ def test_how_a_pod_ended_is_read_from_its_containers() -> None:
     killed = {"name": "ray-head", "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
     pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [killed]}}
     assert facts.pod_facts(pod).out_of_memory
+    proxy = {"metadata": {"name": "p"}, "status": {"containerStatuses": [killed | {"name": "istio-proxy"}]}}
+    assert not facts.pod_facts(proxy).out_of_memory, "twice the memory for the trainer is no help to it"
     submitter = {"name": "ray-job-submitter", "state": {"terminated": {"exitCode": 65}}}
     pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [submitter]}}
     assert facts.pod_facts(pod).submitter_exit_code == 65
