@@ -39,19 +39,27 @@ def load_objects(text: str, kind: Kind) -> list[dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UnreadableFileError(f"{where}not YAML: {getattr(error, 'problem', None) or error}") from error
-    flat = [
-        item for one in documents for item in (one.get("items", [one]) if isinstance(one, dict) else [one])
-    ]
+    except (ValueError, RecursionError) as error:  # 2026-13-45 is written as a date and is none
+        raise UnreadableFileError(f"not YAML: {error}") from error
+    flat = [item for one in documents for item in _items(one)]
     for item in flat:
         if not isinstance(item, dict) or "kind" not in item:
             raise UnreadableFileError(
                 "a document has no kind; begin it with apiVersion, kind, metadata and spec"
             )
+        if not isinstance(item.get("metadata") or {}, dict):
+            raise UnreadableFileError(f"metadata is {item['metadata']!r}; write metadata: {{name: ...}}")
     wanted = [item for item in flat if item["kind"] == kind.name]
     if not wanted:
         kinds = ", ".join(sorted({str(item["kind"]) for item in flat})) or "nothing"
         raise UnreadableFileError(f"holds no {kind.name} (found: {kinds})")
     return wanted
+
+
+def _items(document: Any) -> list[Any]:
+    """The objects of a List, or the one that the document is."""
+    found = document.get("items", [document]) if isinstance(document, dict) else [document]
+    return found if isinstance(found, list) else []
 
 
 def is_about_unknown_fields(refusal: Mapping[str, Any]) -> bool:

@@ -35,6 +35,10 @@ def test_json_is_read_too() -> None:
         ("kind: Secret\n", "holds no FineTuneJob (found: Secret)"),
         ("just text", "a document has no kind"),
         ("spec: {}\n", "a document has no kind"),
+        ("kind: FineTuneJob\nmetadata: 5\n", "metadata is 5; write metadata: {name: ...}"),
+        ("kind: List\nitems:\n", "holds no FineTuneJob (found: nothing)"),
+        ("kind: FineTuneJob\nmetadata: {name: 2026-13-45}\n", "not YAML: month must be in 1..12"),
+        ("[" * 5000, "not YAML: "),
     ],
 )
 def test_files_that_cannot_be_read(text: str, problem: str) -> None:
