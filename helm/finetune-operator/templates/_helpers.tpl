@@ -78,6 +78,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{/* What the schema cannot say: values that contradict one another. */}}
 {{- define "finetune.validate" -}}
+{{- $name := include "finetune.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "fullnameOverride: %s, which the objects would be called, is no name for a Service: set one that begins with a letter and has only lower-case letters, digits and '-'" $name) -}}
+{{- end -}}
 {{- if and (gt (int .Values.operator.replicas) 1) (not .Values.operator.leaderElection) -}}
 {{- fail (printf "operator.replicas: %d replicas without operator.leaderElection would both act; set operator.leaderElection=true or operator.replicas=1" (int .Values.operator.replicas)) -}}
 {{- end -}}

@@ -119,6 +119,14 @@ def test_pods_of_the_chart_are_accepted_where_restricted_is_enforced(
         kubectl("create", "--dry-run=server", "-f", "-", body=body)
 
 
+def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
+    """Helm takes dots in the name of a release; the API server refuses the Services when half of it is installed."""
+    with pytest.raises(HelmError, match=r"team\.a-finetune-operator, which the objects"):
+        render(release="team.a")
+    services = of_kind(render({"fullnameOverride": "team-a"}, release="team.a"), "Service")
+    assert {service["metadata"]["name"].partition("-router")[0] for service in services} == {"team-a"}
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
@@ -145,6 +153,8 @@ def test_pods_of_the_chart_are_accepted_where_restricted_is_enforced(
         ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
         ({"serviceAccount": {"create": False}}, "name the ServiceAccount to use"),
         ({"engine": {"agentUrl": "http://x:1"}}, "set engine.url"),
+        ({"fullnameOverride": "1st"}, "fullnameOverride: 1st, which"),
+        ({"fullnameOverride": "team.operator"}, "is no name for a Service"),
     ],
 )
 def test_bad_values_are_refused_by_name(values: Json, complaint: str) -> None:
