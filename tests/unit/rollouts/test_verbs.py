@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -241,3 +242,33 @@ def test_promote_overrides_an_open_gate() -> None:
     assert world.routing.weight() == 0
     world.say("promote").run(10)
     assert world.routing.weight() == 5
+
+
+def _without_an_adapter(world: World) -> None:
+    world.engines[0].replace()
+    world.engines[0].refusals = {f"bot--{revision('b')}": "DownloadFailed"}
+
+
+def _without_counters(world: World) -> None:
+    world.evidence.mode, world.evidence.heard = "missing", None
+
+
+@pytest.mark.parametrize(
+    ("trouble", "why"),
+    [
+        (_without_an_adapter, "1 of 2 engines have bot--bbbbbbbb"),
+        (_without_counters, "not every router has told its counters"),
+    ],
+)
+def test_promote_raises_no_weight_while_engines_or_counters_are_missing(
+    trouble: Callable[[World], None], why: str
+) -> None:
+    world = paused_at_five()
+    trouble(world)
+    world.run(40)
+    world.say("promote/1").run(5)
+    assert world.status.step == "3/6 setWeight 25"
+    world.say("promote/2").run(5)
+    assert world.routing.weight() == 5
+    assert taken(world).refused
+    assert f"promote was refused: step 3/6 setWeight 25 has to wait: {why}" in (taken(world).message or "")
