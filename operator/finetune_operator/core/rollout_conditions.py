@@ -81,6 +81,8 @@ def _progressing(turn: Turn) -> Claim:
         return Claim(kind, False, "Aborted", status.abort.message)
     if not turn.underway:
         return Claim(kind, False, "Idle", "no rollout is under way")
+    if turn.seen.deployment.problem is not None:
+        return Claim(kind, False, UNREADABLE, invalid_spec(turn).message)
     if status.pause_conditions:
         return Claim(kind, False, "Paused", status.pause_conditions[0].message)
     if turn.note is not None:
@@ -90,6 +92,8 @@ def _progressing(turn: Turn) -> Claim:
 
 def _paused(turn: Turn) -> Claim:
     pauses = turn.status.pause_conditions
+    if turn.underway and turn.seen.deployment.problem is not None:
+        return Claim(RolloutCondition.PAUSED, True, UNREADABLE, invalid_spec(turn).message)
     if not pauses:
         return Claim(RolloutCondition.PAUSED, False, "NotPaused", "nothing waits")
     message = "; ".join(f"{pause.reason}: {pause.message}" for pause in pauses)
@@ -102,6 +106,8 @@ def _promoted(turn: Turn) -> Claim:
     stable = status.stable_revision
     if status.abort is not None and status.stage in OVER | {Stage.FINALISING, Stage.SUCCEEDED}:
         return Claim(kind, False, str(status.abort.reason), status.abort.message)
+    if turn.seen.deployment.problem is not None:
+        return Claim(kind, False, UNREADABLE, invalid_spec(turn).message)
     if turn.underway:
         return Claim(
             kind, False, "RolloutUnderway", f"{status.candidate_revision} is in stage {status.stage}"

@@ -17,7 +17,7 @@ from finetune_operator.core import rollout_steps as steps
 from finetune_operator.core.conditions import Claim
 from finetune_operator.core.rollout_conditions import RolloutCondition
 from finetune_operator.core.rollout_facts import Observed
-from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
+from finetune_operator.core.rollout_turns import OVER, UNDERWAY, Turn, clock, engines
 
 INVALID_SPEC = rollout.UNREADABLE
 
@@ -31,7 +31,7 @@ def sum_up(turn: Turn) -> Turn:
     """Everything that follows from the decided parts of the status."""
     turn = turn.update(
         observed_generation=turn.seen.deployment.generation,
-        step=steps.text_of(turn),
+        step=_step(turn),
     )
     turn = _claimed(turn, list(rollout.claims(turn)))
     reason, message = _story(turn)
@@ -39,8 +39,22 @@ def sum_up(turn: Turn) -> Turn:
     if turn.seen.deployment.problem is not None and turn.status.stage not in OVER:
         claim = rollout.invalid_spec(turn)
         reason, message = claim.reason, claim.message
-        phase = RolloutPhase.PENDING if turn.first else RolloutPhase.DEGRADED
+        phase = _standing(turn.status) if phase is not RolloutPhase.DEGRADED else phase
     return turn.update(phase=phase, reason=reason, message=message[:4000])
+
+
+def _step(turn: Turn) -> str | None:
+    """Of a spec that cannot be read the steps may be others than those that the rollout is in."""
+    if turn.seen.deployment.problem is None:
+        return steps.text_of(turn)
+    return turn.status.step if turn.underway else None
+
+
+def _standing(status: AdapterDeploymentStatus) -> RolloutPhase:
+    """While the spec cannot be read: a rollout waits for somebody; without one, nobody knows what spec names."""
+    if status.candidate_revision is not None and status.stage in UNDERWAY:
+        return RolloutPhase.PAUSED
+    return RolloutPhase.PENDING if status.stable_revision is None else RolloutPhase.DEGRADED
 
 
 def _claimed(turn: Turn, claims: list[Claim]) -> Turn:
@@ -142,12 +156,18 @@ def alias_taken(seen: Observed, message: str, *, now: datetime) -> AdapterDeploy
 def _invalid(seen: Observed, reason: str, message: str, *, now: datetime) -> AdapterDeploymentStatus:
     known = seen.deployment.status
     generation = seen.deployment.generation
-    claims = [Claim(RolloutCondition.INVALID_SPEC, True, reason, message)]
+    phase = _standing(known)
+    claims = [
+        Claim(RolloutCondition.INVALID_SPEC, True, reason, message),
+        Claim(RolloutCondition.PROMOTED, False, reason, message),
+    ]
     if reason == "AliasConflict":
+        phase = RolloutPhase.PENDING if known.stable_revision is None else RolloutPhase.DEGRADED
         claims.append(Claim(RolloutCondition.AVAILABLE, False, reason, message))
         claims.append(Claim(RolloutCondition.TRAFFIC_ROUTED, False, reason, message))
-        claims.append(Claim(RolloutCondition.PROMOTED, False, reason, message))
-    phase = RolloutPhase.PENDING if known.stable_revision is None else RolloutPhase.DEGRADED
+    elif phase is RolloutPhase.PAUSED:
+        claims.append(Claim(RolloutCondition.PROGRESSING, False, reason, message))
+        claims.append(Claim(RolloutCondition.PAUSED, True, reason, message))
     return known.model_copy(
         update={
             "observed_generation": generation,

@@ -48,13 +48,23 @@ def obey(turn: Turn) -> Turn:
     if taken is not None and taken.pending and taken.value == value[:MAX_VALUE]:
         return turn.act(ClearAction(value))
     verb = value.partition("/")[0].strip().lower()
-    answer = _VERBS[verb](turn) if verb in _VERBS else _unknown(verb)
+    answer = _answer(turn, verb)
     if isinstance(answer, Refusal):
         message, refused = f"{verb} was refused: {answer.message}", True
     else:
         (turn, message), refused = answer, False
     taken = TakenAction(value=value[:MAX_VALUE], pending=True, refused=refused, message=message[:4000])
     return turn.update(last_action=taken).act(ClearAction(value)).again_in(0)
+
+
+def _answer(turn: Turn, verb: str) -> Answer:
+    if verb not in _VERBS:
+        return _unknown(verb)
+    problem = turn.seen.deployment.problem
+    stops = verb in ("abort", "pause") or (verb == "rollback" and turn.underway)
+    if problem is not None and not stops:  # of its steps and weights nothing is known for sure
+        return Refusal(f"the spec cannot be read ({problem}); correct it first, or say `abort`")
+    return _VERBS[verb](turn)
 
 
 def _unknown(verb: str) -> Refusal:

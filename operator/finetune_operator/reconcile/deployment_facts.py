@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ from finetune_operator.reconcile.aliases import Claim
 
 # What says which users get which revision from which engines: it is known, or nobody is moved.
 VITAL = frozenset({"alias", "baseModelRef", "adapter", "serving", "traffic"})
+STEPS = ("strategy", "canary", "steps")
 
 
 def deployment_facts(body: Json, *, known: AdapterDeploymentSpec | None = None) -> DeploymentFacts:
@@ -40,7 +42,7 @@ def deployment_facts(body: Json, *, known: AdapterDeploymentSpec | None = None) 
         spec = AdapterDeploymentSpec.model_validate(body.get("spec", {}))
     except ValidationError as error:
         problem = facts.spec_problem(error)
-        spec = known or _salvaged(body.get("spec", {}), error)
+        spec = known or _salvaged(body.get("spec", {}))
     return DeploymentFacts(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -54,41 +56,63 @@ def deployment_facts(body: Json, *, known: AdapterDeploymentSpec | None = None) 
     )
 
 
-def _salvaged(raw: Json, error: ValidationError) -> AdapterDeploymentSpec | None:
+def _salvaged(raw: Any) -> AdapterDeploymentSpec | None:
     """The spec without what this operator does not know, and without the parts that it cannot read: an operator that
     starts has no former spec, and a candidate that has users needs its guardrails. None where a vital part is bad."""
     left = copy.deepcopy(raw)
-    for item in error.errors(include_url=False, include_input=False):
-        *path, leaf = item["loc"]
-        if item["type"] != "extra_forbidden":
-            if item["loc"][0] in VITAL:
-                return None
-            left.pop(str(item["loc"][0]), None)
-            continue
+    while True:  # one part at a time, the last one first, as the parts of a list move up
         try:
-            part: Any = left
-            for step in path:
-                part = part[step]
-            del part[leaf]
-        except (KeyError, IndexError, TypeError):  # gone with a part that was bad as a whole
-            continue
-    try:
-        return AdapterDeploymentSpec.model_validate(left)
-    except ValidationError:
+            return AdapterDeploymentSpec.model_validate(left)
+        except ValidationError as error:
+            item = error.errors(include_url=False, include_input=False)[-1]
+            path = _part(item["loc"], is_unknown=item["type"] == "extra_forbidden")
+            if path is None:
+                return None
+            _remove(left, path)
+
+
+def _part(path: Sequence[int | str], *, is_unknown: bool) -> Sequence[int | str] | None:
+    """What to leave out for the sake of a bad field: as little as the rest makes sense without. None: that is
+    vital."""
+    if tuple(path[:3]) == STEPS:  # others would have other numbers without one of them
+        return STEPS
+    if is_unknown:
+        return path
+    if not path or path[0] in VITAL:
         return None
+    if path[0] != "analysis":
+        return path[:1]
+    return path[: 3 if len(path) > 2 and isinstance(path[2], int) else 2]
+
+
+def _remove(document: Any, path: Sequence[int | str]) -> None:
+    """Without that part; a list that has no others goes with its last one."""
+    *parents, leaf = path
+    part = document
+    for key in parents:
+        part = part[key]
+    del part[leaf]
+    if isinstance(part, list) and not part:
+        _remove(document, parents)
 
 
 def claim(body: Json) -> Claim:
-    metadata, spec = body["metadata"], body.get("spec", {})
-    serving = spec.get("serving", {})
+    """What the stored object says of its names, also where its spec cannot be read."""
+    metadata, spec = body["metadata"], _mapping(body.get("spec"))
+    serving = _mapping(spec.get("serving"))
+    alias, base = spec.get("alias"), _mapping(spec.get("baseModelRef")).get("name")
     return Claim(
         key=(metadata["namespace"], metadata["name"]),
         uid=metadata["uid"],
         created=metadata.get("creationTimestamp", ""),
-        alias=spec.get("alias") or metadata["name"],
-        base=spec.get("baseModelRef", {}).get("name", ""),
+        alias=alias if alias and isinstance(alias, str) else metadata["name"],
+        base=base if isinstance(base, str) else "",
         is_served_by_default=not (serving.get("endpoint") or serving.get("podSelector")),
     )
+
+
+def _mapping(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
 
 
 def wanted_by_source(source: SourceReference) -> Wanted:

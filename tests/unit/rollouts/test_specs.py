@@ -193,6 +193,9 @@ def test_a_spec_that_cannot_be_read_changes_nothing_for_users() -> None:
     world.run(300)
     assert world.routing.route == route
     assert world.condition("InvalidSpec") == ("True", "InvalidSpec")
+    assert world.status.phase == "Paused"
+    for condition, says in (("Paused", "True"), ("Progressing", "False"), ("Promoted", "False")):
+        assert world.condition(condition) == (says, "InvalidSpec")
     assert "spec.traffic: unknown field" in (world.status.message or "")
     world.engines[0].held.pop(f"bot--{revision('b')}")
     world.run(5)
@@ -209,7 +212,9 @@ def test_a_candidate_is_rolled_back_though_the_spec_cannot_be_read_any_more() ->
     world.problem = "spec.traffic: unknown field"
     world.run(300)
     assert world.routing.weight() == 10, "the step's time stands still"
-    assert (world.status.phase, world.status.reason) == ("Degraded", "InvalidSpec")
+    assert (world.status.phase, world.status.reason) == ("Paused", "InvalidSpec")
+    for condition, says in (("Paused", "True"), ("Progressing", "False"), ("Promoted", "False")):
+        assert world.condition(condition) == (says, "InvalidSpec")
     assert "spec.traffic: unknown field; correct it" in (world.status.message or "")
     assert world.condition("InvalidSpec") == ("True", "InvalidSpec")
     assert [item.severity for item in world.announced if item.reason == "InvalidSpec"] == ["warn"]
@@ -251,8 +256,25 @@ def body(**changes: Any) -> dict[str, Any]:
             ["json"],
         ),
         ({"strategy": {"canary": {"steps": "many"}}}, ["json"]),
+        ({"strategy": {"canary": {"steps": [{"setWeight": 5}, {"setHeader": {}}]}}}, ["json"]),
         ({"analysis": {"guardrails": [{"name": "json", "event": "unheard_of"}]}}, ["errors"]),
+        (
+            {
+                "analysis": {
+                    "interval": 5,
+                    "guardrails": [
+                        {"name": "toxic", "event": "toxicity", "level": 1},
+                        {"name": "json", "event": "schema_invalid"},
+                        {"name": "rude", "event": "rudeness"},
+                    ],
+                    "objectives": [{"name": "votes", "metric": "votes", "test": "Equivalence"}],
+                }
+            },
+            ["json"],
+        ),
         ({"serving": {"port": "any"}}, None),
+        ({"serving": "any"}, None),
+        ({"baseModelRef": "tiny"}, None),
         ({"traffic": {"stickiness": {"type": "Moon"}}}, None),
         ({"baseModelRef": {}}, None),
     ],
@@ -265,6 +287,36 @@ def test_of_a_spec_that_cannot_be_read_the_guardrails_are_kept(
     assert (None if found.spec is None else [g.name for g in found.spec.analysis.guardrails]) == names
     known = spec_of("z")
     assert deployment_facts.deployment_facts(body(**changes), known=known).spec is known
+
+
+@pytest.mark.parametrize("spec", [None, "any", [], {"alias": 5}, {"baseModelRef": "tiny", "serving": None}])
+def test_an_object_without_a_readable_spec_hinders_no_other_one(spec: Any) -> None:
+    stored = {**body(), "spec": spec}
+    assert deployment_facts.deployment_facts(stored).spec is None
+    claim = deployment_facts.claim(stored)
+    assert (claim.alias, claim.base) == ("bot", "")
+
+
+def test_of_steps_that_cannot_be_read_none_is_taken() -> None:
+    world = canary()
+    stored = body(
+        adapter={"fineTuneJobRef": {"name": "job-b"}},
+        strategy={"canary": {"steps": [{"setWeight": 10}, {"setHeader": {}}]}},
+    )
+    found = deployment_facts.deployment_facts(stored)
+    world.spec, world.problem = found.spec, found.problem
+    world.run(5)
+    assert world.status.step == "2/2 pause", "as it was"
+    for verb in ("promote", "promote-full", "resume", "retry"):
+        world.say(verb).run(5)
+        taken = world.status.last_action
+        assert taken is not None
+        assert taken.refused
+        assert "the spec cannot be read (spec.strategy.canary.steps.1.setHeader" in (taken.message or "")
+    assert (world.status.phase, world.routing.weight()) == ("Paused", 10)
+    world.say("abort").run(10)
+    assert world.status.stage is Stage.FAILED
+    assert world.everybody_gets() == revision("a")
 
 
 def test_a_deleted_object_has_no_route() -> None:
