@@ -36,10 +36,12 @@ ADVICE = {
 
 
 def served_before(turn: Turn) -> list[str]:
-    """Former stable revisions whose last rollout ended in serving, newest first."""
+    """Former stable revisions that were not rolled back since, newest first. A return that was cut short because spec
+    named another one says nothing against them."""
     latest: dict[str, CompletionStatus] = {}
     for entry in turn.status.history:
-        latest.setdefault(entry.revision, entry.completion_status)
+        if entry.completion_status in SERVED or entry.completion_status is CompletionStatus.ABORTED:
+            latest.setdefault(entry.revision, entry.completion_status)
     return [
         revision
         for revision, ending in latest.items()
@@ -206,10 +208,11 @@ def settled(turn: Turn) -> Turn:
 
 
 def forget_aborted(turn: Turn) -> Turn:
-    """spec names something else that is not there yet: the aborted candidate is nobody's candidate any more."""
+    """spec names something else that is not there yet: the aborted candidate is nobody's candidate any more, and what
+    a return by hand has barred is barred no longer."""
     if turn.status.stage in OVER:
-        turn = _without_candidate(turn).update(abort=None)
-    return turn
+        turn = _without_candidate(turn)
+    return turn.update(abort=None)
 
 
 def _unload_later(turn: Turn, revision: str | None, seconds: int) -> Turn:

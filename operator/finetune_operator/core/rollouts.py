@@ -174,7 +174,7 @@ def _follow(turn: Turn) -> Turn:
     barred = status.abort is not None and status.abort.revision == target
     if turn.underway and (target == status.candidate_revision or barred):
         return _stage(turn)
-    if barred:
+    if barred and target != status.stable_revision:  # serves again after a second return by hand
         return _stage(turn)
     if target == status.stable_revision:
         if turn.underway:

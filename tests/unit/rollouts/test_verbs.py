@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.adapterdeployment_status import Stage, TakenAction
-from finetune_operator.core.rollout_facts import ClearAction
+from finetune_operator.core.rollout_facts import ClearAction, Wanted
 from tests.unit.rollouts.world import World, reached, revision, serving
 
 WAITING: list[dict[str, Any]] = [
@@ -199,6 +199,40 @@ def test_a_rollback_that_fails_leaves_what_spec_names_barred() -> None:
     assert status.abort.revision == revision("c"), "c does not come back by itself"
     assert "the return to aaaaaaaa failed" in status.abort.message
     assert status.phase == "Degraded"
+
+
+def test_a_second_rollback_brings_back_what_spec_names_and_says_so() -> None:
+    world = serving(steps=[], canary={"scaleDownDelaySeconds": 600}).deploy("b")
+    world.run(20)
+    world.say("rollback/1").run(20)
+    assert (world.status.phase, world.everybody_gets()) == ("Degraded", revision("a"))
+    world.say("rollback/2").run(20)
+    assert (world.status.phase, world.everybody_gets()) == ("Healthy", revision("b"))
+    assert world.status.abort is None
+    assert world.condition("Promoted")[0] == "True"
+
+
+def test_after_a_rollback_a_job_that_is_still_running_is_what_is_waited_for() -> None:
+    world = serving(steps=[], canary={"scaleDownDelaySeconds": 600}).deploy("b")
+    world.run(20)
+    world.say("rollback").run(20)
+    world.deploy("c")
+    world.wanted = Wanted(reason="WaitingForFineTuneJob", message="FineTuneJob job-c is Running")
+    world.run(20)
+    assert (world.status.phase, world.status.reason) == ("Progressing", "WaitingForFineTuneJob")
+    world.say("retry").run(10)
+    assert taken(world).refused, "the revision that was left is no longer named by spec"
+    assert world.everybody_gets() == revision("a")
+
+
+def test_a_return_that_was_cut_short_can_be_asked_for_again() -> None:
+    world = serving(steps=[], canary={"scaleDownDelaySeconds": 600}).deploy("b")
+    world.run(20)
+    world.deploy("a").run(2, until=lambda status: status.candidate_revision == revision("a"))
+    world.deploy("b").run(20)
+    assert world.history()[0] == ("a", "RolledBack")
+    world.say("rollback").run(20)
+    assert world.everybody_gets() == revision("a")
 
 
 def test_rollback_without_a_former_revision_is_refused() -> None:
