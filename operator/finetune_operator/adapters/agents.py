@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 from urllib.parse import quote
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from finetune_operator.adapters.fetching import Reply, TokenFile, UnreachableError, fetch, parse
@@ -18,6 +19,17 @@ from finetune_operator.api.adapterdeployment_strategy import EvaluationSpec
 
 STATUS_SECONDS = 2.0  # an agent answers from memory; who waits longer delays a rollback
 ORDER_SECONDS = 5.0
+MAX_SAID = (
+    1000  # a status has its limits, and an agent that says more must not cost its deployment the guardrails
+)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SAID else f"{text[: MAX_SAID - 1]}…"
+
+
+Said = Annotated[str, AfterValidator(_shortened)]
+"""Words of an agent."""
 
 
 class AgentModel(BaseModel):
@@ -33,7 +45,7 @@ class Engine(AgentModel):
     instance: str = ""
     base_model: str | None = None
     base_models: tuple[str, ...] = ()
-    message: str = ""
+    message: Said = ""
 
 
 class Capacity(AgentModel):
@@ -49,8 +61,8 @@ class Adapter(AgentModel):
     digest: str = ""
     uri: str = ""
     state: str
-    reason: str | None = None
-    message: str = ""
+    reason: Said | None = None
+    message: Said = ""
 
 
 class AgentStatus(AgentModel):
@@ -71,7 +83,7 @@ class Evaluation(AgentModel):
 
     id: str
     state: str
-    message: str = ""
+    message: Said = ""
     scores: dict[str, Score] = Field(default_factory=dict)
 
 

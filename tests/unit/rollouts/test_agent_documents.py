@@ -75,3 +75,18 @@ def test_only_a_limit_that_was_told_is_one(capacity: dict[str, Any], loads: bool
     assert [kind for kind in ("CapacityOK", "BaseModelCompatible") if conditions[kind].startswith("F")] == (
         [bad] if bad else []
     )
+
+
+def test_an_agent_that_says_too_much_costs_no_pass() -> None:
+    trace = "Traceback: é" * 10_000
+    adapters = [{"name": "bot--aaaaaaaa", "state": "Failed", "reason": trace, "message": trace}]
+    document = {
+        "engine": {"ready": True, "baseModels": [trace], "message": trace},
+        "adapters": adapters,
+    }
+    told = AgentStatus.model_validate(document)
+    engine = deployment_facts.engine_facts("http://e:8000", "http://e:8001", told)
+    _, conditions = decided(engine)
+    assert "Failed (Traceback" in conditions["AdaptersLoaded"]
+    assert len(conditions["AdaptersLoaded"]) < 3000
+    assert conditions["BaseModelCompatible"].startswith("False http://e:8000 serves Traceback")
