@@ -149,6 +149,18 @@ class WebhookAnswer:
     message: str
 
 
+MEASURE = "measure"
+
+
+def question(status: AdapterDeploymentStatus, kind: str) -> str:
+    """What a webhook (or Prometheus: MEASURE) is asked now. An answer that took its time may be about another rollout,
+    or about a step that is left, and then it is none."""
+    asked = f"{kind} {status.candidate_revision} {status.rollout_start_time}"
+    if kind in (MEASURE, WebhookType.ROLLBACK):  # of the candidate, in whichever step
+        return asked
+    return f"{asked} {status.current_step_hash} {status.current_step_index}"
+
+
 @dataclass(frozen=True)
 class EvaluationFacts:
     """What an agent says of an evaluation."""

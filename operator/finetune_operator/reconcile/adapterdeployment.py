@@ -22,6 +22,7 @@ from finetune_operator.api.routes import Route
 from finetune_operator.core import rollouts
 from finetune_operator.core.durations import parse_duration
 from finetune_operator.core.rollout_facts import (
+    MEASURE,
     Action,
     AskWebhooks,
     ClearAction,
@@ -34,6 +35,7 @@ from finetune_operator.core.rollout_facts import (
     Plan,
     Unload,
     Wanted,
+    question,
 )
 from finetune_operator.reconcile import deployment_facts, facts, messages, patches
 from finetune_operator.reconcile.announcements import Announcer, Subject
@@ -153,6 +155,7 @@ class AdapterDeploymentReconciler:
             self._wanted(key, deployment), self.engines.observe(deployment.namespace, deployment.spec.serving)
         )
         routing = self.publisher.facts(claim)
+        asked = {question(deployment.status, kind) for kind in (MEASURE, *WebhookType)}
         return Observed(
             deployment=deployment,
             wanted=wanted,
@@ -161,8 +164,8 @@ class AdapterDeploymentReconciler:
             refusal=sight.refusal,
             routing=routing,
             evidence=await self.book.look(deployment, routing.published),
-            measurements=self.errands.measurements(key),
-            webhooks=self.errands.answers(key),
+            measurements=self.errands.measurements(key, asked),
+            webhooks=self.errands.answers(key, asked),
             evaluation=await self._evaluation(deployment.status, sight),
             withdrawal=self.emergencies.withdrawal(key),
             told=self.announcer.told(key),
@@ -243,7 +246,7 @@ class AdapterDeploymentReconciler:
                 "stable": plan.status.stable_revision or "",
                 "candidate": plan.status.candidate_revision or "",
             }
-            self.errands.measure(key, spec.analysis.metrics, values)
+            self.errands.measure(key, spec.analysis.metrics, values, question=question(plan.status, MEASURE))
 
     async def _carry_out(self, key: Key, seen: Observed, plan: Plan, action: Action) -> None:
         problem: Unheard | None = None
@@ -261,7 +264,7 @@ class AdapterDeploymentReconciler:
             case AskWebhooks(type=kind) if kind is not WebhookType.EVENT and seen.deployment.spec is not None:
                 asked = [webhook for webhook in seen.deployment.spec.webhooks if webhook.type is kind]
                 payload = messages.webhook_payload(seen.deployment, plan.status, kind)
-                self.errands.ask(key, asked, payload)
+                self.errands.ask(key, asked, payload, question=question(plan.status, kind))
         if problem is not None:
             logger.warning("%s/%s: %s: %s", *key, action, problem.reason)
 

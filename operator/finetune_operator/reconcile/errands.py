@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,9 @@ ALERT_RETRY_SECONDS = 2.0  # doubled each time
 class Tray:
     """Answers for one deployment that no stored status holds yet."""
 
-    measurements: dict[str, Measurement] = field(default_factory=dict)
-    webhooks: dict[str, WebhookAnswer] = field(default_factory=dict)
+    measurements: dict[str, tuple[str, Measurement]] = field(default_factory=dict)
+    """By name: what it was made for, and what it said."""
+    webhooks: dict[str, tuple[str, WebhookAnswer]] = field(default_factory=dict)
 
 
 class Errands:
@@ -47,11 +48,15 @@ class Errands:
         self._running: dict[tuple[Key, str], asyncio.Task[None]] = {}
         self._loose: set[asyncio.Task[None]] = set()
 
-    def measurements(self, key: Key) -> tuple[Measurement, ...]:
-        return tuple(self._tray(key).measurements.values())
+    def measurements(self, key: Key, questions: Collection[str]) -> tuple[Measurement, ...]:
+        """Those that were made for one of these questions: one that took its time may be about another candidate."""
+        told = self._tray(key).measurements.values()
+        return tuple(measurement for question, measurement in told if question in questions)
 
-    def answers(self, key: Key) -> dict[str, WebhookAnswer]:
-        return dict(self._tray(key).webhooks)
+    def answers(self, key: Key, questions: Collection[str]) -> dict[str, WebhookAnswer]:
+        """The same for webhooks: a yes to one step is none to the next."""
+        told = self._tray(key).webhooks.items()
+        return {name: answer for name, (question, answer) in told if question in questions}
 
     def settle(
         self, key: Key, measurements: Sequence[Measurement], answers: Mapping[str, WebhookAnswer]
@@ -59,10 +64,12 @@ class Errands:
         """The stored status holds what these answers led to: they are not needed any more."""
         tray = self._tray(key)
         for measurement in measurements:
-            if tray.measurements.get(measurement.name) is measurement:
+            made = tray.measurements.get(measurement.name)
+            if made is not None and made[1] is measurement:
                 del tray.measurements[measurement.name]
         for name, answer in answers.items():
-            if tray.webhooks.get(name) is answer:
+            told = tray.webhooks.get(name)
+            if told is not None and told[1] is answer:
                 del tray.webhooks[name]
 
     def forget(self, key: Key) -> None:
@@ -72,19 +79,23 @@ class Errands:
             if other == key:
                 task.cancel()
 
-    def measure(self, key: Key, metrics: Sequence[MetricSpec], values: Mapping[str, str]) -> None:
+    def measure(
+        self, key: Key, metrics: Sequence[MetricSpec], values: Mapping[str, str], *, question: str
+    ) -> None:
         """Make one measurement of every metric. `values` replace {{alias}}, {{stable}} and {{candidate}}."""
 
         async def run() -> None:
             made = await asyncio.gather(*(self._measure(metric, values) for metric in metrics))
-            self._tray(key).measurements.update({measurement.name: measurement for measurement in made})
+            self._tray(key).measurements.update({one.name: (question, one) for one in made})
 
-        self._run(key, "measure", run())
+        self._run(key, f"measure {question}", run())
 
-    def ask(self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]) -> None:
-        """Ask these webhooks, all of one type; their answers come together."""
+    def ask(
+        self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any], *, question: str
+    ) -> None:
+        """Ask these webhooks the same; their answers come together."""
         if webhooks:
-            self._run(key, f"ask {webhooks[0].type}", self._ask(key, webhooks, payload))
+            self._run(key, f"ask {question}", self._ask(key, webhooks, payload, question))
 
     def tell(
         self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]
@@ -106,12 +117,14 @@ class Errands:
             return Measurement(metric.name, None, error=str(error)[:500])
         return Measurement(metric.name, value_now)
 
-    async def _ask(self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any]) -> None:
+    async def _ask(
+        self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any], question: str
+    ) -> None:
         answers = await asyncio.gather(
             *(self._webhooks.ask(hook.url, payload, seconds=hook.timeout_seconds) for hook in webhooks)
         )
         for hook, answer in zip(webhooks, answers, strict=True):
-            self._tray(key).webhooks[hook.name] = WebhookAnswer(answer.accepted, answer.message)
+            self._tray(key).webhooks[hook.name] = question, WebhookAnswer(answer.accepted, answer.message)
 
     async def _tell(self, key: Key, webhook: WebhookSpec, payload: Mapping[str, Any]) -> None:
         answer = await self._webhooks.ask(webhook.url, payload, seconds=webhook.timeout_seconds)
