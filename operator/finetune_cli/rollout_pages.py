@@ -17,11 +17,12 @@ DONE, UNDERWAY, TO_COME = "✔", "▶", "·"
 # Why a rollout waits -> what somebody does about it.
 PAUSES = {
     "CanaryPauseStep": "A pause of the steps. Go on at once: finetune rollout promote {where}",
-    "UserPause": "Somebody said pause (or spec.paused is true). Go on: finetune rollout resume {where}",
+    "UserPause": "Somebody said pause. Go on: finetune rollout resume {where}",
     "InconclusiveAnalysis": "The evidence allows no verdict. Look at the checks: wait for more and say resume, "
     "go on all the same: finetune rollout promote {where}, or stop: finetune rollout abort {where}",
     "MetricsUnavailable": "No evidence arrives, so nothing is decided. Do the routers run and reach the operator "
-    "(on a laptop: finetune local status)? It goes on by itself; without evidence: finetune rollout promote {where}",
+    "(on a laptop: finetune local status)? It goes on by itself when it arrives; to wait no longer: "
+    "finetune rollout abort {where}",
     "InsufficientSamples": "Too few answers for a verdict: wait for more traffic, or make the step longer "
     "(finetune rollout plan shows how long). Go on all the same: finetune rollout promote {where}",
     "SampleRatioMismatch": "The sides get other shares of the users than they should, so the comparison is not fair. "
@@ -30,6 +31,34 @@ PAUSES = {
     "DriftDetected": "The candidate's answers look different (their lengths, refusals, cut ends). Read some. If it is "
     "meant so: finetune rollout resume {where}; else: finetune rollout abort {where}",
     "AwaitingApproval": "A person decides: finetune rollout promote {where}, or finetune rollout abort {where}",
+}
+BY_SPEC = "spec.paused is true: set it to false to go on"
+MESSAGE = "The message above says what is wrong and what to change"
+JOB = "Correct the FineTuneJob, or name another one in spec.adapter. What serves goes on"
+ENGINES = "Start an engine, or correct spec.serving: the message above names what is looked for"
+# What holds a rollout that is not paused and does not go on by itself, as status.reason has it -> what somebody does.
+HOLDS = {
+    "InvalidSpec": "Correct the field of the spec that the message above names. Until then only abort and pause are "
+    "obeyed",
+    "AliasConflict": MESSAGE,
+    "EndpointNotAllowed": MESSAGE,
+    "CapacityFull": MESSAGE,
+    "RankTooLarge": MESSAGE,
+    "IncompatibleBase": MESSAGE,
+    "NoEngines": ENGINES,
+    "EnginesNotReady": ENGINES,
+    "StableLost": "No engine has the stable revision, so its users get 503: bring an engine back",
+    "AdapterMissing": "An engine lacks what it should have; its agent tries again. Adapters below says which",
+    "RoutersBehind": "Restart the router that the message above names, or remove it from its Service",
+    "NotPublished": "The operator's log says why it does not publish the routes",
+    "EvidenceMissing": "Do the routers run and reach the operator (on a laptop: finetune local status)? It goes on by "
+    "itself when they answer",
+    "AwaitingConfirmation": "A webhook of spec.webhooks has to say yes. Without it: finetune rollout promote {where} "
+    "(while loading: promote --full, which leaves out the steps too)",
+    "FineTuneJobFailed": JOB,
+    "FineTuneJobNotFound": JOB,
+    "NotAnAdapter": JOB,
+    "NotALanguageModel": JOB,
 }
 # Why a candidate was rolled back -> what somebody does about it.
 ABORTS = {
@@ -110,22 +139,34 @@ def why(rollout: Rollout, now: datetime) -> list[str]:
 
 
 def what_to_do(rollout: Rollout) -> list[str]:
-    """What somebody does now: one line per pause reason, or for the rollback, or for the phase."""
+    """What somebody does now."""
     status, meta = status_of(rollout), rollout["metadata"]
     where = f"{meta['name']} -n {meta['namespace']}"
     phase = status.get("phase", "Pending")
-    if pauses := status.get("pauseConditions"):
-        return [PAUSES[pause["reason"]].format(where=where) for pause in pauses if pause["reason"] in PAUSES]
-    if phase == "Degraded" and status.get("abort"):
-        return [ABORTS.get(status["abort"]["reason"], AGAIN).format(where=where)]
-    if phase == "Degraded":
-        return ["An engine lacks what it should have; the operator tries again. Adapters below says which."]
+    if lines := needed(rollout):
+        return lines
     if phase == "Healthy":
         return ["Nothing. To deploy another adapter, change spec.adapter. Back to the former one: "
                 f"finetune rollout undo {where}"]  # fmt: skip
     if phase == "Pending" and not status.get("message"):
         return ["If this stays: is the operator up (finetune local status, or its Deployment)?"]
     return [f"Nothing; it goes on. To follow it: finetune rollout watch {where}"]
+
+
+def needed(rollout: Rollout) -> list[str]:
+    """What only somebody can do: a line for what holds, one per pause, or one for the rollback. Empty: nothing."""
+    status, meta = status_of(rollout), rollout["metadata"]
+    where = f"{meta['name']} -n {meta['namespace']}"
+    reason, phase = status.get("reason"), status.get("phase")
+    lines = [HOLDS[reason]] if reason in HOLDS else []
+    if reason != "InvalidSpec":
+        waits = [pause["reason"] for pause in status.get("pauseConditions") or ()]
+        paused = {**PAUSES, "UserPause": BY_SPEC} if rollout["spec"].get("paused") else PAUSES
+        lines += [paused[wait] for wait in waits if wait in paused]
+    if not lines and phase == "Degraded":
+        abort = status.get("abort")
+        lines = [ABORTS.get(abort["reason"], AGAIN) if abort else HOLDS["AdapterMissing"]]
+    return [line.format(where=where) for line in lines]
 
 
 def step_lines(rollout: Rollout, now: datetime) -> list[str]:

@@ -118,11 +118,11 @@ def _checks(rollout: Rollout) -> list[RenderableType]:
 
 def _do(rollout: Rollout, now: datetime) -> list[Text]:
     """Only where somebody is needed."""
-    status = status_of(rollout)
-    if not status.get("pauseConditions") and status.get("phase") != "Degraded":
+    needed = rollout_pages.needed(rollout)
+    if not needed:
         return []
     why = [Text(line, "yellow") for line in rollout_pages.why(rollout, now)[1:]]
-    return [*why, *(Text(line, "bold") for line in rollout_pages.what_to_do(rollout))]
+    return [*why, *(Text(line, "bold") for line in needed)]
 
 
 def _events(rollout: Rollout, now: datetime) -> list[Text]:

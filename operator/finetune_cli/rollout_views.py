@@ -9,6 +9,7 @@ from typing import Any
 from finetune_cli.texts import number, seconds_between, status_of
 from finetune_operator.api.adapterdeployment_strategy import STEP_KINDS
 from finetune_operator.core.durations import format_duration, parse_duration
+from finetune_operator.core.rollout_pauses import OWN
 
 Rollout = Mapping[str, Any]
 
@@ -63,10 +64,23 @@ def time_left(rollout: Rollout, now: datetime) -> float | None:
         return None
     for kind, field in (("pause", "duration"), ("setMirror", "duration"), ("approval", "timeout")):
         duration = (steps[index].get(kind) or {}).get(field)
-        passed = seconds_between(status.get("stepStartTime"), now)
+        passed = seconds_between(status.get("stepStartTime"), _stopped_at(status, now))
         if duration and passed is not None:
             return max(0.0, parse_duration(duration) - max(0.0, passed))
     return None
+
+
+def _stopped_at(status: Mapping[str, Any], now: datetime) -> datetime:
+    """Now, or since when the step's time has not counted, as `core.rollout_pauses.stopped_since` has it."""
+    pauses, conditions = status.get("pauseConditions") or (), status.get("conditions") or ()
+    since = [pause["startTime"] for pause in pauses if pause["reason"] not in OWN]
+    since += [
+        condition["lastTransitionTime"]
+        for condition in conditions
+        if (condition["type"], condition["status"]) == ("TrafficRouted", "False")
+        or (condition["type"], condition["reason"]) == ("InvalidSpec", "InvalidSpec")
+    ]
+    return min([now, *(datetime.fromisoformat(time) for time in since)])
 
 
 def is_underway(rollout: Rollout) -> bool:

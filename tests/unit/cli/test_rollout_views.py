@@ -288,3 +288,44 @@ def test_adapters_that_are_missing_or_on_their_way_out() -> None:
 
 def test_messages_are_not_read_as_markup() -> None:
     assert "[red]x[/red] [all]" in rendered(canary(message="[red]x[/red] [all]"))
+
+
+def test_time_left_stands_still_while_something_else_holds_the_step() -> None:
+    held = paused("UserPause")  # a minute after the step began
+    for later in (0, 3600):
+        assert rollout_views.time_left(held, NOW + timedelta(seconds=later)) == 240
+    behind = {
+        "type": "TrafficRouted",
+        "status": "False",
+        "reason": "RoutersBehind",
+        "message": "one is behind",
+        "lastTransitionTime": "2026-01-01T12:08:30Z",
+    }
+    assert rollout_views.time_left(canary(conditions=[behind]), NOW) == 270
+    assert rollout_views.time_left(paused("CanaryPauseStep"), NOW) == 180, "its own pause"
+
+
+@pytest.mark.parametrize("reason", sorted(rollout_pages.HOLDS))
+def test_what_holds_a_rollout_that_is_not_paused_is_told_what_to_do_about(reason: str) -> None:
+    held = canary(reason=reason, message="it is held")
+    page = rollout_pages.describe(held, (), NOW)
+    assert "Nothing; it goes on" not in page
+    assert rollout_pages.HOLDS[reason].format(where="bot -n default") in page
+    assert "Do\n" in rendered(held)
+
+
+def test_a_pause_by_the_spec_is_ended_in_the_spec() -> None:
+    held = paused("UserPause")
+    assert "finetune rollout resume bot" in rollout_pages.describe(held, (), NOW)
+    held["spec"]["paused"] = True
+    page = rollout_pages.describe(held, (), NOW)
+    assert "spec.paused is true: set it to false" in page
+    assert "resume bot" not in page
+
+
+def test_a_spec_that_cannot_be_read_is_to_be_corrected_before_anything_is_promoted() -> None:
+    held = paused("CanaryPauseStep")
+    held["status"]["reason"] = "InvalidSpec"
+    page = rollout_pages.describe(held, (), NOW)
+    assert "Correct the field of the spec" in page
+    assert "promote" not in page
