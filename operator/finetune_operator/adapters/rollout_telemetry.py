@@ -26,7 +26,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "analysis_evalue": ("Evidence against the candidate by guardrail.", ("metric",)),
     "analysis_estimate": ("Estimate of each check, and its bounds.", ("metric", "bound")),
     "sample_ratio_evalue": ("Evidence that the sides get wrong shares of the users.", ()),
-    "metrics_source_up": ("1 while routers and Prometheus tell what they should.", ()),
+    "metrics_source_up": (
+        "1 while routers and Prometheus tell what they should; absent while nothing is compared.",
+        (),
+    ),
     "adapter_loaded": ("1 where an engine says that it has the revision loaded.", ("revision", "replica")),
 }
 
@@ -143,10 +146,12 @@ def _series(status: AdapterDeploymentStatus) -> Series:
         ("weight", ("candidate",)): weights.candidate if weights else None,
         ("weight", ("mirror",)): weights.mirror if weights else None,
         ("step_index", ()): status.current_step_index,
-        ("metrics_source_up", ()): _source_up(status),
+        ("metrics_source_up", ()): _holds(status, "MetricsAvailable"),
     }
-    for check in status.analysis:
-        values.update(_check_series(check))
+    compared = _holds(status, "SampleRatioOK") is not None
+    for check in status.analysis:  # which is kept when the rollout is over, and alarms nobody any more
+        if compared or check.kind is not CheckKind.SAMPLE_RATIO:
+            values.update(_check_series(check))
     return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
 
 
@@ -162,9 +167,10 @@ def _check_series(check: Check) -> dict[tuple[str, tuple[str, ...]], float | Non
     }
 
 
-def _source_up(status: AdapterDeploymentStatus) -> float | None:
-    condition = next((c for c in status.conditions if c.type == "MetricsAvailable"), None)
-    return None if condition is None else float(condition.status == "True")
+def _holds(status: AdapterDeploymentStatus, kind: str) -> bool | None:
+    """Whether a condition holds; None where it is Unknown, because nothing is compared."""
+    condition = next((c for c in status.conditions if c.type == kind), None)
+    return None if condition is None or condition.status == "Unknown" else condition.status == "True"
 
 
 def _seconds(start: datetime, end: datetime) -> float:

@@ -19,10 +19,14 @@ from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
 from finetune_operator.api.adapterdeployment_status import (
     AbortReason,
     AdapterDeploymentStatus,
+    Check,
+    CheckKind,
+    CheckPhase,
     CompletionStatus,
     HistoryEntry,
     LoadedAdapter,
 )
+from tests.unit.rollouts.world import serving
 
 RULES = Path(__file__).parents[3] / "helm" / "finetune-operator" / "files" / "alerts.yaml"
 BOT = 'namespace="team",name="bot"'
@@ -131,6 +135,30 @@ def _aborted(registry: CollectorRegistry) -> dict[str, float]:
         r'^adapterdeployment_completions_total\{.*reason="(\w+)",status="Aborted"\} (\S+)$', text, re.M
     )
     return {reason: float(value) for reason, value in found}
+
+
+def test_nobody_is_alarmed_of_a_comparison_that_is_not_made() -> None:
+    registry = CollectorRegistry()
+    telemetry = RolloutTelemetry(registry)
+    world = serving(steps=[{"setWeight": 5}, {"pause": {}}])
+
+    def shown() -> dict[str, str]:
+        telemetry.show("team", "bot", before=world.status, status=world.status)
+        text = generate_latest(registry).decode()
+        names = "metrics_source_up|sample_ratio_evalue"
+        return dict(re.findall(rf"^adapterdeployment_({names})\{{.*\}} (\S+)$", text, re.M))
+
+    assert shown() == {}
+    world.deploy("b").run(30)
+    check = Check(name="sample-ratio", kind=CheckKind.SAMPLE_RATIO, phase=CheckPhase.FAILED, e_value=5000.0)
+    world.stored = world.status.model_copy(update={"analysis": [check]}).model_dump_json(by_alias=True)
+    assert shown() == {"metrics_source_up": "1.0", "sample_ratio_evalue": "5000.0"}
+    world.evidence.mode, world.evidence.heard = "missing", None
+    world.run(30)
+    assert shown()["metrics_source_up"] == "0.0"
+    world.say("abort").run(20)
+    assert [c.kind for c in world.status.analysis if c.kind is CheckKind.SAMPLE_RATIO], "kept to be read"
+    assert shown() == {}
 
 
 def test_a_revision_that_waits_for_its_unloading_is_nowhere_missing() -> None:
