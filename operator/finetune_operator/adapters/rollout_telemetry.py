@@ -73,16 +73,8 @@ class RolloutTelemetry:
         self._begin_at_zero(namespace, name)
         kept = {key: value for key, value in self._of(namespace, name).items() if key[0] == "adapter_loaded"}
         self._replace(namespace, name, {**kept, **series})
-        known = {(entry.revision, entry.end_time) for entry in before.history}
-        for entry in status.history:
-            if (entry.revision, entry.end_time) not in known:
-                self._end(
-                    namespace,
-                    name,
-                    str(entry.completion_status),
-                    reason=entry.reason or "",
-                    seconds=_seconds(entry.start_time, entry.end_time),
-                )
+        for ending, reason, seconds in _ended(before, status):
+            self._end(namespace, name, ending, reason=reason, seconds=seconds)
 
     def show_engines(
         self,
@@ -136,6 +128,22 @@ class RolloutTelemetry:
         self._durations.labels(namespace, name, status).observe(seconds)
         self._counted.setdefault((namespace, name), set()).add((status, reason))
         self._timed.setdefault((namespace, name), set()).add(status)
+
+
+def _ended(before: AdapterDeploymentStatus, status: AdapterDeploymentStatus) -> list[tuple[str, str, float]]:
+    """How and why rollouts ended since, and how long they took."""
+    known = {(entry.revision, entry.end_time) for entry in before.history}
+    fresh = [entry for entry in status.history if (entry.revision, entry.end_time) not in known]
+    if status.history:
+        return [(str(e.completion_status), e.reason or "", _seconds(e.start_time, e.end_time)) for e in fresh]
+    ending, began = status.completion_status, status.rollout_start_time
+    if ending is None or ending is before.completion_status or began is None:
+        return []
+    # A deployment that keeps no history (revisionHistoryLimit: 0) is alarmed of all the same.
+    aborted = status.abort if ending is CompletionStatus.ABORTED else None
+    return [
+        (str(ending), aborted.reason if aborted else "", _seconds(began, status.stage_start_time or began))
+    ]
 
 
 def _series(status: AdapterDeploymentStatus) -> Series:

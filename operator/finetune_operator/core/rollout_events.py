@@ -102,6 +102,12 @@ def _endings(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list
         entry = new.history[0]
         if entry.completion_status is not CompletionStatus.ABORTED:
             return [Happening(Severity.INFO, str(entry.completion_status), entry.message or entry.revision)]
+    ending = new.completion_status
+    if not new.history and ending not in (None, CompletionStatus.ABORTED, old.completion_status):
+        serves = (
+            f"{new.stable_revision} serves everybody"  # revisionHistoryLimit: 0 keeps no entry to tell of
+        )
+        return [Happening(Severity.INFO, str(ending), serves)]
     return []
 
 

@@ -26,7 +26,7 @@ from finetune_operator.api.adapterdeployment_status import (
     HistoryEntry,
     LoadedAdapter,
 )
-from tests.unit.rollouts.world import serving
+from tests.unit.rollouts.world import revision, serving
 
 RULES = Path(__file__).parents[3] / "helm" / "finetune-operator" / "files" / "alerts.yaml"
 BOT = 'namespace="team",name="bot"'
@@ -135,6 +135,30 @@ def _aborted(registry: CollectorRegistry) -> dict[str, float]:
         r'^adapterdeployment_completions_total\{.*reason="(\w+)",status="Aborted"\} (\S+)$', text, re.M
     )
     return {reason: float(value) for reason, value in found}
+
+
+@pytest.mark.parametrize("limit", [0, 1, 10])
+def test_endings_are_told_and_counted_though_no_history_is_kept(limit: int) -> None:
+    registry = CollectorRegistry()
+    telemetry = RolloutTelemetry(registry)
+    world = serving(steps=[{"setWeight": 5}, {"pause": {"duration": "10s"}}], revisionHistoryLimit=limit)
+    world.announced.clear()
+    telemetry.show("team", "bot", before=world.status, status=world.status)
+    world.evidence.bad = {revision("c")}
+    for letter in "bc":
+        world.deploy(letter)
+        for _ in range(60):
+            before = world.status
+            world.step()
+            telemetry.show("team", "bot", before=before, status=world.status)
+            world.advance(1)
+    text = generate_latest(registry).decode()
+    counted = re.findall(
+        r'^adapterdeployment_completions_total\{.*reason="(\w*)",status="(\w+)"\} 1.0$', text, re.M
+    )
+    assert sorted(counted) == [("", "Promoted"), ("GuardrailBreached", "Aborted")]
+    told = [item.reason for item in world.announced]
+    assert [told.count(reason) for reason in ("Promoted", "GuardrailBreached")] == [1, 1]
 
 
 def test_nobody_is_alarmed_of_a_comparison_that_is_not_made() -> None:
