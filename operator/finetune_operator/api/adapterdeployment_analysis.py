@@ -7,11 +7,20 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from finetune_operator.api.adapterdeployment_strategy import DURATION, IS_DURATION
+from finetune_operator.api.adapterdeployment_strategy import DURATION, DURATION_TEXT, IS_DURATION
 from finetune_operator.api.adapterdeployment_traffic import Url
 from finetune_operator.api.base import ApiModel
 from finetune_operator.api.routes import SignalEvent
-from finetune_operator.api.rules import FORBIDDEN, PART_NAME, REQUIRED, PartName, keyed_list, rule, rules
+from finetune_operator.api.rules import (
+    FORBIDDEN,
+    PART_NAME,
+    REQUIRED,
+    PartName,
+    keyed_list,
+    read_as,
+    rule,
+    rules,
+)
 
 # As a rule, because the API server cuts the fraction off a bound that it compares with a whole number.
 Alpha = Annotated[
@@ -42,20 +51,24 @@ CheckName = Annotated[
         ),
     ),
 ]
+CONDITION = (
+    "^ *result *(<=|>=|<|>|==|!=) *-?[0-9]+([.][0-9]+)?(e-?[0-9]+)?"
+    "( *(&&|[|][|]) *result *(<=|>=|<|>|==|!=) *-?[0-9]+([.][0-9]+)?(e-?[0-9]+)?)* *$"
+)
+CONDITION_MESSAGE = (
+    "must compare result with numbers, for example result <= 1.2, or result > 0.9 && result < 1.1"
+)
 Condition = Annotated[
     str,
     Field(
         min_length=1,
         max_length=256,
-        json_schema_extra=rules(
-            rule(
-                "self.matches('^ *result *(<=|>=|<|>|==|!=) *-?[0-9]+([.][0-9]+)?(e-?[0-9]+)?"
-                "( *(&&|[|][|]) *result *(<=|>=|<|>|==|!=) *-?[0-9]+([.][0-9]+)?(e-?[0-9]+)?)* *$')",
-                "must compare result with numbers, for example result <= 1.2, or result > 0.9 && result < 1.1",
-            )
-        ),
+        json_schema_extra=rules(rule(f"self.matches('{CONDITION}')", CONDITION_MESSAGE)),
     ),
+    read_as(CONDITION, CONDITION_MESSAGE),
 ]
+THRESHOLD = "^[0-9]{1,7}(ms|s)$"
+THRESHOLD_MESSAGE = "must be a time above zero such as 800ms or 2s"
 
 
 class GuardrailSpec(ApiModel):
@@ -92,11 +105,12 @@ class GuardrailSpec(ApiModel):
                 max_length=32,
                 json_schema_extra=rules(
                     rule(
-                        "self.matches('^[0-9]{1,7}(ms|s)$') && !self.matches('^0+m?s$')",
-                        "must be a time above zero such as 800ms or 2s",
+                        f"self.matches('{THRESHOLD}') && !self.matches('^0+m?s$')",
+                        THRESHOLD_MESSAGE,
                     )
                 ),
             ),
+            read_as(THRESHOLD, THRESHOLD_MESSAGE),
         ]
         | None
     ) = None
@@ -261,6 +275,7 @@ class AnalysisSpec(ApiModel):
                 ),
             ),
         ),
+        DURATION_TEXT,
     ] = "5s"
     """Time between two looks at the evidence. Default: 5s."""
     # Not a keyed list: server-side apply would leave the default one in it beside those that the user names.

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from finetune_operator.api.adapterdeployment_traffic import Url
 from finetune_operator.api.base import ApiModel
-from finetune_operator.api.rules import FORBIDDEN, REQUIRED, PartName, rule, rules
+from finetune_operator.api.rules import FORBIDDEN, REQUIRED, PartName, read_as, rule, rules
 from finetune_operator.api.uris import BY_AGENT, DATA_SHAPES, ONE_FILE, uri_rules
 
 # Few digits, so that CEL's duration() can hold every one of them.
 DURATION = "^([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,7}s)?$"
+DURATION_MESSAGE = "must be a duration of at least a second, such as 30s, 10m or 1h30m"
 IS_DURATION = rule(
-    f"self.matches('{DURATION}') && self != '' && duration(self) >= duration('1s')",
-    "must be a duration of at least a second, such as 30s, 10m or 1h30m",
+    f"self.matches('{DURATION}') && self != '' && duration(self) >= duration('1s')", DURATION_MESSAGE
 )
-Duration = Annotated[str, Field(min_length=1, max_length=32, json_schema_extra=rules(IS_DURATION))]
+DURATION_TEXT = read_as(DURATION, DURATION_MESSAGE)
+Duration = Annotated[
+    str, Field(min_length=1, max_length=32, json_schema_extra=rules(IS_DURATION)), DURATION_TEXT
+]
 Percent = Annotated[int, Field(ge=0, le=100)]
 Score = Annotated[float, Field(ge=0, le=1)]
 
@@ -94,17 +98,14 @@ class ApprovalStep(ApiModel):
 
 
 STEP_KINDS = ("evalGate", "setMirror", "setWeight", "pause", "analysis", "approval")
+ONE_OF_THEM = "name exactly one of " + ", ".join(STEP_KINDS) + " in each step"
 ONE_KIND = " + ".join(f"(has(self.{kind}) ? 1 : 0)" for kind in STEP_KINDS) + " == 1"
 
 
 class Step(ApiModel):
     """One step: exactly one of evalGate, setMirror, setWeight, pause, analysis and approval."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(ONE_KIND, "name exactly one of " + ", ".join(STEP_KINDS) + " in each step", reason=REQUIRED)
-        )
-    )
+    model_config = ConfigDict(json_schema_extra=rules(rule(ONE_KIND, ONE_OF_THEM, reason=REQUIRED)))
 
     eval_gate: EvalGateStep | None = None
     """Compare both revisions on golden rows."""
@@ -118,6 +119,12 @@ class Step(ApiModel):
     """Wait for evidence."""
     approval: ApprovalStep | None = None
     """Wait for a person."""
+
+    @model_validator(mode="after")
+    def _has_one_kind(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise PydanticCustomError("rule", "{message}", {"message": ONE_OF_THEM})
+        return self
 
 
 DEFAULT_STEPS = [

@@ -237,7 +237,7 @@ def test_a_spec_that_can_be_read_again_goes_on_where_it_was() -> None:
 
 
 def body(**changes: Any) -> dict[str, Any]:
-    spec = {
+    spec: dict[str, Any] = {
         "baseModelRef": {"name": "tiny"},
         "adapter": {"fineTuneJobRef": {"name": "job-a"}},
         "analysis": {"guardrails": [{"name": "json", "event": "schema_invalid"}]},
@@ -295,6 +295,49 @@ def test_an_object_without_a_readable_spec_hinders_no_other_one(spec: Any) -> No
     assert deployment_facts.deployment_facts(stored).spec is None
     claim = deployment_facts.claim(stored)
     assert (claim.alias, claim.base) == ("bot", "")
+
+
+PROMETHEUS = {"address": "http://p", "query": "q"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"strategy": {"canary": {"steps": [{"pause": {"duration": "5 minutes"}}]}}},
+            "spec.strategy.canary.steps.0.pause.duration: must be a duration",
+        ),
+        (
+            {"strategy": {"canary": {"maxStepDuration": "1d"}}},
+            "spec.strategy.canary.maxStepDuration: must be a duration",
+        ),
+        (
+            {"strategy": {"canary": {"steps": [{"setWeight": 5}, {}]}}},
+            "spec.strategy.canary.steps.1: name exactly one of",
+        ),
+        ({"analysis": {"interval": "5"}}, "spec.analysis.interval: must be a duration"),
+        (
+            {"analysis": {"guardrails": [{"name": "slow", "event": "ttft_over", "threshold": "2m"}]}},
+            "spec.analysis.guardrails.0.threshold: must be a time above zero",
+        ),
+        (
+            {"analysis": {"metrics": [{"name": "m", "prometheus": PROMETHEUS, "successCondition": "v < 1"}]}},
+            "spec.analysis.metrics.0.successCondition: must compare result with numbers",
+        ),
+    ],
+)
+def test_what_was_stored_before_there_was_a_rule_is_told_and_costs_no_pass(
+    changes: dict[str, Any], problem: str
+) -> None:
+    world = canary()
+    found = deployment_facts.deployment_facts(body(adapter={"fineTuneJobRef": {"name": "job-b"}}, **changes))
+    world.spec, world.problem = found.spec, found.problem
+    world.evidence.bad = {revision("b")}
+    world.run(1)
+    assert (world.status.message or "").startswith(problem)
+    world.run(30)
+    assert world.status.reason == "GuardrailBreached"
+    assert world.everybody_gets() == revision("a")
 
 
 def test_of_steps_that_cannot_be_read_none_is_taken() -> None:
