@@ -21,8 +21,8 @@ PAUSES = {
     "InconclusiveAnalysis": "The evidence allows no verdict. Look at the checks: wait for more and say resume, "
     "go on all the same: finetune rollout promote {where}, or stop: finetune rollout abort {where}",
     "MetricsUnavailable": "No evidence arrives, so nothing is decided. Do the routers run and reach the operator "
-    "(on a laptop: finetune local status)? It goes on by itself when it arrives; to wait no longer: "
-    "finetune rollout abort {where}",
+    "(on a laptop: finetune local status), and does Prometheus answer? It goes on by itself when it arrives; to wait "
+    "no longer: finetune rollout abort {where}",
     "InsufficientSamples": "Too few answers for a verdict: wait for more traffic, or make the step longer "
     "(finetune rollout plan shows how long). Go on all the same: finetune rollout promote {where}",
     "SampleRatioMismatch": "The sides get other shares of the users than they should, so the comparison is not fair. "
@@ -49,6 +49,7 @@ HOLDS = {
     "EnginesNotReady": ENGINES,
     "StableLost": "No engine has the stable revision, so its users get 503: bring an engine back",
     "AdapterMissing": "An engine lacks what it should have; its agent tries again. Adapters below says which",
+    "AgentSilent": "Restart the agent that the message above names, or take its engine out of service",
     "RoutersBehind": "Restart the router that the message above names, or remove it from its Service",
     "NotPublished": "The operator's log says why it does not publish the routes",
     "EvidenceMissing": "Do the routers run and reach the operator (on a laptop: finetune local status)? It goes on by "

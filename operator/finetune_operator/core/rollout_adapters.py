@@ -65,6 +65,16 @@ def in_service(seen: Observed) -> list[EngineFacts]:
     return [e for e in seen.engines if (e.ready if e.reachable else e.url in routed)]
 
 
+def silence(seen: Observed) -> str | None:
+    """Which engines in service have agents that do not answer, so that nobody knows what those engines have by now."""
+    silent = [engine for engine in in_service(seen) if not engine.reachable]
+    if not silent:
+        return None
+    first = f"{silent[0].url} ({silent[0].message or 'no message'})"
+    more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+    return f"the agent of {first}{more} does not answer; requests go on there, and the weight is held until it does"
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Where an adapter is, and where it should be."""

@@ -86,6 +86,9 @@ def hold(turn: Turn) -> tuple[str, str] | None:
         missing = _missing(turn, adapter)
         if missing is not None:
             return missing
+    silence = adapters.silence(turn.seen)
+    if silence is not None:
+        return "AgentSilent", silence
     behind = _behind(turn)
     if behind is not None:
         return behind
@@ -100,6 +103,9 @@ def _missing(turn: Turn, adapter: LoadedAdapter) -> tuple[str, str] | None:
     found = adapters.coverage(turn.seen, adapter)
     if found.complete:
         return None
+    if found.blind:
+        why = turn.seen.engines_problem or "no engine is known"
+        return "NoEngines", f"{why}; what is published stays, and the weight is held until engines are known"
     where = f"{len(found.upstreams)} of {found.desired} engines have {adapter.served_name}"
     why = found.why() or turn.seen.engines_problem or "no engine is known"
     return "AdapterMissing", f"{where}; the weight is held until all have it: {why}"

@@ -84,13 +84,13 @@ def _promote(turn: Turn) -> Answer:
     if stage is Stage.WAITING_PROMOTION:
         return stages.promoting_begins(turn), "promotes without waiting for confirm-promotion"
     if step is not None and step.set_weight is not None:
-        if turn.weights.candidate == step.set_weight:
-            if checks.unanswered(turn) is not None:
-                return steps.leave(turn), f"step {text} is left without an answer of the candidate"
-            return Refusal(f"step {text} only waits for the routers")
-        held = steps.hold(turn) if step.set_weight > turn.weights.candidate else None
+        if turn.weights.candidate == step.set_weight and checks.unanswered(turn) is not None:
+            return steps.leave(turn), f"step {text} is left without an answer of the candidate"
+        held = steps.hold(turn) if step.set_weight >= turn.weights.candidate else None
         if held is not None:  # a person may do without an answer, not without engines, routers and counters
             return Refusal(f"step {text} has to wait: {held[1]}")
+        if turn.weights.candidate == step.set_weight:
+            return steps.leave(turn), f"step {text} is left"
         turn = turn.weigh(candidate=step.set_weight).update(last_progress_time=turn.now)
         return turn, f"step {text} is taken without confirmation"
     return steps.leave(turn), f"step {text} is left"

@@ -70,6 +70,12 @@ def _weight_rises_only_on_evidence(seen: Observed, plan: Plan) -> None:
     assert new.weights is not None
     assert not new.weights.verified, "a new weight is not verified yet"
     assert old.weights is not None
+    published = seen.routing.published
+    targets = (published.stable, published.candidate) if published else ()
+    routed = {url for target in targets if target for url in target.upstreams}
+    if new.current_step_hash is not None:  # what served before, and promote-full, wait for less
+        silent = [e.url for e in seen.engines if e.url in routed and not e.reachable]
+        assert not silent, f"the weight rises while nobody knows what {silent} have"
     said = seen.deployment.action or ""
     if not said.startswith("promote"):
         reasons = [p.reason for p in new.pause_conditions if p.reason not in rollout_pauses.OWN]

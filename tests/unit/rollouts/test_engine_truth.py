@@ -142,7 +142,11 @@ def test_a_silent_agent_is_no_proof_of_a_loss_but_holds_the_weight() -> None:
         engine.reachable = False
     world.run(300)
     assert targets(world) == ({"e1", "e2"}, {"e1", "e2"}), "what is published stays"
-    assert world.routing.weight() in (10, 50)
+    assert world.routing.weight() == 10
+    assert world.status.reason == "AgentSilent"
+    assert "the agent of http://e1:8000 (connection refused) and 1 more does not" in (
+        world.status.message or ""
+    )
     assert world.status.abort is None
     for engine in world.engines:
         engine.reachable = True
@@ -156,7 +160,8 @@ def test_without_any_known_engine_the_route_stays_while_the_reason_lasts() -> No
     world.run(100)
     assert targets(world) == ({"e1", "e2"}, {"e1", "e2"})
     assert world.routing.weight() == 10
-    assert "does not resolve" in (world.status.message or "")
+    assert world.status.reason == "NoEngines"
+    assert ": the name engine does not resolve; what is published stays" in (world.status.message or "")
     world.engines, world.engines_problem = gone, None
     world.run(30)
     assert world.routing.weight() == 50

@@ -306,3 +306,28 @@ def test_promote_raises_no_weight_while_engines_or_counters_are_missing(
     assert world.routing.weight() == 5
     assert taken(world).refused
     assert f"promote was refused: step 3/6 setWeight 25 has to wait: {why}" in (taken(world).message or "")
+
+
+def test_promote_at_a_weight_that_is_given_tells_what_is_waited_for() -> None:
+    world = paused_at_five()
+    world.routing.routers[0].reachable = False
+    world.say("promote/1").run(5)
+    assert world.status.step == "3/6 setWeight 25"
+    world.say("promote/2").run(5)
+    assert taken(world).refused
+    assert "setWeight 25 has to wait: the weights are being published: 1 of 2" in (taken(world).message or "")
+
+
+def test_promote_goes_on_without_a_prometheus_that_does_not_answer() -> None:
+    metric = {
+        "name": "m",
+        "prometheus": {"address": "http://p", "query": "q"},
+        "successCondition": "result < 1",
+    }
+    world = serving(steps=WAITING, analysis={"metrics": [metric]})
+    world.metric = lambda: (None, "HTTP 503")
+    world.deploy("b").run(120)
+    assert (world.status.step, world.status.reason) == ("1/6 setWeight 5", "MetricsUnavailable")
+    world.say("promote").run(3)
+    assert not taken(world).refused
+    assert world.status.step == "2/6 pause"
