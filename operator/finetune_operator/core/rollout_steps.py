@@ -86,8 +86,9 @@ def hold(turn: Turn) -> tuple[str, str] | None:
         missing = _missing(turn, adapter)
         if missing is not None:
             return missing
-    silence = adapters.silence(turn.seen)
-    if silence is not None:
+    silence, step = adapters.silence(turn.seen), current(turn)
+    gated = step is not None and step.eval_gate is not None  # it asks agents itself, within the deadline
+    if silence is not None and not gated:
         return "AgentSilent", silence
     behind = _behind(turn)
     if behind is not None:

@@ -84,6 +84,17 @@ def test_an_evaluation_that_could_not_run_is_tried_again_within_the_deadline() -
     assert "could not run: by design" in (world.status.message or "")
 
 
+def test_a_gate_whose_agents_are_silent_meets_the_deadline() -> None:
+    steps = [{"setWeight": 10}, {"evalGate": {"evalRef": "golden", "minScore": 0.8}}]
+    world = serving(**{**GATE, "steps": steps}, progressDeadlineSeconds=60)
+    world.evaluation_fails = 100
+    world.deploy("b").run(30, until=reached(Stage.VALIDATING, 1))
+    for engine in world.engines:
+        engine.reachable = False
+    world.run(90)
+    assert world.status.reason == "EvalGateFailed"
+
+
 def test_users_keep_their_side_while_a_gate_after_a_weight_is_evaluated() -> None:
     gate = {"evalGate": {"evalRef": "golden", "minScore": 0.8}}
     steps = [{"setWeight": 10}, gate, {"setWeight": 50}, {"pause": {}}]
