@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -81,6 +82,20 @@ def test_messages_in_a_csv_cell_are_json() -> None:
     )
     assert isinstance(example, Chat)
     assert [turn["content"] for turn in example.turns] == ["q", "a"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_messages_in_a_csv_cell_may_be_indented(indent: int | None) -> None:
+    cells = [json.dumps([turn], indent=indent) for turn in (USER, ASSISTANT)]
+    (example,) = parse_rows(rows(dict(zip(("prompt", "completion"), cells, strict=True))), source())
+    assert example == Chat(turns=(USER, ASSISTANT), context=1, where="file:///data/rows.jsonl line 1")
+
+
+@pytest.mark.parametrize("answer", ['[{"name": "Ann", "role": "editor"}]', "[{}]", "[1, 2]", "[{"])
+def test_an_answer_that_is_a_json_list_is_text(answer: str) -> None:
+    (example,) = parse_rows(rows({"prompt": "List them.", "completion": answer}), source())
+    assert isinstance(example, Pair)
+    assert example.completion == answer
 
 
 def test_empty_cells_of_parquet_structs_are_dropped() -> None:

@@ -25,12 +25,23 @@ def read_text(row: Row, column: str) -> str:
 
 def maybe_json_list(value: Any) -> Any:
     """A CSV cell cannot hold a list; there messages are written as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return value
+
+
+def maybe_messages(value: Any) -> Any:
+    """The same where a column may be text as well: a JSON list that holds no message is text, such as an answer."""
+    found = maybe_json_list(value)
+    is_text = isinstance(value, str) and isinstance(found, list) and not any(map(_is_message, found))
+    return value if is_text else found
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and "content" in item and item.get("role") in ROLES
 
 
 def read_turns(row: Row, column: str, value: Any) -> tuple[Turn, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from finetune_trainer.data.cells import list_names, maybe_json_list, read_text, read_turns
+from finetune_trainer.data.cells import list_names, maybe_messages, read_text, read_turns
 from finetune_trainer.data.files import Row, shorten
 from finetune_trainer.data.preferences import parse_preference, parse_prompt
 from finetune_trainer.data.shapes import AnyExample, Chat, Example, Pair
@@ -135,7 +135,7 @@ def _parse_messages(row: Row, column: str) -> Chat:
 
 
 def _parse_prompt_completion(row: Row, columns: dict[str, str]) -> Example:
-    prompt, completion = (maybe_json_list(row.values[columns[name]]) for name in ("prompt", "completion"))
+    prompt, completion = (maybe_messages(row.values[columns[name]]) for name in ("prompt", "completion"))
     if isinstance(prompt, list) != isinstance(completion, list):
         raise BadData(
             f"{row.where}: {columns['prompt']!r} and {columns['completion']!r} "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_trainer.data.cells import Turn, maybe_json_list, read_text, read_turns
+from finetune_trainer.data.cells import Turn, maybe_messages, read_text, read_turns
 from finetune_trainer.data.files import Row
 from finetune_trainer.data.shapes import Chat, Pair, Preference, Prompt
 from finetune_trainer.failures import BadData
 
 
 def parse_preference(row: Row, columns: dict[str, str]) -> Preference:
-    chosen, rejected = (maybe_json_list(row.values[columns[name]]) for name in ("chosen", "rejected"))
+    chosen, rejected = (maybe_messages(row.values[columns[name]]) for name in ("chosen", "rejected"))
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise BadData(
             f"{row.where}: {columns['chosen']!r} and {columns['rejected']!r} "
@@ -22,7 +22,7 @@ def parse_preference(row: Row, columns: dict[str, str]) -> Preference:
             f"{row.where}: {columns['chosen']!r} and {columns['rejected']!r} are the same, so neither is preferred; "
             "remove the row"
         )
-    prompt = maybe_json_list(row.values.get(columns["prompt"]))
+    prompt = maybe_messages(row.values.get(columns["prompt"]))
     if isinstance(chosen, list):
         return _preferred_turns(row, columns, prompt)
     if prompt is None:
@@ -87,7 +87,7 @@ def _answered(before: tuple[Turn, ...], answer: tuple[Turn, ...], row: Row) -> C
 
 
 def parse_prompt(row: Row, column: str) -> Prompt:
-    value = maybe_json_list(row.values[column])
+    value = maybe_messages(row.values[column])
     others = {name: cell for name, cell in row.values.items() if name != column}
     if not isinstance(value, list):
         return Prompt(read_text(row, column), row.where, others)
