@@ -170,4 +170,5 @@ def _lost_a_process(error: BaseException) -> bool:
 
 
 def shorten(text: str, *, limit: int = MAX_MESSAGE) -> str:
+    text = text.encode(errors="backslashreplace").decode()  # names of files may hold what UTF-8 has not
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -20,6 +20,11 @@ def raised(action: Callable[[], Any]) -> Exception:
     return caught.value
 
 
+def test_a_message_can_be_printed_whatever_the_name_of_a_file() -> None:
+    _, message = classify(StorageFailed(f"{os.fsdecode(bytes([0x61, 0xE9]))} cannot be written"))
+    assert message == r"a\udce9 cannot be written"
+
+
 def test_no_memory_on_the_host() -> None:
     import numpy as np
     import torch
