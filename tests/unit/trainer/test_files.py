@@ -100,7 +100,7 @@ def test_broken_json_names_line_17_and_the_column(tmp_path: Path) -> None:
         ("rows.csv", "text,text\na,b\n", "column 'text' is there more than once"),
         ("rows.csv", "text\n", "holds no rows"),
         ("rows.jsonl", "\n \n", "holds no rows"),
-        ("rows.parquet", "PAR0", "not a Parquet file"),
+        ("rows.parquet", "PAR0", "not a whole Parquet file"),
     ],
 )
 def test_broken_files_say_where_and_what(tmp_path: Path, name: str, content: str, expected: str) -> None:
@@ -115,6 +115,57 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
 def test_cut_gzip_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-20])
     assert "not a whole gzip file" in message(tmp_path / "rows.jsonl.gz")
+
+
+def test_gzip_with_a_wrong_byte_is_named(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(b"".join(b'{"text": "row %d"}\n' % number for number in range(100))))
+    for place in range(12, len(content)):
+        content[place] ^= 0xFF
+        (tmp_path / "rows.jsonl.gz").write_bytes(content)
+        assert "not a whole gzip file" in message(tmp_path / "rows.jsonl.gz")
+        content[place] ^= 0xFF
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("9" * 5000, "a number of more than 4300 digits"),
+        (r'"cut \ud83d off"', r"\ud83d is half of a character"),
+    ],
+    ids=["deep", "digits", "half"],
+)
+def test_json_that_python_or_a_tokenizer_cannot_take_is_named(
+    tmp_path: Path, name: str, value: str, expected: str
+) -> None:
+    lines = [r'{"text": "whole \ud83d\ude00"}', f'{{"text": {value}}}']
+    content = "[\n" + ",\n".join(lines) + "]" if name == "rows.json" else "\n".join(lines)
+    where = f"{name} line {3 if name == 'rows.json' else 2}: "
+    text = message(write(tmp_path / name, content))
+    assert where in text
+    assert expected in text
+
+
+def test_parquet_with_wrong_bytes_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    whole = path.read_bytes()
+    for place in (4, 30, len(whole) - 60):  # a page's header, its content, the footer
+        path.write_bytes(whole[:place] + b"\xff" * 20 + whole[place + 20 :])
+        assert "not a whole Parquet file" in message(path)
+
+
+def test_a_date_that_python_has_not_names_its_column(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    made = pyarrow.array([2**60], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "made": made}), tmp_path / "rows.parquet")
+    assert "column 'made' (timestamp[ms])" in message(tmp_path / "rows.parquet")
 
 
 @pytest.mark.parametrize(

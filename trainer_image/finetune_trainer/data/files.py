@@ -6,13 +6,18 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_trainer.failures import BadData
+
+# An escape that may be half of a character; two of them make one, such as an emoji.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
@@ -45,7 +50,7 @@ def read_rows(path: Path, *, uri: str) -> list[Row]:
             f"{uri}: not UTF-8 text (byte {error.object[error.start]:#04x} after {error.start} bytes); "
             "save the file as UTF-8"
         ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{uri}: not a whole gzip file ({error}); compress it again or rename it") from error
     if not rows:
         raise BadData(f"{uri}: the file holds no rows; it needs at least one")
@@ -63,10 +68,11 @@ def _read(path: Path, uri: str) -> Iterator[Row]:
     text = data.decode("utf-8-sig")
     if kind == ".csv":
         yield from _read_csv(text, uri)
-    elif kind == ".json" and text.lstrip().startswith("["):
-        yield from _read_json_array(text, uri)
-    else:  # also .json files that hold one object a line, which many tools write
-        yield from _read_json_lines(text, uri)
+        return
+    # Lines: also .json files that hold one object a line, which many tools write.
+    is_array = kind == ".json" and text.lstrip().startswith("[")
+    rows = _read_json_array(text, uri) if is_array else _read_json_lines(text, uri)
+    yield from map(_require_characters, rows) if _HALF.search(text) else rows
 
 
 def _read_json_lines(text: str, uri: str) -> Iterator[Row]:
@@ -85,6 +91,8 @@ def _parse_object(text: str, *, uri: str, line: int) -> dict[str, Any]:
             f"{uri} line {line}: broken JSON at column {error.pos + 1} ({error.msg}), "
             f"near {text[start : error.pos + 20]!r}; every line must be one whole JSON object"
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise _beyond_limits(error, uri=uri, line=line) from error
     return _require_object(value, uri=uri, line=line)
 
 
@@ -94,6 +102,27 @@ def _require_object(value: Any, *, uri: str, line: int) -> dict[str, Any]:
             f'{uri} line {line}: found {shorten(value)}, expected a JSON object such as {{"text": "..."}}'
         )
     return value
+
+
+def _beyond_limits(error: Exception, *, uri: str, line: int) -> BadData:
+    """For JSON that is right and that Python does not read."""
+    cause = (
+        "is nested too deeply"
+        if isinstance(error, RecursionError)
+        else "has a number of more than 4300 digits"
+    )
+    return BadData(f"{uri} line {line}: the JSON {cause}; write that value as text, or remove it")
+
+
+def _require_characters(row: Row) -> Row:
+    try:
+        json.dumps(row.values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadData(
+            f"{row.where}: \\u{ord(error.object[error.start]):04x} is half of a character, as after a cut in the "
+            "middle of an emoji; write the whole character, or remove the half"
+        ) from error
+    return row
 
 
 def _read_json_array(text: str, uri: str) -> Iterator[Row]:
@@ -115,6 +144,8 @@ def _read_json_array(text: str, uri: str) -> Iterator[Row]:
                 f"{uri} line {error.lineno}: broken JSON at column {error.colno} ({error.msg}); "
                 "the file must be one JSON array of objects, or one object a line"
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise _beyond_limits(error, uri=uri, line=line) from error
         yield Row(_require_object(value, uri=uri, line=line), uri, line)
     rest = _skip_space(text, position + 1)
     if rest < len(text):
@@ -164,10 +195,27 @@ def _read_parquet(path: Path, uri: str) -> Iterator[Row]:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise BadData(f"{uri}: not a Parquet file ({str(error).splitlines()[0]})") from error
-    for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(values, uri, number, unit="row")
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; Arrow's own has no number
+            raise
+        raise BadData(f"{uri}: not a whole Parquet file ({str(error).splitlines()[0]})") from error
+    columns = [_read_column(table, name, uri) for name in table.column_names]
+    for number, cells in enumerate(zip(*columns, strict=True), start=1):
+        yield Row(dict(zip(table.column_names, cells, strict=True)), uri, number, unit="row")
+
+
+def _read_column(table: Any, name: str, uri: str) -> list[Any]:
+    column = table.column(name)
+    try:
+        return list(column.to_pylist())
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # dates and zones that Python does not know, text that is not UTF-8
+        raise BadData(
+            f"{uri}: column {name!r} ({column.type}) has a value that cannot be read ({error}); "
+            "write it as text, or remove the column"
+        ) from error
 
 
 def shorten(value: Any, *, limit: int = 80) -> str:
