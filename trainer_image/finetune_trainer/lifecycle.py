@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -56,7 +57,10 @@ def run_job(run_file: Path, task: Task | None = None) -> int:
         result = _failed(error, reporter)
     print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
     preempted = result["class"] is ErrorClass.PREEMPTED
-    reporter.finish(result, patience=PREEMPTED_PATIENCE if preempted else RESULT_PATIENCE)
+    with contextlib.suppress(
+        Stopped
+    ):  # asked to end while the operator is away: code and last line say the same
+        reporter.finish(result, patience=PREEMPTED_PATIENCE if preempted else RESULT_PATIENCE)
     return int(result["exitCode"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from finetune_operator.core.reports import Report
 from finetune_trainer import artifacts, lifecycle, storage
-from finetune_trainer.progress import State
+from finetune_trainer.failures import Stopped
+from finetune_trainer.progress import Reporter, State
 from finetune_trainer.runfile import Job
 from tests import tiny
 from tests.unit.trainer.test_progress import Operator, serve
@@ -125,6 +127,18 @@ def test_a_run_file_that_cannot_be_read_is_reported_by_an_inspection_as_such(
 ) -> None:
     assert lifecycle.run_job(tmp_path / "none.json", lifecycle.inspect) == 64
     assert last_report(operator).result is not None
+
+
+def test_a_stop_while_the_result_is_reported_changes_nothing(
+    inspect: Inspect, committed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator may be away for minutes, in which the pod is deleted."""
+
+    def stop(*_: Any, **__: Any) -> bool:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(Reporter, "finish", stop)
+    assert inspect() == 0
 
 
 def test_a_run_does_not_say_that_it_inspects() -> None:
