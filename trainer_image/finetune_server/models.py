@@ -13,7 +13,7 @@ import transformers
 
 from finetune_server.lora import AdapterBank
 from finetune_server.slots import SlotCache
-from finetune_trainer import storage
+from finetune_trainer import model_files, storage
 from finetune_trainer.failures import BadConfig, ModelNotFound
 
 DEFAULT_LENGTH = 8192  # tokens; longer contexts are asked for with --max-model-len
@@ -71,17 +71,20 @@ def load_base(path: Path, *, uri: str, device: str, dtype: str, max_length: int 
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=_choose_dtype(dtype, place),
             device_map={"": place},
             attn_implementation="sdpa",
-        ).eval()
+            ignore_mismatched_sizes=True,  # told below
+            output_loading_info=True,
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(f"--model: {uri} cannot be loaded ({_first_line(error)})") from error
-    return Base(model, tokenizer, path, uri, length, _end_tokens(model, tokenizer))
+    model_files.check_loaded(found, field="--model", uri=uri)
+    return Base(model.eval(), tokenizer, path, uri, length, _end_tokens(model, tokenizer))
 
 
 def _first_line(error: BaseException) -> str:

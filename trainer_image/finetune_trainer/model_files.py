@@ -6,6 +6,7 @@ A folder that a download left incomplete, or that holds something else, is refus
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def read_tensors(path: Path, *, uri: str) -> Tensors:
     names = sorted(file.name for file in path.glob("*.safetensors"))
     if (path / INDEX).is_file():
         listed = _read_object(path / INDEX, uri=uri).get("weight_map") or {}
-        missing = sorted(set(listed.values()) - set(names))
+        if not isinstance(listed, dict):
+            raise ModelNotFound(f"model.uri: weight_map in {INDEX} of {uri} is not an object; {COPY_AGAIN}")
+        missing = sorted({str(name) for name in listed.values()} - set(names))
         if missing:
             raise ModelNotFound(
                 f"model.uri: {uri} has no {missing[0]}, which {INDEX} lists (looked at {path}); {COPY_AGAIN}"
@@ -81,6 +84,24 @@ def read_tensors(path: Path, *, uri: str) -> Tensors:
     for name in names:
         tensors.update(_read_header(path / name, uri=uri))
     return tensors
+
+
+def check_loaded(
+    found: Mapping[str, Collection[Any]], *, field: str, uri: str, heads: Collection[str] = ()
+) -> None:
+    """Raises ModelNotFound for weights that the files do not have, or in another shape: transformers draws them at
+    random. `found` is its loading info; only modules in `heads` may be new."""
+    missing = sorted(name for name in found["missing_keys"] if name.partition(".")[0] not in heads)
+    if missing:
+        raise ModelNotFound(
+            f"{field}: {uri} has no weights for {len(missing)} parts of the model that its config.json describes, such "
+            f"as {missing[0]}; {COPY_AGAIN}"
+        )
+    for name, shape, wanted in sorted(found["mismatched_keys"]):
+        raise ModelNotFound(
+            f"{field}: {name} of {uri} has the shape {list(shape)}, the model that its config.json describes needs "
+            f"{list(wanted)}; {COPY_AGAIN}"
+        )
 
 
 def _read_header(file: Path, *, uri: str) -> Tensors:

@@ -176,7 +176,7 @@ def _prepare_libraries() -> int:
 def _check_model(model: Any, run: RunFile, encoded: prepared.Encoded) -> None:
     """Raises BadConfig when the model does not fit the tokens, or lets packed rows mix."""
     rows = [row.input_ids for row in prepared.answers(encoded.train) + prepared.answers(encoded.held_out)]
-    models.check_vocabulary(model, max(max(row) for row in rows), uri=run.model.uri)
+    models.check_vocabulary(model, encoded.tokenizer, max(max(row) for row in rows), uri=run.model.uri)
     if run.hyperparameters.packing:
         packing.check_separation(model, [row.input_ids for row in prepared.answers(encoded.train)])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,19 @@ def test_bad_input_is_refused_early(case: Case, folders: dict[bool, Path], tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_padding_token_without_an_embedding_is_refused(
+    tiny_model: Path, chat_file: Path, run: Run, tmp_path: Path
+) -> None:
+    """As where a padding token was added to the tokenizer, and the model kept its size."""
+    model = shutil.copytree(tiny_model, tmp_path / "padded")
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|more|>"})
+    tokenizer.save_pretrained(model)
+    ended = run(model, chat_file)
+    assert (ended.code, ended.result["class"]) == (64, "BadConfig")
+    assert "pad_token '<|more|>'" in ended.result["message"]
+
+
 def test_rows_cut_before_the_answer_are_refused(tiny_model: Path, chat_file: Path, run: Run) -> None:
     ended = run(tiny_model, chat_file, hyperparameters={"maxSteps": 2, "maxLength": 10})
     assert (ended.code, ended.result["class"]) == (65, "BadData")
@@ -234,6 +248,36 @@ def test_weights_that_cannot_be_loaded_are_the_models_fault(
     ended = run(broken, chat_file)
     assert (ended.code, ended.result["class"]) == (66, "ModelNotFound")
     assert str(broken) in ended.result["message"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"num_hidden_layers": 3}, "no weights for 9 parts .* such as model.layers.2.input_layernorm.weight"),
+        (
+            {"intermediate_size": 256},
+            r"layers.0.mlp.down_proj.weight of .* shape \[64, 128\], .* \[64, 256\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("objective", ["SFT", "RewardModel"])
+def test_weights_that_would_be_random_are_refused(
+    tiny_model: Path,
+    chat_file: Path,
+    run: Run,
+    tmp_path: Path,
+    config: dict[str, int],
+    expected: str,
+    objective: str,
+) -> None:
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    known = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**known, **config}))
+    if objective == "RewardModel":
+        chat_file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.preference_rows()[:8])
+    ended = run(broken, chat_file, objective=objective)
+    assert (ended.code, ended.result["class"]) == (66, "ModelNotFound")
+    assert re.search(expected, ended.result["message"])
 
 
 def test_an_error_of_ours_is_internal_and_reported(

@@ -70,6 +70,12 @@ def test_a_weight_file_that_only_the_index_knows_is_named(tmp_path: Path) -> Non
         model_files.read_tensors(tmp_path, uri=URI)
 
 
+def test_an_index_of_another_shape_is_named(tmp_path: Path) -> None:
+    (tmp_path / model_files.INDEX).write_text(json.dumps({"weight_map": ["a.weight"]}))
+    with pytest.raises(ModelNotFound, match=r"weight_map in .*index.json .* is not an object"):
+        model_files.read_tensors(tmp_path, uri=URI)
+
+
 def test_a_tokenizer_that_is_whole_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (tmp_path / "tokenizer_config.json").write_text("{}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from finetune_trainer import artifacts
+from finetune_trainer import artifacts, model_files
 from finetune_trainer.data import shapes, tokens
 from finetune_trainer.evaluation import generation
 from finetune_trainer.evaluation.metrics import Scores, score_answers
@@ -83,9 +83,16 @@ def _is_adapter(folder: Path) -> bool:
 
 def _load(path: Path, device: models.Device) -> Any:
     dtype = torch.bfloat16 if device.has_bfloat16 else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, trust_remote_code=False, use_safetensors=True, dtype=dtype, device_map={"": device.name}
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=dtype,
+        device_map={"": device.name},
+        ignore_mismatched_sizes=True,  # told below
+        output_loading_info=True,
     )
+    model_files.check_loaded(found, field="model.uri", uri=str(path))
     return model.eval()
 
 

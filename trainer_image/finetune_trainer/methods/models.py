@@ -11,6 +11,7 @@ import safetensors
 import torch
 import transformers
 
+from finetune_trainer import model_files
 from finetune_trainer.failures import BadConfig, ModelNotFound
 from finetune_trainer.runfile import MethodType, Precision, Quantization, RunFile
 
@@ -128,8 +129,14 @@ def _load(
     if head is Head.REWARD:
         options["num_labels"] = 1
     try:
-        return LOADERS[head].from_pretrained(
-            path, trust_remote_code=False, use_safetensors=True, device_map={"": device.name}, **options
+        model, found = LOADERS[head].from_pretrained(
+            path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map={"": device.name},
+            ignore_mismatched_sizes=True,  # told below
+            output_loading_info=True,
+            **options,
         )
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelNotFound(
@@ -140,6 +147,10 @@ def _load(
             f"{field}: {uri} is no {head} that transformers knows ({_first_line(error)}); "
             "models that bring their own code are not run"
         ) from error
+    model_files.check_loaded(
+        found, field=field, uri=uri, heads=CLASSIFIER_HEADS if head is Head.REWARD else ()
+    )
+    return model
 
 
 def _keep_gradients(model: Any) -> None:
@@ -178,13 +189,18 @@ def build_quantization(
     )
 
 
-def check_vocabulary(model: Any, largest_token: int, *, uri: str) -> None:
-    """Raises BadConfig when the tokenizer makes tokens that the model has no embedding for."""
+def check_vocabulary(model: Any, tokenizer: Any, largest_token: int, *, uri: str) -> None:
+    """Raises BadConfig when the tokenizer makes tokens, or pads with one, that the model has no embedding for."""
     rows = model.get_input_embeddings().num_embeddings
     if largest_token >= rows:
         raise BadConfig(
             f"model.uri: the tokenizer of {uri} makes token {largest_token}, but the model has {rows} embeddings; "
             "the two do not belong together"
+        )
+    if tokenizer.pad_token_id >= rows:
+        raise BadConfig(
+            f"model.uri: pad_token {tokenizer.pad_token!r} of {uri} is token {tokenizer.pad_token_id}, but the model "
+            f"has {rows} embeddings; name another pad_token in tokenizer_config.json, such as the end token"
         )
 
 
