@@ -66,6 +66,15 @@ def test_an_entry_may_be_imported_or_assigned(find: Any) -> None:
     assert functions.load(find(text))(["a"], ["b"], {}) == [2.0]
 
 
+@pytest.mark.parametrize("beginning", ["", "from __future__ import annotations\n", "\ufeff"])
+def test_a_file_may_hold_what_a_module_holds(find: Any, beginning: str) -> None:
+    text = (
+        f"{beginning}import dataclasses\n@dataclasses.dataclass\nclass Score:\n    value: int = 3\n"
+        "def f(prompts, completions):\n    for _ in completions:\n        yield Score().value\n"
+    )
+    assert functions.load(find(text))(["a", "b"], ["x", "y"], {}) == [3.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -113,6 +122,8 @@ def test_a_file_that_fails_as_it_is_loaded(find: Any, text: str, expected: list[
         ("return [1.0, float('nan')]", ["returned nan for completion 1", "finite"]),
         ("return ['good', 1]", ["returned 'good' for completion 0", "numbers"]),
         ("return [None, 1]", ["returned None for completion 0"]),
+        ("return [10**400, 1]", ["returned 1000", "for completion 0; return numbers"]),
+        ("yield 1 / 0", ["ZeroDivisionError: division by zero", "r.py line 2: yield 1 / 0"]),
     ],
 )
 def test_a_function_that_fails_names_its_line(find: Any, body: str, expected: list[str]) -> None:

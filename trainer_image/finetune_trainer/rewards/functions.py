@@ -12,11 +12,12 @@ import inspect
 import linecache
 import math
 import os
+import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 from finetune_trainer.data.shapes import AnyExample, Prompt
@@ -57,7 +58,7 @@ def _read(function: RewardFunction, number: int) -> Source:
         raise BadConfig(f"{place}: no reward functions are mounted here ({FOLDER_VARIABLE} is not set)")
     path = Path(folder) / str(number) / reference.key
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
     except FileNotFoundError as error:
         raise BadConfig(f"{place}: there is no file {path}; check the key of the ConfigMap") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -134,7 +135,7 @@ class Function:
             name: value for name, value in columns.items() if self.accepts is None or name in self.accepts
         }
         try:
-            values = self.call(prompts, completions, **given)
+            values = _as_list(self.call(prompts, completions, **given))
         except (Exception, SystemExit) as error:  # a user's code raises what it likes
             raise _failed(self.source, error) from error
         return _check_values(self.source, values, count=len(completions))
@@ -144,13 +145,18 @@ def load(source: Source) -> Function:
     """Runs the file once and returns its function. Raises BadConfig."""
     name = f"<{source.file} of {source.place}>"
     linecache.cache[name] = (len(source.text), None, source.text.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"__name__": "reward_function", "__file__": name}
-    code: CodeType = compile(source.text, name, "exec")
+    # Listed, as dataclasses and pickle look a class's module up; the name is the file's own where there are several.
+    module = ModuleType(f"reward_function_{source.digest.removeprefix('sha256:')[:12]}")
+    sys.modules[module.__name__] = module
+    module.__file__ = name
+    code: CodeType = compile(
+        source.text, name, "exec", dont_inherit=True
+    )  # our own __future__ is not the user's
     try:
-        exec(code, namespace)  # noqa: S102  running the user's function is what was asked for
+        exec(code, module.__dict__)  # noqa: S102  running the user's function is what was asked for
     except (Exception, SystemExit) as error:  # as above
         raise _failed(source, error) from error
-    call = namespace.get(source.entry)
+    call = getattr(module, source.entry, None)
     if not callable(call):
         raise BadConfig(f"{source.place}: {source.entry} in {source.file} is no function, but {call!r:.80}")
     return Function(source, call, _accepted(source, call))
@@ -183,21 +189,22 @@ def _failed(source: Source, error: BaseException) -> BadConfig:
     return BadConfig(f"{source.place}: {source.entry} failed with {last}{place}")
 
 
-def _check_values(source: Source, values: Any, *, count: int) -> list[float]:
+def _as_list(values: Any) -> Any:
+    """Runs what a function with `yield` has only begun; what is no sequence stays as it is."""
+    return list(values) if isinstance(values, Iterable) else values
+
+
+def _check_values(source: Source, items: Any, *, count: int) -> list[float]:
     where = f"{source.place}: {source.entry}"
-    try:
-        items = list(values)
-    except TypeError:
-        raise BadConfig(
-            f"{where} returned {values!r:.80}; return a list with one number per completion"
-        ) from None
+    if not isinstance(items, list):
+        raise BadConfig(f"{where} returned {items!r:.80}; return a list with one number per completion")
     if len(items) != count:
         raise BadConfig(f"{where} returned {len(items)} rewards for {count} completions; return one for each")
     numbers = []
     for index, item in enumerate(items):
         try:
             number = float(item)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise BadConfig(f"{where} returned {item!r:.80} for completion {index}; return numbers") from None
         if not math.isfinite(number):
             raise BadConfig(f"{where} returned {number} for completion {index}; return finite numbers")
