@@ -16,7 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from finetune_trainer import artifacts, checkpoints, early_fit, machine, preflight, pulse, runfile, storage
+from finetune_trainer import (
+    artifacts,
+    checkpoints,
+    early_fit,
+    machine,
+    preflight,
+    pulse,
+    runfile,
+    signals,
+    storage,
+)
 from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
 from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
 
@@ -55,12 +65,15 @@ def run_job(run_file: Path, task: Task | None = None) -> int:
         result = _failed(Preempted(text), reporter)
     except Exception as error:
         result = _failed(error, reporter)
-    print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
     preempted = result["class"] is ErrorClass.PREEMPTED
+    if preempted:
+        signals.ignore_more()
+    print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
     with contextlib.suppress(
         Stopped
     ):  # asked to end while the operator is away: code and last line say the same
         reporter.finish(result, patience=PREEMPTED_PATIENCE if preempted else RESULT_PATIENCE)
+    signals.ignore_more()
     return int(result["exitCode"])
 
 

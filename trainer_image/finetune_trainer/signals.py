@@ -28,6 +28,13 @@ def install() -> None:
     signal.signal(signal.SIGINT, _stop)
 
 
+def ignore_more() -> None:
+    """The result stands: a SIGTERM from here on, such as the one that follows a preStop hook, must not replace the exit
+    code. Python gives up its own handlers some time before the process is gone."""
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """While inside, SIGTERM only sets `stop_requested`: somebody looks at it after each step, and saves first.
