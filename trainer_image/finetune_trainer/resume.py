@@ -84,27 +84,38 @@ def find(
         folder = output_dir / f"checkpoint-{checkpoint.step}"
         try:
             store.fetch(checkpoint, folder)
+            patience_used = _restore_best(folder, output_dir)
         except checkpoints.Corrupt as finding:
             store.mark_corrupt(checkpoint.step, str(finding))
             shutil.rmtree(folder, ignore_errors=True)
             continue
         print(f"resuming from {checkpoint.uri}", flush=True)
-        return Resumption(checkpoint, folder, patience_used=_restore_best(folder, output_dir))
+        return Resumption(checkpoint, folder, patience_used)
     return None
 
 
 def _restore_best(folder: Path, output_dir: Path) -> int:
-    """Puts the best weights where the trainer looks for them; returns early stopping's count."""
+    """Puts the best weights where the trainer looks for them; returns early stopping's count.
+
+    Raises Corrupt for a state that is not one, or that another version of the libraries has written.
+    """
     file = folder / TRAINER_STATE
-    state = json.loads(file.read_text(encoding="utf-8"))
-    if state["best_global_step"]:
-        best = output_dir / f"checkpoint-{state['best_global_step']}"
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        best_step = state["best_global_step"]
+        stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
+        patience_used = int(stopping.get("early_stopping_patience_counter", 0))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checkpoints.Corrupt(
+            f"{TRAINER_STATE} cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    if best_step:
+        best = output_dir / f"checkpoint-{best_step}"
         if (folder / saving.BEST).is_dir():
             (folder / saving.BEST).rename(best)
         state["best_model_checkpoint"] = str(best) if best.is_dir() else None
         file.write_text(json.dumps(state), encoding="utf-8")
-    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
-    return int(stopping.get("early_stopping_patience_counter", 0))
+    return patience_used
 
 
 def train(trainer: Any, resumption: Resumption | None, store: checkpoints.Store | None) -> None:

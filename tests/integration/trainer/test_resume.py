@@ -214,21 +214,36 @@ def test_where_nothing_can_be_trusted_training_begins_anew(
     assert_same(resumed, undisturbed)
 
 
+def replace_file(checkpoint: Path, name: str, content: bytes) -> None:
+    """As another version of the trainer could have left it: every digest is right, the content is not."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for file in manifest["files"]:
+        if file["path"] == name:
+            file["sha256"] = hashlib.sha256(content).hexdigest()
+    text = json.dumps(manifest).encode()
+    (checkpoint / "manifest.json").write_bytes(text)
+    (checkpoint / "complete").write_text(f"sha256:{hashlib.sha256(text).hexdigest()}")
+
+
+def test_a_state_of_another_version_gives_way_to_the_checkpoint_before(
+    tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    newest = interrupted(**parts)
+    before = whole(folder)[-2]
+    replace_file(folder / f"checkpoint-{newest}", "trainer_state.json", b'{"global_step": 12}')
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert f"checkpoint-{newest} is corrupt (trainer_state.json cannot be read" in resumed.log
+    assert f"trained to step {STEPS} (from {before})" in resumed.log
+
+
 def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is_not_used_again(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:
     parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
     newest = interrupted(**parts)
-    # As another version of the trainer could have left it: every digest is right, the content is not.
-    checkpoint = folder / f"checkpoint-{newest}"
-    (checkpoint / "optimizer.pt").write_bytes(b"of another world")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for file in manifest["files"]:
-        if file["path"] == "optimizer.pt":
-            file["sha256"] = hashlib.sha256(b"of another world").hexdigest()
-    content = json.dumps(manifest).encode()
-    (checkpoint / "manifest.json").write_bytes(content)
-    (checkpoint / "complete").write_text(f"sha256:{hashlib.sha256(content).hexdigest()}")
+    replace_file(folder / f"checkpoint-{newest}", "optimizer.pt", b"of another world")
     failed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
     assert (failed.code, failed.result["class"]) == (84, "CheckpointCorrupt"), failed.log
     assert f"checkpoint-{newest} cannot be loaded" in failed.result["message"]
