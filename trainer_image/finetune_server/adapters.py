@@ -89,11 +89,13 @@ def read_adapter(folder: Path, *, shapes: dict[str, tuple[int, int]], max_rank: 
 
 
 def read_template(folder: Path) -> str | None:
-    """Returns the chat template beside the adapter: the one that it was trained with."""
+    """Returns the chat template beside the adapter: the one that it was trained with. Raises AdapterError."""
     try:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"chat_template.jinja cannot be read ({error})") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -101,6 +103,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"No adapter found for {folder}: it has no {CONFIG}") from None
+    except OSError as error:  # no folder, a name that is too long
+        raise AdapterError(f"{CONFIG} cannot be read ({error})") from error
     except ValueError as error:
         raise AdapterError(f"{CONFIG} is not JSON ({error})") from error
     if not isinstance(config, dict):
@@ -114,13 +118,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if value not in neutral:
             raise AdapterError(f"{CONFIG}: {name} is {json.dumps(value)}, which this engine cannot apply")
     for name in ("r", "lora_alpha"):
-        if (
-            not isinstance(config.get(name), int | float)
-            or isinstance(config[name], bool)
-            or config[name] <= 0
-        ):
+        if not _is_positive(config.get(name)):
             raise AdapterError(f"{CONFIG}: {name} is {config.get(name)!r}; it must be a number above 0")
+    _check_alphas(config.get("alpha_pattern") or {})
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _check_alphas(patterns: Any) -> None:
+    if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+        raise AdapterError(f"{CONFIG}: alpha_pattern must hold numbers above 0 by names of layers")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(
+                f"{CONFIG}: {pattern!r} in alpha_pattern is no regular expression ({error})"
+            ) from error
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -149,7 +166,7 @@ def _build_part(
         raise AdapterError(f"{WEIGHTS} holds only one half of {layer!r} (lora_{next(iter(found))})")
     down, up = found["A"], found["B"]
     inner, outer = shapes[layer]
-    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
         raise AdapterError(f"{layer!r}: lora_A {list(down.shape)} and lora_B {list(up.shape)} do not fit")
     if (down.shape[1], up.shape[0]) != (inner, outer):
         raise WrongBase(
@@ -158,7 +175,10 @@ def _build_part(
         )
     if down.shape[0] > max_rank:
         raise RankTooLarge(f"LoRA rank {down.shape[0]} is greater than max_lora_rank {max_rank}.")
-    if not (bool(torch.isfinite(down).all()) and bool(torch.isfinite(up).all())):
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise AdapterError(f"{layer!r} holds weights of type {down.dtype} and {up.dtype}, not real numbers")
+    # As float32, which is the widest type that the engine computes with.
+    if not (bool(torch.isfinite(down.float()).all()) and bool(torch.isfinite(up.float()).all())):
         raise AdapterError(f"{layer!r} holds weights that are not finite; train again")
     return Part(down=down, up=up, scale=_scale(layer, config, rank=int(down.shape[0])))
 

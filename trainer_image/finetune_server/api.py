@@ -296,7 +296,7 @@ def _request_id(request: web.Request) -> str:
 async def _read_object(request: web.Request) -> dict[str, Any]:
     try:
         document = json.loads(await request.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise errors.BadRequest("the body is not valid JSON") from None
     if not isinstance(document, dict):
         raise errors.BadRequest("the body is not a JSON object")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from finetune_server import adapters
 from finetune_server.lora import AdapterBank
@@ -122,6 +124,11 @@ def test_an_overflowing_adapter_does_not_touch_its_neighbours(
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"lora_alpha": "x"}, "lora_alpha"),
         ({"r": 0}, "r is 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern must hold numbers"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern must hold numbers"),
+        ({"alpha_pattern": {"(": 1}}, r"'\(' in alpha_pattern is no regular expression"),
     ],
 )
 def test_what_cannot_be_applied_exactly_is_refused(
@@ -151,11 +158,38 @@ def test_rank_base_and_content_are_checked(
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(adapters.AdapterError, match="cannot be read"):
         adapters.read_adapter(broken, shapes=shapes, max_rank=64)
-    nan = write_adapter(tiny_model, tmp_path / "nan", seed=1)
-    from safetensors.torch import load_file, save_file
+    with pytest.raises(adapters.AdapterError, match="Not a directory"):
+        adapters.read_adapter(weights, shapes=shapes, max_rank=64)
+    (broken / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(adapters.AdapterError, match=r"chat_template\.jinja cannot be read"):
+        adapters.read_template(broken)
 
-    tensors = load_file(nan / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, nan / "adapter_model.safetensors")
-    with pytest.raises(adapters.AdapterError, match="not finite"):
-        adapters.read_adapter(nan, shapes=shapes, max_rank=64)
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.fill_(float("nan")), "not finite"),
+        (lambda tensor: tensor.double().fill_(1e300), "not finite"),
+        (lambda tensor: tensor.to(torch.int8), "of type torch.int8"),
+        (lambda tensor: tensor[:0] if tensor.shape[0] == 8 else tensor[:, :0].contiguous(), "do not fit"),
+    ],
+    ids=["nan", "float64", "int8", "rank-0"],
+)
+def test_weights_that_give_no_numbers_are_refused(
+    tiny_model: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    folder = write_adapter(tiny_model, tmp_path / "changed", seed=1)
+    tensors = load_file(folder / adapters.WEIGHTS)
+    save_file({name: change(tensor) for name, tensor in tensors.items()}, folder / adapters.WEIGHTS)
+    shapes = AdapterBank(load(tiny_model)).shapes()
+    with pytest.raises(adapters.AdapterError, match=message):
+        adapters.read_adapter(folder, shapes=shapes, max_rank=64)
+
+
+def test_weights_of_a_smaller_type_are_served(tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tiny_model, tmp_path / "small", seed=1)
+    tensors = load_file(folder / adapters.WEIGHTS)
+    small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(small, folder / adapters.WEIGHTS)
+    shapes = AdapterBank(load(tiny_model)).shapes()
+    assert adapters.read_adapter(folder, shapes=shapes, max_rank=64).rank == 8
