@@ -251,7 +251,7 @@ class Store:
 
 def _is_manifest(manifest: dict[str, Any], step: int) -> bool:
     try:
-        names = [PurePosixPath(file["path"]) for file in manifest["files"]]
+        names = [PurePosixPath(file["path"]) for file in manifest["files"] if file["sha256"]]
         known = manifest["step"] == step and manifest["job"]["uid"] and manifest["configDigest"]
     except (KeyError, TypeError):
         return False

@@ -136,6 +136,16 @@ def test_a_broken_manifest_is_marked_on_the_way(
     assert (root / "checkpoint-10" / CORRUPT).exists()
 
 
+def test_a_manifest_without_a_files_digest_is_marked(store: Store, root: Path) -> None:
+    save(store, 5, 10)
+    manifest = json.loads((root / "checkpoint-10" / MANIFEST).read_text())
+    del manifest["files"][0]["sha256"]
+    content = json.dumps(manifest).encode()
+    (root / "checkpoint-10" / MANIFEST).write_bytes(content)
+    (root / "checkpoint-10" / COMPLETE).write_text(f"sha256:{hashlib.sha256(content).hexdigest()}")
+    assert found(store) == [5]
+
+
 @pytest.mark.parametrize("name", ["../../stolen", "/tmp/stolen"])
 def test_a_manifest_cannot_point_outside(store: Store, root: Path, name: str) -> None:
     save(store, 5)
