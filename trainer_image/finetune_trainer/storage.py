@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -196,8 +197,12 @@ def _sync(writer: Any) -> None:
 
 
 def _remove_folder_if_empty(path: Path) -> None:
-    if not any(path.iterdir()):
-        path.rmdir()
+    try:
+        if not any(path.iterdir()):
+            path.rmdir()
+    except OSError as error:  # another attempt has just written to it, or removed it
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
 
 
 class RemoteFolder:

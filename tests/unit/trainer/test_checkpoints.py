@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,23 @@ def test_steps_of_a_course_that_was_given_up_go_with_the_next_save(store: Store)
     save(store, 50)  # say, with resume: Never, the next attempt began at 0
     save(store, 10, keep=2)
     assert found(store) == [10]
+
+
+def test_an_attempt_may_begin_while_another_one_writes(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier one's file comes in the moment between a look at a folder and its removal."""
+    look = Path.iterdir
+
+    def write_behind(folder: Path) -> Iterator[Path]:
+        yield from look(folder)
+        if folder.name == "checkpoint-5":
+            (folder / "optimizer.pt").write_bytes(b"of the earlier attempt")
+
+    (root / "checkpoint-5").mkdir()
+    monkeypatch.setattr(Path, "iterdir", write_behind)
+    make_store(root, JOB.model_copy(update={"attempt": 2}))
+    assert (root / "checkpoint-5/optimizer.pt").exists()
 
 
 def test_the_same_step_may_be_saved_again(store: Store, root: Path) -> None:
