@@ -52,6 +52,11 @@ def test_a_gpu_that_is_not_in_the_table_is_said_to_be_so(model: Path, tmp_path: 
     assert "the memory of GPU Acme-9000 is not known" in found
 
 
+def test_where_no_gpu_is_named_that_is_said(model: Path, tmp_path: Path) -> None:
+    found = early_fit.check(run_file(tmp_path, f"file://{model}", accelerator=None), tmp_path)
+    assert "no GPU is named, so that was compared with nothing" in found
+
+
 def test_data_and_model_are_checked_too(model: Path, tmp_path: Path) -> None:
     run = run_file(tmp_path, f"file://{model}")
     (tmp_path / "chat.jsonl").write_text('{"messages": 1}\n')

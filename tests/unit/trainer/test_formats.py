@@ -117,6 +117,10 @@ def test_empty_cells_of_parquet_structs_are_dropped() -> None:
         ({"messages": []}, ["must be a list of messages", "[]"]),
         ({"messages": "hello"}, ["must be a list of messages", '"hello"']),
         ({"messages": [USER, {"role": "assistant"}]}, ["messages[1] has no 'content'", "[role]"]),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            ["messages[1] has no 'content', found keys [role, tool_calls]", "calls of tools are not learnt"],
+        ),
         ({"messages": [{"from": "human", "value": "x"}]}, ["has no 'role'", "ShareGPT"]),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, ["content is empty (assistant)"]),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, ["content must be text, found 3"]),

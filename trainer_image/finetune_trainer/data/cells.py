@@ -60,8 +60,10 @@ def _turn(row: Row, name: str, item: Any) -> Turn:
     for key in ("role", "content"):
         if key not in turn:
             hint = " (ShareGPT: rename from/value to role/content)" if "from" in turn else ""
+            if "tool_calls" in turn:
+                hint = " (calls of tools are not learnt: write them as text, or leave out the row)"
             raise BadData(
-                f"{row.where}: {name} has no {key!r}, found keys {list_names(item)}{hint}; "
+                f"{row.where}: {name} has no {key!r}, found keys {list_names(turn)}{hint}; "
                 "every message needs role and content"
             )
     role, content = turn["role"], turn["content"]
