@@ -26,8 +26,12 @@ def check(run: RunFile, work: Path) -> str:
     accelerator = accelerators.find(run.accelerator)
     if accelerator is None:
         needed = memory.estimate(model, _describe(run, None))
-        unknown = f"the memory of GPU {run.accelerator} is not known here" if run.accelerator else "no GPU is named"
-        return f"training needs about {verdicts.gib(needed.total)}; {unknown}, so that was compared with nothing"
+        unknown = (
+            f"the memory of GPU {run.accelerator} is not known here" if run.accelerator else "no GPU is named"
+        )
+        return (
+            f"training needs about {verdicts.gib(needed.total)}; {unknown}, so that was compared with nothing"
+        )
     verdict = verdicts.judge(
         model,
         _describe(run, accelerator),
