@@ -34,8 +34,8 @@
 
 {{/* (dict "root" $ "component" "operator") */}}
 {{- define "finetune.selector" -}}
-app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -94,6 +94,20 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end -}}
 {{- if and .Values.engine.agentUrl (not .Values.engine.url) -}}
 {{- fail "engine.agentUrl: is the agent of engine.url, which is empty; set engine.url" -}}
+{{- end -}}
+{{- $component := dict "root" . "component" "operator" -}}
+{{- range $path, $labels := dict "operator.podLabels" .Values.operator.podLabels "router.podLabels" .Values.router.podLabels -}}
+{{- range $label, $_ := include "finetune.labels" $component | fromYaml -}}
+{{- if hasKey (default dict $labels) $label -}}
+{{- fail (printf "%s: %s is set by the chart; remove it" $path $label) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- /* As finetune_operator/manifests/pods.py refuses them: the operator would not start. */ -}}
+{{- range (default dict .Values.trainer.podDefaults).env -}}
+{{- if regexMatch "^(FINETUNE|KUBEFLOW_TRAINER)_" .name -}}
+{{- fail (printf "trainer.podDefaults.env: %s is set by the operator; remove it" .name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

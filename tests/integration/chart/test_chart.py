@@ -70,6 +70,7 @@ SETS: dict[str, Json] = {
     "jobs-only": {"router": {"enabled": False}, "statusEndpoint": {"tls": {"mode": "Disabled"}}},
     "single": {"operator": {"replicas": 1, "leaderElection": False}},
     "cert-manager": {"statusEndpoint": {"tls": {"mode": "CertManager"}}},
+    "names like numbers": {"nameOverride": "1", "watchNamespaces": ["10042"]},  # a customer's, for example
     "openshift": {"podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}},
 }
 
@@ -153,6 +154,15 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
         ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
         ({"serviceAccount": {"create": False}}, "name the ServiceAccount to use"),
         ({"engine": {"agentUrl": "http://x:1"}}, "set engine.url"),
+        ({"operator": None}, "missing property 'operator'"),
+        ({"operator": {"lease": None}}, "missing property 'lease'"),
+        ({"statusEndpoint": {"tls": None}}, "missing property 'tls'"),
+        ({"operator": {"podLabels": {"app.kubernetes.io/name": "x"}}}, "podLabels: app.* is set by the chart"),
+        ({"router": {"podLabels": {"app.kubernetes.io/component": "x"}}}, "router.podLabels: app"),
+        ({"trainer": {"podDefaults": {"env": [{"name": "FINETUNE_TOKEN"}]}}}, "FINETUNE_TOKEN is set by"),
+        ({"statusEndpoint": {"tls": {"certManager": {"issuerRef": {"kind": "Issuer"}}}}}, "'name' required"),
+        ({"operator": {"podDisruptionBudget": {"maxUnavailable": "101%"}}}, "maxUnavailable"),
+        ({"nameOverride": "a" * 64}, "nameOverride"),
         ({"fullnameOverride": "1st"}, "fullnameOverride: 1st, which"),
         ({"fullnameOverride": "team.operator"}, "is no name for a Service"),
     ],
