@@ -83,7 +83,7 @@ def hopeless(seen: Observed, *, now: datetime) -> Ending | None:
     for pod in seen.pods:
         reason = pod.waiting_reason or ""
         waited = pod.scheduled_at is not None and now - pod.scheduled_at >= PULL_GRACE
-        told = f"pod {pod.name}: {reason}: {pod.waiting_message}"
+        told = f"pod {pod.name}: {reason}: {pod.waiting_message}".rstrip(": ")
         if reason in NEVER_PULLED or (reason in NOT_PULLED and waited):
             text = f"the image cannot be had ({told}): correct spec.resources.image or the pull secret"
             return Ending(ErrorClass.BAD_CONFIG, text, final=True)
@@ -97,7 +97,8 @@ def hopeless(seen: Observed, *, now: datetime) -> Ending | None:
 
 def of_pod(pod: PodFacts, spec: FineTuneJobSpec | None) -> Wait:
     """Why a pod that exists does not run, by its scheduler's or its kubelet's words."""
-    reason, told = pod.waiting_reason or "", _quoted(pod.waiting_message)
+    reason = pod.waiting_reason or ""
+    told = _quoted(pod.waiting_message) or reason
     if reason == "Unschedulable":
         return _unscheduled(pod, told, spec)
     if reason == "SchedulingGated":

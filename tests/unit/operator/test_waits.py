@@ -87,6 +87,7 @@ GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4", "fitChe
             "SecretMissing", ("Secret store is missing",),
         ),
         ("CrashLoopBackOff", "back-off 10s restarting", "CrashLoopBackOff", ("again and again", "kubectl logs")),
+        ("CrashLoopBackOff", "", "CrashLoopBackOff", ("again and again: CrashLoopBackOff; kubectl logs",)),
         ("RunContainerError", "no such device", "RunContainerError", ("no such device", "spec.resources")),
         ("FailedCreatePodSandBox", "no network", "FailedCreatePodSandBox", ("no network", "kubectl describe pod")),
     ],
