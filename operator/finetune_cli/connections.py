@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,8 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
     settings = client.Configuration()
     try:
         known, active = config.list_kube_config_contexts(config_file=file)
-        config.load_kube_config(config_file=file, context=context, client_configuration=settings)
+        with _complaints() as complaints:
+            config.load_kube_config(config_file=file, context=context, client_configuration=settings)
     except config.ConfigException as error:
         raise NoClusterError(
             f"{str(error).rstrip('.')}. Set KUBECONFIG or --kubeconfig, "
@@ -47,8 +50,27 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
         raise NoClusterError(
             f"{file or 'the kubeconfig'} is no kubeconfig; set KUBECONFIG or --kubeconfig"
         ) from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise NoClusterError(
+            f"{error.filename}: {error.strerror}; set KUBECONFIG or --kubeconfig to a file"
+        ) from error
+    if complaints:
+        raise NoClusterError(f"the credentials of {file or 'the kubeconfig'} cannot be had: {complaints[0]}")
     chosen = next((one for one in known if one["name"] == context), active)
     return _connection(settings, chosen["context"].get("namespace") or "default")
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """Where an exec plugin fails, the client writes a line into the root's log and goes on without credentials."""
+    told: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        yield told
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _connection(settings: Any, namespace: str) -> Connection:

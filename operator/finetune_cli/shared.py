@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -35,9 +36,21 @@ class WatchOutput(StrEnum):
     YAML = "yaml"
 
 
+def _namespace(text: str | None) -> str | None:
+    """Another text would be another path of the API, where nothing is."""
+    if text and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+        raise typer.BadParameter(f"{text!r} is no name of a namespace")
+    return text
+
+
 NamespaceOption = Annotated[
     str | None,
-    typer.Option("--namespace", "-n", help="Namespace; default: the one of the kubeconfig's context."),
+    typer.Option(
+        "--namespace",
+        "-n",
+        help="Namespace; default: the one of the kubeconfig's context.",
+        callback=_namespace,
+    ),
 ]
 KubeconfigOption = Annotated[
     Path | None,

@@ -157,7 +157,10 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
         ({"operator": None}, "missing property 'operator'"),
         ({"operator": {"lease": None}}, "missing property 'lease'"),
         ({"statusEndpoint": {"tls": None}}, "missing property 'tls'"),
-        ({"operator": {"podLabels": {"app.kubernetes.io/name": "x"}}}, "podLabels: app.* is set by the chart"),
+        (
+            {"operator": {"podLabels": {"app.kubernetes.io/name": "x"}}},
+            "podLabels: app.* is set by the chart",
+        ),
         ({"router": {"podLabels": {"app.kubernetes.io/component": "x"}}}, "router.podLabels: app"),
         ({"trainer": {"podDefaults": {"env": [{"name": "FINETUNE_TOKEN"}]}}}, "FINETUNE_TOKEN is set by"),
         ({"statusEndpoint": {"tls": {"certManager": {"issuerRef": {"kind": "Issuer"}}}}}, "'name' required"),

@@ -40,3 +40,23 @@ def test_what_cannot_be_a_name_is_asked_of_no_cluster(command: str, name: str, t
     (tmp_path / "config").write_text(KUBECONFIG)
     told = run(command, name, "--kubeconfig", str(tmp_path / "config"))
     assert f"error: {name!r} is no name of a FineTuneJob; see: finetune jobs list -A" in told
+
+
+def test_a_folder_is_no_kubeconfig(tmp_path: Path) -> None:
+    told = run("list", "--kubeconfig", str(tmp_path)).replace("\n", "")
+    assert told == f"error: {tmp_path}: Is a directory; set KUBECONFIG or --kubeconfig to a file"
+
+
+def test_an_exec_plugin_that_fails_is_told(tmp_path: Path) -> None:
+    plugin = "{exec: {apiVersion: client.authentication.k8s.io/v1, command: no-such-plugin, interactiveMode: Never}}"
+    (tmp_path / "config").write_text(KUBECONFIG.replace("user: {}", f"user: {plugin}"))
+    told = run("list", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
+    assert told.startswith(f"error: the credentials of {tmp_path}/config cannot be had: ")
+    assert "no-such-plugin" in told
+
+
+@pytest.mark.parametrize("namespace", ["A/../x", "..", "Team", "-a", "a" * 64])
+def test_what_cannot_be_a_namespace_is_asked_of_no_cluster(namespace: str, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(KUBECONFIG)
+    told = run("list", f"--namespace={namespace}", "--kubeconfig", str(tmp_path / "config"))
+    assert "is no name of a namespace" in " ".join(told.replace("│", "").split())
