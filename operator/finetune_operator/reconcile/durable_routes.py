@@ -16,6 +16,8 @@ from finetune_operator.manifests import routes as manifests
 
 logger = logging.getLogger(__name__)
 
+RETRY_SECONDS = 1.0
+LAST_RETRY_SECONDS = 30.0  # while the API server refuses: a right or the namespace is missing
 STORE_SECONDS = 3.0  # a rollback does not wait longer for an API server that does not answer
 
 
@@ -41,6 +43,7 @@ class DurableCopy:
         self._resource_version: str | None = None
         self._stored = ""
         self._oversized = ""
+        self._refusals = 0
         self.problem: str | None = None
         """Why the newest snapshot cannot be stored, and what to do. An API server that is away is no such problem."""
 
@@ -96,13 +99,17 @@ class DurableCopy:
             raise UnavailableError(f"no answer within {STORE_SECONDS:g} s") from None
         self._resource_version = answer["metadata"]["resourceVersion"]
         self._stored, self._oversized, self.problem = text, "", None
+        self._refusals = 0
 
-    def miss(self, error: ApiError) -> bool:
-        """Note that it could not be stored. Returns whether another try makes sense."""
+    def miss(self, error: ApiError) -> float | None:
+        """Note that it could not be stored. Returns the seconds after which another try makes sense; None: none does."""
         if isinstance(error, UnavailableError):
-            return True
+            return RETRY_SECONDS
         self.problem = str(error)
-        return not isinstance(error, TooLargeError)
+        if isinstance(error, TooLargeError):
+            return None
+        self._refusals += 1
+        return min(LAST_RETRY_SECONDS, RETRY_SECONDS * 2.0 ** min(self._refusals - 1, 10))
 
 
 def _text(contents: Contents) -> str:

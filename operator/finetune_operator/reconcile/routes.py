@@ -22,14 +22,13 @@ from finetune_operator.manifests import routes as manifests
 from finetune_operator.reconcile import deployment_facts
 from finetune_operator.reconcile.aliases import Aliases, Claim, key_of
 from finetune_operator.reconcile.base_names import Base, BaseNames
-from finetune_operator.reconcile.durable_routes import Contents, DurableCopy
+from finetune_operator.reconcile.durable_routes import RETRY_SECONDS, Contents, DurableCopy
 from finetune_operator.reconcile.fleet import Fleet
 from finetune_operator.reconcile.queue import Key
 
 logger = logging.getLogger(__name__)
 
 COALESCE_SECONDS = 0.02
-RETRY_SECONDS = 1.0
 HOLD_SECONDS = 10.0
 ATTEMPTS = 5  # of a write that somebody else's write gets in the way of
 
@@ -246,8 +245,8 @@ class Publisher:
                 await self._reread()
             except ApiError as error:
                 logger.error("the routes could not be stored, and are pushed all the same: %s", error)
-                if self._copy.miss(error):
-                    self._retry_later()
+                if (pause := self._copy.miss(error)) is not None:
+                    self._retry_later(pause)
                 if isinstance(error, UnavailableError) and self._fleet.highest > self._snapshot.version:
                     # We are cut off, and another operator is not: what it publishes knows more than we do.
                     logger.warning("routers apply newer routes than ours; ours wait for the API server")
@@ -304,10 +303,10 @@ class Publisher:
     def _is_stored(self) -> bool:
         return self._flush is None and self._copy.is_settled(Contents(self._snapshot, self._engines))
 
-    def _retry_later(self) -> None:
+    def _retry_later(self, pause: float) -> None:
         if self._retry is not None:
             self._retry.cancel()
-        self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self._flush_soon)
+        self._retry = asyncio.get_running_loop().call_later(pause, self._flush_soon)
 
     def _overtake(self, version: int) -> None:
         """A router applies something newer than ours: publish again, with a higher number."""
