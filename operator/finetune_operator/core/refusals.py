@@ -47,6 +47,15 @@ def unavailable(seen: Observed, plan: Plan, action: Action, message: str, *, now
     )
 
 
+def unread(seen: Observed, message: str, *, now: datetime) -> Plan:
+    """What the decision rests on may not be read: the job stays as it is, and says why."""
+    known = seen.job.status
+    if known.phase is not None:
+        return hindered(seen, Plan(known), message, now=now)
+    status = statuses.build(seen, Phase.PENDING, "Forbidden", message, claims=[], now=now)
+    return Plan(status, events=statuses.events(known, status))
+
+
 def hindered(seen: Observed, plan: Plan, message: str, *, now: datetime) -> Plan:
     """What was to be taken down, or looked for, is still due. What is final stays as it is; else the status says so."""
     if jobs.is_finished(seen.job.status):

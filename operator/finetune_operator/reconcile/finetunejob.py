@@ -102,7 +102,13 @@ class FineTuneJobReconciler:
         body = await self.kube.get(API_VERSION, KIND, *key, fresh=fresh)
         if body is None:
             return None
-        seen = await self.observer.observe(key, facts.job_facts(body), fresh=fresh, creating=creating)
+        job = facts.job_facts(body)
+        try:
+            seen = await self.observer.observe(key, job, fresh=fresh, creating=creating)
+        except ForbiddenError as error:
+            seen = Observed(job=job)
+            await self._write(key, body, seen, refusals.unread(seen, str(error), now=self.observer.now(job)))
+            raise  # the pass has failed all the same: the log and the metrics tell how often
         return body, seen, jobs.decide(seen, defaults=self.defaults, now=self.observer.now(seen.job))
 
     async def _act(self, seen: Observed, plan: Plan) -> tuple[Observed, Plan]:

@@ -19,6 +19,7 @@ from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
 
 MOST_LINKS = 16  # jobs of a chain that are followed to find a circle
+PODLESS_SECONDS = 30.0  # of a RayJob that starts: whoever hears of no pod may not be told of any
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,10 @@ class JobObserver:
             fresh = fresh or bool(self.kube.sightings.pods(job.namespace, labels))
         else:
             labels = naming.labels(job.name, attempt.number)
+            fresh = fresh or (
+                _ought_to_have_pods(rayjob, now=self.now(job))
+                and not self.kube.sightings.pods(job.namespace, labels)
+            )
         bodies = await self.kube.find("v1", "Pod", job.namespace, labels=labels, fresh=fresh)
         pods = [await self._pod(job, attempt, body) for body in bodies if _is_of(rayjob, body)]
         departed = self.kube.sightings.departed(job.namespace, labels)
@@ -188,6 +193,13 @@ class JobObserver:
         attempt = job.status.attempts[-1]
         recorded = attempt.uid if name == attempt.ray_job else None
         return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid, recorded_uid=recorded)
+
+
+def _ought_to_have_pods(rayjob: RayJobFacts | None, *, now: datetime) -> bool:
+    """Whether KubeRay has begun with a RayJob some time ago."""
+    if rayjob is None or rayjob.created is None or rayjob.deployment_status != "Initializing":
+        return False
+    return (now - rayjob.created).total_seconds() >= PODLESS_SECONDS
 
 
 def _is_of(rayjob: RayJobFacts | None, pod: Mapping[str, Json]) -> bool:

@@ -75,6 +75,35 @@ async def test_a_refused_deletion_of_an_attempt_is_told_and_repeated() -> None:
     assert stage.api.named("rayjobs") == []
 
 
+async def test_a_right_to_read_pods_that_is_missing_is_told() -> None:
+    """The watch is forbidden as well, and so tells of none."""
+    stage = Stage()
+    await stage.passes(3)
+    stage.kuberay("Initializing")
+    stage.api.time = stage.api.time.replace(minute=stage.api.time.minute + 1)
+    stage.api.before = failing("GET", "pods", ForbiddenError)
+    for _ in range(3):
+        with pytest.raises(ForbiddenError):
+            await stage.reconcile(KEY)
+    assert stage.status["phase"] == "Provisioning"
+    assert stage.status["message"].count("the API server refuses: GET /api/v1/namespaces/team/pods") == 1
+    stage.api.before = lambda method, path: None
+    await stage.passes()
+    assert "refuses" not in stage.status["message"]
+
+
+async def test_a_right_that_is_missing_from_the_beginning_is_told() -> None:
+    stage = Stage(model={"fineTuneJobRef": {"name": "base"}})
+    stage.api.before = lambda method, path: ForbiddenError(path) if path.endswith("/base") else None
+    with pytest.raises(ForbiddenError):
+        await stage.reconcile(KEY)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Pending", "Forbidden")
+    assert stage.status["message"].endswith("/finetunejobs/base")
+    stage.api.before = lambda method, path: None
+    await stage.passes()
+    assert stage.status["reason"] == "FineTuneJobNotFound"
+
+
 async def test_a_report_that_cannot_be_stored_is_dropped_and_the_job_goes_on() -> None:
     stage = await running()
     stage.report(training(step=6))
