@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from finetune_fit.prices import PriceTable
+from finetune_operator.api import uris
 from finetune_operator.core import endpoints
 from finetune_operator.core.elections import Terms
 from finetune_operator.core.endpoints import AllowList
@@ -118,6 +120,8 @@ def _pod_defaults(environ: Mapping[str, str], name: str) -> PodDefaults:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ConfigurationError(f"{name}={str(file)!r}: {where}: {first['msg']}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{name}={str(file)!r}: {error}") from error
 
 
 def _prices(environ: Mapping[str, str], name: str) -> PriceTable | None:
@@ -159,9 +163,29 @@ def _engine_endpoints(
         raise ConfigurationError(f"{name}={environ[name]!r}: {error}") from error
 
 
+def _folder(environ: Mapping[str, str], name: str) -> str | None:
+    """A folder's URI without a slash at its end: the job's namespace and name follow."""
+    text = environ.get(name, "").strip()
+    uri = text.rstrip("/")
+    if text and not any(re.fullmatch(shape, f"{uri}/job") for shape, _ in uris.SHAPES.values()):
+        choices = "; ".join(explanation for _, explanation in uris.SHAPES.values())
+        raise ConfigurationError(f"{name}={environ[name]!r}: must be one of: {choices}")
+    return uri or None
+
+
+def _namespaces(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(n.strip() for n in environ.get(name, "").split(",") if n.strip()))
+    for one in names:
+        if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", one):
+            raise ConfigurationError(f"{name}={environ[name]!r}: {one!r} is no name of a namespace")
+    return names
+
+
 def _own_namespace(environ: Mapping[str, str]) -> str:
-    if named := environ.get("FINETUNE_NAMESPACE"):
-        return named
+    if named := _namespaces(environ, "FINETUNE_NAMESPACE"):
+        if len(named) > 1:
+            raise ConfigurationError(f"FINETUNE_NAMESPACE={environ['FINETUNE_NAMESPACE']!r}: must be one")
+        return named[0]
     try:
         return IN_CLUSTER_NAMESPACE.read_text().strip() or DEFAULT_NAMESPACE
     except OSError:
@@ -190,6 +214,9 @@ def _terms(environ: Mapping[str, str]) -> Terms:
 def load(environ: Mapping[str, str]) -> OperatorConfig:
     """Read the configuration. Raises ConfigurationError."""
     port = int(_number(environ, "FINETUNE_STATUS_PORT", 8090, low=1, high=65535))
+    metrics_port = int(_number(environ, "FINETUNE_METRICS_PORT", 8080, low=1, high=65535))
+    if metrics_port == port:
+        raise ConfigurationError(f"FINETUNE_STATUS_PORT and FINETUNE_METRICS_PORT: both are {port}")
     certificate = _file(environ, "FINETUNE_TLS_CERT_FILE")
     key = _file(environ, "FINETUNE_TLS_KEY_FILE")
     if (certificate is None) != (key is None):
@@ -197,20 +224,20 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
     scheme = "https" if certificate else "http"
     engine_url, agent_url = _url(environ, "FINETUNE_ENGINE_URL"), _url(environ, "FINETUNE_AGENT_URL")
     return OperatorConfig(
-        namespaces=tuple(n.strip() for n in environ.get("FINETUNE_NAMESPACES", "").split(",") if n.strip()),
+        namespaces=_namespaces(environ, "FINETUNE_NAMESPACES"),
         submission_mode=_choice(
             environ, "FINETUNE_SUBMISSION_MODE", "K8sJobMode", ("K8sJobMode", "SidecarMode", "HTTPMode")
         ),
         trainer_image=environ.get("FINETUNE_TRAINER_IMAGE") or "finetune-trainer:0.1.0",
-        output_uri=(environ.get("FINETUNE_OUTPUT_URI") or "").rstrip("/") or None,
+        output_uri=_folder(environ, "FINETUNE_OUTPUT_URI"),
         status_host=environ.get("FINETUNE_STATUS_HOST") or "0.0.0.0",  # noqa: S104 - a pod is reached from outside
         status_port=port,
-        status_url=(environ.get("FINETUNE_STATUS_URL") or f"{scheme}://finetune-operator:{port}").rstrip("/"),
+        status_url=_url(environ, "FINETUNE_STATUS_URL") or f"{scheme}://finetune-operator:{port}",
         status_certificate=certificate,
         status_key=key,
         status_authority=_file(environ, "FINETUNE_TLS_CA_FILE"),
         metrics_host=environ.get("FINETUNE_METRICS_HOST") or "0.0.0.0",  # noqa: S104
-        metrics_port=int(_number(environ, "FINETUNE_METRICS_PORT", 8080, low=1, high=65535)),
+        metrics_port=metrics_port,
         termination_grace_seconds=int(
             _number(environ, "FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600)
         ),

@@ -102,7 +102,7 @@ class DurableCopy:
         self._refusals = 0
 
     def miss(self, error: ApiError) -> float | None:
-        """Note that it could not be stored. Returns the seconds after which another try makes sense; None: none does."""
+        """Note that it could not be stored. Returns the seconds after which another try makes sense, if any does."""
         if isinstance(error, UnavailableError):
             return RETRY_SECONDS
         self.problem = str(error)

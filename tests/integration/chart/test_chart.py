@@ -143,6 +143,7 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
         ({"image": {"digest": "sha256:abc"}}, "digest"),
         ({"image": {"repository": ""}}, "repository"),
         ({"trainer": {"outputUri": "/artifacts"}}, "outputUri"),
+        ({"trainer": {"outputUri": "file:///"}}, "outputUri"),
         ({"trainer": {"submissionMode": "InteractiveMode"}}, "submissionMode"),
         ({"trainer": {"podDefaults": {"hostNetwork": True}}}, "hostNetwork"),
         ({"statusEndpoint": {"port": 70000}}, "port"),

@@ -16,7 +16,7 @@ def test_the_defaults_are_those_of_a_cluster() -> None:
 
 
 def test_lists_and_folders_are_tidied() -> None:
-    settings = config.load({"FINETUNE_NAMESPACES": "a, b,,", "FINETUNE_OUTPUT_URI": "s3://bucket/x/"})
+    settings = config.load({"FINETUNE_NAMESPACES": "a, b,,a", "FINETUNE_OUTPUT_URI": "s3://bucket/x/"})
     assert (settings.namespaces, settings.output_uri) == (("a", "b"), "s3://bucket/x")
 
 
@@ -32,11 +32,27 @@ def test_lists_and_folders_are_tidied() -> None:
         ("FINETUNE_LEADER_ELECTION", "yes"),
         ("FINETUNE_LEASE_SECONDS", "0"),
         ("FINETUNE_TLS_CA_FILE", "/nowhere/ca.crt"),
+        ("FINETUNE_STATUS_URL", "finetune-operator:8090"),
+        ("FINETUNE_OUTPUT_URI", "/artifacts"),
+        ("FINETUNE_OUTPUT_URI", "s3://"),
+        ("FINETUNE_NAMESPACES", "team-a,Team_B"),
+        ("FINETUNE_NAMESPACE", "team a"),
     ],
 )
 def test_a_bad_value_is_named_with_its_variable(name: str, value: str) -> None:
     with pytest.raises(config.ConfigurationError, match=f"{name}='{value}': "):
         config.load({name: value})
+
+
+def test_two_servers_need_two_ports() -> None:
+    with pytest.raises(config.ConfigurationError, match="both are 8080"):
+        config.load({"FINETUNE_STATUS_PORT": "8080"})
+
+
+def test_pod_defaults_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "defaults").write_bytes(b"\xd0\x00")
+    with pytest.raises(config.ConfigurationError, match="codec can't decode"):
+        config.load({"FINETUNE_POD_DEFAULTS_FILE": str(tmp_path / "defaults")})
 
 
 def test_a_leader_must_give_up_before_another_may_begin() -> None:
