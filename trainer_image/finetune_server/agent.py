@@ -142,7 +142,7 @@ class Agent:
         begun = asyncio.get_running_loop().time()
         try:
             facts = await self.client.observe()
-        except (EngineError, KeyError, TypeError) as error:
+        except EngineError as error:
             self._misses += 1
             if self._misses >= PATIENCE or self._facts is None:
                 self._lost(f"{error}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,17 +48,10 @@ class EngineClient:
     async def observe(self) -> Facts:
         """Returns the engine's models and identity as they are now. Raises EngineError for one that is not well."""
         await self._bytes("GET", "/health", limit=_QUICK)
-        cards = (await self._json("GET", "/v1/models", limit=_QUICK))["data"]
+        document = await self._json("GET", "/v1/models", limit=_QUICK)
         metrics = await self._bytes("GET", "/metrics", limit=_QUICK)
-        started, limit = _START.search(metrics), _MAX_LORA.search(metrics)
-        bases = [card for card in cards if not card.get("parent")]
-        return Facts(
-            instance="" if started is None else started[1].decode(),
-            base_models=tuple(card["id"] for card in bases),
-            root=bases[0].get("root") if bases else None,
-            adapters={card["id"]: card.get("root") or "" for card in cards if card.get("parent")},
-            max_loras=None if limit is None else int(limit[1]),
-        )
+        with _reading("/v1/models"):
+            return _read_facts(document["data"], metrics)
 
     async def load(self, name: str, path: str, *, seconds: float) -> None:
         await self._bytes(
@@ -84,7 +79,8 @@ class EngineClient:
         """Asks for one token. Raises EngineError when none comes."""
         body = {"model": name, "prompt": "Hello", "max_tokens": 1, "temperature": 0, "ignore_eos": True}
         answer = await self._json("POST", "/v1/completions", body=body, limit=_PROBE)
-        tokens = (answer.get("usage") or {}).get("completion_tokens")
+        with _reading("/v1/completions"):
+            tokens = (answer.get("usage") or {}).get("completion_tokens")
         if not answer.get("choices") or tokens != 1:
             raise EngineError(f"asked for one token, it gave {tokens}")
 
@@ -97,10 +93,12 @@ class EngineClient:
         if isinstance(messages, str):
             body |= {"prompt": messages}
             answer = await self._json("POST", "/v1/completions", body=body, limit=limit)
-            return str(answer["choices"][0]["text"])
+            with _reading("/v1/completions"):
+                return str(answer["choices"][0]["text"])
         body |= {"messages": messages}
         answer = await self._json("POST", "/v1/chat/completions", body=body, limit=limit)
-        return str(answer["choices"][0]["message"]["content"] or "")
+        with _reading("/v1/chat/completions"):
+            return str(answer["choices"][0]["message"]["content"] or "")
 
     async def _json(
         self, method: str, path: str, *, limit: aiohttp.ClientTimeout, body: dict[str, Any] | None = None
@@ -108,7 +106,7 @@ class EngineClient:
         content = await self._bytes(method, path, limit=limit, body=body)
         try:
             document = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise EngineError(f"{method} {path} did not answer JSON") from None
         if not isinstance(document, dict):
             raise EngineError(f"{method} {path} did not answer a JSON object")
@@ -131,12 +129,33 @@ class EngineClient:
             raise EngineError(f"the engine cannot be reached ({error or type(error).__name__})") from None
 
 
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What answers at the engine's address may send any JSON: that is an engine that is not well, no defect of ours."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise EngineError(f"the answer to {path} has not the shape of OpenAI's ({error!r:.200})") from None
+
+
+def _read_facts(cards: list[dict[str, Any]], metrics: bytes) -> Facts:
+    started, limit = _START.search(metrics), _MAX_LORA.search(metrics)
+    bases = [card for card in cards if not card.get("parent")]
+    return Facts(
+        instance="" if started is None else started[1].decode(),
+        base_models=tuple(card["id"] for card in bases),
+        root=bases[0].get("root") if bases else None,
+        adapters={card["id"]: card.get("root") or "" for card in cards if card.get("parent")},
+        max_loras=None if limit is None else int(limit[1]),
+    )
+
+
 def _refused(status: int, content: bytes) -> EngineError:
     """Returns what an answer that is no success says; vLLM's older form has no `error` around it."""
     try:
         document = json.loads(content)
         found = document.get("error", document)
         return EngineError(str(found["message"]), status=status, kind=str(found.get("type", "")))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = content[:200].decode(errors="replace")
         return EngineError(f"HTTP {status}: {text}", status=status)

@@ -114,13 +114,27 @@ class Evaluations:
             if missing:
                 raise EngineError(f"the engine does not serve {', '.join(missing)}")
             for model in task.models:
-                hits = await asyncio.gather(*(self._ask(model, row, task) for row in rows))
+                hits = await self._ask_all(model, rows, task)
                 evaluation.scores[model] = {"score": sum(hits) / len(rows), "rows": len(rows)}
-        except (BadRows, EngineError, KeyError) as error:
+        except (BadRows, EngineError) as error:
             evaluation.state, evaluation.message = State.FAILED, str(error)
             LOG.warning("evaluation %s failed: %s", task.identity, error)
+        except Exception as error:  # whoever waits for it must hear that no score will come
+            evaluation.state = State.FAILED
+            evaluation.message = f"the agent failed: {type(error).__name__}; its log says more"
+            LOG.exception("evaluation %s ended unexpectedly", task.identity)
         else:
             evaluation.state = State.DONE
+
+    async def _ask_all(self, model: str, rows: list[Row], task: Task) -> list[bool]:
+        try:
+            async with (
+                asyncio.TaskGroup() as group
+            ):  # the first failure spares the engine the other questions
+                asked = [group.create_task(self._ask(model, row, task)) for row in rows]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [one.result() for one in asked]
 
     async def _ask(self, model: str, row: Row, task: Task) -> bool:
         async with self._gate:

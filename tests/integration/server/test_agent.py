@@ -254,6 +254,19 @@ async def test_an_adapter_that_vanishes_is_never_reported_as_loaded(start: Start
     await agent.wait("a--1", "Loaded")
 
 
+@pytest.mark.parametrize("cards", [["base"], "base", [None], [{"root": "org/base"}], {"id": "base"}])
+async def test_a_list_of_models_that_is_none_is_an_engine_that_is_not_well(start: Start, cards: Any) -> None:
+    engine = Engine(cards=cards)
+    agent = await start(engine)
+    status, document = await agent.call("GET", "status")
+    assert status == 200
+    assert not document["engine"]["ready"]
+    assert "/v1/models" in document["engine"]["message"]
+    engine.cards = None  # the agent goes on where it was
+    assert await agent.put("a--1", "first") == 202
+    await agent.wait("a--1", "Loaded")
+
+
 async def test_a_list_from_before_the_load_does_not_undo_it(start: Start) -> None:
     engine = Engine(loading=asyncio.Event())
     agent = await start(engine)
@@ -367,3 +380,15 @@ async def test_an_evaluation_that_cannot_be_done_says_why_and_may_be_posted_agai
     found = await evaluate(agent, id="e1", **{**task, "models": ["base"]})
     assert found["state"] == "Done"
     assert (await agent.call("GET", "evaluations/unknown"))[0] == 404
+
+
+async def test_an_answer_without_choices_ends_the_evaluation(start: Start, tmp_path: Path) -> None:
+    agent = await start(Engine(choices=[]))
+    file = tmp_path / "golden.jsonl"
+    file.write_text('{"prompt": "q", "completion": "a"}\n' * 100)
+    task = {"models": ["base"], "dataset": f"file://{file}", "scorer": "Contains"}
+    found = await evaluate(agent, id="e1", **task)
+    assert found["state"] == "Failed"
+    assert "/v1/chat/completions" in found["message"]
+    await asyncio.sleep(0.2)
+    assert agent.engine.questions < 20, "the other rows were asked although no score can come of them"

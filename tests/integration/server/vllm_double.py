@@ -24,6 +24,9 @@ class Engine:
     load_seconds: float = 0.0
     loading: asyncio.Event | None = None  # loads wait for it
     listing: asyncio.Event | None = None  # lists without adapters are made at once and sent when it is set
+    cards: Any = None  # what /v1/models lists instead of models
+    choices: list[Any] | None = None  # what each answer to a chat consists of
+    questions: int = 0  # chats so far
     held: int = 0  # such lists that wait
     calls: list[str] = field(default_factory=list)
 
@@ -53,6 +56,8 @@ class Engine:
     async def _models(self, request: web.Request) -> web.Response:
         cards: list[dict[str, Any]] = [{"id": "base", "root": "org/base", "parent": None}]
         cards += [{"id": name, "root": path, "parent": "base"} for name, path in self.adapters.items()]
+        if self.cards is not None:
+            return web.json_response({"object": "list", "data": self.cards})
         if self.listing is not None and not self.adapters:
             self.held += 1
             await self.listing.wait()
@@ -91,6 +96,9 @@ class Engine:
     async def _chat(self, request: web.Request) -> web.Response:
         """Answers with the question, and a wrong one for the base model."""
         document = await request.json()
+        self.questions += 1
+        if self.choices is not None:
+            return web.json_response({"choices": self.choices})
         text = document["messages"][-1]["content"] if document["model"] != "base" else "?"
         return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
