@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import tempfile
+import zlib
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -161,8 +162,9 @@ def read_rows(uri: str, *, limit: int) -> list[Row]:
             content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        lines = content.decode("utf-8").splitlines()
-    except (OSError, ValueError, TrainerError) as error:
+        # As training reads rows; splitlines() would also cut at U+2028 and others, which a JSON string may hold.
+        lines = content.decode("utf-8-sig").split("\n")
+    except (OSError, EOFError, zlib.error, ValueError, TrainerError) as error:
         raise BadRows(f"{uri} cannot be read: {storage.describe_error(error)}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
@@ -173,7 +175,7 @@ def read_rows(uri: str, *, limit: int) -> list[Row]:
 def _parse_row(line: str, *, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRows(f"{where} is not JSON") from None
     if not isinstance(row, dict):
         raise BadRows(f"{where} is not a JSON object")

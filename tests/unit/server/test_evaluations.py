@@ -37,6 +37,24 @@ def test_packed_files_are_read(tmp_path: Path) -> None:
     assert len(read_rows(f"file://{tmp_path}/rows.jsonl.gz", limit=5)) == 1
 
 
+def test_packed_files_that_are_damaged_are_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"prompt": "q", "completion": "a"}\n' * 50)
+    for damaged in (whole[:-12], whole[:12] + b"\xff\xff\xff\xff" + whole[16:], b"no gzip"):
+        (tmp_path / "rows.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(BadRows, match="cannot be read"):
+            read_rows(f"file://{tmp_path}/rows.jsonl.gz", limit=5)
+
+
+def test_rows_are_cut_where_training_cuts_them(tmp_path: Path) -> None:
+    row = {"prompt": "one\u2028two\x85three", "completion": "a"}
+    text = f"{json.dumps(row, ensure_ascii=False)}\r\n"
+    (tmp_path / "rows.jsonl").write_bytes(f"\ufeff{text}{text}".encode())
+    assert [found.prompt for found in read_rows(f"file://{tmp_path}/rows.jsonl", limit=5)] == [
+        row["prompt"],
+        row["prompt"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
