@@ -43,7 +43,8 @@ class Verdict:
 
 def compare(manifest: dict[str, Any], engine_uri: str | None) -> Verdict:
     """Compares the base model of an artifact's manifest with the one that an engine was started with."""
-    wanted = str((manifest.get("baseModel") or {}).get("uri") or "")
+    base = manifest.get("baseModel")
+    wanted = str(base.get("uri") or "") if isinstance(base, dict) else ""
     if not wanted or not engine_uri:
         return Verdict(Match.UNKNOWN, "the base model is not known by name; only its shapes are checked")
     if wanted == engine_uri:

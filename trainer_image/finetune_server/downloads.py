@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from finetune_trainer.failures import TrainerError
 
 SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".md", ".txt", ".model", ".tiktoken")
 MAX_BYTES = 16 << 30  # of one adapter; a wrong URI must not fill the disk
+_COPY = re.compile(r"[0-9a-f]{64}")  # names of our copies; the cache folder may hold other people's things
 KEPT = 8  # folders of adapters that nobody wants any more: a rollback finds them here
 
 
@@ -44,15 +47,26 @@ def fetch(uri: str, digest: str, cache: Path) -> Artifact:
 
     Raises DownloadFailed, DigestMismatch or NotServable.
     """
+    try:
+        return _fetch(uri, digest, cache)
+    except OSError as error:
+        reason = storage.describe_error(error)
+        raise DownloadFailed(f"the cache folder {cache} cannot be used: {reason}") from error
+
+
+def _fetch(uri: str, digest: str, cache: Path) -> Artifact:
     target = cache / digest.removeprefix("sha256:")
     if target.is_dir():
         try:
             manifest = _check_copy(target, digest)
-        except (DigestMismatch, OSError, ValueError):
+        except (DigestMismatch, OSError):
             shutil.rmtree(target)  # damaged: take it anew
         else:
-            target.touch()
+            with contextlib.suppress(OSError):  # a copy that cannot be touched can still be read
+                target.touch()
             return Artifact(target, manifest)
+    elif target.is_symlink() or target.exists():
+        target.unlink()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as name:
         part = Path(name) / "artifact"
@@ -78,12 +92,18 @@ def _download(folder: storage.Folder, digest: str, part: Path) -> dict[str, Any]
     if content is None:
         raise DownloadFailed(f"{folder.uri} holds no {MANIFEST}: nothing was committed there")
     files, manifest = _read_manifest(content, digest)
+    left = sum(int(file["size"]) for file in manifest["files"])
     for name, sha256 in files.items():
         target = part / name
         target.parent.mkdir(parents=True, exist_ok=True)
         found = hashlib.sha256()
         with target.open("wb") as writer:
             for chunk in folder.chunks(name):
+                left -= len(chunk)
+                if left < 0:  # before it is written: a file without end must not fill the disk
+                    raise DigestMismatch(
+                        f"{name} differs from {MANIFEST} (it is longer); publish the artifact again"
+                    )
                 found.update(chunk)
                 writer.write(chunk)
         if found.hexdigest() != sha256:
@@ -110,7 +130,7 @@ def _read_manifest(content: bytes, digest: str) -> tuple[dict[str, str], dict[st
         manifest = json.loads(content)
         files = {str(file["path"]): str(file["sha256"]) for file in manifest["files"]}
         size = sum(int(file["size"]) for file in manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise NotServable(f"{MANIFEST} is not one of ours ({type(error).__name__})") from error
     if size > MAX_BYTES:
         raise NotServable(f"the artifact has {size} bytes; adapters may have {MAX_BYTES}")
@@ -118,6 +138,8 @@ def _read_manifest(content: bytes, digest: str) -> tuple[dict[str, str], dict[st
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise NotServable(f"{MANIFEST} lists {name!r}, which is outside the artifact")
+        if not name.isprintable():  # no file system takes NUL or half a surrogate pair
+            raise NotServable(f"{MANIFEST} lists {name!r}, which is no file's name")
         if path.suffix not in SAFE_SUFFIXES:
             raise NotServable(f"{name} may carry code; adapters are safetensors and plain text")
     if "adapter_config.json" not in files:
@@ -130,9 +152,17 @@ def _read_manifest(content: bytes, digest: str) -> tuple[dict[str, str], dict[st
 def clean(cache: Path, *, wanted: set[str]) -> None:
     """Removes copies that nobody wants, but the last few. `wanted` are digests."""
     names = {digest.removeprefix("sha256:") for digest in wanted}
-    if not cache.is_dir():
-        return
-    spare = [path for path in cache.iterdir() if path.name not in names and not path.name.startswith(".")]
-    spare.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    spare = [path for path in _copies(cache) if path.name not in names]
     for path in spare[KEPT:]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _copies(cache: Path) -> list[Path]:
+    """Our copies in the cache, newest first; another agent may remove some while we look."""
+    dated = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in cache.iterdir():
+            if _COPY.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    dated.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(dated, reverse=True)]

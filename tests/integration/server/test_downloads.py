@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +90,64 @@ def test_manifests_that_would_do_harm_are_refused(
         downloads.fetch(f"file://{tmp_path}/bad", digest, tmp_path / "cache")
 
 
-def test_copies_that_nobody_wants_are_few(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["Infinity", "1e999", '"many"', "[" * 100_000])
+def test_sizes_that_are_none_are_refused(tmp_path: Path, size: str) -> None:
+    content = f'{{"files": [{{"path": "adapter_config.json", "sha256": "0", "size": {size}}}]}}'
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "manifest.json").write_text(content)
+    digest = f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+    with pytest.raises(downloads.NotServable, match="not one of ours"):
+        downloads.fetch(f"file://{tmp_path}/bad", digest, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["a\0.json", "a\ud800.json"])
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path, name: str) -> None:
+    names = ("adapter_config.json", name)
+    digest = publish(tmp_path / "bad", {"files": [{"path": one, "sha256": "0", "size": 1} for one in names]})
+    with pytest.raises(downloads.NotServable, match="no file's name"):
+        downloads.fetch(f"file://{tmp_path}/bad", digest, tmp_path / "cache")
+
+
+def test_a_file_without_end_does_not_fill_the_disk(artifact: tuple[Path, str], tmp_path: Path) -> None:
+    folder, digest = artifact
+    weights = folder / "adapter_model.safetensors"
+    size = weights.stat().st_size
+    weights.unlink()
+    weights.symlink_to("/dev/zero")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(64 << 20, 2 * size), resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(downloads.DigestMismatch, match="it is longer"):
+            downloads.fetch(f"file://{folder}", digest, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_lies_in_the_place_of_a_copy_gives_way(artifact: tuple[Path, str], tmp_path: Path) -> None:
+    folder, digest = artifact
+    place = tmp_path / "cache" / digest.removeprefix("sha256:")
+    place.parent.mkdir()
+    place.write_text("no folder")
+    assert downloads.fetch(f"file://{folder}", digest, place.parent).folder == place
+    shutil.rmtree(place)
+    place.symlink_to(tmp_path / "nowhere")
+    assert downloads.fetch(f"file://{folder}", digest, place.parent).folder == place
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(artifact: tuple[Path, str], tmp_path: Path) -> None:
+    folder, digest = artifact
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(downloads.DownloadFailed, match=f"cache folder {tmp_path}/cache"):
+        downloads.fetch(f"file://{folder}", digest, tmp_path / "cache")
+
+
+def test_copies_that_nobody_wants_are_few_and_strange_things_stay(tmp_path: Path) -> None:
     for number in range(downloads.KEPT + 5):
-        (tmp_path / f"{number:02}").mkdir()
-    downloads.clean(tmp_path, wanted={"sha256:00"})
+        (tmp_path / f"{number:064x}").mkdir()
+        (tmp_path / f"mine-{number}").mkdir()
+    (tmp_path / f"{'f' * 64}").symlink_to(tmp_path / "nowhere")
+    downloads.clean(tmp_path, wanted={f"sha256:{0:064x}"})
     left = {path.name for path in tmp_path.iterdir()}
-    assert "00" in left
-    assert len(left) == downloads.KEPT + 1
+    assert f"{0:064x}" in left
+    assert sum(path.name.startswith("0") for path in tmp_path.iterdir()) == downloads.KEPT + 1
+    assert sum(name.startswith("mine-") for name in left) == downloads.KEPT + 5

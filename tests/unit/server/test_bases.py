@@ -50,3 +50,8 @@ def test_the_volume_of_this_machine_is_looked_into(
     shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
     monkeypatch.setenv("FINETUNE_VOLUMES", str(tmp_path))
     assert compare(manifest("pvc://models/tiny"), f"file://{tiny_model}").match is Match.SAME
+
+
+@pytest.mark.parametrize("base", ["hf://a/b", ["hf://a/b"], 5, None, {}, {"uri": None}])
+def test_a_manifest_that_names_no_base_is_unknown(base: object) -> None:
+    assert compare({"baseModel": base}, "hf://a/b").match is Match.UNKNOWN
