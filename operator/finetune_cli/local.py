@@ -119,10 +119,12 @@ def status(
 def env(state: StateOption = None) -> None:
     """Shell lines that point kubectl and OpenAI clients at the cluster: eval "$(finetune local env)"."""
     cluster = _cluster(state)
+    with _told():
+        openai_base_url = cluster.openai_base_url
     typer.echo(f"export KUBECONFIG={shlex.quote(str(cluster.kubeconfig))}")
-    if cluster.openai_base_url:
+    if openai_base_url:
         # The router wants no key here, and the official client wants one to be set.
-        typer.echo(f"export OPENAI_BASE_URL={cluster.openai_base_url}\nexport OPENAI_API_KEY=none")
+        typer.echo(f"export OPENAI_BASE_URL={openai_base_url}\nexport OPENAI_API_KEY=none")
     folder = _own_kubectl_folder(lambda line: typer.echo(line, err=True))
     if folder is not None:
         typer.echo(f'export PATH="$PATH":{shlex.quote(str(folder))}')
@@ -279,4 +281,10 @@ def _told() -> Iterator[None]:
         typer.secho(f"error: {error.message}", fg="red", err=True)
         if error.remedy:
             typer.echo(error.remedy, err=True)
+        raise typer.Exit(1) from error
+    except BrokenPipeError:  # the reader of our output has gone, for example head
+        raise
+    except OSError as error:  # a folder that is a file or not ours, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        typer.secho(f"error: {where}{error.strerror or error}", fg="red", err=True)
         raise typer.Exit(1) from error

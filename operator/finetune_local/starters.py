@@ -40,15 +40,22 @@ class Starter:
         layout, identity = self._setting.layout, self._setting.identity
         # What a killed part left behind (children, the file locks of its data) must not meet the new one.
         processes.stop(layout, identity, (part.name,), grace=part.grace)
-        record = processes.start(
-            part.name,
-            part.command(self._setting),
-            layout=layout,
-            identity=identity,
-            environment={**commands.base_environment(), **part.environment(self._setting)},
-            fingerprint=parts.fingerprint(part, self._setting),
-            nice=part.nice,
-        )
+        argv = part.command(self._setting)
+        try:
+            record = processes.start(
+                part.name,
+                argv,
+                layout=layout,
+                identity=identity,
+                environment={**commands.base_environment(), **part.environment(self._setting)},
+                fingerprint=parts.fingerprint(part, self._setting),
+                nice=part.nice,
+            )
+        except OSError as error:
+            raise errors.LocalClusterError(
+                f"{part.name} cannot be started: {error.filename or argv[0]}: {error.strerror or error}",
+                remedy=f"Where {argv[0]} is damaged, delete it: `finetune local up` then gets it anew.",
+            ) from error
         if problem := self._await_ready(part, record, stop):
             self._fail(part, record, problem)
         if not stop.is_set():

@@ -1,0 +1,39 @@
+"""`finetune local` where folders and programs are not what they should be: one sentence, no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune_cli.local import app
+
+
+@pytest.mark.parametrize("command", [["up", "--only", "etcd"], ["status"], ["env"]])
+def test_a_state_folder_that_is_a_file_is_named(command: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    done = CliRunner().invoke(app, [*command, "--state", str(file)])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert done.output.startswith(f"error: {file}")
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
+    monkeypatch.delenv("FINETUNE_ASSETS", raising=False)
+    done = CliRunner().invoke(app, ["build"])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert f"error: {tmp_path}/file/programs" in done.output
+
+
+def test_a_damaged_program_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "programs" / "etcd"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.setenv("FINETUNE_ASSETS", str(program.parent))
+    done = CliRunner().invoke(app, ["up", "--only", "etcd", "--state", str(tmp_path / "state")])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert f"etcd cannot be started: {program}: Exec format error" in done.output
+    assert "delete it" in done.output
