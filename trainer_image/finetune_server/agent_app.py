@@ -82,9 +82,14 @@ class AgentApi:
 
     @web.middleware
     async def _border(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        # Read each time: a mounted Secret is exchanged under a running process.
-        if request.path.startswith("/agent/") and not carries(request, read_secret(self._token_file)):
-            return _refuse(401, "the token is missing or wrong")
+        if request.path.startswith("/agent/"):
+            try:  # each time: a mounted Secret is exchanged under a running process
+                secret = read_secret(self._token_file)
+            except (OSError, ValueError) as error:
+                LOG.error("the token file cannot be read (%s); nobody is let in", error)
+                return _refuse(503, f"the agent cannot read its token file ({type(error).__name__})")
+            if not carries(request, secret):
+                return _refuse(401, "the token is missing or wrong")
         try:
             return await handler(request)
         except ValidationError as error:

@@ -33,4 +33,6 @@ def read_secret(path: Path | None) -> str | None:
 def carries(request: web.Request, secret: str | None) -> bool:
     """Whether the request has the secret as its bearer token; without a secret, every request passes."""
     given = request.headers.get("Authorization", "")
-    return secret is None or hmac.compare_digest(given.encode(), f"Bearer {secret}".encode())
+    # Bytes that are no UTF-8 arrive as halves of surrogate pairs; they are a wrong secret like any other.
+    sent = given.encode(errors="surrogateescape")
+    return secret is None or hmac.compare_digest(sent, f"Bearer {secret}".encode())
