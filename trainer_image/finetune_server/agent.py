@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_server import bases, downloads, wanted
+from finetune_server import bases, downloads, threads, wanted
 from finetune_server.engine_client import EngineClient, EngineError, Facts
 from finetune_server.wanted import Entry, Reason, State
 
@@ -235,7 +235,9 @@ class Agent:
     async def _fetch(self, entry: Entry) -> downloads.Artifact:
         try:
             async with asyncio.timeout(self.settings.download_timeout):
-                return await asyncio.to_thread(downloads.fetch, entry.uri, entry.digest, self.settings.cache)
+                return await threads.apart(
+                    lambda: downloads.fetch(entry.uri, entry.digest, self.settings.cache)
+                )
         except TimeoutError:
             seconds = self.settings.download_timeout
             raise Refused(Reason.DOWNLOAD_FAILED, f"{entry.uri} was not read within {seconds:g} s") from None

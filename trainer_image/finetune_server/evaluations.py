@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from finetune_server import threads
 from finetune_server.engine_client import EngineClient, EngineError
 from finetune_trainer import storage
 from finetune_trainer.failures import TrainerError
@@ -21,6 +22,7 @@ from finetune_trainer.failures import TrainerError
 LOG = logging.getLogger("finetune_server.evaluations")
 CONCURRENCY = 4  # questions at once: an evaluation runs beside users' requests
 ANSWER_SECONDS = 300.0
+ROWS_SECONDS = 900.0  # to read the rows; as for an adapter
 KEPT = 64  # evaluations that are remembered
 
 
@@ -109,7 +111,7 @@ class Evaluations:
     async def _run(self, evaluation: Evaluation) -> None:
         task = evaluation.task
         try:
-            rows = await asyncio.to_thread(read_rows, task.dataset, limit=task.max_rows)
+            rows = await _fetch_rows(task)
             facts = await self._client.observe()
             missing = [name for name in task.models if name not in {*facts.base_models, *facts.adapters}]
             if missing:
@@ -152,6 +154,14 @@ class Evaluations:
             if row.prompt is None or error.status != 400 or "chat template" not in str(error):
                 raise
         return await ask(row.prompt)
+
+
+async def _fetch_rows(task: Task) -> list[Row]:
+    try:
+        async with asyncio.timeout(ROWS_SECONDS):
+            return await threads.apart(lambda: read_rows(task.dataset, limit=task.max_rows))
+    except TimeoutError:
+        raise BadRows(f"{task.dataset} was not read within {ROWS_SECONDS:g} s") from None
 
 
 def read_rows(uri: str, *, limit: int) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,6 +322,35 @@ async def test_callers_need_the_token_that_the_file_holds_now(start: Start, tmp_
     file.write_text("new\n")
     assert (await agent.call("GET", "status", Authorization="Bearer old"))[0] == 401
     assert (await agent.call("GET", "status", Authorization="Bearer new"))[0] == 200
+
+
+async def test_nobody_is_let_in_without_a_token_to_compare_with(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    agent = await start(token_file=file)
+    status, document = await agent.call("GET", "status", Authorization="Bearer old")
+    assert (status, "token file" in document["error"]) == (503, True)
+    file.write_text("old")
+    assert (await agent.call("GET", "status", Authorization="Bearer old"))[0] == 200
+    host, _, port = agent.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /agent/v1/status HTTP/1.0\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+    assert (await reader.readline()).split()[1] == b"401"
+    writer.close()
+
+
+async def test_storage_that_hangs_holds_up_nobody_else(start: Start, tmp_path: Path) -> None:
+    agent = await start(Engine(max_lora=50), download_timeout=0.3)
+    pipe = tmp_path / "hangs" / "manifest.json"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)  # opening it waits for a writer, as a lost network volume waits for its server
+    try:
+        for number in range(40):
+            await agent.put(f"h--{number}", "first", uri=f"file://{pipe.parent}")
+        await agent.wait("h--39", "Failed")
+        await agent.put("a--1", "first")
+        await agent.wait("a--1", "Loaded")
+    finally:
+        os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))  # lets go of whoever waits
 
 
 @pytest.mark.parametrize(
