@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,11 @@ def read_template(folder: Path) -> str | None:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"No adapter found for {folder}: it has no {CONFIG}") from None
     except OSError as error:  # no folder, a name that is too long
         raise AdapterError(f"{CONFIG} cannot be read ({error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{CONFIG} is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{CONFIG} is not a JSON object")
@@ -125,7 +126,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _check_alphas(patterns: Any) -> None:

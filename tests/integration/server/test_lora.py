@@ -117,6 +117,7 @@ def test_an_overflowing_adapter_does_not_touch_its_neighbours(
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"lora_alpha": 10**400}, "must be a number above 0"),
         ({"use_dora": True}, "use_dora is true"),
         ({"bias": "all"}, 'bias is "all"'),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -137,6 +138,19 @@ def test_what_cannot_be_applied_exactly_is_refused(
     folder = shutil.copytree(tiny_adapters["all"], tmp_path / "changed")
     rewrite_config(folder, **changes)
     with pytest.raises(adapters.AdapterError, match=message):
+        adapters.read_adapter(folder, shapes={}, max_rank=64)
+
+
+def test_files_that_cannot_be_read_are_named(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_adapters["all"], tmp_path / "copy")
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(adapters.AdapterError, match=r"chat_template\.jinja cannot be read"):
+        adapters.read_template(folder)
+    with pytest.raises(FileNotFoundError, match="No adapter found"):
+        adapters.read_adapter(folder / "adapter_config.json", shapes={}, max_rank=64)
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+    with pytest.raises(adapters.AdapterError, match=r"adapter_config\.json cannot be read"):
         adapters.read_adapter(folder, shapes={}, max_rank=64)
 
 
