@@ -61,6 +61,8 @@ class Api:
             return error.response()
         except web.HTTPRequestEntityTooLarge:
             return errors.TooLarge(f"the body is larger than {MAX_BODY} bytes").response()
+        except web.HTTPException as error:  # aiohttp's own: an unknown path, a wrong method
+            return errors.translate(error, f"{request.method} {request.path}")
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.engine.alive and not self.draining else 503)

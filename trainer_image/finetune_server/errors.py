@@ -24,6 +24,16 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
 
 
+def translate(error: web.HTTPException, what: str) -> web.Response:
+    """Returns an error of aiohttp's in our shape; the type is the status' phrase, as in vLLM."""
+    told = ApiError(f"{what}: {error.reason}")
+    told.status, told.kind = error.status, error.reason
+    response = told.response()
+    if "Allow" in error.headers:  # a 405 must say it
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
 class BadRequest(ApiError):  # noqa: N818  as the API names it
     status = 400
     kind = "BadRequestError"

@@ -49,7 +49,7 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str
-    stream: bool = False
+    stream: bool | None = None  # null is OpenAI's "not set" in every field
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
@@ -61,10 +61,10 @@ class Request(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
 
     def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self, *, max_tokens: int, defaults: dict[str, Any], logprobs: int | None) -> Sampling:
         """Returns the settings of generation; `defaults` are the model's own."""
@@ -85,7 +85,7 @@ class Request(BaseModel):
             seed=self.seed,
             stop=tuple(stops),
             stop_token_ids=frozenset(self.stop_token_ids or []),
-            ignore_eos=self.ignore_eos,
+            ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
         )
 
@@ -93,7 +93,7 @@ class Request(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class TextPart(BaseModel):

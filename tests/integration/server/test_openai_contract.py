@@ -273,6 +273,19 @@ def test_bad_requests_are_the_clients_fault(served: Served, path: str, body: Any
     assert document["error"]["code"] == status
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/chat/completions", 405), ("DELETE", "/v1/models", 405), ("GET", "/v1/nothing", 404)],
+)
+def test_wrong_paths_and_methods_have_the_shape_of_errors(
+    served: Served, method: str, path: str, status: int
+) -> None:
+    found, document = call(method, served.url + path)
+    assert found == status
+    assert document["error"]["code"] == status
+    assert document["error"]["message"]
+
+
 def test_too_long_a_prompt_says_how_long_it_may_be(client: openai.OpenAI, served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         complete(client, served.base, prompt="word " * 100_000)
@@ -328,6 +341,9 @@ def test_wrong_adapter_calls_are_told_apart(served: Served, adapters: list[str],
     assert (status, "already been loaded" in document["error"]["message"]) == (400, True)
     assert load("other--3", str(tmp_path / "nothing"))[0] == 404
     assert load("", "")[0] == 400
+    if not VLLM:
+        assert load("other--3", __file__)[0] == 404
+        assert call("POST", f"{served.url}/v1/load_lora_adapter", b"[" * 100_000, headers=JSON)[0] == 400
     assert call("POST", f"{served.url}/v1/unload_lora_adapter", {"lora_name": "x"}, headers=JSON)[0] == 404
 
 

@@ -66,6 +66,13 @@ def test_neutral_values_and_unknown_fields_are_accepted() -> None:
     )
 
 
+def test_null_is_as_good_as_left_out() -> None:
+    asked = chat(stream=None, stream_options={"include_usage": None}, ignore_eos=None, stop=None, seed=None)
+    assert not asked.stream
+    assert not asked.wants_usage()
+    assert asked.sampling(max_tokens=5, defaults={}, logprobs=None).ignore_eos is False
+
+
 def test_contents_of_several_text_parts_are_one_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     asked = chat(messages=[{"role": "user", "name": "x", "content": parts}])
