@@ -74,10 +74,12 @@ def up(
     console.print(f"The cluster is ready ({time.monotonic() - began:.0f} s).")
     if cluster.openai_base_url:
         console.print(f"OpenAI base URL: {cluster.openai_base_url}", soft_wrap=True)
-    console.print(f"export KUBECONFIG={cluster.kubeconfig}", soft_wrap=True)
+    kubeconfig = shlex.quote(str(cluster.kubeconfig))
+    console.print(f"export KUBECONFIG={kubeconfig}", soft_wrap=True, markup=False)
     folder = _own_kubectl_folder(lambda line: console.print(f"  {line}", markup=False))
     if folder is not None:
-        console.print(f"kubectl is not on PATH; here is one:\nexport PATH=$PATH:{folder}", soft_wrap=True)
+        line = f'export PATH="$PATH":{shlex.quote(str(folder))}'
+        console.print(f"kubectl is not on PATH; here is one:\n{line}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -37,3 +37,13 @@ def test_a_damaged_program_is_named_with_what_to_do(tmp_path: Path, monkeypatch:
     assert (done.exit_code, type(done.exception)) == (1, SystemExit)
     assert f"etcd cannot be started: {program}: Exec format error" in done.output
     assert "delete it" in done.output
+
+
+def test_what_is_to_be_pasted_into_a_shell_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "finetune_cli.local._own_kubectl_folder", lambda announce: tmp_path / "my [b] programs"
+    )
+    state = tmp_path / "my [b] state"
+    done = CliRunner().invoke(app, ["up", "--without", "training,serving", "--state", str(state)])
+    assert f"export KUBECONFIG='{state}/kubeconfig'" in done.output
+    assert f"""export PATH="$PATH":'{tmp_path}/my [b] programs'""" in done.output
