@@ -53,9 +53,8 @@ class Agent:
     def __init__(self, client: EngineClient, settings: Settings) -> None:
         self.client = client
         self.settings = settings
-        self._entries: dict[str, Entry] = wanted.read(settings.state_file)
+        self._entries, self._leaving = wanted.read(settings.state_file)  # wanted ones; names to be unloaded
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._leaving: set[str] = set()  # names to be unloaded
         self._touched: set[str] = set()  # names that this agent asked the engine for
         self._facts: Facts | None = None  # None: the engine is not ready
         self._message = "the engine has not answered yet"
@@ -78,20 +77,21 @@ class Agent:
             return entry.state is State.LOADED
         self._entries[name] = Entry(name, uri, digest, message="waiting")
         self._leaving.discard(name)
-        wanted.write(self.settings.state_file, self._entries)
+        wanted.write(self.settings.state_file, self._entries, self._leaving)
         self._wake.set()
         return False
 
     def delete(self, name: str) -> bool:
-        """No longer wants an adapter. Returns False when neither agent nor engine knows it."""
+        """No longer wants an adapter. Returns False when neither agent nor engine has it."""
         entry = self._entries.pop(name, None)
         task = self._tasks.pop(name, None)
         if task is not None:
             task.cancel()
-        if entry is None and (self._facts is None or name not in self._facts.adapters):
+        # An engine that does not answer may still have it.
+        if entry is None and self._facts is not None and name not in self._facts.adapters:
             return False
         self._leaving.add(name)
-        wanted.write(self.settings.state_file, self._entries)
+        wanted.write(self.settings.state_file, self._entries, self._leaving)
         self._wake.set()
         return True
 
@@ -125,11 +125,10 @@ class Agent:
         try:
             while True:
                 self._wake.clear()
-                await self._observe()
-                if self._facts is not None:
-                    self._find_strays(self._facts)
-                    await self._unload_leaving()
-                    self._start_loads()
+                try:
+                    await self._reconcile()
+                except Exception:  # a full disk, for example: what is wanted stays wanted
+                    LOG.exception("a round failed; trying again")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
         finally:
@@ -137,6 +136,13 @@ class Agent:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _reconcile(self) -> None:
+        await self._observe()
+        if self._facts is not None:
+            self._find_strays(self._facts)
+            await self._unload_leaving()
+            self._start_loads()
 
     async def _observe(self) -> None:
         begun = asyncio.get_running_loop().time()
@@ -176,6 +182,7 @@ class Agent:
                 continue
             LOG.info("adapter %s unloaded", name)
             self._leaving.discard(name)
+            wanted.write(self.settings.state_file, self._entries, self._leaving)
             digests = {entry.digest for entry in self._entries.values()}
             await asyncio.to_thread(downloads.clean, self.settings.cache, wanted=digests)
 

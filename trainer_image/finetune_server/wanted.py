@@ -47,24 +47,26 @@ class Entry:
         return {**found, "reason": self.reason or "", "message": self.message}
 
 
-def read(file: Path | None) -> dict[str, Entry]:
-    """Returns the remembered adapters by name, all still to be loaded; none without a file or with a broken one."""
+def read(file: Path | None) -> tuple[dict[str, Entry], set[str]]:
+    """Returns the remembered adapters by name, all still to be loaded, and the names that were still to be unloaded;
+    none without a file or with a broken one."""
     if file is None or not file.is_file():
-        return {}
+        return {}, set()
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["adapters"]
-        return {row["name"]: Entry(row["name"], row["uri"], row["digest"]) for row in rows}
+        document = json.loads(file.read_text(encoding="utf-8"))
+        found = {row["name"]: Entry(row["name"], row["uri"], row["digest"]) for row in document["adapters"]}
+        return found, set(document.get("leaving", []))
     except (OSError, ValueError, KeyError, TypeError) as error:
         LOG.warning("%s cannot be read (%s); beginning without it", file, error)
-        return {}
+        return {}, set()
 
 
-def write(file: Path | None, entries: dict[str, Entry]) -> None:
+def write(file: Path | None, entries: dict[str, Entry], leaving: set[str]) -> None:
     """Writes the file so that a reader sees the old or the new one; does nothing without a file."""
     if file is None:
         return
     rows = [{"name": entry.name, "uri": entry.uri, "digest": entry.digest} for entry in entries.values()]
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps({"adapters": rows}), encoding="utf-8")
+    part.write_text(json.dumps({"adapters": rows, "leaving": sorted(leaving)}), encoding="utf-8")
     part.replace(file)

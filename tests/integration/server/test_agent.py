@@ -324,6 +324,24 @@ async def test_callers_need_the_token_that_the_file_holds_now(start: Start, tmp_
     assert (await agent.call("GET", "status", Authorization="Bearer new"))[0] == 200
 
 
+async def test_what_was_to_go_goes_when_the_engine_is_back_whoever_restarted(
+    start: Start, tmp_path: Path
+) -> None:
+    engine = Engine(up=False, adapters={"a--1": "/somewhere", "b--2": "/else"})
+    agent = await start(engine)
+    assert (await agent.call("DELETE", "adapters/a--1"))[0] == 202  # who knows what the engine has?
+    another = await start(engine, cache=tmp_path / "other")  # reads what the first one wrote
+    engine.up = True
+    unloads = ["unload a--1", "unload a--1"]  # one of each
+    for _ in range(100):
+        if engine.calls == unloads and not json.loads((tmp_path / "state.json").read_text())["leaving"]:
+            break
+        await asyncio.sleep(0.05)
+    assert (engine.adapters, engine.calls) == ({"b--2": "/else"}, unloads)
+    await another.call("GET", "status")  # looks at the engine
+    assert (await another.call("DELETE", "adapters/a--1"))[0] == 200
+
+
 async def test_nobody_is_let_in_without_a_token_to_compare_with(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "token"
     agent = await start(token_file=file)
