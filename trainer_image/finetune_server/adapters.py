@@ -102,7 +102,7 @@ def read_template(folder: Path) -> str | None:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise FileNotFoundError(f"No adapter found for {folder}: it has no {CONFIG}") from None
     except OSError as error:  # no folder, a name that is too long
         raise AdapterError(f"{CONFIG} cannot be read ({error})") from error
