@@ -76,8 +76,7 @@ def measure(
 ) -> tuple[CheckPhase, str]:
     """Phase and reason of one measurement. Failure is looked at first; without it, whatever is no success fails."""
     if result is None or math.isnan(result):
-        given = "no number (nothing, NaN or an infinity)" if result is None else "NaN"
-        return CheckPhase.INCONCLUSIVE, f"{NO_DATA}: the query gave {given}"
+        return CheckPhase.INCONCLUSIVE, f"{NO_DATA}: the query gave nothing, or no finite number"
     if failure is not None and failure.holds(result):
         return CheckPhase.FAILED, f"{result:g} meets the failure condition"
     if success.holds(result):

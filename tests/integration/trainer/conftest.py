@@ -43,7 +43,9 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
         file = tmp_path / "run.json"
         file.write_text(json.dumps(tiny.run_document(model, data, output, **parts)))
         capfd.readouterr()
+        handler = signal.getsignal(signal.SIGTERM)
         code = lifecycle.run_job(file, lifecycle.inspect if only_inspect else None)
+        signal.signal(signal.SIGTERM, handler)  # its process would be over now
         log = capfd.readouterr().out
         last = log.strip().splitlines()[-1]
         assert last.startswith("TRAINER_RESULT "), log
