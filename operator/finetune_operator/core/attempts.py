@@ -19,6 +19,7 @@ from finetune_operator.core import (
     policies,
     reports,
     statuses,
+    texts,
     words,
 )
 from finetune_operator.core.conditions import Claim, ConditionType
@@ -56,7 +57,7 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
         end_time=accounts.end_of_attempt(seen, now=now),
         error_class=ending.error_class,
         exit_code=ending.exit_code,
-        message=ending.message[:4000],
+        message=ending.message[: texts.LONGEST],
         last_step=last_step,
         lost_steps=accounts.lost_steps(seen, last_step=last_step),
         gpu_seconds=accounts.gpu_seconds(seen, now=now),

@@ -8,6 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from finetune_operator.api.base import Condition
+from finetune_operator.core import texts
 
 
 class ConditionType(StrEnum):
@@ -34,7 +35,6 @@ class Claim:
     message: str
 
 
-LONGEST = 4000  # characters of a message, which may quote what other programs said at any length
 SPEC_IS_COMPLETE = Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")
 STATUS_WORDS = {True: "True", False: "False", None: "Unknown"}
 
@@ -51,7 +51,7 @@ def merge(
             type=claim.type,
             status=status,
             reason=claim.reason,
-            message=claim.message[:LONGEST],
+            message=claim.message[: texts.LONGEST],
             last_transition_time=old.last_transition_time if old and old.status == status else now,
             observed_generation=generation,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from finetune_operator.api.finetunejob import Artifact, ErrorClass, Phase
-from finetune_operator.core import accounts, failures, fences, reports, statuses
+from finetune_operator.core import accounts, failures, fences, reports, statuses, texts
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Observed, Plan, RayJobFacts
 
@@ -67,7 +67,7 @@ def failed(seen: Observed, reason: str, message: str, *, now: datetime) -> Plan:
     """The job is over without an artifact. `reason` is the class of the last attempt, or says why none was made."""
     cancelled = reason == ErrorClass.CANCELLED
     text = failures.with_advice(ErrorClass(reason), message) if reason in set(ErrorClass) else message
-    text = text[:4000]
+    text = text[: texts.LONGEST]
     claims = [RELEASED] if seen.job.status.attempts else []
     status = statuses.build(
         seen,

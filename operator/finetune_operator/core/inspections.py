@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_operator.api.finetunejob import Attempt, ErrorClass, FineTuneJobStatus
-from finetune_operator.core import attempts, failures, reports, statuses
+from finetune_operator.core import attempts, failures, reports, statuses, texts
 from finetune_operator.core.facts import CreateRayJob, DeleteRayJob, Observed, Plan, RayJobFacts
 
 INTERVAL_SECONDS = 10.0
@@ -81,7 +81,7 @@ def _told_late(seen: Observed, result: reports.Result, *, now: datetime) -> Plan
         seen.job.status.attempts,
         error_class=result.error_class,
         exit_code=result.exit_code,
-        message=result.message[:4000] or None,
+        message=result.message[: texts.LONGEST] or None,
     )
     seen = seen.with_status(seen.job.status.model_copy(update={"attempts": told}))
     return _decided(seen, now=now)
@@ -92,7 +92,7 @@ def none_found(seen: Observed, found: str, *, now: datetime) -> Plan:
     attempt = seen.job.status.attempts[-1]
     if attempt.error_class is ErrorClass.INTERNAL and attempt.exit_code == 0:
         message = f"the trainer ended well but left no committed artifact: {found}"
-        told = statuses.with_last(seen.job.status.attempts, message=message[:4000])
+        told = statuses.with_last(seen.job.status.attempts, message=message[: texts.LONGEST])
         seen = seen.with_status(seen.job.status.model_copy(update={"attempts": told}))
     return _decided(seen, now=now)
 

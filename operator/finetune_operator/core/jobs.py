@@ -32,6 +32,7 @@ from finetune_operator.core import (
     running,
     statuses,
     suspensions,
+    texts,
 )
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import SPEC_IS_COMPLETE, Claim, ConditionType
@@ -298,10 +299,9 @@ def _record_first_attempt(
 def _cancelled_between(seen: Observed, message: str, *, now: datetime) -> Plan:
     """Cancelled while another attempt was due: it is due no more, and the job ends when the last one is gone."""
     before = seen.job.status.attempts[-1]
+    told = f"{message}; before that it had ended {before.error_class}: {before.message}"
     updated = statuses.with_last(
-        seen.job.status.attempts,
-        error_class=ErrorClass.CANCELLED,
-        message=f"{message}; before that it had ended {before.error_class}: {before.message}"[:4000],
+        seen.job.status.attempts, error_class=ErrorClass.CANCELLED, message=told[: texts.LONGEST]
     )
     status = statuses.build(
         seen,

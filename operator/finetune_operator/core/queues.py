@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_operator.api.finetunejob import Queue
+from finetune_operator.core import texts
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Observed, RayJobFacts, WorkloadFacts
 
@@ -44,7 +45,7 @@ def look(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Place:
         position=workload.position,
         workload=workload.name or None,
         reason=reason[:64],
-        message=(workload.evicted_message or workload.message)[:4000],
+        message=(workload.evicted_message or workload.message)[: texts.LONGEST],
     )
     return Place("Queued" if reason in ("Pending", "Waiting") else reason, message, queue)
 

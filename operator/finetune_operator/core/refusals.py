@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
-from finetune_operator.core import attempts, inspections, jobs, running, statuses, waits
+from finetune_operator.core import attempts, inspections, jobs, running, statuses, texts, waits
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Action, CreateRayJob, Observed, Plan
@@ -61,7 +61,7 @@ def hindered(seen: Observed, plan: Plan, message: str, *, now: datetime) -> Plan
     if jobs.is_finished(seen.job.status):
         return replace(plan, requeue_after=running.RESYNC_SECONDS)
     text = (plan.status.message or "").partition(HINDERED)[0]
-    status = plan.status.model_copy(update={"message": f"{text}{HINDERED}{message}"[:4000]})
+    status = plan.status.model_copy(update={"message": f"{text}{HINDERED}{message}"[: texts.LONGEST]})
     return replace(plan, status=status, requeue_after=running.WAITING_SECONDS)
 
 

@@ -13,6 +13,7 @@ from finetune_operator.api.adapterdeployment_status import (
     Stage,
 )
 from finetune_operator.core import rollout_adapters as adapters
+from finetune_operator.core import texts
 from finetune_operator.core.rollout_facts import ArtifactFacts
 from finetune_operator.core.rollout_turns import OVER, Turn, hash_of
 
@@ -136,12 +137,12 @@ def abort(turn: Turn, reason: AbortReason, message: str) -> Turn:
     """Back to the stable revision. One way: only another revision or `retry` leads out."""
     revision, weight = turn.status.candidate_revision or "", turn.weights.candidate
     advice = ADVICE[reason]
-    text = f"{message.strip().rstrip('.')}; {advice}"[:4000]
+    text = f"{message.strip().rstrip('.')}; {advice}"[: texts.LONGEST]
     aborted = Abort(reason=reason, message=text, at=turn.now, revision=revision, weight=weight)
     barred = turn.status.abort
     if barred is not None and barred.revision != turn.status.stable_revision:
         # A way back by hand has failed; what spec names must still not come back by itself.
-        failed = f"{barred.message}; the return to {revision} failed: {text}"[:4000]
+        failed = f"{barred.message}; the return to {revision} failed: {text}"[: texts.LONGEST]
         aborted = barred.model_copy(update={"message": failed, "at": turn.now})
     turn = _recorded(turn, CompletionStatus.ABORTED, text, reason=reason)
     turn = _unload_later(turn, revision, turn.spec.strategy.canary.abort_scale_down_delay_seconds)
@@ -235,7 +236,7 @@ def _recorded(
         fine_tune_job=adapter.fine_tune_job,
         completion_status=ending,
         reason=reason,
-        message=message[:4000],
+        message=message[: texts.LONGEST],
         start_time=turn.status.rollout_start_time or turn.now,
         end_time=turn.now,
     )

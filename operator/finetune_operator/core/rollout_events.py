@@ -104,10 +104,8 @@ def _endings(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list
             return [Happening(Severity.INFO, str(entry.completion_status), entry.message or entry.revision)]
     ending = new.completion_status
     if not new.history and ending not in (None, CompletionStatus.ABORTED, old.completion_status):
-        serves = (
-            f"{new.stable_revision} serves everybody"  # revisionHistoryLimit: 0 keeps no entry to tell of
-        )
-        return [Happening(Severity.INFO, str(ending), serves)]
+        # revisionHistoryLimit: 0 keeps no entry to tell of.
+        return [Happening(Severity.INFO, str(ending), f"{new.stable_revision} serves everybody")]
     return []
 
 

@@ -9,6 +9,7 @@ from finetune_operator.api.adapterdeployment_status import (
     PauseCondition,
     PauseReason,
 )
+from finetune_operator.core import texts
 from finetune_operator.core.rollout_turns import Turn
 
 OWN = frozenset(
@@ -29,7 +30,7 @@ def add(turn: Turn, reason: PauseReason, message: str) -> Turn:
     known = turn.status.pause_conditions
     old = next((pause for pause in known if pause.reason is reason), None)
     new = PauseCondition(
-        reason=reason, message=message[:4000], start_time=old.start_time if old else turn.now
+        reason=reason, message=message[: texts.LONGEST], start_time=old.start_time if old else turn.now
     )
     others = [pause for pause in known if pause.reason is not reason]
     index = known.index(old) if old else len(known)

@@ -10,7 +10,7 @@ from finetune_operator.api.adapterdeployment_status import (
     RolloutPhase,
     Stage,
 )
-from finetune_operator.core import conditions
+from finetune_operator.core import conditions, texts
 from finetune_operator.core import rollout_conditions as rollout
 from finetune_operator.core import rollout_pauses as pauses
 from finetune_operator.core import rollout_steps as steps
@@ -40,7 +40,7 @@ def sum_up(turn: Turn) -> Turn:
         claim = rollout.invalid_spec(turn)
         reason, message = claim.reason, claim.message
         phase = _standing(turn.status) if phase is not RolloutPhase.DEGRADED else phase
-    return turn.update(phase=phase, reason=reason, message=message[:4000])
+    return turn.update(phase=phase, reason=reason, message=message[: texts.LONGEST])
 
 
 def _step(turn: Turn) -> str | None:
@@ -173,7 +173,7 @@ def _invalid(seen: Observed, reason: str, message: str, *, now: datetime) -> Ada
             "observed_generation": generation,
             "phase": phase,
             "reason": reason,
-            "message": message[:4000],
+            "message": message[: texts.LONGEST],
             "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
         }
     )

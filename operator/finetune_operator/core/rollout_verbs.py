@@ -21,6 +21,7 @@ from finetune_operator.core import rollout_endings as endings
 from finetune_operator.core import rollout_pauses as pauses
 from finetune_operator.core import rollout_stages as stages
 from finetune_operator.core import rollout_steps as steps
+from finetune_operator.core import texts
 from finetune_operator.core.rollout_facts import ClearAction
 from finetune_operator.core.rollout_turns import Turn
 
@@ -53,7 +54,9 @@ def obey(turn: Turn) -> Turn:
         message, refused = f"{verb} was refused: {answer.message}", True
     else:
         (turn, message), refused = answer, False
-    taken = TakenAction(value=value[:MAX_VALUE], pending=True, refused=refused, message=message[:4000])
+    taken = TakenAction(
+        value=value[:MAX_VALUE], pending=True, refused=refused, message=message[: texts.LONGEST]
+    )
     return turn.update(last_action=taken).act(ClearAction(value)).again_in(0)
 
 

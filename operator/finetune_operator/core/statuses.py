@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_operator.api.base import Condition
 from finetune_operator.api.finetunejob import Attempt, Effective, FineTuneJobStatus, Phase
-from finetune_operator.core import conditions
+from finetune_operator.core import conditions, texts
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Event, Observed
 
@@ -45,7 +45,7 @@ def build(
             "observed_generation": generation,
             "phase": phase or known.phase,
             "reason": reason,
-            "message": message[:4000],
+            "message": message[: texts.LONGEST],
             "queue": None,  # whoever has a place in one says so
             "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
             **updates,

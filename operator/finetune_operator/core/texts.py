@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+LONGEST = 4000  # characters of a message in a status, which may quote what other programs said at any length
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # and all else that a terminal is told (ECMA-48, CSI)
 
 
