@@ -16,6 +16,7 @@ import yaml
 
 from finetune_cli import checks, connections, files, watches
 from finetune_cli.kinds import Kind
+from finetune_operator.api import rules
 from finetune_operator.api.base import GROUP, VERSION
 
 INVALID = 1
@@ -38,7 +39,7 @@ class WatchOutput(StrEnum):
 
 def _namespace(text: str | None) -> str | None:
     """Another text would be another path of the API, where nothing is."""
-    if text and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+    if text and not re.fullmatch(rules.NAMESPACE, text):
         raise typer.BadParameter(f"{text!r} is no name of a namespace")
     return text
 

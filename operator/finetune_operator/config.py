@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from finetune_fit.prices import PriceTable
-from finetune_operator.api import uris
+from finetune_operator.api import rules, uris
 from finetune_operator.core import endpoints
 from finetune_operator.core.elections import Terms
 from finetune_operator.core.endpoints import AllowList
@@ -176,7 +176,7 @@ def _folder(environ: Mapping[str, str], name: str) -> str | None:
 def _namespaces(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(n.strip() for n in environ.get(name, "").split(",") if n.strip()))
     for one in names:
-        if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", one):
+        if not re.fullmatch(rules.NAMESPACE, one):
             raise ConfigurationError(f"{name}={environ[name]!r}: {one!r} is no name of a namespace")
     return names
 

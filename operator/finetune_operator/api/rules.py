@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+NAMESPACE = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"  # its name, a DNS label (RFC 1123)
 FORBIDDEN = "FieldValueForbidden"  # the field must not be there; its value is not printed
 REQUIRED = "FieldValueRequired"
 
