@@ -60,15 +60,24 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
     return _connection(settings, chosen["context"].get("namespace") or "default")
 
 
+class _Listener(logging.Handler):
+    """Keeps what is logged instead of printing it."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
 @contextlib.contextmanager
 def _complaints() -> Iterator[list[str]]:
     """Where an exec plugin fails, the client writes a line into the root's log and goes on without credentials."""
-    told: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler = _Listener(logging.ERROR)
     logging.getLogger().addHandler(handler)
     try:
-        yield told
+        yield handler.told
     finally:
         logging.getLogger().removeHandler(handler)
 

@@ -33,9 +33,8 @@ def get_object(api: Any, kind: Kind, namespace: str, name: str) -> Object:
     """The object as it is now. Raises NotFoundError, ApiException, urllib3's errors."""
     from kubernetes import client
 
-    if (
-        name in ("", ".", "..") or "/" in name
-    ):  # an empty variable, or ftj/triage as kubectl takes it: another path
+    # An empty variable, or ftj/triage as kubectl takes it, would be another path.
+    if name in ("", ".", "..") or "/" in name:
         raise NotFoundError(f"{name!r} is no name of a {kind.name}; see: {kind.listing}")
     try:
         found: Object = client.CustomObjectsApi(api).get_namespaced_custom_object(

@@ -131,9 +131,8 @@ class Evaluations:
 
     async def _ask_all(self, model: str, rows: list[Row], task: Task) -> list[bool]:
         try:
-            async with (
-                asyncio.TaskGroup() as group
-            ):  # the first failure spares the engine the other questions
+            # The first failure spares the engine the other questions.
+            async with asyncio.TaskGroup() as group:
                 asked = [group.create_task(self._ask(model, row, task)) for row in rows]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None

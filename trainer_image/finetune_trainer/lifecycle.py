@@ -69,9 +69,8 @@ def run_job(run_file: Path, task: Task | None = None) -> int:
     if preempted:
         signals.ignore_more()
     print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
-    with contextlib.suppress(
-        Stopped
-    ):  # asked to end while the operator is away: code and last line say the same
+    # Asked to end while the operator is away: code and last line say the same.
+    with contextlib.suppress(Stopped):
         reporter.finish(result, patience=PREEMPTED_PATIENCE if preempted else RESULT_PATIENCE)
     signals.ignore_more()
     return int(result["exitCode"])

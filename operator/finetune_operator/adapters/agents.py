@@ -19,9 +19,7 @@ from finetune_operator.api.adapterdeployment_strategy import EvaluationSpec
 
 STATUS_SECONDS = 2.0  # an agent answers from memory; who waits longer delays a rollback
 ORDER_SECONDS = 5.0
-MAX_SAID = (
-    1000  # a status has its limits, and an agent that says more must not cost its deployment the guardrails
-)
+MAX_SAID = 1000  # characters; an agent that says more than a status holds must not cost the guardrails
 
 
 def _shortened(text: str) -> str:

@@ -208,10 +208,8 @@ def _read_column(table: Any, name: str, uri: str) -> list[Any]:
     column = table.column(name)
     try:
         return list(column.to_pylist())
-    except (
-        ValueError,
-        OverflowError,
-    ) as error:  # dates and zones that Python does not know, text that is not UTF-8
+    # Dates and zones that Python does not know, text that is not UTF-8.
+    except (ValueError, OverflowError) as error:
         raise BadData(
             f"{uri}: column {name!r} ({column.type}) has a value that cannot be read ({error}); "
             "write it as text, or remove the column"

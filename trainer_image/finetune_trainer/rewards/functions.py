@@ -149,9 +149,8 @@ def load(source: Source) -> Function:
     module = ModuleType(f"reward_function_{source.digest.removeprefix('sha256:')[:12]}")
     sys.modules[module.__name__] = module
     module.__file__ = name
-    code: CodeType = compile(
-        source.text, name, "exec", dont_inherit=True
-    )  # our own __future__ is not the user's
+    # Our own __future__ is not the user's.
+    code: CodeType = compile(source.text, name, "exec", dont_inherit=True)
     try:
         exec(code, module.__dict__)  # noqa: S102  running the user's function is what was asked for
     except (Exception, SystemExit) as error:  # as above
