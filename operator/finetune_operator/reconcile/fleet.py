@@ -48,6 +48,7 @@ class Replica:
     problem: str | None = None
     """Why the last request failed."""
     pushes: int = 0
+    """Pushes that it answered: each tells what it applies since then."""
     offered: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -214,10 +215,10 @@ class Fleet:
         answer = await self._routers.push(replica.url, offer.body)
         if isinstance(answer, Refused) and answer.newer:
             answer = await self._routers.applied(replica.url)
-        replica.pushes += 1
         if isinstance(answer, Refused):
             self._note(replica, answer.reason)
             return False
+        replica.pushes += 1
         self._learn(replica, answer.version)
         return answer.version >= offer.version
 

@@ -131,6 +131,32 @@ async def test_a_fault_of_ours_does_not_keep_a_router_on_an_old_snapshot(
         await until(lambda: made[0].version == 4)
 
 
+async def test_a_push_whose_answer_is_lost_does_not_outdate_the_answer_of_a_poll(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with routers(1) as (made, fleet):
+        await until(lambda: len(fleet.replicas) == 1 and fleet.polls > 0)
+        refused = asyncio.Event()
+
+        async def lost(self: Routers, url: str, body: bytes) -> Refused:
+            refused.set()
+            await asyncio.sleep(0)
+            return Refused("no answer")
+
+        monkeypatch.setattr(Routers, "push", lost)
+        counters = Routers.counters
+
+        async def during_a_push(self: Routers, url: str) -> Any:
+            made[0].version = 3
+            fleet.offer(3, snapshot(3))
+            await refused.wait()
+            return await counters(self, url)
+
+        monkeypatch.setattr(Routers, "counters", during_a_push)
+        await fleet.poll()
+        assert fleet.count_applying(3) == 1
+
+
 async def test_a_router_with_a_newer_snapshot_is_told_of() -> None:
     async with routers(1) as (made, fleet):
         newer: list[int] = []
