@@ -327,7 +327,8 @@ def _wrong_values(part: Json) -> Iterator[tuple[Any, str, bool]]:
         yield "perhaps", "text instead of a boolean", True
     elif kind == "array":
         yield {"a": 1}, "object instead of a list", True
-        yield [], "too few", True
+        if part.get("minItems"):
+            yield [], "too few", True
     elif kind == "object":
         yield "text", "text instead of an object", True
         yield [], "list instead of an object", True
