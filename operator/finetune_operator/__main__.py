@@ -14,7 +14,7 @@ from typing import Any
 import kopf
 from aiohttp import web
 
-from finetune_operator import config, endpoint, leader, leadership
+from finetune_operator import config, endpoint, handlers, leader, leadership
 from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import TlsFiles
@@ -39,6 +39,9 @@ def main() -> None:
         asyncio.run(run(settings))
     except asyncio.CancelledError:  # a signal
         return
+    except handlers.CredentialsError as error:
+        logger.critical("the operator ends: %s", error)
+        sys.exit(1)
     except Exception:  # the border of the process: what ends it is a line of its log, and no success
         logger.critical("the operator ends", exc_info=True)
         sys.exit(1)

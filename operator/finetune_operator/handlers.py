@@ -28,15 +28,48 @@ JobChanged: TypeAlias = Callable[[Key, bool], None]
 """Told of each event about a job or what it started, and whether it says anything new."""
 
 
+class CredentialsError(Exception):
+    """The API server takes the operator's credentials no more, and there are no others."""
+
+
+class Login:
+    """Kopf's credentials. It asks for others when the API server has refused those that it has: a pod's token is
+    renewed in its file. Left to itself Kopf ends, where there are none, with a traceback of each watch."""
+
+    def __init__(self) -> None:
+        self._given: kopf.ConnectionInfo | None = None
+        self._refused = asyncio.Event()
+
+    async def find(self, **kwargs: Any) -> kopf.ConnectionInfo | None:
+        """Those of the pod's service account or the kubeconfig. Never returns the same ones again."""
+        found = kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+        if found is not None and found == self._given:
+            self._refused.set()
+            await asyncio.Event().wait()  # until Kopf is cancelled
+        self._given = found
+        return found
+
+    async def last(self) -> None:
+        """Wait until there are no credentials any more. Raises CredentialsError."""
+        await self._refused.wait()
+        raise CredentialsError(
+            "the API server refuses the operator's credentials (401): renew the token or the certificate of its"
+            " service account or kubeconfig"
+        )
+
+
 async def watch(
     namespaces: Sequence[str],
     *,
     notice: Notice,
     job_changed: JobChanged,
     deployment_changed: Callable[[Key], None],
+    login: Login,
 ) -> None:
     """Watch these namespaces, or the whole cluster where none is named, until a signal arrives."""
-    registry = build_registry(notice=notice, job_changed=job_changed, deployment_changed=deployment_changed)
+    registry = build_registry(
+        notice=notice, job_changed=job_changed, deployment_changed=deployment_changed, login=login
+    )
     insights = Insights()
     looks: list[asyncio.Task[None]] = []
 
@@ -62,7 +95,7 @@ async def watch(
 
 
 def build_registry(
-    *, notice: Notice, job_changed: JobChanged, deployment_changed: Callable[[Key], None]
+    *, notice: Notice, job_changed: JobChanged, deployment_changed: Callable[[Key], None], login: Login
 ) -> kopf.OperatorRegistry:
     """The handlers of this operator, in a registry of their own. `notice` says whether an event is news: our own
     writes come back as events, and the pass that wrote has already said when it wants to look again."""
@@ -73,9 +106,7 @@ def build_registry(
     def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
         configure_kopf(settings)
 
-    @kopf.on.login(id="login", registry=registry)
-    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    kopf.on.login(id="login", registry=registry)(login.find)
 
     @kopf.on.event(GROUP, VERSION, finetunejob.PLURAL, registry=registry)
     async def finetunejob_changed(

@@ -128,6 +128,20 @@ def test_a_leader_that_ends_hands_over_at_once(pair: tuple[Operator, Operator], 
     assert pair[0].process.wait(timeout=15) == 0
 
 
+def test_a_leader_whose_credentials_are_refused_says_so_in_one_sentence_and_hands_over(
+    pair: tuple[Operator, Operator], proxies: tuple[ApiProxy, ApiProxy], stage: Stage
+) -> None:
+    """A token that has run out in a kubeconfig, for example: a pod's own is renewed in its file."""
+    proxies[0].add(Fault(Kind.REFUSE, r"rayjobs\?.*watch=true", status=401, times=1))
+    time.sleep(START)  # until the watches are open
+    proxies[0].cut_watches()
+    assert pair[0].process is not None
+    assert pair[0].process.wait(timeout=15) == 1
+    wait_until(pair[1].leads, seconds=RETRY + 2, what="the Lease was not released")
+    assert "the operator ends: the API server refuses the operator's credentials" in pair[0].log()
+    assert "Traceback" not in pair[0].log()
+
+
 def test_a_stand_by_ends_quickly_on_sigterm(pair: tuple[Operator, Operator], stage: Stage) -> None:
     pair[1].signal(signal.SIGTERM)
     assert pair[1].process is not None
