@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import logging
 import os
@@ -46,11 +47,15 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
             f"{str(error).rstrip('.')}. Set KUBECONFIG or --kubeconfig, "
             "or start a cluster on this machine: finetune local up"
         ) from error
+    except binascii.Error as error:
+        raise NoClusterError(
+            f"{file or 'the kubeconfig'}: a certificate or key in it is no base64: {error}; get the file anew"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise NoClusterError(
             f"{file or 'the kubeconfig'} is no kubeconfig; set KUBECONFIG or --kubeconfig"
         ) from error
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:  # of the file itself, or of one that it names
         raise NoClusterError(
             f"{error.filename}: {error.strerror}; set KUBECONFIG or --kubeconfig to a file"
         ) from error

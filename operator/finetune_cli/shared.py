@@ -157,7 +157,7 @@ def validate_files(
 def told(kubeconfig: Path | None, context: str | None, kind: Kind) -> Iterator[connections.Connection]:
     """A connection, and errors of it in one sentence with exit code 2."""
     from kubernetes import client
-    from urllib3.exceptions import HTTPError
+    from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
     connection = None
     try:
@@ -171,6 +171,8 @@ def told(kubeconfig: Path | None, context: str | None, kind: Kind) -> Iterator[c
         fail(_explain(error, kind), NOT_FOUND)
     except (HTTPError, OSError) as error:
         server = connection.server if connection else "the cluster"
+        if isinstance(error, MaxRetryError) and isinstance(error.reason, SSLError):
+            fail(f"no TLS with {server}: {error.reason}; check its certificates in the kubeconfig", NOT_FOUND)
         fail(f"{server} does not answer ({type(error).__name__}); is the cluster up?", NOT_FOUND)
 
 

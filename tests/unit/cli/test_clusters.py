@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,31 @@ def test_what_cannot_be_a_name_is_asked_of_no_cluster(command: str, name: str, t
 def test_a_folder_is_no_kubeconfig(tmp_path: Path) -> None:
     told = run("list", "--kubeconfig", str(tmp_path)).replace("\n", "")
     assert told == f"error: {tmp_path}: Is a directory; set KUBECONFIG or --kubeconfig to a file"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "complaint"),
+    [
+        ("server:", "certificate-authority-data: a, server:", "in it is no base64"),
+        ("user: {}", "user: {tokenFile: /nowhere/token}", "error: /nowhere/token: No such file"),
+    ],
+    ids=["no base64", "no file"],
+)
+def test_credentials_that_cannot_be_used_are_told(
+    before: str, after: str, complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(KUBECONFIG.replace(before, after))
+    assert complaint in run("list", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
+
+
+def test_a_certificate_that_is_none_is_not_taken_for_a_cluster_that_is_down(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        authority = f'certificate-authority-data: Z2FyYmFnZQ==, server: "https://127.0.0.1:{port}"'
+        (tmp_path / "config").write_text(KUBECONFIG.replace('server: "https://127.0.0.1:1"', authority))
+        told = run("list", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
+    assert told.startswith(f"error: no TLS with https://127.0.0.1:{port}: ")
+    assert told.endswith("; check its certificates in the kubeconfig")
 
 
 def test_an_exec_plugin_that_fails_is_told(tmp_path: Path) -> None:
