@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,13 @@ def _number(environ: Mapping[str, str], name: str, default: float, *, low: float
     return value
 
 
+def _whole(environ: Mapping[str, str], name: str, default: int, *, low: int, high: int) -> int:
+    value = _number(environ, name, default, low=low, high=high)
+    if value != int(value):
+        raise ConfigurationError(f"{name}={environ[name].strip()!r}: must be a whole number")
+    return int(value)
+
+
 def _choice(environ: Mapping[str, str], name: str, default: str, allowed: tuple[str, ...]) -> str:
     value = environ.get(name) or default
     if value not in allowed:
@@ -134,15 +142,39 @@ def _prices(environ: Mapping[str, str], name: str) -> PriceTable | None:
         raise ConfigurationError(f"{name}={str(file)!r}: {error}") from error
 
 
+def _alert_providers(environ: Mapping[str, str], name: str) -> Path | None:
+    """The file itself: it is read at each alert. Its URLs are secrets, which no message holds."""
+    file = _file(environ, name)
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{name}={str(file)!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{name}={str(file)!r}: must be a JSON object {{name: URL}}")
+    for provider, url in found.items():
+        if not _is_url(url):
+            raise ConfigurationError(
+                f"{name}={str(file)!r}: {provider}: must be a URL that begins with https://"
+            )
+    return file
+
+
+def _is_url(url: object) -> bool:
+    if not isinstance(url, str):
+        return False
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
     urls = [url.strip().rstrip("/") for url in environ.get(name, "").split(",") if url.strip()]
     for url in urls:
-        try:
-            parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            known = False
-        if not known:
+        if not _is_url(url):
             raise ConfigurationError(f"{name}={url!r}: must be a URL such as http://finetune-router:8081")
     return tuple(urls)
 
@@ -213,8 +245,8 @@ def _terms(environ: Mapping[str, str]) -> Terms:
 
 def load(environ: Mapping[str, str]) -> OperatorConfig:
     """Read the configuration. Raises ConfigurationError."""
-    port = int(_number(environ, "FINETUNE_STATUS_PORT", 8090, low=1, high=65535))
-    metrics_port = int(_number(environ, "FINETUNE_METRICS_PORT", 8080, low=1, high=65535))
+    port = _whole(environ, "FINETUNE_STATUS_PORT", 8090, low=1, high=65535)
+    metrics_port = _whole(environ, "FINETUNE_METRICS_PORT", 8080, low=1, high=65535)
     if metrics_port == port:
         raise ConfigurationError(f"FINETUNE_STATUS_PORT and FINETUNE_METRICS_PORT: both are {port}")
     certificate = _file(environ, "FINETUNE_TLS_CERT_FILE")
@@ -238,9 +270,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         status_authority=_file(environ, "FINETUNE_TLS_CA_FILE"),
         metrics_host=environ.get("FINETUNE_METRICS_HOST") or "0.0.0.0",  # noqa: S104
         metrics_port=metrics_port,
-        termination_grace_seconds=int(
-            _number(environ, "FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600)
-        ),
+        termination_grace_seconds=_whole(environ, "FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600),
         pod_defaults=_pod_defaults(environ, "FINETUNE_POD_DEFAULTS_FILE"),
         progress_seconds=_number(environ, "FINETUNE_PROGRESS_SECONDS", 10, low=0.1, high=3600),
         json_logs=_choice(environ, "FINETUNE_LOG_FORMAT", "json", ("json", "plain")) == "json",
@@ -255,7 +285,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         ),
         prices=_prices(environ, "FINETUNE_PRICES_FILE"),
         accelerator_label=environ.get("FINETUNE_ACCELERATOR_LABEL") or "nvidia.com/gpu.product",
-        alert_providers_file=_file(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
+        alert_providers_file=_alert_providers(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
         drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
         leader_election=_choice(environ, "FINETUNE_LEADER_ELECTION", "false", ("true", "false")) == "true",
         terms=_terms(environ),

@@ -205,7 +205,7 @@ def test_the_operator_understands_its_environment(tmp_path: Path) -> None:
     for name, value in environment.items():
         if value.startswith("/etc/finetune-operator/"):
             file = tmp_path / value.removeprefix("/etc/finetune-operator/").replace("/", "-")
-            file.write_text(settings_map.get(Path(value).name, "x"))
+            file.write_text(settings_map.get(Path(value).name, "{}"))
             environment[name] = str(file)
     settings = config.load(environment)
     assert settings.namespaces == ("team-a", "team-b")

@@ -25,8 +25,10 @@ def test_lists_and_folders_are_tidied() -> None:
     [
         ("FINETUNE_STATUS_PORT", "http"),
         ("FINETUNE_METRICS_PORT", "0"),
+        ("FINETUNE_METRICS_PORT", "8080.5"),
         ("FINETUNE_PROGRESS_SECONDS", "nan"),
         ("FINETUNE_TERMINATION_GRACE_SECONDS", "-1"),
+        ("FINETUNE_TERMINATION_GRACE_SECONDS", "0.9"),
         ("FINETUNE_SUBMISSION_MODE", "InteractiveMode"),
         ("FINETUNE_LOG_FORMAT", "xml"),
         ("FINETUNE_LEADER_ELECTION", "yes"),
@@ -81,3 +83,22 @@ def test_bad_pod_defaults_are_named(tmp_path: Path, text: str, complaint: str) -
     file.write_text(text)
     with pytest.raises(config.ConfigurationError, match=f"FINETUNE_POD_DEFAULTS_FILE=.*{complaint}"):
         config.load({"FINETUNE_POD_DEFAULTS_FILE": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("room: https://chat/secret", "Expecting value"),
+        ('["https://chat/secret"]', "must be a JSON object"),
+        ('{"room": "chat/secret"}', "room: must be a URL"),
+        ('{"room": {"url": "https://chat/secret"}}', "room: must be a URL"),
+    ],
+)
+def test_bad_alert_providers_are_named_before_the_first_alert(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    file = tmp_path / "providers.json"
+    file.write_text(text)
+    with pytest.raises(config.ConfigurationError, match=complaint) as told:
+        config.load({"FINETUNE_ALERT_PROVIDERS_FILE": str(file)})
+    assert "secret" not in str(told.value)
