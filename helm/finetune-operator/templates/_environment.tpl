@@ -6,16 +6,16 @@ FINETUNE_LEADER_ELECTION: {{ .Values.operator.leaderElection | toString | quote 
 FINETUNE_LEASE_SECONDS: {{ .Values.operator.lease.seconds | quote }}
 FINETUNE_LEASE_RENEW_SECONDS: {{ .Values.operator.lease.renewSeconds | quote }}
 FINETUNE_LEASE_RETRY_SECONDS: {{ .Values.operator.lease.retrySeconds | quote }}
-FINETUNE_LOG_FORMAT: {{ .Values.operator.logFormat }}
+FINETUNE_LOG_FORMAT: {{ .Values.operator.logFormat | quote }}
 FINETUNE_PROGRESS_SECONDS: {{ .Values.operator.progressSeconds | quote }}
 FINETUNE_DRAIN_SECONDS: {{ .Values.operator.drainSeconds | quote }}
-FINETUNE_SUBMISSION_MODE: {{ .Values.trainer.submissionMode }}
-FINETUNE_TRAINER_IMAGE: {{ default (printf "finetune-trainer:%s" .Chart.AppVersion) .Values.trainer.image }}
+FINETUNE_SUBMISSION_MODE: {{ .Values.trainer.submissionMode | quote }}
+FINETUNE_TRAINER_IMAGE: {{ default (printf "finetune-trainer:%s" .Chart.AppVersion) .Values.trainer.image | quote }}
 FINETUNE_TERMINATION_GRACE_SECONDS: {{ .Values.trainer.terminationGracePeriodSeconds | quote }}
 FINETUNE_STATUS_PORT: {{ .Values.statusEndpoint.port | quote }}
-FINETUNE_STATUS_URL: {{ printf "%s://%s:%d" (ternary "https" "http" $tls) (include "finetune.statusHost" .) (int .Values.statusEndpoint.port) }}
+FINETUNE_STATUS_URL: {{ printf "%s://%s:%d" (ternary "https" "http" $tls) (include "finetune.statusHost" .) (int .Values.statusEndpoint.port) | quote }}
 FINETUNE_METRICS_PORT: {{ .Values.metrics.port | quote }}
-FINETUNE_ACCELERATOR_LABEL: {{ .Values.trainer.acceleratorLabel }}
+FINETUNE_ACCELERATOR_LABEL: {{ .Values.trainer.acceleratorLabel | quote }}
 {{- if .Values.prices.gpuHour }}
 FINETUNE_PRICES_FILE: {{ $files }}/settings/prices.yaml
 {{- end }}
@@ -23,7 +23,7 @@ FINETUNE_PRICES_FILE: {{ $files }}/settings/prices.yaml
 FINETUNE_ENGINE_ENDPOINTS: {{ join "," . | quote }}
 {{- end }}
 {{- with .Values.trainer.outputUri }}
-FINETUNE_OUTPUT_URI: {{ . }}
+FINETUNE_OUTPUT_URI: {{ . | quote }}
 {{- end }}
 {{- with .Values.watchNamespaces }}
 FINETUNE_NAMESPACES: {{ join "," . | quote }}
@@ -38,10 +38,10 @@ FINETUNE_ROUTER_ADMIN_URLS: http://{{ include "finetune.router" . }}-admin.{{ .R
 FINETUNE_ROUTER_TOKEN_FILE: {{ $files }}/router/token
 {{- end }}
 {{- with .Values.engine.url }}
-FINETUNE_ENGINE_URL: {{ . }}
+FINETUNE_ENGINE_URL: {{ . | quote }}
 {{- end }}
 {{- with .Values.engine.agentUrl }}
-FINETUNE_AGENT_URL: {{ . }}
+FINETUNE_AGENT_URL: {{ . | quote }}
 {{- end }}
 {{- if .Values.engine.agentTokenSecret }}
 FINETUNE_AGENT_TOKEN_FILE: {{ $files }}/agent/token

@@ -95,8 +95,15 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and .Values.engine.agentUrl (not .Values.engine.url) -}}
 {{- fail "engine.agentUrl: is the agent of engine.url, which is empty; set engine.url" -}}
 {{- end -}}
+{{- if and .Values.router.enabled (eq (include "finetune.serviceAccount" .) (include "finetune.router" .)) -}}
+{{- fail (printf "serviceAccount.name: %s is the router's account, which has no rights; choose another one" .Values.serviceAccount.name) -}}
+{{- end -}}
 {{- $component := dict "root" . "component" "operator" -}}
-{{- range $path, $labels := dict "operator.podLabels" .Values.operator.podLabels "router.podLabels" .Values.router.podLabels -}}
+{{- $own := dict "operator.podLabels" .Values.operator.podLabels "router.podLabels" .Values.router.podLabels -}}
+{{- range $part := list "serviceMonitor" "prometheusRule" "dashboard" -}}
+{{- $_ := set $own (printf "metrics.%s.labels" $part) (get $.Values.metrics $part).labels -}}
+{{- end -}}
+{{- range $path, $labels := $own -}}
 {{- range $label, $_ := include "finetune.labels" $component | fromYaml -}}
 {{- if hasKey (default dict $labels) $label -}}
 {{- fail (printf "%s: %s is set by the chart; remove it" $path $label) -}}
@@ -123,7 +130,7 @@ tolerations: {{- toYaml . | nindent 2 }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 topologySpreadConstraints:
 {{- if .values.topologySpreadConstraints }}

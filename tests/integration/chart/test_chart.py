@@ -151,6 +151,17 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
         ({"statusEndpoint": {"tls": {"mode": "ExistingSecret"}}}, "name a Secret with tls.crt"),
         ({"prices": {"gpuHour": {"default": -1}}}, "default"),
         ({"engine": {"endpoints": ["http://x"]}}, "endpoints"),
+        ({"engine": {"endpoints": ["x:70000"]}}, "endpoints"),
+        ({"engine": {"url": "http://vllm:70000"}}, "url"),
+        ({"engine": {"url": "http://vllm:http"}}, "url"),
+        ({"engine": {"url": "http://:8000"}}, "url"),
+        ({"statusEndpoint": {"port": 8090.5}}, "port"),
+        ({"trainer": {"terminationGracePeriodSeconds": 0.9}}, "terminationGracePeriodSeconds"),
+        ({"serviceAccount": {"name": "finetune-router"}}, "is the router's account"),
+        (
+            {"metrics": {"dashboard": {"enabled": True, "labels": {"helm.sh/chart": "x"}}}},
+            "metrics.dashboard.labels: helm.sh/chart is set by the chart",
+        ),
         ({"metrics": {"port": 8090}}, "choose another one"),
         ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
         ({"serviceAccount": {"create": False}}, "name the ServiceAccount to use"),
@@ -174,6 +185,32 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
 def test_bad_values_are_refused_by_name(values: Json, complaint: str) -> None:
     with pytest.raises(HelmError, match=complaint):
         render(values)
+
+
+def test_what_looks_like_a_number_stays_a_name() -> None:
+    """YAML reads 10042, and on, as something else than text, which the API server refuses."""
+    values: Json = {
+        "fullnameOverride": "on",
+        "serviceAccount": {"name": "1"},
+        "operator": {"priorityClassName": "2"},
+        "trainer": {"image": "1000000"},
+        "router": {"existingSecret": "3", "apiKeysSecret": "4", "upstreamKeySecret": "5"},
+        "engine": {"url": "http://vllm", "agentTokenSecret": "6"},
+        "alerts": {"existingSecret": "7"},
+        "statusEndpoint": {"tls": {"mode": "ExistingSecret", "existingSecret": "8"}},
+    }
+    rendered = render(values, namespace="10042")
+    operator, router = (
+        one(rendered, "Deployment", name)["spec"]["template"]["spec"] for name in ("on", "on-router")
+    )
+    assert {document["metadata"].get("namespace", "10042") for document in rendered} == {"10042"}
+    assert (operator["serviceAccountName"], operator["priorityClassName"]) == ("1", "2")
+    environment = {entry["name"]: entry.get("value") for entry in operator["containers"][0]["env"]}
+    assert environment["FINETUNE_TRAINER_IMAGE"] == "1000000"
+    secrets = [
+        v["secret"]["secretName"] for pod in (operator, router) for v in pod["volumes"] if "secret" in v
+    ]
+    assert sorted(secrets) == ["3", "3", "4", "5", "6", "7", "8"]
 
 
 def test_the_laptop_runs_the_operator_under_the_charts_roles() -> None:
