@@ -26,6 +26,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "analysis_evalue": ("Evidence against the candidate by guardrail.", ("metric",)),
     "analysis_estimate": ("Estimate of each check, and its bounds.", ("metric", "bound")),
     "sample_ratio_evalue": ("Evidence that the sides get wrong shares of the users.", ()),
+    "sample_ratio_threshold": ("Value of it from which on the rollout pauses.", ()),
     "metrics_source_up": (
         "1 while routers and Prometheus tell what they should; absent while nothing is compared.",
         (),
@@ -165,7 +166,7 @@ def _series(status: AdapterDeploymentStatus) -> Series:
 
 def _check_series(check: Check) -> dict[tuple[str, tuple[str, ...]], float | None]:
     if check.kind is CheckKind.SAMPLE_RATIO:
-        return {("sample_ratio_evalue", ()): check.e_value}
+        return {("sample_ratio_evalue", ()): check.e_value, ("sample_ratio_threshold", ()): check.threshold}
     interval = check.interval
     return {
         ("analysis_evalue", (check.name,)): check.e_value,

@@ -50,7 +50,10 @@ CASES: dict[str, tuple[dict[str, str], int, int]] = {
         300,
     ),
     "AdapterSampleRatioMismatch": (
-        {f"adapterdeployment_sample_ratio_evalue{{{BOT}}}": "3x10 2000x10"},
+        {  # spec.analysis.sampleRatio.alpha: 0.01
+            f"adapterdeployment_sample_ratio_evalue{{{BOT}}}": "3x10 100x10",
+            f"adapterdeployment_sample_ratio_threshold{{{BOT}}}": "100x20",
+        },
         15,
         5,
     ),
@@ -169,14 +172,21 @@ def test_nobody_is_alarmed_of_a_comparison_that_is_not_made() -> None:
     def shown() -> dict[str, str]:
         telemetry.show("team", "bot", before=world.status, status=world.status)
         text = generate_latest(registry).decode()
-        names = "metrics_source_up|sample_ratio_evalue"
+        names = "metrics_source_up|sample_ratio_evalue|sample_ratio_threshold"
         return dict(re.findall(rf"^adapterdeployment_({names})\{{.*\}} (\S+)$", text, re.M))
 
     assert shown() == {}
     world.deploy("b").run(30)
-    check = Check(name="sample-ratio", kind=CheckKind.SAMPLE_RATIO, phase=CheckPhase.FAILED, e_value=5000.0)
+    check = Check(
+        name="sample-ratio",
+        kind=CheckKind.SAMPLE_RATIO,
+        phase=CheckPhase.FAILED,
+        e_value=5000.0,
+        threshold=1000.0,
+    )
     world.stored = world.status.model_copy(update={"analysis": [check]}).model_dump_json(by_alias=True)
-    assert shown() == {"metrics_source_up": "1.0", "sample_ratio_evalue": "5000.0"}
+    alarm = {"sample_ratio_evalue": "5000.0", "sample_ratio_threshold": "1000.0"}
+    assert shown() == {"metrics_source_up": "1.0", **alarm}
     world.evidence.mode, world.evidence.heard = "missing", None
     world.run(30)
     assert shown()["metrics_source_up"] == "0.0"
