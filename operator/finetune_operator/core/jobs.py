@@ -69,7 +69,9 @@ def decide(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
 
 
 def is_finished(status: FineTuneJobStatus) -> bool:
-    return status.phase in FINAL_PHASES
+    """Whether the job has ended. A final phase that somebody wrote by hand, without the time that stands beside ours,
+    ends nothing."""
+    return status.phase in FINAL_PHASES and status.completion_time is not None
 
 
 def has_cleanup_left(status: FineTuneJobStatus, *, now: datetime) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -376,6 +377,16 @@ def test_a_finished_job_is_never_touched_again() -> None:
     for seen in ({}, {"rayjob": rayjob("Failed", "FAILED")}, {"report": result("Internal", 1)}):
         plan = story.step(**seen)
         assert (plan.status, plan.actions, plan.requeue_after) == (before, (), None)
+
+
+@pytest.mark.parametrize("phase", [Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED])
+def test_a_final_phase_that_was_written_by_hand_ends_nothing(phase: Phase) -> None:
+    """`kubectl edit --subresource=status`: there is no artifact, and what depends on it would wait for ever."""
+    story = Story().trained()
+    story.job = replace(story.job, status=story.job.status.model_copy(update={"phase": phase}))
+    plan = story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=6))
+    assert plan.status.phase is Phase.RUNNING
+    assert not plan.actions
 
 
 def test_without_kuberay_the_job_waits_and_starts_when_it_appears() -> None:
