@@ -8,14 +8,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
 
 import kopf
 from aiohttp import web
 
 from finetune_operator import config, endpoint, handlers, leader, leadership
-from finetune_operator.adapters.kube import Kube
+from finetune_operator.adapters.kube import Kube, KubeconfigError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import TlsFiles
 from finetune_operator.adapters.watched import WatchedKube
@@ -39,7 +39,7 @@ def main() -> None:
         asyncio.run(run(settings))
     except asyncio.CancelledError:  # a signal
         return
-    except handlers.CredentialsError as error:
+    except (config.ConfigurationError, KubeconfigError, handlers.CredentialsError) as error:
         logger.critical("the operator ends: %s", error)
         sys.exit(1)
     except Exception:  # the border of the process: what ends it is a line of its log, and no success
@@ -140,20 +140,32 @@ async def _listen(
     """Open the two ports that every replica has."""
     tls = None
     if settings.status_certificate and settings.status_key:
-        tls = TlsFiles(certificate=settings.status_certificate, key=settings.status_key)
+        with _blamed_on("FINETUNE_TLS_CERT_FILE and FINETUNE_TLS_KEY_FILE"):
+            tls = TlsFiles(certificate=settings.status_certificate, key=settings.status_key)
         stack.callback(health.look_after(tls.watch(), name="certificates").cancel)
     stack.callback(health.look_after(health.beat(), name="heartbeat").cancel)
-    await stack.enter_async_context(
-        endpoint.listening(
-            desk.application(),
-            host=settings.status_host,
-            port=settings.status_port,
-            tls=tls.context if tls else None,
+    with _blamed_on("FINETUNE_STATUS_HOST and FINETUNE_STATUS_PORT"):
+        await stack.enter_async_context(
+            endpoint.listening(
+                desk.application(),
+                host=settings.status_host,
+                port=settings.status_port,
+                tls=tls.context if tls else None,
+            )
         )
-    )
-    await stack.enter_async_context(
-        _serving(health.application(), settings.metrics_host, settings.metrics_port)
-    )
+    with _blamed_on("FINETUNE_METRICS_HOST and FINETUNE_METRICS_PORT"):
+        await stack.enter_async_context(
+            _serving(health.application(), settings.metrics_host, settings.metrics_port)
+        )
+
+
+@contextlib.contextmanager
+def _blamed_on(variables: str) -> Iterator[None]:
+    """What the system refuses here is what these variables ask for."""
+    try:
+        yield
+    except OSError as error:
+        raise config.ConfigurationError(f"{variables}: {error}") from error
 
 
 @contextlib.asynccontextmanager

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import aiohttp
 import pydantic_core
+import yaml
 from kubernetes import aio
 
 from finetune_operator.api import adapterdeployment, finetunejob
@@ -52,6 +53,10 @@ METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v
 
 class ApiError(Exception):
     """A request failed; `str()` is the server's own message."""
+
+
+class KubeconfigError(Exception):
+    """There is no way to an API server; the message names the kubeconfig."""
 
 
 class ConflictError(ApiError):
@@ -112,15 +117,21 @@ class Kube:
         on_answer: Callable[[str, int], None] = lambda method, status: None,
     ) -> Self:
         """A client by the pod's service account or the kubeconfig, without a request yet. `on_answer` is told the
-        method and the HTTP status of each request, 0 where there was no answer."""
+        method and the HTTP status of each request, 0 where there was no answer. Raises KubeconfigError."""
         configuration = aio.client.Configuration(connection_pool_maxsize=CONNECTIONS)
         if IN_CLUSTER_TOKEN.is_file():  # noqa: ASYNC240 - once, at the start
             aio.config.load_incluster_config(client_configuration=configuration)
         else:
-            await aio.config.load_kube_config(client_configuration=configuration)
+            await _load_kubeconfig(configuration)
         _settle_proxy(configuration)
         configuration.client_session_kwargs = {"trust_env": False, "trace_configs": [_trace()]}
-        return cls(aio.client.ApiClient(configuration), may_write=may_write, on_answer=on_answer)
+        try:
+            client = aio.client.ApiClient(configuration)
+        except OSError as error:  # of TLS
+            raise KubeconfigError(
+                f"the certificates for {configuration.host} cannot be used: {error}"
+            ) from error
+        return cls(client, may_write=may_write, on_answer=on_answer)
 
     async def close(self) -> None:
         await self._client.close()
@@ -316,6 +327,22 @@ class Kube:
             _fence.reset(token)
         self._on_answer(method, answer.status)
         return answer.status, data, _seconds(answer.headers.get("Retry-After"))
+
+
+async def _load_kubeconfig(configuration: aio.client.Configuration) -> None:
+    try:
+        await aio.config.load_kube_config(client_configuration=configuration)
+    # The client checks nothing: what is no YAML, no mapping or no base64 comes as what Python makes of it.
+    except (
+        aio.config.ConfigException,
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OSError,
+    ) as error:
+        file = aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+        raise KubeconfigError(f"the kubeconfig {file} cannot be used: {error}") from error
 
 
 def _settle_proxy(configuration: aio.client.Configuration) -> None:

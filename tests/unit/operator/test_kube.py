@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from finetune_operator.adapters import kube as kube_module
-from finetune_operator.adapters.kube import FencedError, Kube
+from finetune_operator.adapters.kube import FencedError, Kube, KubeconfigError
 from tests.waiting import until
 
 
@@ -28,6 +28,40 @@ def point_at(monkeypatch: pytest.MonkeyPatch, folder: Path, port: int | None) ->
     monkeypatch.setattr(
         "kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(folder / "kubeconfig")
     )
+
+
+def with_authority(data: str) -> str:
+    return json.dumps(
+        {
+            "clusters": [
+                {"name": "c", "cluster": {"server": "https://x", "certificate-authority-data": data}}
+            ],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{{{", "/kubeconfig cannot be used"),
+        ("a: 1", "/kubeconfig cannot be used"),
+        ("", "/kubeconfig cannot be used"),
+        ("clusters: 1\ncurrent-context: x\ncontexts: 2", "/kubeconfig cannot be used"),
+        (with_authority("a"), "/kubeconfig cannot be used: Invalid base64"),
+        (with_authority("Z2FyYmFnZQ=="), "the certificates for https://x cannot be used"),
+    ],
+    ids=["no YAML", "no cluster", "empty", "no lists", "no base64", "no certificate"],
+)
+async def test_a_kubeconfig_that_cannot_be_used_is_told(
+    content: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_at(monkeypatch, tmp_path, 1)
+    (tmp_path / "kubeconfig").write_text(content)
+    with pytest.raises(KubeconfigError, match=complaint):
+        await Kube.connect()
 
 
 async def asked(
