@@ -185,6 +185,8 @@ def fail(message: str, code: int) -> NoReturn:
 def _explain(error: Any, kind: Kind) -> str:
     if error.status == 404:
         return f"this cluster has no {kind.name} ({GROUP}/{VERSION}); install the operator's CRDs"
+    if error.status == 401:
+        return "the API server refuses the credentials (401): sign in anew, or have those in the kubeconfig renewed"
     try:
         message = json.loads(error.body)["message"]
     except (TypeError, ValueError, KeyError):

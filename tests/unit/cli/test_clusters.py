@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,26 @@ def test_a_certificate_that_is_none_is_not_taken_for_a_cluster_that_is_down(tmp_
         told = run("list", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
     assert told.startswith(f"error: no TLS with https://127.0.0.1:{port}: ")
     assert told.endswith("; check its certificates in the kubeconfig")
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing of it into the test's output."""
+
+
+def test_credentials_that_have_run_out_are_told(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}"
+        (tmp_path / "config").write_text(KUBECONFIG.replace("https://127.0.0.1:1", here))
+        told = run("list", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
+        server.shutdown()
+    assert told.startswith("error: the API server refuses the credentials (401): sign in anew")
 
 
 def test_an_exec_plugin_that_fails_is_told(tmp_path: Path) -> None:
