@@ -27,8 +27,14 @@ MOST_ENGINES = 3  # tried for one revision
 # Bytes; an answer up to this size is complete before the user gets its first byte. Not above the mark where a
 # connection stops reading: it would wait for ever.
 BUFFERED_ANSWER = HIGH_WATER
+FIRST_EVENT = (
+    16 * 1024
+)  # bytes of a stream that are kept back at most, to see whether it begins with an error
 _EVENT_STREAM = b"text/event-stream"
-_JSON = b"application/json"
+# What says to be text, or nothing at all, should be JSON as well; a file of `--extra-paths`, say of sound, says so.
+_JSON = (b"application/json", b"text/")
+_PAGE = b"text/html"
+_NO_CONTENT = frozenset((204, 205))
 
 
 class Failure(StrEnum):
@@ -38,7 +44,7 @@ class Failure(StrEnum):
     BROKEN = "Broken"  # the connection ended before the answer did
     TIMEOUT = "Timeout"
     MISSING = "Missing"  # the engine does not have the model
-    ERROR = "Error"  # the engine answered 5xx
+    ERROR = "Error"  # the engine answered 5xx, or with what is no answer
     BUSY = "Busy"  # 429 or 503
 
 
@@ -81,7 +87,9 @@ class Reply:
     body: bytes | None = None
     first: bytes = b""
     is_events: bool = False
-    is_json: bool = False
+    is_json: bool = True
+    is_page: bool = False
+    """HTML, which no engine answers with: it is of something else at its address."""
     encoding: str = ""
     length: int | None = None
     open: bool = True
@@ -206,12 +214,14 @@ class Forwarder:
             await connection.wait_body()
             reply = Reply(upstream, connection, connection.status, connection.headers)
             _read_framing(reply)
+            if reply.is_events and reply.status < 400 and outgoing.patience < outgoing.deadline:
+                await self._keep_back(reply, outgoing)
             # Engines also take 1 and "true" for `stream`: what they send counts.
             if (outgoing.stream or reply.is_events) and not connection.complete:
                 left = outgoing.deadline - time.perf_counter()
                 connection.set_timeout(left, silence=self.limits.silence)
             if reply.is_events and reply.status < 400:
-                reply.first = connection.take()
+                reply.first += connection.take()
             else:
                 reply.body = await connection.wait_complete(BUFFERED_ANSWER)
                 if reply.body is None:
@@ -224,12 +234,23 @@ class Forwarder:
             raise
         return reply
 
+    async def _keep_back(self, reply: Reply, outgoing: Outgoing) -> None:
+        """Until the first event is there, as long as somebody else could still be asked: it may be an error."""
+        connection = reply.connection
+        reply.first = connection.take()
+        while _begins_with_error(reply) is None and not connection.complete:
+            left = outgoing.patience - time.perf_counter()
+            connection.set_timeout(left, silence=self.limits.silence)
+            await connection.wait_body()
+            reply.first += connection.take()
+
 
 def _read_framing(reply: Reply) -> None:
     for name, value in reply.headers:
         if name == b"content-type":
             reply.is_events = value[: len(_EVENT_STREAM)].lower() == _EVENT_STREAM
-            reply.is_json = value[: len(_JSON)].lower() == _JSON
+            reply.is_json = not value or value.lower().startswith(_JSON)
+            reply.is_page = value[: len(_PAGE)].lower() == _PAGE
         elif name == b"content-encoding":
             reply.encoding = value.decode("latin-1").strip().lower()
         elif name == b"content-length" and value.isdigit():
@@ -242,9 +263,8 @@ def _judge(reply: Reply, leg: Leg) -> Failure | None:
     """Whether the answer is one. 4xx other than 404 and 429 is the client's own business."""
     status = reply.status
     if status < 400:
-        if reply.is_events and not reply.encoding and outputs.first_event_is_error(reply.first):
-            return Failure.ERROR
-        return None
+        is_none = reply.is_page or status >= 300 or status in _NO_CONTENT
+        return Failure.ERROR if is_none or (reply.is_events and _begins_with_error(reply)) else None
     if status == 404:
         body = reply.body or b""
         names_model = leg.served_name.encode() in body or b"model" in body.lower()
@@ -252,3 +272,7 @@ def _judge(reply: Reply, leg: Leg) -> Failure | None:
     if status in {429, 503}:
         return Failure.BUSY
     return Failure.ERROR if status >= 500 else None
+
+
+def _begins_with_error(reply: Reply) -> bool | None:
+    return outputs.begins_with_error(reply.first, reply.encoding, FIRST_EVENT)

@@ -21,6 +21,7 @@ _MOST_TOKENS = 10**9  # of one answer; what says more, or less than none, has no
 _PIECES = 512  # joined then: many short strings take ten times their length in memory
 _DATA = b"data:"
 _DONE = b"[DONE]"
+_FIRST_DATA = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*+)[\r\n]")
 # Possessive (`*+`): a text of blanks only, as loops make them, took 50 ms of trying each way to share them out.
 _REFUSAL = re.compile(
     r"\W*+(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately)?"
@@ -75,7 +76,7 @@ class Output:
         """Take in a whole answer, or one event of a stream."""
         if not isinstance(document, dict):
             return
-        if document.get("error"):
+        if document.get("error") or "error" in (document.get("object"), document.get("type")):
             self.error = True
         usage = document.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
@@ -143,12 +144,18 @@ def read_answer(body: bytes) -> Output:
     return output
 
 
-def first_event_is_error(data: bytes) -> bool:
-    """Whether a stream begins with an error: the engine failed after it had sent its headers."""
-    start = data.lstrip()[:64]
-    return start.startswith(_DATA) and start[len(_DATA) :].lstrip().startswith(
-        (b'{"error"', b'{"object":"error"')
-    )
+def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
+    """Whether a stream begins with an error: the engine failed after it had sent its headers.
+
+    None as long as its first event is not there as a whole, for example behind a comment that keeps the line open.
+    """
+    plain = decoded(data, encoding, limit) if encoding else data
+    if plain is None:
+        return False
+    match = _FIRST_DATA.search(plain)
+    if match is None:
+        return None if len(plain) < limit else False
+    return b'"error"' in match[1] and read_answer(match[1]).error
 
 
 def decoded(data: bytes, encoding: str, limit: int) -> bytes | None:

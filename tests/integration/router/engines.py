@@ -27,6 +27,8 @@ class Behaviour:
     chunk_delay: float = 0.0
     chunks: tuple[bytes, ...] | None = None
     """Raw body of a stream, sent in these pieces."""
+    raw: bytes | None = None
+    """Raw body of an answer of any kind."""
     break_after: int | None = None
     """Cut the connection after so many chunks; 0: before the head."""
     error_event: bool = False
@@ -86,6 +88,8 @@ class Engine:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
+        if how.raw is not None:
+            return web.Response(body=how.raw, status=how.status, headers=how.headers)
         if how.status != 200:
             return web.json_response(_error("no luck", how.status), status=how.status, headers=how.headers)
         reply_id = "chatcmpl-" + request.headers.get("x-request-id", "none")

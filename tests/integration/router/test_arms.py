@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
 import time
@@ -22,6 +23,7 @@ from tests.waiting import until
 
 CANDIDATE = "ab12cd34"
 CHAT = "/v1/chat/completions"
+PACKED = gzip.compress(b'data: {"error": {"message": "CUDA out of memory"}}\n\n')
 
 
 def ask(model: str, user: str | None = None, **more: object) -> dict[str, Any]:
@@ -119,8 +121,34 @@ async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
         (Behaviour(break_after=0), True),
         (Behaviour(delay=30), True),
         (Behaviour(error_event=True), True),
+        (Behaviour(chunks=(b"da", b'ta: {"err', b'or": {"message": "x"}}\n', b"\n"), chunk_delay=0.05), True),
+        (
+            Behaviour(
+                chunks=(b": waiting\n\n", b'data: {"error": {}, "object": "error"}\n\n'), chunk_delay=0.05
+            ),
+            True,
+        ),
+        (Behaviour(chunks=(PACKED[:15], PACKED[15:]), headers={"Content-Encoding": "gzip"}), True),
+        (Behaviour(chunks=(b": waiting\n\n",) * 100, chunk_delay=0.2), True),
+        (Behaviour(status=302, raw=b"", headers={"Location": "/login"}), True),
+        (Behaviour(status=204, raw=b""), True),
+        (Behaviour(raw=b"<html>log in</html>", headers={"Content-Type": "Text/HTML; charset=utf-8"}), True),
     ],
-    ids=["500", "503", "429", "reset", "silent", "error event"],
+    ids=[
+        "500",
+        "503",
+        "429",
+        "reset",
+        "silent",
+        "error event",
+        "error in pieces",
+        "comment and error",
+        "packed error",
+        "comments only",
+        "redirect",
+        "no content",
+        "page",
+    ],
 )
 async def test_stable_answers_when_the_candidate_fails_before_the_first_byte(
     router: Router, session: aiohttp.ClientSession, alias: str, behaviour: Behaviour, failed: bool
@@ -138,6 +166,28 @@ async def test_stable_answers_when_the_candidate_fails_before_the_first_byte(
         assert candidate.requests == int(failed)
         assert candidate.events.get("errors", 0) == int(failed)
         assert (await router.arm(alias, Arm.STABLE)).requests == 0
+
+
+async def test_text_that_is_no_json_is_an_error_and_json_by_any_name_is_none(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    await router.push(route(alias, target("base", engine.url)))
+    good = b'{"choices": [{"index": 0, "message": {"content": "{}"}, "finish_reason": "stop"}]}'
+    for content_type, raw, expected in (
+        ("application/json; charset=utf-8", good, 0),
+        ("text/plain", good, 0),
+        ("text/plain", b"It works!", 1),
+        ("", b"It works!", 1),
+        ("audio/mpeg", b"\xff\xfb", 0),
+    ):
+        before = (await router.arm(alias, Arm.STABLE)).events.get("errors", 0)
+        engine.behaviours["base-model"] = Behaviour(raw=raw, headers={"Content-Type": content_type})
+        async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+            assert response.status == 200
+            assert await response.read() == raw
+        assert (await router.arm(alias, Arm.STABLE)).events.get("errors", 0) == before + expected, (
+            content_type
+        )
 
 
 async def test_a_candidate_that_nobody_listens_for_falls_back_too(

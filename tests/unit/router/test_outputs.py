@@ -160,9 +160,34 @@ def test_an_error_in_a_stream_is_an_error() -> None:
     output = Output()
     EventReader().feed(STREAM + event({"error": {"message": "out of memory"}}), output)
     assert output.error
-    assert outputs.first_event_is_error(event({"error": {"message": "x"}}))
-    assert outputs.first_event_is_error(b'data:{"error":{}}\n\n')
-    assert not outputs.first_event_is_error(STREAM)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"error": {"message": "x"}},
+        {"object": "error", "message": "x"},
+        {"type": "error", "error": {"message": "x"}},
+        {"type": "error", "code": "server_error", "message": "x"},
+    ],
+)
+@pytest.mark.parametrize("before", [b"", b": waiting\n\n", b"event: error\r\n", b"\xef\xbb\xbf: hi\n\n"])
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+def test_a_stream_that_begins_with_an_error_is_seen_as_soon_as_its_first_event_is_there(
+    document: dict[str, Any], before: bytes, encoding: str
+) -> None:
+    data = before + event(document)
+    for size in range(len(data) + 1):
+        part = gzip.compress(data[:size]) if encoding else data[:size]
+        found = outputs.begins_with_error(part, encoding, 1000)
+        assert found is (None if size < len(data) - 1 else True)
+
+
+def test_what_begins_with_no_error() -> None:
+    assert outputs.begins_with_error(STREAM, "", 1000) is False
+    assert outputs.begins_with_error(event({"error": None, "choices": []}), "", 1000) is False
+    assert outputs.begins_with_error(b": " + b"x" * 1000, "", 1000) is False, "no longer kept back"
+    assert outputs.begins_with_error(b"no gzip", "gzip", 1000) is False
 
 
 def test_a_very_long_text_is_kept_in_part_and_not_judged() -> None:
