@@ -15,7 +15,7 @@ from finetune_operator.api.routes import HeaderMatch, Pin, Route, Signal, Signal
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core.analysis_plans import plan_analysis
 from finetune_operator.core.rollout_facts import Observed
-from finetune_operator.core.rollout_turns import Turn
+from finetune_operator.core.rollout_turns import OVER, Turn
 
 
 def build(turn: Turn) -> Route | None:
@@ -111,13 +111,13 @@ def _stamp(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
-def frozen(seen: Observed) -> Route | None:
-    """The published route as it is, without engines that have lost what it sends them: for a spec that cannot be
-    read."""
-    route = seen.routing.published
+def frozen(turn: Turn) -> Route | None:
+    """The published route as it is, without engines that have lost what it sends them, and without a candidate that
+    was taken back: for a spec that cannot be read."""
+    seen, route = turn.seen, turn.seen.routing.published
     if route is None:
         return None
-    known = {adapter.served_name: adapter for adapter in seen.deployment.status.adapters}
+    known = {adapter.served_name: adapter for adapter in turn.status.adapters}
 
     def shrunk(target: Target | None) -> Target | None:
         adapter = known.get(target.served_name) if target else None
@@ -127,7 +127,7 @@ def frozen(seen: Observed) -> Route | None:
         return target.model_copy(update={"upstreams": tuple(left)})
 
     stable, candidate = shrunk(route.stable), shrunk(route.candidate)
-    if candidate is not None and not candidate.upstreams:
+    if candidate is not None and (turn.status.stage in OVER or not candidate.upstreams):
         return route.model_copy(update={"stable": stable, "candidate": None, "weight": 0.0, "mirror": 0.0})
     return route.model_copy(update={"stable": stable, "candidate": candidate})
 

@@ -141,21 +141,22 @@ def _numbers(turn: Turn) -> str:
 # ---------------------------------------------------------------- specs that cannot be acted on
 
 
-def unreadable(seen: Observed, *, now: datetime) -> AdapterDeploymentStatus:
-    """What serves goes on as it is; nothing moves until the spec can be read."""
-    problem = seen.deployment.problem or "the spec cannot be read"
-    return _invalid(
-        seen, INVALID_SPEC, f"{problem}; correct it, and until then everything stays as it is", now=now
-    )
+def unreadable(turn: Turn) -> AdapterDeploymentStatus:
+    """What serves goes on as it is; nothing moves until the spec can be read, but by a hand that holds or takes
+    back."""
+    deployment = turn.seen.deployment
+    message = f"{deployment.problem or 'the spec cannot be read'}; correct it, and until then everything stays as it is"
+    return _invalid(turn.status, INVALID_SPEC, message, now=turn.now, generation=deployment.generation)
 
 
 def alias_taken(seen: Observed, message: str, *, now: datetime) -> AdapterDeploymentStatus:
-    return _invalid(seen, "AliasConflict", message, now=now)
+    deployment = seen.deployment
+    return _invalid(deployment.status, "AliasConflict", message, now=now, generation=deployment.generation)
 
 
-def _invalid(seen: Observed, reason: str, message: str, *, now: datetime) -> AdapterDeploymentStatus:
-    known = seen.deployment.status
-    generation = seen.deployment.generation
+def _invalid(
+    known: AdapterDeploymentStatus, reason: str, message: str, *, now: datetime, generation: int
+) -> AdapterDeploymentStatus:
     phase = _standing(known)
     claims = [
         Claim(RolloutCondition.INVALID_SPEC, True, reason, message),

@@ -18,6 +18,7 @@ from finetune_operator.api.adapterdeployment_status import (
     Stage,
 )
 from finetune_operator.api.adapterdeployment_strategy import WebhookType
+from finetune_operator.api.adapterdeployment_traffic import AdapterReference, BaseModelReference
 from finetune_operator.api.routes import Route
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core import rollout_checks as checks
@@ -32,6 +33,10 @@ from finetune_operator.core import rollout_verbs as verbs
 from finetune_operator.core.rollout_facts import AskWebhooks, Observed, Plan, Withdrawal
 from finetune_operator.core.rollout_turns import Turn, clock
 
+# What has a default has it; nobody may ask for the rest.
+NO_SPEC = AdapterDeploymentSpec.model_construct(
+    base_model_ref=BaseModelReference.model_construct(name=""), adapter=AdapterReference.model_construct()
+)
 WATCH_SECONDS = (
     15.0  # engines tell of nothing by themselves: an adapter that one lost is noticed within this time
 )
@@ -45,10 +50,7 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
     ):  # no route; whatever is left in the engines has no owner then, see reconcile.orphans
         return Plan(status=deployment.status)
     if deployment.spec is None:
-        status = statuses.unreadable(seen, now=now)
-        return _announced(
-            seen, Plan(status=status, route=routes.frozen(seen), requeue_after=WATCH_SECONDS), now
-        )
+        return _announced(seen, _hold(seen, now), now)
     if seen.alias_problem is not None:
         status = statuses.alias_taken(seen, seen.alias_problem, now=now)
         return _announced(seen, Plan(status=status, requeue_after=WATCH_SECONDS), now)
@@ -147,6 +149,20 @@ def _stand_still(turn: Turn) -> Turn:
     if not changed and turn.status.stage in (Stage.ABORTING, Stage.FINALISING):
         turn = _stage(turn)
     return turn
+
+
+def _hold(seen: Observed, now: datetime) -> Plan:
+    """Nothing is known of a vital part of the spec: all stays as it is published, but people who hold or take back are
+    obeyed."""
+    turn = verbs.obey(_confirm_weights(Turn(seen, NO_SPEC, now, seen.deployment.status)))
+    if turn.status.stage is Stage.ABORTING:
+        turn = stages.aborting(turn)
+    return Plan(
+        status=statuses.unreadable(turn),
+        route=routes.frozen(turn),
+        actions=turn.actions,
+        requeue_after=turn.again_in(WATCH_SECONDS).look_again,
+    )
 
 
 def _position(turn: Turn) -> tuple[object, ...]:

@@ -207,6 +207,30 @@ def test_a_spec_that_cannot_be_read_changes_nothing_for_users() -> None:
     assert world.everybody_gets() == revision("b")
 
 
+@pytest.mark.parametrize("verb", ["abort", "rollback"])
+def test_a_spec_of_which_nothing_is_known_lets_people_take_the_candidate_back(verb: str) -> None:
+    world = canary()
+    spec, world.spec, world.problem = world.spec, None, "spec.traffic: unknown field"
+    world.say("promote").run(5)
+    taken = world.status.last_action
+    assert taken is not None
+    assert taken.refused
+    assert world.routing.weight() == 10
+    world.say("pause").run(5)
+    assert [pause.reason for pause in world.status.pause_conditions] == ["UserPause"]
+    world.say(verb).run(10)
+    assert world.everybody_gets() == revision("a")
+    assert world.status.stage is Stage.FAILED
+    assert world.status.abort is not None
+    assert (world.status.abort.reason, world.status.abort.weight) == ("UserAbort", 10)
+    assert world.condition("InvalidSpec") == ("True", "InvalidSpec")
+    world.run(300)
+    assert world.everybody_gets() == revision("a")
+    world.spec, world.problem = spec, None
+    world.run(300)
+    assert (world.everybody_gets(), world.status.reason) == (revision("a"), "UserAbort")
+
+
 def test_a_candidate_is_rolled_back_though_the_spec_cannot_be_read_any_more() -> None:
     world = canary()
     world.problem = "spec.traffic: unknown field"
