@@ -89,7 +89,8 @@ def too_inconclusive(metric: MetricSpec, check: Check) -> bool:
 
 def due(check: Check | None, *, interval: float, now: datetime) -> bool:
     last = check.measurements.last_time if check and check.measurements else None
-    return last is None or (now - last).total_seconds() >= interval - 0.5
+    # A time that is still to come is of a clock that was set back since.
+    return last is None or last > now or (now - last).total_seconds() >= interval - 0.5
 
 
 def borne_again(check: Check) -> Check:

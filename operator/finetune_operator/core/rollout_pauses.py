@@ -67,6 +67,34 @@ def follow_spec(turn: Turn) -> Turn:
 # ---------------------------------------------------------------- clocks
 
 
+def not_ahead(status: AdapterDeploymentStatus, now: datetime) -> AdapterDeploymentStatus:
+    """Begins that are still to come count as now: the clock was set back, or this machine's is behind that of the
+    operator before, and what waits would wait longer by the difference."""
+
+    def reached(moment: datetime | None) -> datetime | None:
+        return moment if moment is None else min(moment, now)
+
+    weights = status.weights
+    return status.model_copy(
+        update={
+            "stage_start_time": reached(status.stage_start_time),
+            "step_start_time": reached(status.step_start_time),
+            "last_progress_time": reached(status.last_progress_time),
+            "evidence_missing_since": reached(status.evidence_missing_since),
+            "weights": weights
+            and weights.model_copy(update={"pending_since": reached(weights.pending_since)}),
+            "pause_conditions": [
+                pause.model_copy(update={"start_time": reached(pause.start_time)})
+                for pause in status.pause_conditions
+            ],
+            "conditions": [
+                condition.model_copy(update={"last_transition_time": reached(condition.last_transition_time)})
+                for condition in status.conditions
+            ],
+        }
+    )
+
+
 def stopped_since(status: AdapterDeploymentStatus) -> datetime | None:
     """Since when the step's time has not counted: something else holds the rollout, the routers do not do what was
     recorded, or the spec cannot be read."""

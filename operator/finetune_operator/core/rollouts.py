@@ -44,7 +44,8 @@ WATCH_SECONDS = (
 
 def decide(seen: Observed, *, now: datetime) -> Plan:
     """The next step of a deployment. Pure: the same facts give the same plan."""
-    deployment = seen.deployment
+    deployment = replace(seen.deployment, status=pauses.not_ahead(seen.deployment.status, now))
+    seen = replace(seen, deployment=deployment)
     if (
         deployment.deleting
     ):  # no route; whatever is left in the engines has no owner then, see reconcile.orphans

@@ -26,7 +26,7 @@ def check(world: World, seen: Observed, plan: Plan) -> None:
     _weight_rises_only_on_evidence(seen, plan)
     _abort_is_one_way(seen, plan)
     _stable_changes_only_by_promotion(seen, plan)
-    _clocks_do_not_restart(seen, plan)
+    _clocks_do_not_restart(world, seen, plan)
     _words_are_there(plan)
 
 
@@ -116,9 +116,10 @@ def _stable_changes_only_by_promotion(seen: Observed, plan: Plan) -> None:
     assert new.history[:1] or (seen.deployment.spec and seen.deployment.spec.revision_history_limit == 0)
 
 
-def _clocks_do_not_restart(seen: Observed, plan: Plan) -> None:
+def _clocks_do_not_restart(world: World, seen: Observed, plan: Plan) -> None:
     """A step's begin never moves while the same step goes on, apart from the time that did not count."""
-    old, new = seen.deployment.status, plan.status
+    now = world.now.replace(microsecond=0)
+    old, new = rollout_pauses.not_ahead(seen.deployment.status, now), plan.status
     same = (old.rollout_start_time, old.current_step_index, old.current_step_hash) == (
         new.rollout_start_time,
         new.current_step_index,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from finetune_operator.api.adapterdeployment_status import Stage
+from finetune_operator.api.adapterdeployment_status import Check, CheckKind, CheckPhase, Measurements, Stage
+from finetune_operator.core import rollout_metrics
 from tests.unit.rollouts.world import World, reached, revision, serving
 
 STEPS: list[dict[str, Any]] = [
@@ -111,6 +112,31 @@ def test_the_former_revision_is_unloaded_when_its_time_has_come() -> None:
     world.run(20)
     assert all(set(engine.held) == {f"bot--{revision('b')}"} for engine in world.engines)
     assert world.status.stage.value == "Succeeded"
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_a_clock_that_was_set_back_makes_no_wait_longer(is_paused: bool) -> None:
+    """The next operator may run on a machine whose clock is behind."""
+    world = canary().run(20)
+    if is_paused:
+        world.say("pause").run(5)
+    world.now -= timedelta(hours=1)
+    world.evidence.heard = world.now
+    world.run(5)
+    if is_paused:
+        assert world.status.pause_conditions[0].start_time <= world.now
+        world.run(200)
+        assert world.routing.weight() == 10, "its pause is no time of the step"
+        world.say("resume")
+    assert 50 <= seconds_until_left(world) <= 66, "all of the step at most"
+
+
+def test_a_clock_that_was_set_back_keeps_no_metric_from_being_measured() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    for ago, due in ((-3600, True), (0, False), (20, False), (30, True)):
+        measured = Measurements(last_time=now - timedelta(seconds=ago))
+        check = Check(name="m", kind=CheckKind.METRIC, phase=CheckPhase.SUCCESSFUL, measurements=measured)
+        assert rollout_metrics.due(check, interval=30, now=now) is due
 
 
 def test_a_quiet_status_is_not_written_again_and_again() -> None:
