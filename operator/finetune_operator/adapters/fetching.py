@@ -42,7 +42,10 @@ class Reply:
 
     def json(self) -> Any:
         """The parsed body. Raises ValueError, also for NaN and Infinity, which JSON does not have."""
-        return json.loads(self.data, parse_constant=_refuse_constant)
+        try:
+            return json.loads(self.data, parse_constant=_refuse_constant)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
     def summary(self, *, quote: bool = True) -> str:
         """The answer in one line for people. `quote`: with the beginning of its body."""

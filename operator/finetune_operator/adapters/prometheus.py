@@ -64,6 +64,6 @@ def _number(values: list[Any]) -> float | None:
         raise QueryError(f"the query gives {len(values)} series; it must give one, for example with sum(...)")
     try:
         value = float(values[0])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise QueryError(f"not a number: {str(values[0])[:20]!r}") from None
     return value if math.isfinite(value) else None

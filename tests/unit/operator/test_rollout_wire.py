@@ -217,10 +217,15 @@ def vector(*values: str) -> str:
     return json.dumps({"status": "success", "data": {"resultType": "vector", "result": result}})
 
 
+NUMBER = '{"status":"success","data":{"resultType":"scalar","result":[1,%s]}}'
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
         (vector("1.5"), 1.5),
+        (vector("1" + "0" * 400), None),
+        (vector("-Inf"), None),
         (vector(), None),
         (vector("NaN"), None),
         (vector("+Inf"), None),
@@ -242,6 +247,10 @@ async def test_a_query_gives_one_number_or_nothing(text: str, value: float | Non
         ('{"status":"error","errorType":"bad_data","error":"parse error"}', 400, "parse error"),
         ('{"status":"success","data":{"resultType":"matrix","result":[]}}', 200, "matrix"),
         ("", 302, "not an answer"),
+        ("[" * 200_000, 200, "not an answer"),
+        (NUMBER % ("1" + "0" * 400), 200, "not a number"),
+        (NUMBER % ("1" + "0" * 5000), 200, "not an answer"),
+        (NUMBER % ("[" * 100 + "]" * 100), 200, "not a number"),
     ],
 )
 async def test_any_other_answer_is_an_error_that_says_why(text: str, status: int, problem: str) -> None:
