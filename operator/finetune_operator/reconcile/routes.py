@@ -69,6 +69,7 @@ class Publisher:
         self._writing = asyncio.Lock()
         self._flush: asyncio.Task[None] | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._told = ""
         fleet.on_applied = self._applied
         fleet.on_newer = self._overtake
 
@@ -86,7 +87,7 @@ class Publisher:
                 deployments = await self._kube.list_all(API_VERSION, KIND, self._served)
                 break
             except ApiError as error:
-                logger.warning("the routes cannot be read yet: %s", error)
+                self._tell(f"the routes cannot be read yet: {error}")
                 await asyncio.sleep(RETRY_SECONDS)
         self._adopt(found or Contents())
         self._begin([deployment_facts.claim(item) for item in deployments])
@@ -240,16 +241,20 @@ class Publisher:
             snapshot = self._numbered(snapshot)
             try:
                 await self._copy.store(Contents(snapshot, self._engines))
+                self._told = ""
                 break
             except ConflictError:
                 await self._reread()
             except ApiError as error:
-                logger.error("the routes could not be stored, and are pushed all the same: %s", error)
+                is_overtaken = (
+                    isinstance(error, UnavailableError) and self._fleet.highest > self._snapshot.version
+                )
+                do = "wait for it, as routers apply newer ones" if is_overtaken else "are pushed all the same"
+                self._tell(f"the routes could not be stored, and {do}: {error}")
                 if (pause := self._copy.miss(error)) is not None:
                     self._retry_later(pause)
-                if isinstance(error, UnavailableError) and self._fleet.highest > self._snapshot.version:
+                if is_overtaken:
                     # We are cut off, and another operator is not: what it publishes knows more than we do.
-                    logger.warning("routers apply newer routes than ours; ours wait for the API server")
                     return
                 break
         before = {key_of(route.owner): route for route in self._snapshot.routes}
@@ -302,6 +307,12 @@ class Publisher:
 
     def _is_stored(self) -> bool:
         return self._flush is None and self._copy.is_settled(Contents(self._snapshot, self._engines))
+
+    def _tell(self, trouble: str) -> None:
+        """Log it once for as long as it lasts: it is tried again each second."""
+        if trouble != self._told:
+            logger.error("%s", trouble)
+        self._told = trouble
 
     def _retry_later(self, pause: float) -> None:
         if self._retry is not None:
