@@ -196,6 +196,8 @@ class Fleet:
             )
         self._lives[slot] = life
         channel.send("serve")
+        if self._stopping:  # it was not there yet when the others were told
+            channel.send("drain")
         return life
 
     async def _listen_to(self, life: Life) -> None:

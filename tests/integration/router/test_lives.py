@@ -216,6 +216,27 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
     await workers.drain()
 
 
+async def test_a_worker_that_is_just_being_started_ends_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not there yet when they are told, and would be waited for in vain."""
+    execute, begun = asyncio.create_subprocess_exec, asyncio.Event()
+
+    async def start_process(*arguments: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await execute(*arguments, **options)
+        begun.set()
+        await asyncio.sleep(0.2)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_process)
+    workers = Fleet(RouterConfig(state_dir=str(tmp_path), port=0), Ledger(tmp_path), MetricsBoard())
+    workers.listen()
+    workers.start()
+    await begun.wait()
+    async with asyncio.timeout(25):  # the grace time is 30 s
+        await workers.drain()
+
+
 async def test_workers_do_not_outlive_a_parent_that_is_killed(own_router: Callable[..., Router]) -> None:
     router = await start(own_router("--grace", "1", workers=2))
     pids = await worker_pids(router)
