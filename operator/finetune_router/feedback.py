@@ -80,10 +80,11 @@ class FeedbackStore:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE_NAME
         self._local = threading.local()
+        self._is_prepared = False
         try:
             self._prepare()
-        except sqlite3.OperationalError:  # no room, no rights: the file itself may be whole
-            raise
+        except sqlite3.OperationalError as error:  # no room, no rights: the file itself may be whole
+            logger.error("%s cannot be used now, and no feedback is taken: %s", self._path, error)
         except sqlite3.DatabaseError as error:  # requests must be answered all the same
             logger.error("%s is put aside, and the feedback in it is lost: %s", self._path, error)
             self._put_aside()
@@ -95,6 +96,8 @@ class FeedbackStore:
         Raises ApiError when the alias has too many metrics already.
         """
         value = float(feedback.value)
+        if not self._is_prepared:
+            self._prepare()
         with self._transaction() as database:
             former = database.execute(
                 "SELECT value, idempotency_key FROM records WHERE ticket = ? AND metric = ?",
@@ -146,6 +149,7 @@ class FeedbackStore:
             for statement in _SCHEMA.split(";"):
                 database.execute(statement)
             database.execute("INSERT OR IGNORE INTO facts VALUES ('epoch', ?)", (uuid.uuid4().hex,))
+        self._is_prepared = True
 
     def _put_aside(self) -> None:
         """Rename what is no database; its log must not be taken for the new one's."""

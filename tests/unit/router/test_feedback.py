@@ -54,6 +54,20 @@ async def test_a_later_value_replaces_the_former(tmp_path: Path, desk: FeedbackD
     }
 
 
+async def test_a_file_that_cannot_be_written_yet_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests must be answered meanwhile, also by a worker that starts on a disk that is full or read-only."""
+    monkeypatch.setattr("finetune_router.feedback._BUSY_SECONDS", 0.1)
+    folder = tmp_path / "state"
+    desk = FeedbackDesk(FeedbackStore(folder), OFFICE)
+    with pytest.raises(ApiError) as refused:
+        await desk.take(body(mint(), True))
+    assert refused.value.code == "store_unavailable"
+    folder.mkdir()
+    assert (await desk.take(body(mint(), True))).is_new
+
+
 async def test_the_epoch_of_a_store_is_its_own_for_ever(tmp_path: Path, desk: FeedbackDesk) -> None:
     await desk.take(body(mint(), True))
     first, again = FeedbackStore(tmp_path).sums(), FeedbackStore(tmp_path).sums()
