@@ -32,6 +32,12 @@ _PRUNE_SECONDS = 3600.0
 async def run(config: RouterConfig) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError for a port that is taken, ValueError for a file of no use."""
     config.state_folder.mkdir(parents=True, exist_ok=True)
+    with storage.lock(config.state_folder):
+        await serve(config)
+
+
+async def serve(config: RouterConfig) -> None:
+    """The life of a router whose state folder is its own. Raises what `run` raises."""
     check_files(config)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,7 +77,10 @@ async def run(config: RouterConfig) -> None:
     await workers.drain()
     for task in background:
         task.cancel()
-    ledger.save()
+    try:
+        ledger.save()
+    except OSError as error:
+        logger.error("what was counted is not on disk, and lost with this process: %s", error)
     await runner.cleanup()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
@@ -13,6 +15,7 @@ from finetune_operator.api.routes import Snapshot
 
 logger = logging.getLogger(__name__)
 
+_LOCK = "lock"
 _INSTANCE = "instance"
 _MIRROR = "routes.json"
 
@@ -30,6 +33,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def lock(folder: Path) -> BinaryIO:
+    """Hold the folder for as long as the file that is returned is open. Raises ValueError where another router has it:
+    both would have one identity, and the operator would take the counts of one for all of them."""
+    stream = (folder / _LOCK).open("wb")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise ValueError(
+            f"--state-dir: {folder} belongs to another router that runs: give each its own"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked, so no other router may have it as well: %s", folder, error)
+    return stream
 
 
 def read_instance(folder: Path) -> str:

@@ -237,6 +237,25 @@ async def test_a_worker_that_is_just_being_started_ends_with_the_others(
         await workers.drain()
 
 
+async def test_counts_that_cannot_be_stored_are_said_and_end_nothing(
+    own_router: Callable[..., Router],
+) -> None:
+    router = own_router()
+    (router.folder / "state" / "epochs.json").mkdir(parents=True)
+    await start(router)
+    assert await asyncio.to_thread(router.stop) == 0
+    assert "what was counted is not on disk" in router.log.read_text()
+
+
+async def test_two_routers_do_not_share_a_state_folder(own_router: Callable[..., Router]) -> None:
+    """They would be one replica to the operator, which took the counts of one of them for all."""
+    first, second = await start(own_router()), own_router()
+    with pytest.raises(AssertionError, match="belongs to another router that runs: give each its own"):
+        await asyncio.to_thread(second.start)
+    await asyncio.to_thread(first.kill)
+    await start(second)
+
+
 async def test_workers_do_not_outlive_a_parent_that_is_killed(own_router: Callable[..., Router]) -> None:
     router = await start(own_router("--grace", "1", workers=2))
     pids = await worker_pids(router)
