@@ -115,9 +115,8 @@ class FeedbackStore:
                     int(ticket.counted), feedback.comment, feedback.idempotency_key, int(time.time()),
                 ),
             )  # fmt: skip
-            if ticket.counted:
-                old = None if former is None else float(former[0])
-                self._add(database, ticket, feedback.metric, value, old)
+            old = None if former is None else float(former[0])
+            self._add(database, ticket, feedback.metric, value, old)
         return former is None
 
     def sums(self) -> EpochCounters:
@@ -125,7 +124,9 @@ class FeedbackStore:
         database = self._database()
         epoch = database.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()[0]
         scores: dict[tuple[str, str, str], dict[str, Moments]] = {}
-        for alias, arm, revision, metric, n, total, squares in database.execute("SELECT * FROM sums"):
+        for alias, arm, revision, metric, n, total, squares in database.execute(
+            "SELECT * FROM sums WHERE n > 0"
+        ):
             scores.setdefault((alias, arm, revision), {})[metric] = Moments(
                 n=n, sum=total, sum_squares=squares
             )
@@ -174,6 +175,8 @@ class FeedbackStore:
         self, database: sqlite3.Connection, ticket: Ticket, metric: str, value: float, old: float | None
     ) -> None:
         change = (1, value, value * value) if old is None else (0, value - old, value * value - old * old)
+        if not ticket.counted:
+            change = (0, 0.0, 0.0)  # its metric takes up room all the same
         database.execute(
             "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n,"
             " sum = sum + excluded.sum, sum_squares = sum_squares + excluded.sum_squares",

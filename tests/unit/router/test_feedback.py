@@ -155,12 +155,17 @@ async def test_infinity_is_no_value(desk: FeedbackDesk, value: bytes) -> None:
         await desk.take(data)
 
 
-async def test_clients_cannot_make_up_metrics_without_end(desk: FeedbackDesk) -> None:
+@pytest.mark.parametrize("counted", [True, False], ids=["drawn", "pinned"])
+async def test_clients_cannot_make_up_metrics_without_end(
+    tmp_path: Path, desk: FeedbackDesk, counted: bool
+) -> None:
+    """Each is a label in the metrics of every worker, also where the answer is no part of the comparison."""
     for number in range(METRICS_PER_ALIAS):
-        await desk.take(body(mint(), 1, metric=f"m{number}"))
+        await desk.take(body(mint(counted=counted), 1, metric=f"m{number}"))
     with pytest.raises(ApiError, match="50 metrics already"):
-        await desk.take(body(mint(), 1, metric="one-more"))
-    await desk.take(body(mint(), 1, metric="m3"))
+        await desk.take(body(mint(counted=counted), 1, metric="one-more"))
+    await desk.take(body(mint(counted=counted), 1, metric="m3"))
+    assert len(scores(FeedbackStore(tmp_path))) == (METRICS_PER_ALIAS if counted else 0)
 
 
 async def test_old_records_go_and_sums_stay(tmp_path: Path, desk: FeedbackDesk) -> None:
