@@ -23,6 +23,7 @@ class RouteKeeper:
         self._file = routes_file
         self._workers = workers
         self._current: Snapshot | None = None
+        self._looked_at: tuple[int, int, int] | None = None
         self._lock = asyncio.Lock()
 
     @property
@@ -68,6 +69,10 @@ class RouteKeeper:
     async def _look(self) -> None:
         if self._file is None:
             return
+        found = await asyncio.to_thread(storage.identity, self._file)
+        if found == self._looked_at:  # what is wrong with it was said
+            return
+        self._looked_at = found
         snapshot = await asyncio.to_thread(storage.read_snapshot, self._file)
         if snapshot is not None and snapshot.version > self.version:
             try:

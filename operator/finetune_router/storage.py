@@ -68,6 +68,15 @@ def read_mirror(folder: Path) -> Snapshot | None:
     return read_snapshot(folder / _MIRROR)
 
 
+def identity(file: Path) -> tuple[int, int, int] | None:
+    """Which file it is, in which state; None where there is none. The same one again has the same content."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def read_snapshot(file: Path) -> Snapshot | None:
     """None when there is no file, or none that can be read; then the log says why."""
     try:
