@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from finetune_operator.api.routes import ARM_HEADER, FALLBACK_HEADER, REVISION_HEADER
+
 # Of one connection, never passed on; `connection` may name more of them. `expect` is answered by the router itself.
 HOP_BY_HOP = frozenset(
     (
@@ -24,8 +26,10 @@ _FORWARDED = (
     "x-client-request-id",
 )  # fmt: skip
 _LONGEST_CACHED = 256  # characters of an Accept-Encoding; no client has a longer one
+# Whose answer it is, is for this router to say; the engine may stand behind another one.
+_ARMS = {ARM_HEADER, REVISION_HEADER, FALLBACK_HEADER}
 _ANSWER_DROPPED = frozenset(
-    name.encode() for name in HOP_BY_HOP | {"server", "date", "content-length", "x-request-id"}
+    name.encode() for name in HOP_BY_HOP | {"server", "date", "content-length", "x-request-id"} | _ARMS
 ) - {b"expect"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from finetune_router.headers import HeaderPolicy
+from finetune_router.headers import HeaderPolicy, answer_headers
 
 
 def built(*headers: tuple[str, str], further: str = "") -> list[str]:
@@ -36,3 +36,9 @@ def test_several_lines_of_encodings_are_one_list() -> None:
 
 def test_no_wish_is_no_header() -> None:
     assert built(("Accept", "*/*"), ("Cookie", "a=b")) == ["accept: */*"]
+
+
+def test_an_engine_does_not_say_whose_answer_it_is() -> None:
+    """It may be another router, and its stable revision this one's candidate."""
+    own = [(b"x-adapter-arm", b"Stable"), (b"x-adapter-revision", b"base"), (b"x-adapter-fallback", b"true")]
+    assert dict(answer_headers([*own, (b"x-adapter-key", b"k")])) == {"x-adapter-key": "k"}
