@@ -263,7 +263,7 @@ def _judge(reply: Reply, leg: Leg) -> Failure | None:
     """Whether the answer is one. 4xx other than 404 and 429 is the client's own business."""
     status = reply.status
     if status < 400:
-        is_none = reply.is_page or status >= 300 or status in _NO_CONTENT
+        is_none = reply.is_page or not 200 <= status < 300 or status in _NO_CONTENT
         return Failure.ERROR if is_none or (reply.is_events and _begins_with_error(reply)) else None
     if status == 404:
         body = reply.body or b""
@@ -275,4 +275,6 @@ def _judge(reply: Reply, leg: Leg) -> Failure | None:
 
 
 def _begins_with_error(reply: Reply) -> bool | None:
-    return outputs.begins_with_error(reply.first, reply.encoding, FIRST_EVENT)
+    # The last line may have no end.
+    data = reply.first + b"\n" if reply.connection.complete and not reply.encoding else reply.first
+    return outputs.begins_with_error(data, reply.encoding, FIRST_EVENT)

@@ -133,6 +133,10 @@ class EventReader:
             self.events += 1
             output.add(document)
 
+    def end(self, output: Output) -> None:
+        """Nothing more comes: the last line may have no end."""
+        self.feed(b"\n", output)
+
 
 def read_answer(body: bytes) -> Output:
     """A whole answer that is no stream."""

@@ -237,6 +237,8 @@ class Recorder:
             seen.output = outputs.read_answer(data)
 
     def _count(self, seen: Observation) -> None:
+        if seen.reader is not None and seen.output is not None:
+            seen.reader.end(seen.output)
         if seen.end is End.ANSWERED and seen.output is not None and seen.output.error:
             seen.end = End.ERROR
         if seen.output is not None and seen.reader is not None and seen.reader.is_silent:

@@ -183,6 +183,14 @@ def test_a_stream_that_begins_with_an_error_is_seen_as_soon_as_its_first_event_i
         assert found is (None if size < len(data) - 1 else True)
 
 
+def test_the_last_event_may_come_without_an_end_of_its_line() -> None:
+    output, reader = Output(), EventReader()
+    reader.feed(STREAM + event({"error": {"message": "x"}}).rstrip(), output)
+    assert not output.error
+    reader.end(output)
+    assert output.error
+
+
 def test_what_begins_with_no_error() -> None:
     assert outputs.begins_with_error(STREAM, "", 1000) is False
     assert outputs.begins_with_error(event({"error": None, "choices": []}), "", 1000) is False
