@@ -21,7 +21,7 @@ _MOST_TOKENS = 10**9  # of one answer; what says more, or less than none, has no
 _PIECES = 512  # joined then: many short strings take ten times their length in memory
 _DATA = b"data:"
 _DONE = b"[DONE]"
-_FIRST_DATA = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*+)[\r\n]")
+_FIRST_DATA = re.compile(rb"(?:^|[\r\n])data:")
 # Possessive (`*+`): a text of blanks only, as loops make them, took 50 ms of trying each way to share them out.
 _REFUSAL = re.compile(
     r"\W*+(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately)?"
@@ -157,9 +157,13 @@ def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
     if plain is None:
         return False
     match = _FIRST_DATA.search(plain)
-    if match is None:
+    start = match.end() if match is not None else len(plain)
+    end = plain.find(b"\n", start)
+    if end < 0:
+        end = plain.find(b"\r", start)
+    if end < 0:
         return None if len(plain) < limit else False
-    return b'"error"' in match[1] and read_answer(match[1]).error
+    return plain.find(b'"error"', start, end) >= 0 and read_answer(plain[start:end]).error
 
 
 def decoded(data: bytes, encoding: str, limit: int) -> bytes | None:

@@ -198,6 +198,11 @@ def test_what_begins_with_no_error() -> None:
     assert outputs.begins_with_error(b"no gzip", "gzip", 1000) is False
 
 
+def test_lines_may_end_in_a_carriage_return() -> None:
+    assert outputs.begins_with_error(b': hi\r\rdata: {"error": 1}', "", 1000) is None
+    assert outputs.begins_with_error(b': hi\r\rdata: {"error": 1}\r', "", 1000) is True
+
+
 def test_a_very_long_text_is_kept_in_part_and_not_judged() -> None:
     output, reader = Output(), EventReader()
     piece = event({"choices": [{"index": 0, "delta": {"content": "word " * 2000}}]})
