@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import ValidationError
 
@@ -15,7 +16,6 @@ from finetune_operator.api.routes import Snapshot
 
 logger = logging.getLogger(__name__)
 
-_LOCK = "lock"
 _INSTANCE = "instance"
 _MIRROR = "routes.json"
 
@@ -35,20 +35,24 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def lock(folder: Path) -> BinaryIO:
-    """Hold the folder for as long as the file that is returned is open. Raises ValueError where another router has it:
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder, also one on a disk that has become read-only. Raises ValueError where another router has it:
     both would have one identity, and the operator would take the counts of one for all of them."""
-    stream = (folder / _LOCK).open("wb")
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        stream.close()
+        os.close(descriptor)
         raise ValueError(
             f"--state-dir: {folder} belongs to another router that runs: give each its own"
         ) from None
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked, so no other router may have it as well: %s", folder, error)
-    return stream
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_instance(folder: Path) -> str:
