@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from finetune_trainer import runfile
 from finetune_trainer.data.shapes import Prompt
-from finetune_trainer.failures import BadConfig, BadData
+from finetune_trainer.failures import BadConfig, BadData, Stopped
 from finetune_trainer.rewards import functions
 from tests import tiny
 
@@ -101,6 +102,10 @@ def test_a_wrong_file_is_refused_without_running_it(find: Any, text: str, expect
         ("f = 3\n", ["f in r.py is no function, but 3"]),
         ("def f(prompts):\n    return []\n", ["cannot be called with (prompts, completions, **columns)"]),
         ("raise SystemExit(2)\ndef f(prompts, completions):\n    return []\n", ["SystemExit: 2", "line 1"]),
+        (
+            "raise KeyboardInterrupt\ndef f(prompts, completions):\n    return []\n",
+            ["KeyboardInterrupt, r.py"],
+        ),
     ],
 )
 def test_a_file_that_fails_as_it_is_loaded(find: Any, text: str, expected: list[str]) -> None:
@@ -124,6 +129,8 @@ def test_a_file_that_fails_as_it_is_loaded(find: Any, text: str, expected: list[
         ("return [None, 1]", ["returned None for completion 0"]),
         ("return [10**400, 1]", ["returned 1000", "for completion 0; return numbers"]),
         ("yield 1 / 0", ["ZeroDivisionError: division by zero", "r.py line 2: yield 1 / 0"]),
+        ("raise KeyboardInterrupt", ["failed with KeyboardInterrupt, r.py line 2"]),
+        ("raise GeneratorExit", ["failed with GeneratorExit, r.py line 2"]),
     ],
 )
 def test_a_function_that_fails_names_its_line(find: Any, body: str, expected: list[str]) -> None:
@@ -132,6 +139,30 @@ def test_a_function_that_fails_names_its_line(find: Any, body: str, expected: li
         function(["a", "b"], ["x", "y"], {})
     for part in ("reward.functions[0]", *expected):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    "action",
+    ["sys.{0} = None", "sys.{0}.close()", "sys.{0} = __import__('io').StringIO()", "with sys.{0}: pass"],
+)
+def test_a_function_cannot_take_our_output_away(find: Any, capfd: Any, name: str, action: str) -> None:
+    body = f"print('scored', file=sys.{name})\n    {action.format(name)}\n    return [1.0]\n"
+    function = functions.load(find(f"import sys\ndef f(prompts, completions):\n    {body}"))
+    for _ in range(2):
+        assert function(["a"], ["x"], {}) == [1.0]
+        print("ours", file=getattr(sys, name), flush=True)
+    assert getattr(capfd.readouterr(), "out" if name == "stdout" else "err") == "scored\nours\n" * 2
+
+
+def test_a_signal_ends_a_function_as_it_ends_everything_else(find: Any) -> None:
+    function = functions.load(
+        find(
+            "from finetune_trainer.failures import Stopped\ndef f(prompts, completions):\n    raise Stopped(15)\n"
+        )
+    )
+    with pytest.raises(Stopped):
+        function(["a"], ["x"], {})
 
 
 def test_a_column_with_the_name_of_an_argument_is_refused(find: Any) -> None:

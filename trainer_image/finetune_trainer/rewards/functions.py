@@ -7,21 +7,23 @@ user's to correct, so it ends as BadConfig with the place in that file.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import inspect
+import io
 import linecache
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 from finetune_trainer.data.shapes import AnyExample, Prompt
-from finetune_trainer.failures import BadConfig, BadData
+from finetune_trainer.failures import BadConfig, BadData, Stopped
 from finetune_trainer.runfile import RunFile
 from finetune_trainer.runparts import RewardFunction
 
@@ -134,10 +136,8 @@ class Function:
         given = {
             name: value for name, value in columns.items() if self.accepts is None or name in self.accepts
         }
-        try:
+        with _running(self.source):
             values = _as_list(self.call(prompts, completions, **given))
-        except (Exception, SystemExit) as error:  # a user's code raises what it likes
-            raise _failed(self.source, error) from error
         return _check_values(self.source, values, count=len(completions))
 
 
@@ -151,10 +151,8 @@ def load(source: Source) -> Function:
     module.__file__ = name
     # Our own __future__ is not the user's.
     code: CodeType = compile(source.text, name, "exec", dont_inherit=True)
-    try:
+    with _running(source):
         exec(code, module.__dict__)  # noqa: S102  running the user's function is what was asked for
-    except (Exception, SystemExit) as error:  # as above
-        raise _failed(source, error) from error
     call = getattr(module, source.entry, None)
     if not callable(call):
         raise BadConfig(f"{source.place}: {source.entry} in {source.file} is no function, but {call!r:.80}")
@@ -174,6 +172,29 @@ def _accepted(source: Source, call: Callable[..., Any]) -> frozenset[str] | None
         return None
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(one.name for one in list(parameters)[2:] if one.kind in by_name)
+
+
+@contextlib.contextmanager
+def _running(source: Source) -> Iterator[None]:
+    """While a user's code runs: what it raises is BadConfig, and it cannot take away where our result is written."""
+    with contextlib.redirect_stdout(_lend(sys.stdout)), contextlib.redirect_stderr(_lend(sys.stderr)):
+        try:
+            yield
+        except Stopped:
+            raise
+        except BaseException as error:  # it raises what it likes, also KeyboardInterrupt
+            raise _failed(source, error) from error
+
+
+class _Lent(io.TextIOWrapper):
+    """Our own stream for somebody else, who may close it: then it is still open."""
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _lend(stream: Any) -> _Lent:
+    return _Lent(stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
 
 
 def _failed(source: Source, error: BaseException) -> BadConfig:
