@@ -28,7 +28,7 @@ from finetune_trainer import (
     storage,
 )
 from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
-from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter
+from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter, say
 
 # manifest.json's names and those of reports
 METRICS = {
@@ -60,7 +60,7 @@ def run_job(run_file: Path, task: Task | None = None) -> int:
     except Stopped as stopped:
         text = f"{stopped} at step {reporter.step}; nothing was committed"
         if stopped.signal_number != signal.SIGTERM:
-            print(text, file=sys.stderr, flush=True)
+            say(text, file=sys.stderr)
             return 128 + stopped.signal_number  # a person's Ctrl-C
         result = _failed(Preempted(text), reporter)
     except Exception as error:
@@ -68,7 +68,7 @@ def run_job(run_file: Path, task: Task | None = None) -> int:
     preempted = result["class"] is ErrorClass.PREEMPTED
     if preempted:
         signals.ignore_more()
-    print(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}", flush=True)
+    say(f"TRAINER_RESULT {json.dumps(result, ensure_ascii=False)}")
     # Asked to end while the operator is away: code and last line say the same.
     with contextlib.suppress(Stopped):
         reporter.finish(result, patience=PREEMPTED_PATIENCE if preempted else RESULT_PATIENCE)
@@ -87,7 +87,7 @@ def check(run: runfile.RunFile, reporter: Reporter) -> dict[str, Any]:
     reporter.update(phase=Phase.VALIDATING)
     with tempfile.TemporaryDirectory(prefix="finetune-") as name:
         found = early_fit.check(run, Path(name))
-    print(found, flush=True)
+    say(found)
     return {"class": ErrorClass.CHECKED, "exitCode": 0, "message": found}
 
 
@@ -109,7 +109,7 @@ def _tell_checkpoint(store: checkpoints.Store, reporter: Reporter) -> None:
         except checkpoints.Corrupt as finding:
             store.mark_corrupt(checkpoint.step, str(finding))
             continue
-        print(f"{checkpoint.uri} is whole", flush=True)
+        say(f"{checkpoint.uri} is whole")
         reporter.update(checkpoint=checkpoint.to_report(), step=checkpoint.step)
         return
 
@@ -136,7 +136,7 @@ def _train(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
     committed = artifacts.claim_folder(folder, run.job)
     if committed is not None:
         artifacts.inspect(folder, run.job)
-        print(f"{folder.uri} holds the whole artifact of this job already", flush=True)
+        say(f"{folder.uri} holds the whole artifact of this job already")
         _tell_committed(reporter, committed)
         _clear(store)
         return committed
@@ -162,7 +162,7 @@ def _train_into(
 ) -> artifacts.Artifact:
     reporter.update(phase=Phase.VALIDATING)
     checked = preflight.check(run, work)
-    print(f"checked: {len(checked.train)} rows to train on, {len(checked.held_out)} held out", flush=True)
+    say(f"checked: {len(checked.train)} rows to train on, {len(checked.held_out)} held out")
     reporter.update(
         effective={
             "datasetDigest": checked.dataset_digest,
@@ -175,7 +175,7 @@ def _train_into(
 
     manifest = train.train(run, checked, work=work, reporter=reporter, store=store)
     artifact = artifacts.commit(folder, work / "artifact", manifest, run.job)
-    print(f"committed {artifact.uri} ({artifact.size_bytes} bytes, {artifact.digest})", flush=True)
+    say(f"committed {artifact.uri} ({artifact.size_bytes} bytes, {artifact.digest})")
     return artifact
 
 
@@ -186,14 +186,14 @@ def _clear(store: checkpoints.Store | None) -> None:
     try:
         store.clear()
     except Exception as error:  # any store's own types; nothing after the commit may fail the job
-        print(f"{store.folder.uri} could not be removed: {error}", file=sys.stderr, flush=True)
+        say(f"{store.folder.uri} could not be removed: {error}", file=sys.stderr)
 
 
 def _release(folder: storage.Folder, job: runfile.Job) -> None:
     try:
         artifacts.release_folder(folder, job)
     except Exception as error:  # any store's own types; the first error is the one to report
-        print(f"{folder.uri} could not be cleaned up: {error}", file=sys.stderr, flush=True)
+        say(f"{folder.uri} could not be cleaned up: {error}", file=sys.stderr)
 
 
 def prepare_environment(uris: list[str]) -> None:
@@ -225,11 +225,12 @@ def _succeeded(artifact: artifacts.Artifact) -> dict[str, Any]:
 def _failed(error: Exception, reporter: Reporter) -> dict[str, Any]:
     error_class, message = classify(error)
     if error_class is ErrorClass.INTERNAL and not isinstance(error, TrainerError):
-        traceback.print_exception(error)  # nothing that we know of: its place tells more than its message
+        # Nothing that we know of: its place tells more than its message.
+        say("".join(traceback.format_exception(error)), file=sys.stderr)
     last = reporter.checkpoint
     if error_class is ErrorClass.NOT_FINITE and last is not None:
         message = f"{message}. The last finite checkpoint is {last['uri']}"
-    print(f"{error_class}: {message}", file=sys.stderr, flush=True)
+    say(f"{error_class}: {message}", file=sys.stderr)
     return {
         "class": error_class,
         "exitCode": EXIT_CODES[error_class],

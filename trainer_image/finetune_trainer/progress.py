@@ -5,6 +5,7 @@ Posting happens in a thread of its own and only ever sends the latest state: tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 POST_INTERVAL = 2.0  # seconds between posts; the operator writes status at most every few seconds anyway
 POST_TIMEOUT = 10.0  # seconds
@@ -207,7 +208,7 @@ class Reporter:
                     self._changed.set()  # what is known now is still news when the operator is back
                 if str(error) != self._warned:  # once per reason, not every two seconds
                     self._warned = str(error)
-                    print(f"progress could not be reported: {error}; training goes on", flush=True)
+                    say(f"progress could not be reported: {error}; training goes on")
             self._closing.wait(POST_INTERVAL)
 
 
@@ -217,7 +218,13 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # the last line of stdout is the result
+    say(text, file=sys.stderr)  # the last line of stdout is the result
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Prints. A log that cannot be written, as on a full disk, changes nothing of how a run is reported and ends."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=file, flush=True)
 
 
 class Clock:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,27 @@ def test_a_run_file_that_cannot_be_read_is_reported_by_an_inspection_as_such(
     operator: Operator, tmp_path: Path
 ) -> None:
     assert lifecycle.run_job(tmp_path / "none.json", lifecycle.inspect) == 64
+    assert last_report(operator).result is not None
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_log_on_a_full_disk_changes_neither_report_nor_exit_code(
+    operator: Operator,
+    inspect: Inspect,
+    committed: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    code: int,
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    if code:
+        (tmp_path / "out/manifest.json").unlink()
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert inspect() == code
     assert last_report(operator).result is not None
 
 
