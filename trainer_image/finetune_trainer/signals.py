@@ -19,6 +19,7 @@ from finetune_trainer.failures import Stopped
 POLL = 0.1  # seconds
 
 _deferred = False
+_breakable = False
 _requested = False
 
 
@@ -51,15 +52,26 @@ def deferred() -> Iterator[None]:
         raise Stopped(signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def breakable() -> Iterator[None]:
+    """While inside, SIGTERM is not deferred: for work of unknown length that changes nothing."""
+    global _breakable
+    _breakable = True
+    try:
+        yield
+    finally:
+        _breakable = False
+
+
 def stop_requested() -> bool:
     return _requested
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:
     global _requested
-    if signal_number == signal.SIGTERM and _deferred:
-        _requested = True
-    else:
+    deferred = signal_number == signal.SIGTERM and _deferred
+    _requested = _requested or deferred
+    if _breakable or not deferred:
         raise Stopped(signal_number)
 
 

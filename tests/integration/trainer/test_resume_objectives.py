@@ -140,3 +140,31 @@ def test_a_stop_breaks_off_the_sampling_of_a_step_which_is_done_again(
     resumed = run(taught, rows, checkpoint=checkpoints, job=job(2), **parts)
     assert "(from 5)" in resumed.log
     assert_same(resumed, alone)
+
+
+@pytest.mark.parametrize("objective", ["RLOO", "GRPO"])
+def test_a_stop_breaks_off_a_reward_function_that_takes_long(
+    taught: Path, rows: Path, run: Run, handlers: None, tmp_path: Path, objective: str
+) -> None:
+    """Such as one that asks a model elsewhere, or hangs: the grace time is shorter than that."""
+    parts: dict[str, Any] = {
+        "objective": objective,
+        "method": LORA,
+        "dataset": dataset(rows / "prompts.jsonl", held_out=0),
+        "hyperparameters": {**HYPER, "maxSteps": 3},
+        "checkpoint": schedule(tmp_path / "ck"),
+        **SAMPLED,
+    }
+    hangs = (
+        "import os, signal, time\n"
+        "def red(prompts, completions, trainer_state):\n"
+        "    if trainer_state.global_step == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(20)\n"
+        "    return [float('red' in text) for text in completions]\n"
+    )
+    (rows / "0" / "rewards.py").write_text(hangs)
+    stopped = run(taught, rows, **parts)
+    assert (stopped.code, stopped.result["step"]) == (75, 1), stopped.log
+    assert "step 2 is given up" in stopped.log
+    assert "checkpoint-1 is complete" in stopped.result["message"]

@@ -17,7 +17,7 @@ from finetune_trainer.data import encoding
 from finetune_trainer.data.cells import Turn
 from finetune_trainer.data.encoding import PromptRow
 from finetune_trainer.data.shapes import Prompt, as_turns
-from finetune_trainer.failures import NotFinite
+from finetune_trainer.failures import NotFinite, Stopped
 from finetune_trainer.rewards.functions import Function
 from finetune_trainer.rewards.models import Scorer
 from finetune_trainer.runfile import ApplyChatTemplate
@@ -142,6 +142,18 @@ class _Sampled:
     def _stop_if_asked(self, *_: Any) -> None:
         if signals.stop_requested() and self.give_up_step is not None:
             self.give_up_step()
+
+    def _calculate_rewards(self, *arguments: Any) -> torch.Tensor:
+        model: Any = self.model  # type: ignore[attr-defined]
+        if not model.training or self.give_up_step is None:
+            return super()._calculate_rewards(*arguments)  # type: ignore[misc]
+        self._stop_if_asked()
+        try:
+            with signals.breakable():  # a user's function may ask a model elsewhere, or hang
+                return super()._calculate_rewards(*arguments)  # type: ignore[misc]
+        except Stopped:
+            self._stop_if_asked()
+            raise
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Draws the same random numbers each time, so that evaluations can be compared, and leaves training's alone."""
