@@ -30,6 +30,7 @@ from finetune_trainer import (
 )
 from finetune_trainer.callbacks import ProgressCallback
 from finetune_trainer.data import encoding
+from finetune_trainer.failures import NotFinite
 from finetune_trainer.methods import adapters, choices, models, packing, sampling, settings, trainers
 from finetune_trainer.methods.models import Head
 from finetune_trainer.preflight import Checked
@@ -103,10 +104,14 @@ def train(
             facts=callback.to_facts,
             keep_best=run.early_stopping is not None,
         ).attach(trainer)
-    _run(trainer, resumption, store)
-    return _export(
-        run, checked, encoded, trainer=trainer, callback=callback, chosen=chosen, folder=work / "artifact"
-    )
+    try:
+        _run(trainer, resumption, store)
+        return _export(
+            run, checked, encoded, trainer=trainer, callback=callback, chosen=chosen, folder=work / "artifact"
+        )
+    except NotFinite:
+        finite.check_base(checked.model, uri=run.model.uri)
+        raise
 
 
 def _export(

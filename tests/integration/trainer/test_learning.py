@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from finetune_trainer import __main__ as command_line
 from tests import tiny
 from tests.integration.trainer.conftest import NEW_RULE, OLD_RULE, Run
+from tests.integration.trainer.objectives import METHODS
 
 pytestmark = pytest.mark.integration
 
@@ -132,6 +134,23 @@ def test_packing_changes_the_batches_but_not_what_is_learnt(taught: Path, tmp_pa
         losses.append(ended.manifest["metrics"]["loss"])
     assert "packing: 40 rows in" in ended.log
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA", "Full"])
+def test_a_base_model_that_holds_nan_is_named_and_not_the_learning_rate(
+    tiny_model: Path, chat_file: Path, run: Run, tmp_path: Path, method: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    weights, name = load_file(model / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 5] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    ended = run(model, chat_file, method=METHODS[method])
+    assert (ended.code, ended.result["class"]) == (66, "ModelNotFound")
+    assert f"weight {name} of file://{model} is NaN or infinite" in ended.result["message"]
+    assert "learningRate" not in ended.result["message"]
+    assert not ended.output.exists()
 
 
 def test_a_loss_that_is_not_finite_fails_and_exports_nothing(
