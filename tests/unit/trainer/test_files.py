@@ -147,6 +147,21 @@ def test_json_that_python_or_a_tokenizer_cannot_take_is_named(
     assert expected in text
 
 
+def test_csv_may_begin_with_empty_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("\n\ntext\na fine row\n")
+    rows = read(tmp_path / "rows.csv")
+    assert [(row.values, row.line) for row in rows] == [({"text": "a fine row"}, 4)]
+
+
+def test_parquet_with_a_column_twice_is_told_so(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "rows.parquet")
+    assert "column 'text' is there more than once; rename one" in message(tmp_path / "rows.parquet")
+
+
 def test_parquet_with_wrong_bytes_is_named(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

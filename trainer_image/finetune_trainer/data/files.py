@@ -167,9 +167,12 @@ def _read_csv(text: str, uri: str) -> Iterator[Row]:
     start = 1
     try:
         for cells in reader:
-            if header is None:
-                header = _check_header(cells, uri)
-            elif cells:
+            if not cells:
+                pass  # an empty line, also before the header
+            elif header is None:
+                header = [cell.strip() for cell in cells]
+                _check_names(header, f"{uri} line {start}")
+            else:
                 if len(cells) != len(header):
                     raise BadData(
                         f"{uri} line {start}: {len(cells)} cells, but the header has {len(header)} columns "
@@ -181,12 +184,10 @@ def _read_csv(text: str, uri: str) -> Iterator[Row]:
         raise BadData(f"{uri} line {start}: broken CSV ({error}); check the quotes of this row") from error
 
 
-def _check_header(cells: list[str], uri: str) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    twice = sorted({name for name in header if header.count(name) > 1})
+def _check_names(names: list[str], where: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise BadData(f"{uri} line 1: column {twice[0]!r} is there more than once; rename one of them")
-    return header
+        raise BadData(f"{where}: column {twice[0]!r} is there more than once; rename one of them")
 
 
 def _read_parquet(path: Path, uri: str) -> Iterator[Row]:
@@ -194,6 +195,7 @@ def _read_parquet(path: Path, uri: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
+        _check_names(pyarrow.parquet.read_schema(path).names, uri)
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's; Arrow's own has no number
