@@ -29,6 +29,17 @@ def install() -> None:
     signal.signal(signal.SIGINT, _stop)
 
 
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Code inside that is not ours may set handlers of its own, as ray.init() does: afterwards they are as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def ignore_more() -> None:
     """The result stands: a SIGTERM from here on, such as the one that follows a preStop hook, must not replace the exit
     code. Python gives up its own handlers some time before the process is gone."""

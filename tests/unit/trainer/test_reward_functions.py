@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,18 @@ def test_a_function_cannot_take_our_output_away(find: Any, capfd: Any, name: str
         assert function(["a"], ["x"], {}) == [1.0]
         print("ours", file=getattr(sys, name), flush=True)
     assert getattr(capfd.readouterr(), "out" if name == "stdout" else "err") == "scored\nours\n" * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_function_cannot_take_our_signals_away(find: Any, number: signal.Signals) -> None:
+    """ray.init() sets a handler for SIGTERM that ends the process without a checkpoint."""
+    ours = signal.getsignal(number)
+    take = f"signal.signal({int(number)}, signal.SIG_IGN)"
+    text = f"import signal\n{take}\ndef f(prompts, completions):\n    {take}\n    return [1.0]\n"
+    function = functions.load(find(text))
+    assert signal.getsignal(number) == ours
+    assert function(["a"], ["x"], {}) == [1.0]
+    assert signal.getsignal(number) == ours
 
 
 def test_a_signal_ends_a_function_as_it_ends_everything_else(find: Any) -> None:

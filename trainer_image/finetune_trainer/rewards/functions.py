@@ -22,6 +22,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from finetune_trainer import signals
 from finetune_trainer.data.shapes import AnyExample, Prompt
 from finetune_trainer.failures import BadConfig, BadData, Stopped
 from finetune_trainer.runfile import RunFile
@@ -176,8 +177,12 @@ def _accepted(source: Source, call: Callable[..., Any]) -> frozenset[str] | None
 
 @contextlib.contextmanager
 def _running(source: Source) -> Iterator[None]:
-    """While a user's code runs: what it raises is BadConfig, and it cannot take away where our result is written."""
-    with contextlib.redirect_stdout(_lend(sys.stdout)), contextlib.redirect_stderr(_lend(sys.stderr)):
+    """While a user's code runs: what it raises is BadConfig, and it cannot take away our output or our signals."""
+    with (
+        signals.kept(),
+        contextlib.redirect_stdout(_lend(sys.stdout)),
+        contextlib.redirect_stderr(_lend(sys.stderr)),
+    ):
         try:
             yield
         except Stopped:
