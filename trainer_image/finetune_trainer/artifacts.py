@@ -78,7 +78,8 @@ def claim_folder(folder: storage.Folder, job: Job) -> Artifact | None:
 
 def _take(folder: storage.Folder, job: Job) -> Artifact | None:
     if owners.find(folder, job, field=FIELD) is Owner.NOBODY:
-        names = folder.names()
+        # A claim that was killed in its first moment is nobody's work.
+        names = [name for name in folder.names() if name != storage.part_of(owners.MARK)]
         if names:
             raise BadConfig(
                 f"{FIELD} {folder.uri} is not empty ({_few(names)}) "

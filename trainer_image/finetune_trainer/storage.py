@@ -174,7 +174,7 @@ class LocalFolder:
     def write(self, name: str, content: bytes) -> None:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
+        part = target.with_name(part_of(target.name))
         with part.open("wb") as writer:
             writer.write(content)
             _sync(writer)
@@ -189,6 +189,11 @@ class LocalFolder:
             for folder in sorted((item for item in self.path.rglob("*") if item.is_dir()), reverse=True):
                 _remove_folder_if_empty(folder)
             _remove_folder_if_empty(self.path)
+
+
+def part_of(name: str) -> str:
+    """What a small file is called while it is written to a disk; a kill in that moment leaves it."""
+    return f".{name}.part"
 
 
 def _sync(writer: Any) -> None:

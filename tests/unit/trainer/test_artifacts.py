@@ -83,6 +83,24 @@ def test_foreign_files_are_refused_and_stay(tmp_path: Path, folder: storage.Fold
     assert (tmp_path / "deep/out/thesis.doc").read_text() == "ten years"
 
 
+def test_a_claim_that_was_killed_while_it_was_written_holds_nobody_up(
+    tmp_path: Path, folder: storage.Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", kill)
+        with pytest.raises(Killed):
+            artifacts.claim_folder(folder, JOB)
+    assert folder.names() == ["..finetune-job.json.part"]
+    artifacts.claim_folder(folder, JOB.model_copy(update={"attempt": 2}))
+    assert folder.names() == [owners.MARK]
+
+
 def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path, folder: storage.Folder) -> None:
     (tmp_path / "deep/out").mkdir(parents=True)
     (tmp_path / "deep/out/manifest.json").write_text('{"name": "a browser extension"}')
