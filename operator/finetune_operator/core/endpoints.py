@@ -79,8 +79,10 @@ def parse(text: str, *, configured: Iterable[str] = ()) -> AllowList:
             raise ValueError(
                 f"{entry!r} is neither host, host:port nor pods/<namespace>, for example *.engines.svc:8000"
             )
-        port = found["port"]
-        patterns.append(Pattern(_tidy(found["host"]), None if port in (None, "*") else int(port)))
+        port = None if found["port"] in (None, "*") else int(found["port"])
+        if port is not None and not 1 <= port <= 65535:  # it would allow nothing, and nobody would know why
+            raise ValueError(f"{entry!r} names port {port}; ports are from 1 to 65535, and * is any")
+        patterns.append(Pattern(_tidy(found["host"]), port))
     patterns += [Pattern(*_address(url)) for url in configured]
     return AllowList(tuple(patterns), tuple(namespaces), ", ".join(entries))
 

@@ -64,6 +64,12 @@ def test_an_entry_that_means_nothing_is_refused_at_the_start(text: str) -> None:
         config.load({"FINETUNE_ENGINE_ENDPOINTS": text})
 
 
+@pytest.mark.parametrize("text", ["engine:0", "engine:99999", "engine:8000,[::1]:65536"])
+def test_a_port_that_cannot_be_is_refused_at_the_start(text: str) -> None:
+    with pytest.raises(config.ConfigurationError, match=r"FINETUNE_ENGINE_ENDPOINTS=.*from 1 to 65535"):
+        config.load({"FINETUNE_ENGINE_ENDPOINTS": text})
+
+
 def test_a_refusal_names_field_value_and_remedy() -> None:
     text = endpoints.parse("*.svc").refuse("spec.serving.endpoint", "http://evil:1")
     for part in ("spec.serving.endpoint", "http://evil:1", "*.svc", "FINETUNE_ENGINE_ENDPOINTS"):
