@@ -161,9 +161,10 @@ class Agent:
             LOG.info("the engine restarted")
         self._facts, self._message = facts, ""
         for entry in self._entries.values():
-            if entry.state is State.LOADED and entry.since < begun and entry.name not in facts.adapters:
-                LOG.info("adapter %s is gone from the engine; loading it again", entry.name)
-                entry.state, entry.message = State.LOADING, "the engine lost it; loading it again"
+            lost = _find_loss(entry, facts) if entry.state is State.LOADED and entry.since < begun else ""
+            if lost:
+                LOG.info("adapter %s: %s", entry.name, lost)
+                entry.state, entry.message = State.LOADING, lost
                 self._wake.set()
 
     def _lost(self, message: str) -> None:
@@ -231,7 +232,7 @@ class Agent:
             entry.message = "loading"
             try:
                 await self._load_into_engine(entry, artifact.folder)
-                await self._probe(entry.name)
+                await self._probe(entry)
             except Refused:
                 with contextlib.suppress(EngineError):  # it must not stay half loaded
                     await self.client.unload(entry.name)
@@ -303,12 +304,14 @@ class Agent:
             await self.client.unload(name)  # by somebody else, from who knows where
             await self.client.load(name, path, seconds=seconds)
 
-    async def _probe(self, name: str) -> None:
+    async def _probe(self, entry: Entry) -> None:
         """Believes the engine's list and one token, not the answer to the load call."""
+        name = entry.name
         deadline = asyncio.get_running_loop().time() + LISTED_SECONDS
         while True:
             facts: Facts = await self._call(self.client.observe, Reason.PROBE_FAILED)
             if name in facts.adapters:
+                entry.root = facts.adapters[name]
                 break
             if asyncio.get_running_loop().time() > deadline:
                 raise Refused(
@@ -322,6 +325,17 @@ class Agent:
             return await call()
         except EngineError as error:
             raise Refused(_reason_of(error, otherwise), str(error)) from error
+
+
+def _find_loss(entry: Entry, facts: Facts) -> str:
+    """Returns why an adapter that was loaded is not any more; empty while it is."""
+    if entry.name not in facts.adapters:
+        return "the engine lost it; loading it again"
+    # As the engine told it at the load: it may write our path in another way.
+    root = facts.adapters[entry.name]
+    if root != entry.root:
+        return f"somebody loaded {root or 'something else'} under its name; loading it again"
+    return ""
 
 
 def _reason_of(error: EngineError, otherwise: Reason) -> Reason:

@@ -41,6 +41,7 @@ class Entry:
     reason: Reason | None = None
     message: str = ""
     since: float = 0.0  # the event loop's time at which it was found loaded
+    root: str = ""  # where the engine said then that it was loaded from
 
     def document(self) -> dict[str, Any]:
         found = {"name": self.name, "digest": self.digest, "uri": self.uri, "state": self.state}

@@ -255,6 +255,20 @@ async def test_an_adapter_that_vanishes_is_never_reported_as_loaded(start: Start
     await agent.wait("a--1", "Loaded")
 
 
+async def test_an_adapter_that_somebody_exchanged_is_loaded_again(start: Start) -> None:
+    agent = await start()
+    await agent.put("a--1", "first")
+    await agent.wait("a--1", "Loaded")
+    ours = agent.engine.adapters["a--1"]
+    agent.engine.load_seconds = 0.3
+    agent.engine.adapters["a--1"] = "/somewhere/else"
+    found = await agent.adapter("a--1")
+    assert found["state"] == "Loading"
+    assert "/somewhere/else" in found["message"]
+    await agent.wait("a--1", "Loaded")
+    assert agent.engine.adapters["a--1"] == ours
+
+
 @pytest.mark.parametrize("cards", [["base"], "base", [None], [{"root": "org/base"}], {"id": "base"}])
 async def test_a_list_of_models_that_is_none_is_an_engine_that_is_not_well(start: Start, cards: Any) -> None:
     engine = Engine(cards=cards)
