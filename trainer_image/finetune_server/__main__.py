@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from finetune_trainer import machine
+from finetune_trainer.failures import EXIT_CODES, TrainerError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Returns the exit code: 0, or that of the error's class."""
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except TrainerError as error:
+        print(f"{error.error_class}: {error}", file=sys.stderr)
+        return EXIT_CODES[error.error_class]
+
+
+def _run(arguments: list[str]) -> int:
     machine.prepare_libraries()
     if arguments[:1] == ["agent"]:
         options = make_agent_parser().parse_args(arguments[1:])
@@ -34,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--served-model-name", nargs="+", metavar="NAME", help="default: the folder's name")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=_port, default=8000)
     parser.add_argument("--max-loras", type=_positive, default=8, help="adapters in memory (default 8)")
     parser.add_argument("--max-lora-rank", type=_positive, default=64, help="default 64")
     parser.add_argument("--max-model-len", type=_positive, metavar="N", help="prompt and answer, in tokens")
@@ -50,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=_positive, help="default: the cores that the process may use")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="clients must send this key")
-    parser.add_argument("--agent-port", type=int, default=8001, help="port of the agent; 0: none")
+    parser.add_argument("--agent-port", type=_port, default=8001, help="port of the agent; 0: none")
     parser.add_argument("--agent-host", help="default: as --host")
     _add_agent_options(parser)
     return parser
@@ -62,9 +72,9 @@ def make_agent_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--engine", required=True, metavar="URL", help="such as http://127.0.0.1:8000")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8001)
-    parser.add_argument("--max-loras", type=int, default=0, help="default: what the engine's metrics say")
-    parser.add_argument("--max-lora-rank", type=int, default=0, help="default: the engine decides")
+    parser.add_argument("--port", type=_port, default=8001)
+    parser.add_argument("--max-loras", type=_count, default=0, help="default: what the engine's metrics say")
+    parser.add_argument("--max-lora-rank", type=_count, default=0, help="default: the engine decides")
     parser.add_argument("--base-model", metavar="URI", help="the engine's model, to compare adapters with")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the engine's API key")
     _add_agent_options(parser)
@@ -82,14 +92,35 @@ def _add_agent_options(parser: argparse.ArgumentParser) -> None:
         help="remembers adapters across restarts (default: nothing is remembered)",
     )
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="downloaded adapters")
-    parser.add_argument("--load-timeout", type=float, default=120.0, metavar="SECONDS")
-    parser.add_argument("--download-timeout", type=float, default=900.0, metavar="SECONDS")
+    parser.add_argument("--load-timeout", type=_seconds, default=120.0, metavar="SECONDS")
+    parser.add_argument("--download-timeout", type=_seconds, default=900.0, metavar="SECONDS")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is no port; ports are from 0 (any) to 65535")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:  # false for NaN as well
+        raise argparse.ArgumentTypeError(f"{text} is no time; give seconds above 0")
     return value
 
 

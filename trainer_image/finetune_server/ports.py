@@ -9,16 +9,26 @@ from pathlib import Path
 
 from aiohttp import web
 
+from finetune_trainer.failures import BadConfig
+
 DRAIN_SECONDS = 30.0  # for running answers after SIGTERM; Kubernetes' own default
 
 
 @contextlib.asynccontextmanager
 async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[tuple[str, int]]:
-    """Serves an application; gives its address. Handlers of clients that went away are cancelled."""
+    """Serves an application; gives its address. Handlers of clients that went away are cancelled.
+
+    Raises BadConfig for an address that cannot be had.
+    """
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_SECONDS)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, backlog=1024).start()
+        try:
+            await web.TCPSite(runner, host, port, backlog=1024).start()
+        except OSError as error:
+            raise BadConfig(
+                f"port {port} of {host} cannot be listened on ({error.strerror or error}); choose another one"
+            ) from error
         address = runner.addresses[0]
         yield str(address[0]), int(address[1])
     finally:
@@ -26,8 +36,27 @@ async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[tu
 
 
 def read_secret(path: Path | None) -> str | None:
-    """Returns the content of a secret's file without the white space around it; None without a file."""
-    return None if path is None else path.read_text(encoding="utf-8").strip()
+    """Returns the content of a secret's file without the white space around it; None without a file.
+
+    Raises OSError for a file that cannot be read, ValueError for one that holds no secret.
+    """
+    if path is None:
+        return None
+    secret = path.read_text(encoding="utf-8").strip()
+    if not secret:
+        raise ValueError(f"{path} is empty")
+    return secret
+
+
+def read_key(path: Path | None) -> str | None:
+    """Returns the engine's API key as --api-key-file gives it. Raises BadConfig."""
+    try:
+        return read_secret(path)
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise BadConfig(
+            f"--api-key-file: {path} cannot be read ({reason}); name a text file that holds the key"
+        ) from error
 
 
 def carries(request: web.Request, secret: str | None) -> bool:

@@ -7,14 +7,13 @@ import asyncio
 import contextlib
 import logging
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_server import agent_app
-from finetune_server.ports import listen, read_secret
+from finetune_server.ports import listen, read_key
 from finetune_trainer import machine
-from finetune_trainer.failures import EXIT_CODES, TrainerError
+from finetune_trainer.failures import TrainerError
 
 if TYPE_CHECKING:
     from finetune_server.engine import Engine
@@ -24,14 +23,10 @@ LOG = logging.getLogger("finetune_server")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the exit code: 0, or that of the error's class."""
+    """Serves until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        asyncio.run(_serve(options))
-    except TrainerError as error:
-        print(f"{error.error_class}: {error}", file=sys.stderr)
-        return EXIT_CODES[error.error_class]
+    asyncio.run(_serve(options))
     return 0
 
 
@@ -39,9 +34,10 @@ async def _serve(options: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    api_key = read_key(options.api_key_file)  # before the model: who mistyped the name need not wait for it
     async with contextlib.AsyncExitStack() as stack:
         if options.agent_port:  # before the model: whoever asks meanwhile hears that it is not ready
-            await stack.enter_async_context(_agent_beside(options))
+            await stack.enter_async_context(_agent_beside(options, api_key))
         loading = asyncio.create_task(asyncio.to_thread(build_engine, options))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -50,7 +46,7 @@ async def _serve(options: argparse.Namespace) -> None:
         engine, names = loading.result()
         from finetune_server.api import Api  # with torch behind it: see build_engine
 
-        api = Api(engine, names=names, api_key=read_secret(options.api_key_file))
+        api = Api(engine, names=names, api_key=api_key)
         engine.start()
         stack.push_async_callback(asyncio.to_thread, engine.stop)
         address = await stack.enter_async_context(listen(api.application(), options.host, options.port))
@@ -66,12 +62,12 @@ async def _serve(options: argparse.Namespace) -> None:
 
 
 def _agent_beside(
-    options: argparse.Namespace,
+    options: argparse.Namespace, api_key: str | None
 ) -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
     host = "127.0.0.1" if options.host in ANY else options.host
     return agent_app.serve(
         engine_url=f"http://{host}:{options.port}",
-        api_key=read_secret(options.api_key_file),
+        api_key=api_key,
         settings=agent_app.build_settings(
             options,
             max_loras=options.max_loras,

@@ -8,7 +8,7 @@ import logging
 import signal
 
 from finetune_server import agent_app
-from finetune_server.ports import read_secret
+from finetune_server.ports import read_key
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ async def _serve(options: argparse.Namespace) -> None:
     )
     async with agent_app.serve(
         engine_url=options.engine,
-        api_key=read_secret(options.api_key_file),
+        api_key=read_key(options.api_key_file),
         settings=settings,
         token_file=options.agent_token_file,
         host=options.host,

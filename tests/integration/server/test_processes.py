@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -143,14 +144,35 @@ def check_golden_rows(process: Process, right: str, file: Path) -> None:
     assert found["scores"] == {"tiny": {"score": 0.5, "rows": 2}}
 
 
+def end(*arguments: str) -> tuple[int, str]:
+    """Runs a command that must end by itself; returns its exit code and the last line that it said."""
+    ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.returncode, ended.stderr.strip().splitlines()[-1]
+
+
 def test_a_wrong_model_is_told_in_one_line(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [*COMMAND, "--model", str(tmp_path), "--port", str(pick(1)[0]), "--agent-port", "0"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 66
-    assert ended.stderr.strip().splitlines()[-1].startswith("ModelNotFound: --model: file://")
-    assert "Traceback" not in ended.stderr
+    code, told = end("--model", str(tmp_path), "--port", str(pick(1)[0]), "--agent-port", "0")
+    assert code == 66
+    assert told.startswith("ModelNotFound: --model: file://")
+
+
+def test_a_key_file_of_no_use_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")  # every client would have the right key
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    commands = {"missing": ["--model", "/none"], "binary": ["--model", "/none"]}
+    commands["empty"] = ["agent", "--engine", "http://127.0.0.1:1"]
+    for name, command in commands.items():
+        code, told = end(*command, "--port", "0", "--api-key-file", str(tmp_path / name))
+        assert code == 64
+        assert told.startswith(f"BadConfig: --api-key-file: {tmp_path / name} cannot be read (")
+
+
+def test_an_address_that_cannot_be_had_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, told = end("agent", "--engine", "http://127.0.0.1:1", "--port", str(port))
+    assert code == 64
+    assert told.startswith(f"BadConfig: port {port} of 127.0.0.1 cannot be listened on (")
+    code, told = end("agent", "--engine", "http://127.0.0.1:1", "--port", "99999")
+    assert (code, "99999 is no port" in told) == (2, True)
