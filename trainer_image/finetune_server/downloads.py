@@ -50,8 +50,9 @@ def fetch(uri: str, digest: str, cache: Path) -> Artifact:
     try:
         return _fetch(uri, digest, cache)
     except OSError as error:
+        remedy = "make room there, or give another --cache-dir"
         reason = storage.describe_error(error)
-        raise DownloadFailed(f"the cache folder {cache} cannot be used: {reason}") from error
+        raise DownloadFailed(f"the cache folder {cache} cannot be used: {reason}; {remedy}") from error
 
 
 def _fetch(uri: str, digest: str, cache: Path) -> Artifact:
@@ -73,12 +74,16 @@ def _fetch(uri: str, digest: str, cache: Path) -> Artifact:
         part.mkdir()
         try:
             manifest = _download(storage.open_folder(uri), digest, part)
-        except FileNotFoundError as error:
-            raise DownloadFailed(f"{uri}: {error.filename or error} does not exist") from error
-        except (OSError, TrainerError) as error:
-            raise DownloadFailed(f"{uri} cannot be read: {storage.describe_error(error)}") from error
         except DigestMismatch as error:
             raise DigestMismatch(f"{uri}: {error}") from None
+        except FileNotFoundError as error:
+            raise DownloadFailed(f"{uri}: {error.filename or error} does not exist") from error
+        except Exception as error:
+            if storage.is_full(error):  # our side: nobody should look for the fault in the store
+                raise
+            if not (storage.is_failure(error) or isinstance(error, TrainerError)):
+                raise
+            raise DownloadFailed(f"{uri} cannot be read: {storage.describe_error(error)}") from error
         try:
             part.replace(target)
         except OSError:

@@ -173,7 +173,11 @@ def read_rows(uri: str, *, limit: int) -> list[Row]:
             content = gzip.decompress(content)
         # As training reads rows; splitlines() would also cut at U+2028 and others, which a JSON string may hold.
         lines = content.decode("utf-8-sig").split("\n")
-    except (OSError, EOFError, zlib.error, ValueError, TrainerError) as error:
+    except Exception as error:
+        if not (
+            storage.is_failure(error) or isinstance(error, EOFError | zlib.error | ValueError | TrainerError)
+        ):
+            raise
         raise BadRows(f"{uri} cannot be read: {storage.describe_error(error)}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:

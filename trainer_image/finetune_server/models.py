@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import transformers
 from finetune_server.lora import AdapterBank
 from finetune_server.slots import SlotCache
 from finetune_trainer import model_files, storage
-from finetune_trainer.failures import BadConfig, ModelNotFound
+from finetune_trainer.failures import BadConfig, ModelNotFound, StorageFailed
 
 DEFAULT_LENGTH = 8192  # tokens; longer contexts are asked for with --max-model-len
 _TOLERANCE = 0.02  # of the logits' spread; a wrong mask or position is off by more than the spread itself
@@ -33,16 +34,19 @@ class Base:
 
 
 def find_model(uri: str) -> Path:
-    """Returns the local folder of a model, downloading what is remote. Raises ModelNotFound or BadConfig."""
+    """Returns the local folder of a model, downloading what is remote.
+
+    Raises ModelNotFound, BadConfig or StorageFailed.
+    """
     try:
         if storage.is_hub(uri):
             name = uri.removeprefix("hf://").strip("/")
             path = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(storage.MODEL_FILES)))
         else:
-            path = storage.local_path(uri) or storage.fetch_folder(
-                uri, Path(tempfile.mkdtemp(prefix="finetune-server-"))
-            )
-    except (OSError, ValueError) as error:
+            path = storage.local_path(uri) or _download(uri)
+    except Exception as error:
+        if not (storage.is_failure(error) or isinstance(error, ValueError)):
+            raise
         raise ModelNotFound(f"--model: {uri} cannot be read ({storage.describe_error(error)})") from error
     if not (path / "config.json").is_file():
         raise ModelNotFound(f"--model: {uri} has no config.json (looked at {path}); name a model's folder")
@@ -52,6 +56,21 @@ def find_model(uri: str) -> Path:
             "because they can carry code"
         )
     return path
+
+
+def _download(uri: str) -> Path:
+    """Returns a new folder with a remote model's files. Raises what the store raises; StorageFailed for a full disk."""
+    folder = Path(tempfile.mkdtemp(prefix="finetune-server-"))
+    try:
+        return storage.fetch_folder(uri, folder)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)  # else each start would leave its half
+        if storage.is_full(error):
+            raise StorageFailed(
+                f"--model: {uri} does not fit into {folder.parent} ({storage.describe_error(error)}); "
+                "make room there, or set TMPDIR"
+            ) from error
+        raise
 
 
 def load_base(path: Path, *, uri: str, device: str, dtype: str, max_length: int | None) -> Base:

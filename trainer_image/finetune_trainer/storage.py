@@ -256,16 +256,24 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def is_failure(error: Exception) -> bool:
+    """Whether it is storage that failed: beside OSError, stores raise their client's own types."""
+    return isinstance(error, OSError) or is_storage_trouble(error)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a local disk did not take what was written."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def persist(action: Callable[[], T], *, what: str, pauses: Sequence[float] = PAUSES) -> T:
     """Does a transfer, again after each pause while storage fails. Raises StorageFailed, which begins with `what`."""
     waits = list(pauses)
     while True:
         try:
             return action()
-        except (
-            Exception
-        ) as error:  # stores raise their client's own types; what is not storage passes through
-            if not (isinstance(error, OSError) or is_storage_trouble(error)):
+        except Exception as error:
+            if not is_failure(error):
                 raise
             if not waits:
                 raise StorageFailed(f"{what} ({describe_error(error)})") from error
