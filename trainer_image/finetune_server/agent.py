@@ -12,12 +12,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_server import bases, downloads, threads, wanted
 from finetune_server.engine_client import EngineClient, EngineError, Facts
 from finetune_server.wanted import Entry, Reason, State
 
+T = TypeVar("T")
 LOG = logging.getLogger("finetune_server.agent")
 POLL_SECONDS = 1.0
 PATIENCE = 2  # observations in a row that may fail before the engine counts as gone
@@ -184,8 +185,15 @@ class Agent:
             LOG.info("adapter %s unloaded", name)
             self._leaving.discard(name)
             wanted.write(self.settings.state_file, self._entries, self._leaving)
-            digests = {entry.digest for entry in self._entries.values()}
-            await asyncio.to_thread(downloads.clean, self.settings.cache, wanted=digests)
+            self._clean()
+
+    def _clean(self) -> None:
+        """Begins to remove copies that nobody wants; nobody waits for it."""
+
+        def wanted_now() -> set[str]:
+            return {entry.digest for entry in list(self._entries.values())}
+
+        threads.begin(lambda: downloads.clean(self.settings.cache, wanted=wanted_now))
 
     def _find_strays(self, facts: Facts) -> None:
         """Marks what the engine still loaded after we gave up on it, for example after a timeout."""
@@ -240,15 +248,20 @@ class Agent:
         entry.state, entry.reason, entry.message = State.LOADED, None, warning
         entry.since = asyncio.get_running_loop().time()
 
+    async def _read(self, what: str, call: Callable[[], T]) -> T:
+        """Returns what `call` returns, which reads storage. Raises Refused when that takes too long."""
+        seconds = self.settings.download_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await threads.apart(call)
+        except TimeoutError:
+            raise Refused(Reason.DOWNLOAD_FAILED, f"{what} was not read within {seconds:g} s") from None
+
     async def _fetch(self, entry: Entry) -> downloads.Artifact:
         try:
-            async with asyncio.timeout(self.settings.download_timeout):
-                return await threads.apart(
-                    lambda: downloads.fetch(entry.uri, entry.digest, self.settings.cache)
-                )
-        except TimeoutError:
-            seconds = self.settings.download_timeout
-            raise Refused(Reason.DOWNLOAD_FAILED, f"{entry.uri} was not read within {seconds:g} s") from None
+            return await self._read(
+                entry.uri, lambda: downloads.fetch(entry.uri, entry.digest, self.settings.cache)
+            )
         except downloads.DownloadFailed as error:
             raise Refused(Reason.DOWNLOAD_FAILED, str(error)) from error
         except downloads.DigestMismatch as error:
@@ -265,7 +278,9 @@ class Agent:
                 f"the adapter has rank {rank}, the engine takes {limit}; raise --max-lora-rank or train smaller",
             )
         root = self.settings.base_uri or (self._facts.root if self._facts else None)
-        verdict = await asyncio.to_thread(bases.compare, artifact.manifest, root)
+        verdict = await self._read(
+            f"{root} or the adapter's own base model", lambda: bases.compare(artifact.manifest, root)
+        )
         if verdict.match is bases.Match.DIFFERENT:
             raise Refused(Reason.INCOMPATIBLE_BASE, verdict.message)
         return verdict.message if verdict.match is bases.Match.UNKNOWN else ""

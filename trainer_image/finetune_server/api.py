@@ -15,7 +15,7 @@ from typing import Any
 import prometheus_client
 from aiohttp import web
 
-from finetune_server import adapters, answers, errors, prompts, registry, wire
+from finetune_server import adapters, answers, errors, prompts, registry, threads, wire
 from finetune_server.engine import Dead, Engine, QueueFull
 from finetune_server.ports import carries
 from finetune_server.sampling import Sampling
@@ -99,7 +99,8 @@ class Api:
         if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
             raise errors.InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
         try:
-            await asyncio.to_thread(self.engine.load, name, Path(path), pinned=document.get("pinned") is True)
+            pinned = document.get("pinned") is True
+            await threads.apart(lambda: self.engine.load(name, Path(path), pinned=pinned))
         except registry.AlreadyLoaded:
             raise errors.InvalidUserInput(
                 f"The lora adapter '{name}' has already been loaded; unload it first, or use another name."

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -154,12 +155,12 @@ def _read_manifest(content: bytes, digest: str) -> tuple[dict[str, str], dict[st
     return files, manifest
 
 
-def clean(cache: Path, *, wanted: set[str]) -> None:
-    """Removes copies that nobody wants, but the last few. `wanted` are digests."""
-    names = {digest.removeprefix("sha256:") for digest in wanted}
-    spare = [path for path in _copies(cache) if path.name not in names]
+def clean(cache: Path, *, wanted: Callable[[], set[str]]) -> None:
+    """Removes copies that nobody wants, but the last few. `wanted` gives digests, which may change meanwhile."""
+    spare = [path for path in _copies(cache) if f"sha256:{path.name}" not in wanted()]
     for path in spare[KEPT:]:
-        shutil.rmtree(path, ignore_errors=True)
+        if f"sha256:{path.name}" not in wanted():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _copies(cache: Path) -> list[Path]:

@@ -26,5 +26,10 @@ async def apart(call: Callable[[], T]) -> T:
             done.set_exception(error)
 
     done.set_running_or_notify_cancel()
-    threading.Thread(target=work, name="storage", daemon=True).start()
+    begin(work)
     return await asyncio.wrap_future(done)
+
+
+def begin(call: Callable[[], object]) -> None:
+    """Calls in a thread of its own, for which nobody waits."""
+    threading.Thread(target=call, name="storage", daemon=True).start()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from finetune_server import agent_app
 from finetune_server.agent import Settings
 from finetune_server.ports import listen
+from tests.adapters import commit_artifact, write_adapter
 from tests.integration.server.vllm_double import Engine
 
 Published = dict[str, tuple[Path, str]]
@@ -383,6 +385,30 @@ async def test_storage_that_hangs_holds_up_nobody_else(start: Start, tmp_path: P
         await agent.wait("a--1", "Loaded")
     finally:
         os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))  # lets go of whoever waits
+
+
+async def test_a_base_model_that_hangs_holds_up_nobody_else(
+    start: Start, tiny_model: Path, tmp_path: Path
+) -> None:
+    for name in ("engine", "trained"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tiny_model / "config.json", tmp_path / name)
+    pipe = tmp_path / "engine" / "model.safetensors"
+    os.mkfifo(pipe)
+    (tmp_path / "trained" / pipe.name).symlink_to(pipe)
+    base = f"file://{tmp_path}/engine"
+    agent = await start(Engine(max_lora=50), download_timeout=0.3, base_uri=base)
+    made = write_adapter(tiny_model, tmp_path / "adapter", seed=1)
+    digest = commit_artifact(made, tmp_path / "hangs", base_uri=f"file://{tmp_path}/trained")
+    try:
+        for number in range(40):
+            await agent.put(f"h--{number}", "first", uri=f"file://{tmp_path}/hangs", digest=digest)
+        failed = await agent.wait("h--39", "Failed")
+        assert f"{base} or the adapter's own base model was not read within" in failed["message"]
+        # The engine beside it encodes prompts there.
+        await asyncio.wait_for(asyncio.to_thread(lambda: None), timeout=5)
+    finally:
+        os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
 
 
 @pytest.mark.parametrize(
