@@ -178,10 +178,11 @@ def _build_part(
         raise RankTooLarge(f"LoRA rank {down.shape[0]} is greater than max_lora_rank {max_rank}.")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise AdapterError(f"{layer!r} holds weights of type {down.dtype} and {up.dtype}, not real numbers")
-    # As float32, which is the widest type that the engine computes with.
-    if not (bool(torch.isfinite(down.float()).all()) and bool(torch.isfinite(up.float()).all())):
-        raise AdapterError(f"{layer!r} holds weights that are not finite; train again")
-    return Part(down=down, up=up, scale=_scale(layer, config, rank=int(down.shape[0])))
+    scale = _scale(layer, config, rank=int(down.shape[0]))
+    # As float32, which is the widest type that the engine computes with, and scaled, as the bank keeps them.
+    if not (bool(torch.isfinite(down.float()).all()) and bool(torch.isfinite(up.float() * scale).all())):
+        raise AdapterError(f"{layer!r} holds weights that are not finite (scaled by {scale:g}); train again")
+    return Part(down=down, up=up, scale=scale)
 
 
 def _scale(layer: str, config: dict[str, Any], *, rank: int) -> float:

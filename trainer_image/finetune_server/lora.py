@@ -108,7 +108,7 @@ class AdapterBank:
             )
             if part is not None:
                 down[: part.rank] = part.down.to(down)
-                up[: part.rank] = (part.up.T * part.scale).to(up)
+                up[: part.rank] = (part.up.T.float() * part.scale).to(up)  # 8-bit types cannot multiply
             joined = (
                 torch.cat([_padded(layer.down, low, down), down]),
                 torch.cat([_padded(layer.up, low, up), up]),

@@ -187,10 +187,21 @@ def test_weights_that_give_no_numbers_are_refused(
         adapters.read_adapter(folder, shapes=shapes, max_rank=64)
 
 
-def test_weights_of_a_smaller_type_are_served(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_scale_that_makes_weights_infinite_is_refused(
+    tiny_model: Path, tiny_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_adapters["all"], tmp_path / "scaled")
+    rewrite_config(folder, lora_alpha=1e308)
+    shapes = AdapterBank(load(tiny_model)).shapes()
+    with pytest.raises(adapters.AdapterError, match=r"not finite \(scaled by 1.25e\+307\)"):
+        adapters.read_adapter(folder, shapes=shapes, max_rank=64)
+
+
+def test_weights_of_a_smaller_type_are_served(tiny_model: Path, inputs: torch.Tensor, tmp_path: Path) -> None:
     folder = write_adapter(tiny_model, tmp_path / "small", seed=1)
     tensors = load_file(folder / adapters.WEIGHTS)
     small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
     save_file(small, folder / adapters.WEIGHTS)
-    shapes = AdapterBank(load(tiny_model)).shapes()
-    assert adapters.read_adapter(folder, shapes=shapes, max_rank=64).rank == 8
+    module, bank = make_bank(tiny_model, {"small": folder})
+    bank.select(["small"] * 6, device="cpu")
+    assert torch.isfinite(logits(module, inputs)).all()
