@@ -82,7 +82,7 @@ def _fetch(uri: str, digest: str, cache: Path) -> Artifact:
         except Exception as error:
             if storage.is_full(error):  # our side: nobody should look for the fault in the store
                 raise
-            if not (storage.is_failure(error) or isinstance(error, TrainerError)):
+            if not (storage.is_failure(error) or isinstance(error, TrainerError | ValueError)):
                 raise
             raise DownloadFailed(f"{uri} cannot be read: {storage.describe_error(error)}") from error
         try:

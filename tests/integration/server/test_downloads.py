@@ -59,6 +59,9 @@ def test_missing_things_are_named(artifact: tuple[Path, str], tmp_path: Path) ->
     (folder / "adapter_config.json").unlink()
     with pytest.raises(downloads.DownloadFailed, match=r"adapter_config\.json does not exist"):
         downloads.fetch(f"file://{folder}", digest, tmp_path / "cache")
+    for uri in ("file:///\0", "https://[no-address/x"):
+        with pytest.raises(downloads.DownloadFailed, match="cannot be read: ValueError"):
+            downloads.fetch(uri, digest, tmp_path / "cache")
     with pytest.raises(downloads.DownloadFailed, match="no volumes are mounted"):
         downloads.fetch("pvc://claim/a", digest, tmp_path / "cache")
 
