@@ -98,6 +98,8 @@ class Api:
         name, path = document.get("lora_name"), document.get("lora_path")
         if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
             raise errors.InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
+        if not prompts.is_whole(name):  # neither an answer nor the metrics could name it
+            raise errors.InvalidUserInput("'lora_name' holds half a character (a lone surrogate).")
         try:
             pinned = document.get("pinned") is True
             await threads.apart(lambda: self.engine.load(name, Path(path), pinned=pinned))

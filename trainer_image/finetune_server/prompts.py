@@ -50,12 +50,19 @@ def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary:
 
 
 def _encode(text: str, tokenizer: Any, *, field: str, special: bool) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can say half a character
-        raise BadRequest(f"{field}: the text holds half a character (a lone surrogate)", field) from None
+    if not is_whole(text):
+        raise BadRequest(f"{field}: the text holds half a character (a lone surrogate)", field)
     # The backend itself: the wrapper around it sets its options at each call, and threads would meet there.
     return [int(token) for token in tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids]
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON can say half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_length(tokens: int, *, asked: int | None, longest: int, default: int | None) -> int:

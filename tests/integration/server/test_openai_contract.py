@@ -344,6 +344,9 @@ def test_wrong_adapter_calls_are_told_apart(served: Served, adapters: list[str],
     if not VLLM:
         assert load("other--3", __file__)[0] == 400
         assert call("POST", f"{served.url}/v1/load_lora_adapter", b"[" * 100_000, headers=JSON)[0] == 400
+        # Half a character: metrics that name it could not be written.
+        half = {"lora_name": "\ud800", "lora_path": served.adapters[0]}
+        assert call("POST", f"{served.url}/v1/load_lora_adapter", half, headers=JSON)[0] == 400
     assert call("POST", f"{served.url}/v1/unload_lora_adapter", {"lora_name": "x"}, headers=JSON)[0] == 404
 
 
