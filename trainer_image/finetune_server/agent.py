@@ -67,7 +67,10 @@ class Agent:
     # What callers ask.
 
     def put(self, name: str, uri: str, digest: str) -> bool:
-        """Wants an adapter. Returns True when it is loaded already. Raises Conflict for another digest."""
+        """Wants an adapter. Returns True when it is loaded already.
+
+        Raises Conflict for another digest, OSError when it cannot be written down.
+        """
         entry = self._entries.get(name)
         if entry is not None and entry.digest != digest and entry.state is not State.FAILED:
             raise Conflict(
@@ -76,25 +79,30 @@ class Agent:
         if entry is not None and entry.digest == digest and entry.state is not State.FAILED:
             entry.uri = uri
             return entry.state is State.LOADED
-        self._entries[name] = Entry(name, uri, digest, message="waiting")
-        self._leaving.discard(name)
-        wanted.write(self.settings.state_file, self._entries, self._leaving)
-        self._wake.set()
+        entry = Entry(name, uri, digest, message="waiting")
+        self._remember({**self._entries, name: entry}, self._leaving - {name})
         return False
 
     def delete(self, name: str) -> bool:
-        """No longer wants an adapter. Returns False when neither agent nor engine has it."""
-        entry = self._entries.pop(name, None)
+        """No longer wants an adapter. Returns False when neither agent nor engine has it.
+
+        Raises OSError when it cannot be written down.
+        """
+        # An engine that does not answer may still have it.
+        if name not in self._entries and self._facts is not None and name not in self._facts.adapters:
+            return False
+        rest = {other: entry for other, entry in self._entries.items() if other != name}
+        self._remember(rest, self._leaving | {name})
         task = self._tasks.pop(name, None)
         if task is not None:
             task.cancel()
-        # An engine that does not answer may still have it.
-        if entry is None and self._facts is not None and name not in self._facts.adapters:
-            return False
-        self._leaving.add(name)
-        wanted.write(self.settings.state_file, self._entries, self._leaving)
-        self._wake.set()
         return True
+
+    def _remember(self, entries: dict[str, Entry], leaving: set[str]) -> None:
+        """Writes down what is wanted before it counts: what was told to be refused is not done all the same."""
+        wanted.write(self.settings.state_file, entries, leaving)
+        self._entries, self._leaving = entries, leaving
+        self._wake.set()
 
     async def status(self) -> dict[str, Any]:
         """Returns the document of GET /agent/v1/status, after a fresh look at the engine."""
@@ -184,7 +192,10 @@ class Agent:
                 continue
             LOG.info("adapter %s unloaded", name)
             self._leaving.discard(name)
-            wanted.write(self.settings.state_file, self._entries, self._leaving)
+            try:
+                wanted.write(self.settings.state_file, self._entries, self._leaving)
+            except OSError as error:  # a later agent unloads it once more, which harms nobody
+                LOG.warning("that %s is unloaded could not be written down (%s)", name, error)
             self._clean()
 
     def _clean(self) -> None:

@@ -96,6 +96,12 @@ class AgentApi:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "body"
             return _refuse(400, f"{place}: {first['msg']}")
+        except OSError as error:
+            folder = self.agent.settings.state_file and self.agent.settings.state_file.parent
+            LOG.error("%s %s failed: %s", request.method, request.path, error)
+            return _refuse(
+                503, f"--state-dir {folder} cannot be written ({error.strerror or error}); make room there"
+            )
 
     async def health(self, request: web.Request) -> web.Response:
         return web.json_response({})

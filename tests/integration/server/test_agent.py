@@ -318,6 +318,24 @@ async def test_what_somebody_else_loaded_under_the_name_is_replaced(start: Start
     assert agent.engine.calls == ["load a--1", "unload a--1", "load a--1"]
 
 
+async def test_what_cannot_be_written_down_is_refused_and_not_done(start: Start, tmp_path: Path) -> None:
+    state = tmp_path / "state" / "adapters.json"
+    agent = await start(state_file=state)
+    assert await agent.put("a--1", "first") == 202
+    await agent.wait("a--1", "Loaded")
+    state.parent.rename(tmp_path / "away")
+    state.parent.write_text("no folder")
+    assert await agent.put("b--2", "second") == 503
+    status, document = await agent.call("DELETE", "adapters/a--1")
+    assert (status, f"--state-dir {state.parent} cannot be written" in document["error"]) == (503, True)
+    assert await agent.adapter("b--2") == {}
+    assert (await agent.adapter("a--1"))["state"] == "Loaded"
+    state.parent.unlink()
+    assert await agent.put("b--2", "second") == 202
+    await agent.wait("b--2", "Loaded")
+    assert (await agent.call("DELETE", "adapters/a--1"))[0] == 202
+
+
 async def test_a_delete_while_it_loads_leaves_nothing(start: Start) -> None:
     agent = await start(Engine(load_seconds=0.3))
     await agent.put("a--1", "first")
