@@ -131,6 +131,8 @@ class Agent:
 
     async def run(self) -> None:
         """Reconciles until it is cancelled."""
+        cache, seconds = self.settings.cache, 2 * self.settings.download_timeout
+        threads.begin(lambda: downloads.clean_parts(cache, seconds=seconds))
         try:
             while True:
                 self._wake.clear()

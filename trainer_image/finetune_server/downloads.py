@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from finetune_trainer.failures import TrainerError
 SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".md", ".txt", ".model", ".tiktoken")
 MAX_BYTES = 16 << 30  # of one adapter; a wrong URI must not fill the disk
 _COPY = re.compile(r"[0-9a-f]{64}")  # names of our copies; the cache folder may hold other people's things
+_PART = ".part-"
 KEPT = 8  # folders of adapters that nobody wants any more: a rollback finds them here
 
 
@@ -70,7 +72,7 @@ def _fetch(uri: str, digest: str, cache: Path) -> Artifact:
     elif target.is_symlink() or target.exists():
         target.unlink()
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as name:
+    with tempfile.TemporaryDirectory(dir=cache, prefix=_PART) as name:
         part = Path(name) / "artifact"
         part.mkdir()
         try:
@@ -161,6 +163,14 @@ def clean(cache: Path, *, wanted: Callable[[], set[str]]) -> None:
     for path in spare[KEPT:]:
         if f"sha256:{path.name}" not in wanted():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def clean_parts(cache: Path, *, seconds: float) -> None:
+    """Removes what downloads left that were killed: parts that began longer ago than a download may take."""
+    for path in cache.glob(f"{_PART}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > seconds:
+                shutil.rmtree(path)
 
 
 def _copies(cache: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,6 +335,21 @@ async def test_what_cannot_be_written_down_is_refused_and_not_done(start: Start,
     assert await agent.put("b--2", "second") == 202
     await agent.wait("b--2", "Loaded")
     assert (await agent.call("DELETE", "adapters/a--1"))[0] == 202
+
+
+async def test_parts_of_downloads_that_were_killed_do_not_stay(start: Start, tmp_path: Path) -> None:
+    old, young = tmp_path / "cache" / ".part-old", tmp_path / "cache" / ".part-young"
+    for part in (old, young):
+        (part / "artifact").mkdir(parents=True)
+        (part / "artifact" / "adapter_model.safetensors").write_text("half")
+    begun = time.time() - 3600
+    os.utime(old, (begun, begun))
+    await start()
+    for _ in range(100):
+        if not old.exists():
+            break
+        await asyncio.sleep(0.05)
+    assert [part.name for part in young.parent.iterdir()] == [young.name]  # another agent may be at it
 
 
 async def test_a_delete_while_it_loads_leaves_nothing(start: Start) -> None:
