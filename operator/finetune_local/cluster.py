@@ -158,12 +158,13 @@ class Cluster:
                 running += stopped
                 if stopped:
                     report(f"stopped {', '.join(stopped)}")
-            instance.wanted = []
-            instance.save(self.layout.instance)
-            if purge:
+            if purge:  # nothing is written before: this is how a full disk is emptied
                 shutil.rmtree(self.layout.ray_folder(instance.identity), ignore_errors=True)
                 shutil.rmtree(self.layout.root)
                 report(f"removed {self.layout.root}")
+            else:
+                instance.wanted = []
+                instance.save(self.layout.instance)
         return running
 
     def status(self) -> list[PartStatus]:
