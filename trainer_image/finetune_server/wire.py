@@ -179,7 +179,9 @@ def parse(content: bytes, kind: type[T]) -> T:
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        told = error.errors(include_input=False, include_url=False, include_context=False)
+        # Where a field may have several types, the type that fits but is too long says more than those that do not.
+        first = next((one for one in told if one["type"] in ("too_long", "too_short")), told[0])
         place = ".".join(str(part) for part in first["loc"])
         raise BadRequest(f"{place}: {first['msg']}", str(first["loc"][0]) if first["loc"] else None) from None
 

@@ -50,6 +50,15 @@ def test_errors_name_the_field_and_never_repeat_the_prompt(fields: dict[str, Any
     assert "[type=" not in str(caught.value)
 
 
+def test_too_many_are_told_as_too_many() -> None:
+    """Not as the other type that the field may have."""
+    with pytest.raises(BadRequest, match=r"stop.*at most 16"):
+        chat(stop=["x"] * 17)
+    prompts = json.dumps({"model": "m", "prompt": ["x"] * 65}).encode()
+    with pytest.raises(BadRequest, match=r"prompt.*at most 64"):
+        wire.parse(prompts, wire.CompletionRequest)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nul", b"\xff", b'"x"', b"[" * 100_000])
 def test_bodies_that_are_no_object_are_refused(body: bytes) -> None:
     with pytest.raises(BadRequest, match="the body is not"):
