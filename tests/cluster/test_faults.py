@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import deletions, stories, suspensions
+from tests.cluster import deletions, states, stories, suspensions
 from tests.cluster.objects import JOB_SECONDS, LONG, delete, head_pod, job, wait_for
 from tests.cluster.stories import Stage, Story, Told
 
@@ -68,6 +68,7 @@ def a_job_that_fails_at_once_says_so(stage: Stage) -> None:
 
 
 STORIES = (
+    *states.ALL,
     a_drained_pod_saves_a_checkpoint_first,
     a_killed_head_pod_costs_one_interval_at_most,
     a_killed_trainer_costs_one_interval_at_most,

@@ -16,6 +16,8 @@ from tests.cluster.stories import Stage
 from tests.integration.chart.helm import helm
 from tools.chart_pages import NAME
 
+SUBMITTER_GONE_SECONDS = 40  # KubeRay waits 30 s after the submitter's end for news of the Ray job
+
 
 def test_the_chart_runs_two_replicas_of_which_one_leads(installed: Kubectl) -> None:
     deployment = installed.get("deployment", NAME)
@@ -47,6 +49,26 @@ def test_a_kubelet_that_is_away_for_a_minute_costs_nothing(stage: Stage) -> None
     stories.ended(status, "Succeeded")
     assert len(status["attempts"]) == 1
     stage.runs_once("severed", 1)
+
+
+def test_a_kuberay_that_is_away_while_a_job_ends_costs_nothing(stage: Stage) -> None:
+    """KubeRay looks long after the submitter has ended. Whatever it makes of that, the artifact counts."""
+    team, name = stage.team, "unattended"
+    everywhere = team.items("deployments", "--all-namespaces")
+    found = next(one for one in everywhere if one["metadata"]["name"] == "kuberay-operator")
+    kuberay = f"deployment/{found['metadata']['name']}", f"--namespace={found['metadata']['namespace']}"
+    team.apply(job(name, hyperparameters={**LONG, "maxSteps": 200}))
+    team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=JOB_SECONDS)
+    team("scale", *kuberay, "--replicas=0")
+    try:
+        team("wait", f"job/{name}-a1", "--for=condition=Complete", f"--timeout={JOB_SECONDS}s")
+        time.sleep(SUBMITTER_GONE_SECONDS)
+    finally:
+        team("scale", *kuberay, "--replicas=1")
+    status = team.finished(name, seconds=JOB_SECONDS)
+    stories.ended(status, "Succeeded")
+    assert len(status["attempts"]) == 1
+    stage.runs_once(name, 1)
 
 
 def test_an_upgrade_leaves_what_it_generated(installed: Kubectl, settings: Settings) -> None:

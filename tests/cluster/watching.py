@@ -39,13 +39,20 @@ class Watcher(observers.Observer):
 
     started: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """What was seen of each attempt, by what it is: its RayJobs, its submitters, its trainers."""
+    shown: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """What KubeRay has shown of each RayJob, in order: deployment status / job status, reason."""
     failure: BaseException | None = None
     """What made the watches end too soon."""
 
     def note_rayjob(self, event: str, body: Json) -> None:
         del event
         (owner,) = body["metadata"]["ownerReferences"]
-        self._count("RayJob", f"{body['metadata']['name']} of {owner['uid']}", body["metadata"]["uid"])
+        name = body["metadata"]["name"]
+        self._count("RayJob", f"{name} of {owner['uid']}", body["metadata"]["uid"])
+        status = body.get("status", {})
+        words = [status.get(word, "") for word in ("jobDeploymentStatus", "jobStatus", "reason")]
+        if (shown := "{} / {}, {}".format(*words)) not in self.shown[name][-1:]:
+            self.shown[name].append(shown)
 
     def note_submitter(self, event: str, body: Json) -> None:
         del event

@@ -18,15 +18,20 @@ SEEN, READ = "seen", "read"
 PROVOKED = {
     "1": "test_jobs_that_cannot_start_say_why_and_end_as_they_must",
     "3": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "4": "cluster/states.a_submission_that_fails_is_tried_again",
     "6": "cluster/test_faults.a_killed_submitter_costs_one_interval_at_most",
     "7a": "test_jobs_that_cannot_start_say_why_and_end_as_they_must",
     "8b": "test_a_ray_job_that_is_stopped_in_the_dashboard_is_cancelled",
     "10": "test_job_lifecycle.test_apply_trains_and_publishes_an_artifact",
+    "11": "cluster/test_faults.a_killed_head_pod_costs_one_interval_at_most",
     "12a": "test_what_ends_a_process_and_how_the_job_goes_on",
+    "13": "cluster/test_sidecar.a_killed_head_pod_costs_one_interval_at_most",
     "14": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "15": "cluster/test_faults.a_deleted_submitter_costs_nothing",
+    "16": "cluster/states.a_dashboard_that_never_answers_is_given_up",
     "17b": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "18": "test_a_quota_is_named_and_waited_for",
+    "19a": "cluster/states.an_image_that_cannot_be_pulled_is_named",
     "21": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "23": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "25": "test_what_ends_a_process_and_how_the_job_goes_on",
@@ -36,6 +41,7 @@ PROVOKED = {
     "29": "test_a_killed_job_comes_to_its_end_and_time_to_live_removes_all_but_the_artifact",
     "30": "test_kuberay_is_away_when_it_is_needed",
     "32": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "35": "cluster/test_sidecar.a_job_that_fails_at_once_does_not_hang",
 }
 LOGS = "last available logs (truncated to 20,000 chars):\n"
 

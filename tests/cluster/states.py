@@ -1,0 +1,116 @@
+"""Stories that bring about rare states of KubeRay's RayJob; tests/unit/operator/edge_cases.py has their numbers."""
+
+from __future__ import annotations
+
+import json
+
+import psutil
+import pytest
+
+from tests.cluster import stories
+from tests.cluster.objects import CPU, JOB_SECONDS, LONG, delete, job, run_in_head, wait_for
+from tests.cluster.stories import Stage
+
+GONE_SECONDS = 200  # the operator waits a minute for KubeRay, and pods have their grace period
+STALL_SECONDS = 60
+
+STOP_DASHBOARD = """
+import os
+import signal
+
+for number in filter(str.isdigit, os.listdir("/proc")):
+    with open(f"/proc/{number}/cmdline", "rb") as file:
+        words = file.read()
+    if int(number) != os.getpid() and b"dashboard/dashboard.py" in words:
+        os.kill(int(number), signal.SIGSTOP)
+        print("stopped", number)
+"""
+
+
+def a_submission_that_fails_is_tried_again(stage: Stage) -> None:
+    """The submitter's pod is taken away before it has submitted anything."""
+    team, name = stage.team, "unsent"
+    team.apply(job(name))
+    team("delete", "pod", submitter(stage, name), "--grace-period=0", "--force", "--wait=false")
+    status = team.finished(name, seconds=2 * JOB_SECONDS)
+    stories.ended(status, "Succeeded")
+    first, second = status["attempts"]
+    assert (first["class"], second["class"]) == ("Lost", "Succeeded"), json.dumps(status, indent=1)
+    assert "Failed / , SubmissionFailed" in stage.watcher.shown[f"{name}-a1"], stage.watcher.shown
+    assert "SubmissionFailed" in first["message"]
+    delete(team, name)
+
+
+def a_submitter_that_hangs_holds_nothing(stage: Stage) -> None:
+    """It is stopped as it follows the log. By itself KubeRay would keep the pods for five minutes after the end."""
+    team, name = stage.team, "followed"
+    if stage.settings.kubelet is None:
+        pytest.skip(
+            "needs the node to be this machine, as the first process of a container cannot be stopped in it"
+        )
+    team.apply(job(name, hyperparameters={**LONG, "maxSteps": 200}))
+    team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=JOB_SECONDS)
+    stop_submitter(name)
+    stories.ended(team.finished(name, seconds=JOB_SECONDS), "Succeeded")
+    labels = ("-l", f"finetune.dev/job={name}")
+    wait_for(f"no pod of {name}", lambda: not team.items("pods", *labels) or None, seconds=GONE_SECONDS)
+    status = team.job(name)["status"]
+    stories.ended(status, "Succeeded")
+    assert len(status["attempts"]) == 1
+    stage.runs_once(name, 1)
+    delete(team, name)
+
+
+def stop_submitter(name: str) -> None:
+    """SIGSTOP to what follows the log of the Ray job, which it has in its command line."""
+    followers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"job", "logs"} <= set(words := process.info["cmdline"] or [])
+        and f"//{name}-a1-" in " ".join(words)
+    ]
+    assert followers, f"nobody follows the log of {name}-a1"
+    for process in followers:
+        process.suspend()
+
+
+def a_dashboard_that_never_answers_is_given_up(stage: Stage) -> None:
+    """It is stopped once the cluster is ready, so the submitter gets no answer, and no trainer starts."""
+    team, name = stage.team, "dashed"
+    team.apply(job(name, deadlines={"stallSeconds": STALL_SECONDS}))
+    submitter(stage, name)
+    assert "stopped" in run_in_head(team, name, STOP_DASHBOARD)
+    team.wait_job(name, lambda s: "class" in s.get("attempts", [{}])[0], seconds=JOB_SECONDS)
+    team("patch", "ftj", name, "--type=merge", "--patch", '{"spec":{"deadlines":{"stallSeconds":1800}}}')
+    status = team.finished(name, seconds=JOB_SECONDS)
+    stories.ended(status, "Succeeded")
+    assert [one["class"] for one in status["attempts"]] == ["Stalled", "Succeeded"]
+    assert stage.watcher.shown[f"{name}-a1"][-1] == "Running / , "
+    delete(team, name)
+
+
+def submitter(stage: Stage, name: str) -> str:
+    """Name of the submitter's pod of the first attempt, as soon as there is one."""
+    pods = ("pods", "-l", f"batch.kubernetes.io/job-name={name}-a1")
+    (pod,) = wait_for(f"the submitter of {name}", lambda: stage.team.items(*pods), seconds=JOB_SECONDS)
+    return str(pod["metadata"]["name"])
+
+
+def an_image_that_cannot_be_pulled_is_named(stage: Stage) -> None:
+    team, name = stage.team, "unpulled"
+    team.apply(job(name, resources={"image": "registry.invalid/trainer:1", "cpu": CPU, "memory": "2Gi"}))
+    status = team.wait_job(
+        name, lambda s: s.get("reason") in ("ErrImagePull", "ImagePullBackOff"), seconds=JOB_SECONDS
+    )["status"]
+    assert status["phase"] == "Provisioning"
+    assert "registry.invalid/trainer:1" in status["message"]
+    team.wait_job(name, lambda s: s.get("reason") == "ImagePullBackOff", seconds=JOB_SECONDS)
+    delete(team, name)
+
+
+ALL = (
+    a_submitter_that_hangs_holds_nothing,
+    a_dashboard_that_never_answers_is_given_up,
+    a_submission_that_fails_is_tried_again,
+    an_image_that_cannot_be_pulled_is_named,
+)
