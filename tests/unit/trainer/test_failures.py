@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from finetune_trainer import folders, storage
 from finetune_trainer.failures import ErrorClass, NotFinite, StorageFailed, classify
 
 
@@ -98,6 +99,19 @@ def test_an_object_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(filesystem, "retries", 1)
     assert classify(raised(lambda: filesystem.pipe_file("bucket/x", b"y")))[0] is ErrorClass.STORAGE
+
+
+def test_a_store_with_errors_of_its_own_is_told_with_the_field(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from botocore.exceptions import EndpointConnectionError  # type: ignore[import-untyped]
+
+    def away(uri: str, folder: Path) -> Path:
+        raise EndpointConnectionError(endpoint_url="http://s3.example")
+
+    monkeypatch.setattr(storage, "fetch_folder", away)
+    with pytest.raises(StorageFailed, match=r"^model\.uri: s3://models/tiny cannot be read \(Endpoint"):
+        folders.fetch("s3://models/tiny", tmp_path, field="model.uri", credentials="in model.secretRef")
 
 
 def test_processes_that_lost_one_another(tmp_path: Path) -> None:
