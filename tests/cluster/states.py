@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import psutil
 import pytest
 
 from tests.cluster import stories
-from tests.cluster.objects import CPU, JOB_SECONDS, LONG, delete, job, run_in_head, wait_for
+from tests.cluster.objects import CPU, JOB_SECONDS, LONG, delete, job, wait_for
 from tests.cluster.stories import Stage
+from tests.cluster.watching import JOB_NAME
 
 GONE_SECONDS = 200  # the operator waits a minute for KubeRay, and pods have their grace period
 STALL_SECONDS = 60
-
-STOP_DASHBOARD = """
-import os
-import signal
-
-for number in filter(str.isdigit, os.listdir("/proc")):
-    with open(f"/proc/{number}/cmdline", "rb") as file:
-        words = file.read()
-    if int(number) != os.getpid() and b"dashboard/dashboard.py" in words:
-        os.kill(int(number), signal.SIGSTOP)
-        print("stopped", number)
-"""
 
 
 def a_submission_that_fails_is_tried_again(stage: Stage) -> None:
@@ -46,7 +36,8 @@ def a_submitter_that_hangs_holds_nothing(stage: Stage) -> None:
     team, name = stage.team, "followed"
     if stage.settings.kubelet is None:
         pytest.skip(
-            "needs the node to be this machine, as the first process of a container cannot be stopped in it"
+            "needs the node's processes on this machine (FINETUNE_E2E_KUBELET_PID): in its own container the "
+            "submitter is the first process, which cannot be stopped there"
         )
     team.apply(job(name, hyperparameters={**LONG, "maxSteps": 200}))
     team.wait_job(name, lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=JOB_SECONDS)
@@ -79,7 +70,7 @@ def a_dashboard_that_never_answers_is_given_up(stage: Stage) -> None:
     team, name = stage.team, "dashed"
     team.apply(job(name, deadlines={"stallSeconds": STALL_SECONDS}))
     submitter(stage, name)
-    assert "stopped" in run_in_head(team, name, STOP_DASHBOARD)
+    stories.send(stage, name, signal.SIGSTOP, "dashboard/dashboard.py")
     team.wait_job(name, lambda s: "class" in s.get("attempts", [{}])[0], seconds=JOB_SECONDS)
     team("patch", "ftj", name, "--type=merge", "--patch", '{"spec":{"deadlines":{"stallSeconds":1800}}}')
     status = team.finished(name, seconds=JOB_SECONDS)
@@ -91,7 +82,7 @@ def a_dashboard_that_never_answers_is_given_up(stage: Stage) -> None:
 
 def submitter(stage: Stage, name: str) -> str:
     """Name of the submitter's pod of the first attempt, as soon as there is one."""
-    pods = ("pods", "-l", f"batch.kubernetes.io/job-name={name}-a1")
+    pods = ("pods", "-l", f"{JOB_NAME}={name}-a1")
     (pod,) = wait_for(f"the submitter of {name}", lambda: stage.team.items(*pods), seconds=JOB_SECONDS)
     return str(pod["metadata"]["name"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,20 +77,25 @@ def kill_head(stage: Stage, name: str) -> None:
 def kill_trainer(stage: Stage, name: str) -> None:
     """The trainer is killed; its pod and Ray live on."""
     takes_steps(stage, name)
-    assert "killed" in run_in_head(stage.team, name, KILL)
+    send(stage, name, signal.SIGKILL, "finetune-trainer")
     costs_one_interval(stage, name)
 
 
-KILL = """
+def send(stage: Stage, name: str, number: signal.Signals, word: str) -> None:
+    """Send a signal to the processes in the job's head pod that have this word at the beginning of their command."""
+    script = SEND.format(word=word.encode(), number=int(number))
+    assert "sent" in run_in_head(stage.team, name, script), f"no {word} runs in the head pod of {name}"
+
+
+SEND = """
 import os
-import signal
 
 for number in filter(str.isdigit, os.listdir("/proc")):
-    with open(f"/proc/{number}/cmdline", "rb") as file:
+    with open(f"/proc/{{number}}/cmdline", "rb") as file:
         words = file.read().split(b"\\0")
-    if any(word.endswith(b"finetune-trainer") for word in words[:2]):
-        os.kill(int(number), signal.SIGKILL)
-        print("killed", number)
+    if any(word.endswith({word!r}) for word in words[:3]):
+        os.kill(int(number), {number})
+        print("sent to", number)
 """
 
 

@@ -45,8 +45,8 @@ def a_killed_trainer_costs_one_interval_at_most(stage: Stage) -> None:
 def a_killed_submitter_costs_one_interval_at_most(stage: Stage) -> None:
     """KubeRay takes its end for the job's, and takes the trainer's pod away."""
     stories.takes_steps(stage, "unsubmitted")
-    pods = ("pods", "-l", "batch.kubernetes.io/job-name=unsubmitted-a1")
-    stage.team("delete", *pods, "--grace-period=0", "--force", "--wait=false")
+    pod = states.submitter(stage, "unsubmitted")
+    stage.team("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
     stories.costs_one_interval(stage, "unsubmitted")
 
 
