@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from finetune_operator.api.adapterdeployment_status import (
     AdapterDeploymentStatus,
@@ -12,6 +15,7 @@ from finetune_operator.api.adapterdeployment_status import (
 from finetune_operator.core import texts
 from finetune_operator.core.rollout_turns import Turn
 
+Part = TypeVar("Part", bound=BaseModel)
 OWN = frozenset(
     {
         PauseReason.CANARY_PAUSE_STEP,
@@ -70,29 +74,19 @@ def follow_spec(turn: Turn) -> Turn:
 def not_ahead(status: AdapterDeploymentStatus, now: datetime) -> AdapterDeploymentStatus:
     """Begins that are still to come count as now: the clock was set back, or this machine's is behind that of the
     operator before, and what waits would wait longer by the difference."""
-
-    def reached(moment: datetime | None) -> datetime | None:
-        return moment if moment is None else min(moment, now)
-
     weights = status.weights
-    return status.model_copy(
-        update={
-            "stage_start_time": reached(status.stage_start_time),
-            "step_start_time": reached(status.step_start_time),
-            "last_progress_time": reached(status.last_progress_time),
-            "evidence_missing_since": reached(status.evidence_missing_since),
-            "weights": weights
-            and weights.model_copy(update={"pending_since": reached(weights.pending_since)}),
-            "pause_conditions": [
-                pause.model_copy(update={"start_time": reached(pause.start_time)})
-                for pause in status.pause_conditions
-            ],
-            "conditions": [
-                condition.model_copy(update={"last_transition_time": reached(condition.last_transition_time)})
-                for condition in status.conditions
-            ],
-        }
-    )
+    parts = {
+        "weights": weights and _reached(weights, now, "pending_since"),
+        "pause_conditions": [_reached(pause, now, "start_time") for pause in status.pause_conditions],
+        "conditions": [_reached(condition, now, "last_transition_time") for condition in status.conditions],
+    }
+    clocks = ("stage_start_time", "step_start_time", "last_progress_time", "evidence_missing_since")
+    return _reached(status, now, *clocks).model_copy(update=parts)
+
+
+def _reached(part: Part, now: datetime, *clocks: str) -> Part:
+    ahead = [name for name in clocks if (moment := getattr(part, name)) is not None and moment > now]
+    return part.model_copy(update=dict.fromkeys(ahead, now)) if ahead else part
 
 
 def stopped_since(status: AdapterDeploymentStatus) -> datetime | None:

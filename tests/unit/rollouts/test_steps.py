@@ -182,7 +182,7 @@ def test_a_mirrored_candidate_that_fails_is_rolled_back_before_any_user_meets_it
 
 def test_a_pause_without_duration_waits_for_somebody() -> None:
     world = serving(steps=[{"setWeight": 5}, {"pause": {}}, {"setWeight": 50}, {"pause": {}}])
-    world.deploy("b").run(3600)
+    world.deploy("b").run(900)
     assert world.status.phase == "Paused"
     assert world.status.reason == "CanaryPauseStep"
     assert world.status.step == "2/4 pause"

@@ -108,7 +108,7 @@ def test_a_rollback_says_what_happened_and_what_to_do() -> None:
     assert world.condition("Progressing") == ("False", "Aborted")
 
 
-def test_a_status_survives_a_hundred_rollouts_within_its_bounds() -> None:
+def test_a_status_survives_forty_rollouts_within_its_bounds() -> None:
     world = serving(steps=[], canary={"scaleDownDelaySeconds": 604800})
     for engine in world.engines:
         engine.max_loras = 100

@@ -6,6 +6,7 @@ checked at every pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -69,6 +70,12 @@ def artifact(letter: str, *, rank: int = 16) -> ArtifactFacts:
     return ArtifactFacts(
         digest=digest(letter), uri=f"file:///artifacts/{letter}", rank=rank, fine_tune_job=f"job-{letter}"
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _read(stored: str) -> AdapterDeploymentStatus:
+    """Each pass, and each question of a story, reads what is stored."""
+    return AdapterDeploymentStatus.model_validate_json(stored)
 
 
 def spec_of(letter: str, *, steps: list[dict[str, Any]] | None = None, **more: Any) -> AdapterDeploymentSpec:
@@ -147,7 +154,7 @@ class World:
 
     @property
     def status(self) -> AdapterDeploymentStatus:
-        return AdapterDeploymentStatus.model_validate_json(self.stored)
+        return _read(self.stored)
 
     # ---------------------------------------------------------------- a pass
 
@@ -165,7 +172,7 @@ class World:
 
     def _carry_out(self, plan: Plan) -> bool:
         self.stored = plan.status.model_dump_json(by_alias=True, exclude_none=True)
-        assert AdapterDeploymentStatus.model_validate_json(self.stored) == plan.status
+        assert self.status == plan.status
         if self._dies("status"):
             return False
         self.routing.publish(plan.route, now=self.now)
