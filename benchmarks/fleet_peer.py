@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +22,18 @@ import aiohttp
 
 from benchmarks import fleet_floor, pages
 from benchmarks.fleet_floor import Floor, Sample
-from benchmarks.fleet_places import Json, Meter, Place, added, create_many, p50_p99, until, well
+from benchmarks.fleet_places import (
+    Create,
+    Json,
+    Meter,
+    Place,
+    added,
+    apply_many,
+    create_many,
+    p50_p99,
+    until,
+    well,
+)
 from finetune_local import binaries
 from finetune_local.cluster import Cluster
 from finetune_local.ports import choose
@@ -33,6 +44,7 @@ from tests.integration.rayjobs import rayjob
 QPS = (
     1000  # requests per second that its client allows itself: with the default of 100 it would wait for that
 )
+BY_KUBECTL = ", objects by `kubectl apply`"
 START_SECONDS = 8.0  # from its start until its caches are filled
 
 
@@ -63,12 +75,15 @@ Timed = TypeVar("Timed", Lap, Floor)
 
 @dataclass(frozen=True)
 class Race:
-    """Both, in turns, as often, and what the API server needs for the requests alone."""
+    """Both, in turns, as often, and what the API server needs for the requests alone; and both where kubectl creates
+    the objects."""
 
     jobs: int
-    operator: Sequence[Lap]
-    kuberay: Sequence[Lap]
-    floors: Sequence[Floor]
+    operator: list[Lap] = field(default_factory=list)
+    kuberay: list[Lap] = field(default_factory=list)
+    floors: list[Floor] = field(default_factory=list)
+    operator_applied: list[Lap] = field(default_factory=list)
+    kuberay_applied: list[Lap] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -81,7 +96,13 @@ class Race:
             _middle(self.operator).row("operator"),
             _middle(self.kuberay).row("KubeRay"),
             self.floor.row(),
+            self.applied.row(f"operator{BY_KUBECTL}"),
+            _middle(self.kuberay_applied).row(f"KubeRay{BY_KUBECTL}"),
         ]
+
+    @property
+    def applied(self) -> Lap:
+        return _middle(self.operator_applied)
 
     @property
     def floor(self) -> Floor:
@@ -99,20 +120,27 @@ def _middle(laps: Sequence[Timed]) -> Timed:
 
 async def race(cluster: Cluster, jobs: int, folder: Path, *, rounds: int) -> Race:
     """Let both run, the one after the other, each time with a fresh process in a namespace of its own."""
-    ours, theirs, floors = [], [], []
+    found = Race(jobs)
     bodies = [small_job(f"job-{number}") for number in range(jobs)]
     for number in range(rounds):
-        lap, sample = await _operator_lap(cluster, bodies, folder / f"operator-{jobs}-{number}")
-        ours.append(lap)
-        pages.say(ours[-1].row("operator"))
-        floors.append(await fleet_floor.measure(cluster, bodies, sample, requests_at_once=CONCURRENCY))
-        pages.say(floors[-1].row())
-        theirs.append(await _kuberay_lap(cluster, jobs, folder / f"kuberay-{jobs}-{number}"))
-        pages.say(theirs[-1].row("KubeRay"))
-    return Race(jobs, ours, theirs, floors)
+        lap, sample = await _operator_lap(cluster, bodies, folder / f"operator-{jobs}-{number}", create_many)
+        found.operator.append(lap)
+        found.floors.append(await fleet_floor.measure(cluster, bodies, sample, requests_at_once=CONCURRENCY))
+        found.kuberay.append(
+            await _kuberay_lap(cluster, jobs, folder / f"kuberay-{jobs}-{number}", create_many)
+        )
+        lap, _ = await _operator_lap(cluster, bodies, folder / f"operator-applied-{number}", apply_many)
+        found.operator_applied.append(lap)
+        found.kuberay_applied.append(
+            await _kuberay_lap(cluster, jobs, folder / f"kuberay-applied-{number}", apply_many)
+        )
+        pages.say("\n".join(found.rows()))
+    return found
 
 
-async def _operator_lap(cluster: Cluster, bodies: Sequence[Json], folder: Path) -> tuple[Lap, Sample]:
+async def _operator_lap(
+    cluster: Cluster, bodies: Sequence[Json], folder: Path, create: Create
+) -> tuple[Lap, Sample]:
     place = Place.make(cluster, f"race-{len(bodies)}")
     operator = place.operator(folder)
     operator.start()
@@ -121,32 +149,35 @@ async def _operator_lap(cluster: Cluster, bodies: Sequence[Json], folder: Path) 
         await asyncio.sleep(3)  # Kopf's discovery and first lists
         assert operator.process is not None
         parents = place.url("finetune.dev/v1alpha1", "finetunejobs")
-        lap = await _lap(place, operator.process.pid, parents, bodies, place.url("ray.io/v1", "rayjobs"))
+        pid, children = operator.process.pid, place.url("ray.io/v1", "rayjobs")
+        lap = await _lap(place, pid, parents, bodies, children, create)
         return lap, await fleet_floor.sample(place, bodies[0]["metadata"]["name"])
     finally:
         operator.kill()
 
 
-async def _kuberay_lap(cluster: Cluster, jobs: int, folder: Path) -> Lap:
+async def _kuberay_lap(cluster: Cluster, jobs: int, folder: Path, create: Create) -> Lap:
     place = Place.make(cluster, f"peer-{jobs}")
     process = start_kuberay(place, folder)
     try:
         await asyncio.sleep(START_SECONDS)
         bodies = [_rayjob(place, number) for number in range(jobs)]
-        parents = place.url("ray.io/v1", "rayjobs")
-        return await _lap(place, process.pid, parents, bodies, place.url("ray.io/v1", "rayclusters"))
+        parents, children = (place.url("ray.io/v1", plural) for plural in ("rayjobs", "rayclusters"))
+        return await _lap(place, process.pid, parents, bodies, children, create)
     finally:
         process.kill()
         process.wait()
 
 
-async def _lap(place: Place, pid: int, parents: str, bodies: Sequence[Json], children: str) -> Lap:
+async def _lap(
+    place: Place, pid: int, parents: str, bodies: Sequence[Json], children: str, create: Create
+) -> Lap:
     seen: dict[str, float] = {}
     async with place.session() as session:
         watching = asyncio.create_task(_note_children(session, children, seen))
         await asyncio.sleep(0.5)
         meter = Meter(pid)
-        created = await create_many(place, parents, bodies)
+        created = await create(place, parents, bodies)
         async with asyncio.timeout(120 + len(bodies)):
             while len(seen) < len(bodies):  # noqa: ASYNC110 - coarse on purpose
                 await asyncio.sleep(0.1)

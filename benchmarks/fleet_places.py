@@ -9,7 +9,7 @@ import json
 import ssl
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ import psutil
 from benchmarks.observers import peak_rss_of
 from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
+from tests.clients import kubectl_program
 from tests.integration.operators import Operator, small_job
 
 Json = dict[str, Any]
+Create = Callable[["Place", str, Iterable[Json]], Awaitable[dict[str, float]]]
+"""Creates these objects at a URL; name -> when it was there."""
 
 CREATORS = 16  # objects that are being created at the same time
 
@@ -98,6 +101,31 @@ async def create_many(place: Place, url: str, bodies: Iterable[Json]) -> dict[st
 
     async with place.session() as session:
         await asyncio.gather(*(creator(session) for _ in range(CREATORS)))
+    return created
+
+
+async def apply_many(place: Place, url: str, bodies: Iterable[Json]) -> dict[str, float]:
+    """The same by one `kubectl apply -f` of them all, which sends a request after the other; name -> when kubectl said
+    that it is created."""
+    del url
+    created: dict[str, float] = {}
+    command = (
+        f"--kubeconfig={place.cluster.kubeconfig}",
+        f"--namespace={place.namespace}",
+        "apply",
+        "-f",
+        "-",
+    )
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(kubectl_program(), *command, stdin=pipe, stdout=pipe)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps({"apiVersion": "v1", "kind": "List", "items": list(bodies)}).encode())
+    process.stdin.close()
+    async for line in process.stdout:
+        created[line.decode().split()[0].rpartition("/")[2]] = time.time()
+    if await process.wait():
+        raise RuntimeError(f"kubectl has created {len(created)} objects and refused others")
     return created
 
 

@@ -29,7 +29,12 @@ class Kubectl:
 
     def __call__(self, *arguments: str, body: Json | None = None) -> str:
         done = subprocess.run(
-            [_program(), f"--kubeconfig={self.kubeconfig}", f"--namespace={self.namespace}", *arguments],
+            [
+                kubectl_program(),
+                f"--kubeconfig={self.kubeconfig}",
+                f"--namespace={self.namespace}",
+                *arguments,
+            ],
             input=json.dumps(body) if body is not None else None,
             capture_output=True,
             text=True,
@@ -83,7 +88,7 @@ class Kubectl:
 
 
 @functools.cache
-def _program() -> str:
+def kubectl_program() -> str:
     def quiet(line: str) -> None:
         del line
 
