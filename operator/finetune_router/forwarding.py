@@ -90,6 +90,8 @@ class Reply:
     is_json: bool = True
     is_page: bool = False
     """HTML, which no engine answers with: it is of something else at its address."""
+    begins_with_error: bool = False
+    """Of a stream."""
     encoding: str = ""
     length: int | None = None
     open: bool = True
@@ -214,15 +216,13 @@ class Forwarder:
             await connection.wait_body()
             reply = Reply(upstream, connection, connection.status, connection.headers)
             _read_framing(reply)
-            if reply.is_events and reply.status < 400 and outgoing.patience < outgoing.deadline:
-                await self._keep_back(reply, outgoing)
+            if reply.is_events and reply.status < 400:
+                await self._begin_stream(reply, outgoing)
             # Engines also take 1 and "true" for `stream`: what they send counts.
             if (outgoing.stream or reply.is_events) and not connection.complete:
                 left = outgoing.deadline - time.perf_counter()
                 connection.set_timeout(left, silence=self.limits.silence)
-            if reply.is_events and reply.status < 400:
-                reply.first += connection.take()
-            else:
+            if not reply.is_events or reply.status >= 400:
                 reply.body = await connection.wait_complete(BUFFERED_ANSWER)
                 if reply.body is None:
                     reply.first = connection.take()
@@ -234,15 +234,18 @@ class Forwarder:
             raise
         return reply
 
-    async def _keep_back(self, reply: Reply, outgoing: Outgoing) -> None:
-        """Until the first event is there, as long as somebody else could still be asked: it may be an error."""
+    async def _begin_stream(self, reply: Reply, outgoing: Outgoing) -> None:
+        """Its first bytes; its whole first event as long as somebody else could still be asked: it may be an error."""
         connection = reply.connection
         reply.first = connection.take()
-        while _begins_with_error(reply) is None and not connection.complete:
+        verdict = _begins_with_error(reply)
+        while verdict is None and outgoing.patience < outgoing.deadline and not connection.complete:
             left = outgoing.patience - time.perf_counter()
             connection.set_timeout(left, silence=self.limits.silence)
             await connection.wait_body()
             reply.first += connection.take()
+            verdict = _begins_with_error(reply)
+        reply.begins_with_error = bool(verdict)
 
 
 def _read_framing(reply: Reply) -> None:
@@ -264,7 +267,7 @@ def _judge(reply: Reply, leg: Leg) -> Failure | None:
     status = reply.status
     if status < 400:
         is_none = reply.is_page or not 200 <= status < 300 or status in _NO_CONTENT
-        return Failure.ERROR if is_none or (reply.is_events and _begins_with_error(reply)) else None
+        return Failure.ERROR if is_none or reply.begins_with_error else None
     if status == 404:
         body = reply.body or b""
         names_model = leg.served_name.encode() in body or b"model" in body.lower()
