@@ -6,6 +6,7 @@ events.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zlib
@@ -22,6 +23,8 @@ _PIECES = 512  # joined then: many short strings take ten times their length in 
 _DATA = b"data:"
 _DONE = b"[DONE]"
 _FIRST_DATA = re.compile(rb"(?:^|[\r\n])data:")
+_OBJECT = re.compile(rb"[ \t]*+\{")
+_NOTHING = re.compile(rb"[ \t\r]*+(?:\[DONE\]|\Z)")
 # Possessive (`*+`): a text of blanks only, as loops make them, took 50 ms of trying each way to share them out.
 _REFUSAL = re.compile(
     r"\W*+(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately)?"
@@ -112,6 +115,8 @@ class EventReader:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._unread = b""
+        """Data that is no JSON as far as it is there: further lines of the event may follow."""
         self.events = 0
         self.is_silent = True
         """Whether there was nothing but the end."""
@@ -120,22 +125,30 @@ class EventReader:
         lines = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._rest = lines.pop()
         for line in lines:
-            if not line.startswith(_DATA):
-                continue
-            value = line[len(_DATA) :].strip()
-            if value == _DONE:
-                continue
-            self.is_silent = False
-            try:
-                document = read_json(value)
-            except (ValueError, RecursionError):
-                continue
-            self.events += 1
-            output.add(document)
+            if line.startswith(_DATA):
+                self._add(line[len(_DATA) :].strip(), output)
+            elif not line and self._unread:
+                self._unread = b""
+                output.error = True  # clients stumble over it
+
+    def _add(self, value: bytes, output: Output) -> None:
+        if not value or value.startswith(_DONE):
+            return
+        self.is_silent = False
+        if self._unread:
+            value = self._unread + b"\n" + value
+        try:
+            document = read_json(value)
+        except (ValueError, RecursionError):
+            self._unread = value
+            return
+        self._unread = b""
+        self.events += 1
+        output.add(document)
 
     def end(self, output: Output) -> None:
         """Nothing more comes: the last line may have no end."""
-        self.feed(b"\n", output)
+        self.feed(b"\n\n", output)
 
 
 def read_answer(body: bytes) -> Output:
@@ -149,11 +162,14 @@ def read_answer(body: bytes) -> Output:
 
 
 def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
-    """Whether a stream begins with an error: the engine failed after it had sent its headers.
+    """Whether a stream begins with an error (the engine failed after it had sent its headers), or with no JSON.
 
     None as long as its first event is not there as a whole, for example behind a comment that keeps the line open.
     """
-    plain = decoded(data, encoding, limit) if encoding else data
+    try:
+        plain = decoded(data, encoding, limit) if encoding else data
+    except ValueError:
+        return True
     if plain is None:
         return False
     match = _FIRST_DATA.search(plain)
@@ -163,21 +179,26 @@ def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
         end = plain.find(b"\r", start)
     if end < 0:
         return None if len(plain) < limit else False
+    if _OBJECT.match(plain, start, end) is None:
+        return _NOTHING.match(plain, start, end) is None
     return plain.find(b'"error"', start, end) >= 0 and read_answer(plain[start:end]).error
 
 
 def decoded(data: bytes, encoding: str, limit: int) -> bytes | None:
-    """The content of a compressed answer; None when it cannot be read, or is longer than `limit` bytes."""
+    """The content of a compressed answer; None for other codings, or when it is longer than `limit` bytes.
+
+    Raises ValueError for what is not compressed as it says.
+    """
     if encoding not in {"gzip", "deflate", "x-gzip"}:
         return None
-    try:
-        unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-        content = unpacking.decompress(data, limit)
-    except zlib.error:
-        return None
-    return (
-        None if unpacking.unconsumed_tail else content
-    )  # half a document would look like an engine's mistake
+    headed, bare = zlib.MAX_WBITS | 32, -zlib.MAX_WBITS  # some servers send deflate bare, and clients take it
+    for window in (headed, bare) if encoding == "deflate" else (headed,):
+        unpacking = zlib.decompressobj(wbits=window)
+        with contextlib.suppress(zlib.error):
+            content = unpacking.decompress(data, limit)
+            # half a document would look like an engine's mistake
+            return None if unpacking.unconsumed_tail else content
+    raise ValueError(f"no {encoding}")
 
 
 def fired_events(

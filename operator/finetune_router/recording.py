@@ -224,7 +224,11 @@ class Recorder:
         if seen.end is End.CLIENT or seen.end is End.GONE:
             return
         if seen.encoding:
-            plain = outputs.decoded(data, seen.encoding, ANSWER_LIMIT)
+            try:
+                plain = outputs.decoded(data, seen.encoding, ANSWER_LIMIT)
+            except ValueError:
+                seen.output = Output(error=True)
+                return
             if plain is None:
                 self.unread += 1
                 return

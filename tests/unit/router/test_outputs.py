@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import time
+import zlib
 from typing import Any
 
 import pytest
@@ -195,7 +196,33 @@ def test_what_begins_with_no_error() -> None:
     assert outputs.begins_with_error(STREAM, "", 1000) is False
     assert outputs.begins_with_error(event({"error": None, "choices": []}), "", 1000) is False
     assert outputs.begins_with_error(b": " + b"x" * 1000, "", 1000) is False, "no longer kept back"
-    assert outputs.begins_with_error(b"no gzip", "gzip", 1000) is False
+    assert outputs.begins_with_error(b"data:\n\n" + STREAM, "", 1000) is False, "a sign of life"
+    assert outputs.begins_with_error(b"data: [DONE]\r\n\r\n", "", 1000) is False, "an empty answer"
+    assert outputs.begins_with_error(b'data: {\ndata: "choices": []}\n\n', "", 1000) is False, (
+        "two lines of one"
+    )
+
+
+def test_a_stream_that_cannot_be_read_begins_with_an_error() -> None:
+    assert outputs.begins_with_error(b"no gzip", "gzip", 1000) is True
+    assert outputs.begins_with_error(b"data: loading\n\n", "", 1000) is True
+    assert outputs.begins_with_error(b"data: load", "", 1000) is None
+
+
+@pytest.mark.parametrize(
+    ("stream", "is_error"),
+    [
+        (b"data: loading\n\n", True),
+        (b'data: {"choices": [', True),
+        (b'data: {\r\ndata: "choices": []}\r\n\r\n', False),
+        (b"data:\n\ndata: [DONE]\n\n", False),
+    ],
+)
+def test_data_that_is_no_json_is_an_error(stream: bytes, is_error: bool) -> None:
+    output, reader = Output(), EventReader()
+    reader.feed(STREAM + stream, output)
+    reader.end(output)
+    assert output.error is is_error
 
 
 def test_lines_may_end_in_a_carriage_return() -> None:
@@ -218,5 +245,9 @@ def test_compressed_answers_are_read_and_bombs_are_not() -> None:
     body = answer("hello")
     assert outputs.decoded(gzip.compress(body), "gzip", 10_000) == body
     assert outputs.decoded(gzip.compress(b"0" * 10_000_000), "gzip", 1000) is None
-    assert outputs.decoded(b"no gzip", "gzip", 1000) is None
     assert outputs.decoded(body, "br", 1000) is None
+    bare = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    assert outputs.decoded(bare.compress(body) + bare.flush(), "deflate", 10_000) == body
+    for encoding in ("gzip", "deflate"):
+        with pytest.raises(ValueError, match=encoding):
+            outputs.decoded(b"not packed", encoding, 1000)

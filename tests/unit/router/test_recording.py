@@ -167,7 +167,7 @@ async def test_pinned_requests_are_not_watched(desk: Desk) -> None:
         (b": ping\n\n", {"invalid": 1}),
         (b"data: [DONE]\n\n", {"invalid": 1}),
         (b'data: {"type": "response.created"}\n\n', {}),
-        (b"data: no json\n\n", {}),
+        (b"data: no json\n\n", {"errors": 1}),
     ],
 )
 async def test_a_stream_that_says_nothing_is_an_empty_answer(
@@ -179,6 +179,16 @@ async def test_a_stream_that_says_nothing_is_an_empty_answer(
     desk.recorder.finish(seen, End.ANSWERED, 200)
     desk.recorder.flush()
     assert desk.counted == (1, events)
+
+
+async def test_an_answer_that_is_not_packed_as_it_says_is_an_error(desk: Desk) -> None:
+    seen = desk.begin(ago=0.1)
+    seen.encoding = "gzip"
+    desk.recorder.keep(seen, b'{"choices": []}')
+    desk.recorder.finish(seen, End.ANSWERED, 200)
+    desk.recorder.flush()
+    assert desk.counted == (1, {"errors": 1})
+    assert desk.recorder.unread == 0
 
 
 async def test_an_answer_that_cannot_be_counted_takes_no_other_with_it(
