@@ -20,6 +20,7 @@ from finetune_router.connections import (
     UpstreamError,
     UpstreamTimeoutError,
 )
+from finetune_router.paths import JSON_PATHS
 from finetune_router.tables import Leg
 from finetune_router.upstreams import Upstream
 
@@ -33,7 +34,7 @@ FIRST_EVENT = (
 _EVENT_STREAM = b"text/event-stream"
 # What says to be text, or nothing at all, should be JSON as well; a file of `--extra-paths`, say of sound, says so.
 _JSON = (b"application/json", b"text/")
-_PAGE = b"text/html"
+_PAGES = (b"text/html", b"application/xhtml+xml")
 _NO_CONTENT = frozenset((204, 205))
 
 
@@ -159,7 +160,7 @@ class Forwarder:
         reply: Reply | None = None
         try:
             reply = await self._exchange(upstream, outgoing, attempt)
-            attempt.failure = _judge(reply, leg)
+            attempt.failure = _judge(reply, leg, outgoing)
         except ConnectFailedError:
             # Cut short because the request has no more time, it says nothing of the engine.
             if time.perf_counter() < outgoing.patience:
@@ -253,7 +254,7 @@ def _read_framing(reply: Reply) -> None:
         if name == b"content-type":
             reply.is_events = value[: len(_EVENT_STREAM)].lower() == _EVENT_STREAM
             reply.is_json = not value or value.lower().startswith(_JSON)
-            reply.is_page = value[: len(_PAGE)].lower() == _PAGE
+            reply.is_page = value.lower().startswith(_PAGES)
         elif name == b"content-encoding":
             reply.encoding = value.decode("latin-1").strip().lower()
         elif name == b"content-length" and value.isdigit():
@@ -262,12 +263,12 @@ def _read_framing(reply: Reply) -> None:
         reply.encoding = ""
 
 
-def _judge(reply: Reply, leg: Leg) -> Failure | None:
+def _judge(reply: Reply, leg: Leg, outgoing: Outgoing) -> Failure | None:
     """Whether the answer is one. 4xx other than 404 and 429 is the client's own business."""
     status = reply.status
     if status < 400:
-        is_none = reply.is_page or not 200 <= status < 300 or status in _NO_CONTENT
-        return Failure.ERROR if is_none or reply.begins_with_error else None
+        is_none = not 200 <= status < 300 or status in _NO_CONTENT or _says_nothing(reply, outgoing)
+        return Failure.ERROR if is_none else None
     if status == 404:
         body = reply.body or b""
         names_model = leg.served_name.encode() in body or b"model" in body.lower()
@@ -275,6 +276,16 @@ def _judge(reply: Reply, leg: Leg) -> Failure | None:
     if status in {429, 503}:
         return Failure.BUSY
     return Failure.ERROR if status >= 500 else None
+
+
+def _says_nothing(reply: Reply, outgoing: Outgoing) -> bool:
+    """Whether it is nothing that an engine answers."""
+    if reply.is_events or reply.is_page:
+        return reply.is_page or reply.begins_with_error
+    data = reply.first if reply.body is None else reply.body
+    if data.startswith(b"{") and not reply.encoding:  # nearly all of them
+        return False
+    return outgoing.path.partition("?")[0] in JSON_PATHS and not outputs.begins_as_json(data, reply.encoding)
 
 
 def _begins_with_error(reply: Reply) -> bool | None:

@@ -22,6 +22,9 @@ _MOST_TOKENS = 10**9  # of one answer; what says more, or less than none, has no
 _PIECES = 512  # joined then: many short strings take ten times their length in memory
 _DATA = b"data:"
 _DONE = b"[DONE]"
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # and a byte order mark
+_BEGINNING = 256  # bytes in which an answer shows what it is
+_UNPACKED = 128 * 1024  # more than becomes of so many
 _FIRST_DATA = re.compile(rb"(?:^|[\r\n])data:")
 _OBJECT = re.compile(rb"[ \t]*+\{")
 _NOTHING = re.compile(rb"[ \t\r]*+(?:\[DONE\]|\Z)")
@@ -182,6 +185,22 @@ def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
     if _OBJECT.match(plain, start, end) is None:
         return _NOTHING.match(plain, start, end) is None
     return plain.find(b'"error"', start, end) >= 0 and read_answer(plain[start:end]).error
+
+
+def begins_as_json(data: bytes, encoding: str) -> bool:
+    """Whether the beginning of an answer is that of an object or a list, as far as it can be read."""
+    beginning = data[:_BEGINNING]
+    if encoding:
+        try:
+            plain = decoded(beginning, encoding, _UNPACKED)
+        except ValueError:
+            return False
+        if plain is None:
+            return True
+        beginning = plain
+    text = beginning.lstrip(_BLANK)
+    # Blanks keep a connection open while an engine thinks.
+    return text.startswith((b"{", b"[")) if text else len(data) > _BEGINNING
 
 
 def decoded(data: bytes, encoding: str, limit: int) -> bytes | None:

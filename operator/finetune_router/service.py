@@ -21,22 +21,13 @@ from finetune_router.credentials import ApiKeys
 from finetune_router.errors import ApiError
 from finetune_router.feedback import FeedbackDesk
 from finetune_router.flights import REQUEST_ID_HEADER, SERVER, Arrival
+from finetune_router.paths import FEEDBACK_PATH, HEALTH_PATH, MODEL_PATHS, MODELS_PATH
 from finetune_router.proxy import Proxy
 from finetune_router.scanner import BrokenBodyError
 from finetune_router.tables import Table
 
 logger = logging.getLogger(__name__)
 
-MODELS_PATH = "/v1/models"
-FEEDBACK_PATH = "/v1/feedback"
-HEALTH_PATH = "/health"
-# POSTs whose JSON body carries `model`. A list, because engines also have paths that manage adapters.
-MODEL_PATHS = frozenset(
-    (
-        "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank",
-        "/v1/score", "/v1/classify", "/v1/pooling", "/v1/moderations",
-    )
-)  # fmt: skip
 _FEEDBACK_LIMIT = 64 * 1024  # bytes
 _JSON = "application/json"
 LOG_LINES = 10.0  # about failed requests, in a second

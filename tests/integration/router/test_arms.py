@@ -136,6 +136,9 @@ async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
         (Behaviour(status=302, raw=b"", headers={"Location": "/login"}), True),
         (Behaviour(status=204, raw=b""), True),
         (Behaviour(raw=b"<html>log in</html>", headers={"Content-Type": "Text/HTML; charset=utf-8"}), True),
+        (Behaviour(raw=b"<html/>", headers={"Content-Type": "application/xhtml+xml"}), True),
+        (Behaviour(raw=b"It works!", headers={"Content-Type": "application/json"}), True),
+        (Behaviour(raw=b"{}", headers={"Content-Encoding": "gzip"}), True),
     ],
     ids=[
         "500",
@@ -154,6 +157,9 @@ async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
         "redirect",
         "no content",
         "page",
+        "xhtml",
+        "text",
+        "whole and not packed",
     ],
 )
 async def test_stable_answers_when_the_candidate_fails_before_the_first_byte(
@@ -179,16 +185,18 @@ async def test_text_that_is_no_json_is_an_error_and_json_by_any_name_is_none(
 ) -> None:
     await router.push(route(alias, target("base", engine.url)))
     good = b'{"choices": [{"index": 0, "message": {"content": "{}"}, "finish_reason": "stop"}]}'
-    for content_type, raw, expected in (
-        ("application/json; charset=utf-8", good, 0),
-        ("text/plain", good, 0),
-        ("text/plain", b"It works!", 1),
-        ("", b"It works!", 1),
-        ("audio/mpeg", b"\xff\xfb", 0),
+    for path, content_type, raw, expected in (
+        (CHAT, "application/json; charset=utf-8", good, 0),
+        (CHAT, "text/plain", good, 0),
+        (CHAT, "application/octet-stream", good, 0),
+        (CHAT, "text/plain", b"It works!", 1),
+        (CHAT, "", b"It works!", 1),
+        (CHAT, "audio/mpeg", b"\xff\xfb", 1),
+        ("/v1/embeddings", "application/octet-stream", b"\xff\xfb", 0),
     ):
         before = (await router.arm(alias, Arm.STABLE)).events.get("errors", 0)
         engine.behaviours["base-model"] = Behaviour(raw=raw, headers={"Content-Type": content_type})
-        async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        async with session.post(router.url + path, json=ask(alias, "u")) as response:
             assert response.status == 200
             assert await response.read() == raw
         assert (await router.arm(alias, Arm.STABLE)).events.get("errors", 0) == before + expected, (

@@ -241,6 +241,22 @@ def test_a_very_long_text_is_kept_in_part_and_not_judged() -> None:
     assert SignalEvent.SCHEMA_INVALID not in outputs.fired_events(output, EVERY, None)
 
 
+def test_how_an_answer_begins() -> None:
+    body = b'\xef\xbb\xbf\r\n {"choices": []}'
+    for data, encoding, expected in (
+        (body, "", True),
+        (gzip.compress(body), "gzip", True),
+        (gzip.compress(b" " * 10_000_000)[:1000], "gzip", True),
+        (b" " * 300 + body, "", True),
+        (body, "br", True),
+        (body, "gzip", False),
+        (b"", "", False),
+        (b"It works!", "", False),
+        (gzip.compress(b"<html>"), "gzip", False),
+    ):
+        assert outputs.begins_as_json(data, encoding) is expected, (data[:20], encoding)
+
+
 def test_compressed_answers_are_read_and_bombs_are_not() -> None:
     body = answer("hello")
     assert outputs.decoded(gzip.compress(body), "gzip", 10_000) == body
