@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from finetune_operator.api.routes import ARM_HEADER, FALLBACK_HEADER, REVISION_HEADER, Arm
 from finetune_router import errors
@@ -212,6 +212,8 @@ class Flight:
         headers["Server"] = SERVER
         response = web.StreamResponse(status=reply.status, headers=headers)
         response.content_length = reply.length
+        if reply.length is None and request.version < HttpVersion11:
+            response.force_close()  # there are no chunks: only the connection's end can tell the answer's
         end, code = judge_end(attempt)
         try:
             async with asyncio.timeout(self._deadline + _SLACK_SECONDS - time.perf_counter()):

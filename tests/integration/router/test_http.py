@@ -257,6 +257,13 @@ async def test_a_whole_url_is_a_path_too(ready: Router, engine: Engine, alias: s
     assert engine.seen[-1].path == CHAT + "?a=b"
 
 
+async def test_a_stream_to_a_client_of_http_1_0_ends(ready: Router, alias: str) -> None:
+    """Also to one that would keep the connection, as ab -k: no chunk tells it where the stream ends."""
+    body = chat(alias, stream=True)
+    head = f"POST {CHAT} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(body)}\r\n\r\n"
+    assert (await raw(ready, head.encode() + body)).endswith(b"data: [DONE]\n\n")
+
+
 async def test_unknown_models_paths_and_methods(
     ready: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:
