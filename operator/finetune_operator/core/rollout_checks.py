@@ -7,6 +7,7 @@ Alarms and missing evidence only ever stop: nothing is decided from what is not 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_operator.api.adapterdeployment_analysis import OnMetricsUnavailable
 from finetune_operator.api.adapterdeployment_status import (
@@ -21,7 +22,7 @@ from finetune_operator.core import rollout_metrics as metrics
 from finetune_operator.core import rollout_pauses as pauses
 from finetune_operator.core.durations import parse_duration
 from finetune_operator.core.rollout_facts import Withdrawal
-from finetune_operator.core.rollout_turns import Turn, clock
+from finetune_operator.core.rollout_turns import Turn, clock, first_three
 
 LEAST_SILENCE_SECONDS = 15.0  # a router that restarts is silent for a few seconds
 ALARMS = {
@@ -174,7 +175,7 @@ def missing_evidence(turn: Turn) -> str | None:
     hold = turn.spec.analysis.on_metrics_unavailable is OnMetricsUnavailable.HOLD
     patience = float(turn.spec.progress_deadline_seconds) if hold else longest_silence(turn)
     if since is not None and turn.elapsed(since) >= patience:
-        return f"not every router has told its counters since {clock(since)}"
+        return _silence(turn, since)
     for check in turn.status.analysis:
         if check.kind is CheckKind.METRIC and check.phase is CheckPhase.ERROR and not check.dry_run:
             return f"metric {check.name}: {check.message}"
@@ -194,9 +195,14 @@ def evidence_gap(turn: Turn) -> str | None:
     """Why the weight may not rise for want of evidence; None where there is nothing to be had or it is fresh."""
     if turn.first or not turn.exposed:
         return None
-    if turn.status.evidence_missing_since is not None:
-        return f"not every router has told its counters since {clock(turn.status.evidence_missing_since)}"
-    return unanswered_metric(turn)
+    since = turn.status.evidence_missing_since
+    return unanswered_metric(turn) if since is None else _silence(turn, since)
+
+
+def _silence(turn: Turn, since: datetime) -> str:
+    silent = first_three(turn.seen.routing.silent)
+    which = f": {silent}; restart it, or remove it from the Service" if silent else ""
+    return f"not every router has told its counters since {clock(since)}{which}"
 
 
 def unanswered_metric(turn: Turn) -> str | None:

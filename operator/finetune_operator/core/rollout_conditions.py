@@ -15,7 +15,7 @@ from finetune_operator.api.adapterdeployment_status import (
 from finetune_operator.core import rollout_adapters as adapters
 from finetune_operator.core import rollout_checks as checks
 from finetune_operator.core.conditions import Claim
-from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines
+from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines, first_three
 
 NOT_PUBLISHED = "NotPublished"
 UNREADABLE = "InvalidSpec"
@@ -172,10 +172,9 @@ def behind(turn: Turn) -> tuple[str, str]:
             f"the newest routes do not have the recorded weights since {clock(since)}: the operator's log says why it "
             "does not publish them; restart the operator if it says nothing"
         )
-    others = "; ".join(routing.behind[:3]) or "a router"
-    more = f" and {len(routing.behind) - 3} more" if len(routing.behind) > 3 else ""
+    others = first_three(routing.behind) or "a router"
     return "RoutersBehind", (
-        f"{told} since {clock(since)}; not so {others}{more}: restart it, or remove it from the Service"
+        f"{told} since {clock(since)}; not so {others}: restart it, or remove it from the Service"
     )
 
 

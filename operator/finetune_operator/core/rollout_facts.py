@@ -109,6 +109,8 @@ class RoutingFacts:
     """Routers that said that they apply that version."""
     behind: Sequence[str] = ()
     """URLs of the others, and what is wrong with each where that is known."""
+    silent: Sequence[str] = ()
+    """URLs of those that failed when they were asked last, and how."""
     alias_taken_by: str | None = None
     """`namespace/name` of the deployment that owns the alias, when it is not us."""
     alias_is_base_of: str | None = None

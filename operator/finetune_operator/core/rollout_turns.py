@@ -148,6 +148,12 @@ def engines(count: int) -> str:
     return f"{count} engine" if count == 1 else f"{count} engines"
 
 
+def first_three(names: Sequence[str]) -> str:
+    """`a; b; c and 2 more`."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return "; ".join(names[:3]) + more
+
+
 def kind_of(step: Step) -> str:
     """Name of the one field that a step has set, in camelCase."""
     fields = step.model_dump(by_alias=True, exclude_none=True)

@@ -99,6 +99,10 @@ class Fleet:
             if replica.applied is None or replica.applied < version
         )
 
+    def silent(self) -> tuple[str, ...]:
+        """Replicas that failed when they were asked last, and how."""
+        return tuple(f"{r.url} ({r.problem})" for r in self._replicas.values() if r.problem)
+
     def counters(self) -> list[RouterCounters]:
         """What each replica told last; a replica that is known by two addresses counts once."""
         told = {r.counters.instance: r.counters for r in self._replicas.values() if r.counters is not None}

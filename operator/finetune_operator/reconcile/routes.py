@@ -153,6 +153,7 @@ class Publisher:
             replicas=len(self._fleet.replicas),
             applied=self._fleet.count_applying(version) if version is not None else 0,
             behind=self._fleet.behind(version) if version is not None else (),
+            silent=self._fleet.silent(),
             not_stored=self._copy.problem,
             alias_taken_by="/".join(holder) if taken and holder else None,
             alias_is_base_of=None if route is not None else self._base_owner(claim),

@@ -100,9 +100,12 @@ async def test_a_router_that_refuses_is_tried_until_it_takes_it() -> None:
         fleet.offer(3, snapshot(3))
         await until(lambda: made[1].version == 3)
         assert fleet.last_heard() is None, "one of them was never heard"
+        (silent,) = fleet.silent()
+        assert "500" in silent
         made[0].broken = None
         await until(lambda: fleet.count_applying(3) == 2)
         await until(lambda: fleet.last_heard() is not None)
+        assert fleet.silent() == ()
 
 
 async def test_a_router_that_lost_its_snapshot_gets_it_again() -> None:

@@ -74,6 +74,14 @@ def test_what_follows_when_no_evidence_comes(policy: str, seconds: float, reason
     assert pauses(world) == [], "evidence that is back lets it go on"
 
 
+def test_a_pause_for_missing_counters_names_the_router_and_what_to_do() -> None:
+    world = canary(analysis={"onMetricsUnavailable": "Pause"})
+    world.evidence.mode, world.evidence.silent = "missing", ("http://router-2 (HTTP 503)",)
+    world.run(60)
+    pause = world.status.pause_conditions[-1]
+    assert ": http://router-2 (HTTP 503); restart it, or remove it from the Service" in (pause.message or "")
+
+
 def test_a_restarted_operator_first_hears_from_the_routers() -> None:
     world = canary(analysis={"onMetricsUnavailable": "Pause"})
     world.evidence.heard = None

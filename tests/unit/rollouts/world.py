@@ -105,6 +105,8 @@ class Evidence:
     unheard: bool = False
     """Whether users meet the stable revision and nobody meets the candidate."""
     heard: datetime | None = None
+    silent: tuple[str, ...] = ()
+    """Routers that do not tell, and why."""
     exposed_seconds: float = 0.0
     comparison: str = ""
 
@@ -303,6 +305,7 @@ class World:
                 replicas=len(self.routing.routers),
                 applied=self.routing.applied,
                 behind=self.routing.behind,
+                silent=self.evidence.silent,
                 alias_taken_by=self.alias_taken_by,
                 alias_is_base_of=self.alias_is_base_of,
                 base_answered_by=self.base_answered_by,
