@@ -254,7 +254,10 @@ def _analysis(turn: Turn, duration: str | None) -> Turn:
     few = checks.short_of_samples(turn, undecided)
     if few:
         names = ", ".join(f"{check.name}: {check.message or 'no samples'}" for check in few)
-        message = f"too few samples after {format_duration(patience)} ({names}); send more traffic, or say `promote`"
+        message = (
+            f"too few samples after {format_duration(patience)} ({names}); is feedback sent? Else send more traffic or "
+            "raise the weight, say `resume` to wait for as long again, `promote` to go on without a verdict, or `abort`"
+        )
         turn = pauses.remove(turn, PauseReason.INCONCLUSIVE_ANALYSIS)
         return pauses.add(turn, PauseReason.INSUFFICIENT_SAMPLES, message)
     names = ", ".join(f"{check.name}: {check.message or check.phase}" for check in undecided)
