@@ -81,7 +81,8 @@ def plan(
 
 def _print(name: str, planned: rollout_plans.RolloutPlan, assumptions: Assumptions, note: str) -> None:
     total = format_duration(sum(one.seconds for one in planned.spans))
-    typer.echo(f"{name}: {total} with a candidate" if planned.spans else f"{name}: promoted without steps")
+    length = f"{total} with a candidate" if planned.spans else "no step gives the candidate requests"
+    typer.echo(f"{name}: {length}")
     tables = [rollout_plans.span_rows(planned), rollout_plans.objective_rows(planned)]
     for rows in tables:
         if len(rows) > 1:

@@ -206,9 +206,11 @@ def _objective_need(
     split = [step.weight for step in steps if 0.0 < step.weight < 100.0]
     if mean is None or not split or objective.relative:
         return None
-    if mean.deviation <= 0.0 or not 0.0 < mean.answered <= 1.0:
+    if not 0.0 < mean.deviation < math.inf:
+        raise ValueError(f"{objective.name}: the standard deviation must be above 0, not {mean.deviation:g}")
+    if not 0.0 < mean.answered <= 1.0:
         raise ValueError(
-            f"{objective.name}: deviation must be above 0 and answered within (0, 1], not {mean}"
+            f"the share of the answers with feedback must be above 0 and at most 1, not {mean.answered:g}"
         )
     weight = min(split, key=lambda w: abs(w - 50.0))
     share = weight / 100.0
@@ -287,11 +289,10 @@ def _plan_warnings(
                 f"last {format_duration(length)}: the analysis will wait or stay inconclusive"
             )
     known = {need.name for need in objectives}
-    warnings += [
-        f"{objective.name}: not planned, because the spread of its values is not known (or its margin is relative)"
-        for objective in plan.objectives
-        if objective.name not in known
-    ]
+    why = "not planned, because the spread of its values is not known (or its margin is relative)"
+    if not any(0.0 < power.step.weight < 100.0 for power in steps):
+        why = "no step has answers of both sides, so it is never decided"
+    warnings += [f"{objective.name}: {why}" for objective in plan.objectives if objective.name not in known]
     return warnings
 
 
@@ -300,7 +301,7 @@ def _sharing(plan: AnalysisPlan) -> int:
 
 
 def _checked(name: str, harm: Harm) -> Harm:
-    if not 0.0 < harm.base_rate < 1.0 or harm.relative_risk <= 0.0:
+    if not (0.0 < harm.base_rate < 1.0 and harm.relative_risk > 0.0):
         raise ValueError(
             f"{name}: the base rate must lie between 0 and 1 and the relative risk above 0, not {harm.base_rate} and "
             f"{harm.relative_risk}"
@@ -309,7 +310,7 @@ def _checked(name: str, harm: Harm) -> Harm:
 
 
 def _check(steps: Sequence[Step], requests_per_second: float, interval_seconds: float) -> None:
-    if not requests_per_second > 0.0 or not interval_seconds > 0.0:
+    if not 0.0 < requests_per_second < math.inf or not interval_seconds > 0.0:
         raise ValueError(
             f"traffic must be above 0 requests/s and the interval above 0 s, not {requests_per_second} and "
             f"{interval_seconds}"

@@ -159,6 +159,14 @@ def test_plan_without_a_cluster(file: Path) -> None:
     assert "No cluster was asked" in text
 
 
+def test_a_plan_without_a_candidates_share_says_so(file: Path) -> None:
+    steps: list[dict[str, Any]] = [{"analysis": {}}]
+    file.write_text(yaml.safe_dump(document(steps, objectives=[OBJECTIVE])), encoding="utf-8")
+    text = run(file)
+    assert "bot: no step gives the candidate requests" in text
+    assert "warning: helpful: no step has answers of both sides" in text
+
+
 @pytest.mark.parametrize("output", ["json", "yaml"])
 def test_plan_for_programs(file: Path, output: str) -> None:
     text = run(file, "-o", output, "--base-rate", "errors=0.01", "--base-rate", "0.03")
@@ -187,6 +195,11 @@ def test_a_file_with_mistakes_is_not_planned(file: Path) -> None:
         (("--base-rate", "2"), "must lie between 0 and 1"),
         (("--base-rate", "eror=0.1"), "no guardrail or objective eror"),
         (("--requests-per-second", "0"), "above 0 requests/s"),
+        (
+            ("--feedback-share", "5"),
+            "share of the answers with feedback must be above 0 and at most 1, not 5",
+        ),
+        (("--deviation", "nan"), "helpful: the standard deviation must be above 0, not nan"),
     ],
 )
 def test_assumptions_that_make_no_sense(file: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -128,6 +128,12 @@ def test_what_cannot_be_planned_is_said() -> None:
     assert seconds.startswith("seconds: not planned")
 
 
+def test_an_objective_without_a_step_that_compares_is_never_decided() -> None:
+    plan = AnalysisPlan(objectives=(ObjectivePlan(name="thumbs", metric="helpful"),))
+    found = power.plan_power(plan, [Step(0, 60), Step(100, 60)], requests_per_second=100)
+    assert "thumbs: no step has answers of both sides, so it is never decided" in found.warnings
+
+
 def test_several_guardrails_need_more_because_they_share_alpha() -> None:
     def certain(*names: str) -> float:
         plan = AnalysisPlan(guardrails=tuple(GuardrailPlan(name=name) for name in names))
@@ -143,6 +149,8 @@ def test_several_guardrails_need_more_because_they_share_alpha() -> None:
         ([Step(10, -1)], 10.0, Harm(), "times not below 0"),
         ([Step(10, 60)], 0.0, Harm(), "traffic must be above 0"),
         ([Step(10, 60)], math.nan, Harm(), "traffic must be above 0"),
+        ([Step(10, 60)], math.inf, Harm(), "traffic must be above 0"),
+        ([Step(10, 60)], 10.0, Harm(relative_risk=math.nan), "relative risk above 0"),
         ([Step(10, 60)], 10.0, Harm(base_rate=2.0), "errors: the base rate must lie between 0 and 1"),
         ([Step(10, 60)], 10.0, Harm(relative_risk=0.0), "relative risk above 0"),
     ],
