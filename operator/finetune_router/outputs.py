@@ -118,8 +118,9 @@ class EventReader:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._unread = b""
-        """Data that is no JSON as far as it is there: further lines of the event may follow."""
+        self._lines: list[bytes] = []
+        """Data of an event whose first line is no JSON of its own."""
+        self._size = 0
         self.events = 0
         self.is_silent = True
         """Whether there was nothing but the end."""
@@ -128,26 +129,40 @@ class EventReader:
         lines = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._rest = lines.pop()
         for line in lines:
-            if line.startswith(_DATA):
-                self._add(line[len(_DATA) :].strip(), output)
-            elif not line and self._unread:
-                self._unread = b""
-                output.error = True  # clients stumble over it
+            if not line.startswith(_DATA):
+                if self._lines and not line:
+                    self._end_event(output)
+                continue
+            value = line[len(_DATA) :].strip()
+            if not value or value.startswith(_DONE):
+                continue
+            self.is_silent = False
+            if self._lines:
+                self._keep(value, output)
+                continue
+            try:
+                document = read_json(value)
+            except (ValueError, RecursionError):
+                self._keep(value, output)
+                continue
+            self.events += 1
+            output.add(document)
 
-    def _add(self, value: bytes, output: Output) -> None:
-        if not value or value.startswith(_DONE):
-            return
-        self.is_silent = False
-        if self._unread:
-            value = self._unread + b"\n" + value
+    def _keep(self, value: bytes, output: Output) -> None:
+        self._lines.append(value)
+        self._size += len(value)
+        if self._size > TEXT_LIMIT:
+            self._end_event(output)
+
+    def _end_event(self, output: Output) -> None:
         try:
-            document = read_json(value)
+            document = read_json(b"\n".join(self._lines))
         except (ValueError, RecursionError):
-            self._unread = value
-            return
-        self._unread = b""
-        self.events += 1
-        output.add(document)
+            output.error = True  # clients stumble over it
+        else:
+            self.events += 1
+            output.add(document)
+        self._lines, self._size = [], 0
 
     def end(self, output: Output) -> None:
         """Nothing more comes: the last line may have no end."""

@@ -241,6 +241,15 @@ def test_a_very_long_text_is_kept_in_part_and_not_judged() -> None:
     assert SignalEvent.SCHEMA_INVALID not in outputs.fired_events(output, EVERY, None)
 
 
+def test_lines_without_end_that_are_no_json_cost_no_more_than_others() -> None:
+    output, reader = Output(), EventReader()
+    started = time.perf_counter()
+    for _ in range(20):
+        reader.feed(b"data: loading\n" * 10_000, output)
+    assert time.perf_counter() - started < 2
+    assert output.error, "no more than the text of an answer is kept of an event"
+
+
 def test_how_an_answer_begins() -> None:
     body = b'\xef\xbb\xbf\r\n {"choices": []}'
     for data, encoding, expected in (
