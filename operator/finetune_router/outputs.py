@@ -82,7 +82,8 @@ class Output:
         """Take in a whole answer, or one event of a stream."""
         if not isinstance(document, dict):
             return
-        if document.get("error") or "error" in (document.get("object"), document.get("type")):
+        kinds = document.get("object"), document.get("type")
+        if document.get("error") or "error" in kinds or "response.failed" in kinds:
             self.error = True
         usage = document.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None

@@ -250,6 +250,16 @@ def test_lines_without_end_that_are_no_json_cost_no_more_than_others() -> None:
     assert output.error, "no more than the text of an answer is kept of an event"
 
 
+def test_a_response_that_fails_in_its_stream_is_an_error() -> None:
+    """As /v1/responses tells it."""
+    output, reader = Output(), EventReader()
+    reader.feed(event({"type": "response.created", "response": {"error": None}}), output)
+    assert not output.error
+    failed = {"status": "failed", "error": {"code": "server_error"}}
+    reader.feed(event({"type": "response.failed", "response": failed}), output)
+    assert output.error
+
+
 def test_how_an_answer_begins() -> None:
     body = b'\xef\xbb\xbf\r\n {"choices": []}'
     for data, encoding, expected in (
