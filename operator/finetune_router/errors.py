@@ -19,6 +19,8 @@ class ApiError(Exception):
     param: str | None = None
     retry_after: int | None = None
     """Seconds; becomes Retry-After."""
+    allow: str = ""
+    """Methods; becomes Allow."""
     request_id: str = ""
     """The id that the engines saw; "" when the request went to none."""
 
@@ -59,8 +61,9 @@ def unknown_path(path: str) -> ApiError:
     return ApiError(404, f"no such path: {path[:256]}", "invalid_request_error", "unknown_url")
 
 
-def method_not_allowed(method: str, path: str) -> ApiError:
-    return ApiError(405, f"{method} is not for {path}", "invalid_request_error", "method_not_allowed")
+def method_not_allowed(method: str, path: str, allowed: str) -> ApiError:
+    text = f"{method} is not for {path}"
+    return ApiError(405, text, "invalid_request_error", "method_not_allowed", allow=allowed)
 
 
 def too_large(limit: int) -> ApiError:

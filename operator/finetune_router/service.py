@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
 
 from finetune_router import bodies, choices, credentials, errors
@@ -151,7 +151,7 @@ class Service:
         if length is not None and length > limit:
             raise self._outside_error(errors.too_large(limit))
         expectation = request.headers.get("Expect")
-        if expectation is not None:
+        if expectation is not None and request.version >= HttpVersion11:  # before, nobody knew a 100
             await self._meet(request, expectation)
         content = request.content
         try:
@@ -235,9 +235,10 @@ class Service:
             logger.warning("answered %d %s, request %s", error.status, error.code, request_id)
 
     def _options(self, method: str, path: str, allowed: str) -> web.Response:
+        allowed += ", OPTIONS"
         if method == "OPTIONS":
-            return web.Response(status=204, headers={"Allow": f"{allowed}, OPTIONS"})
-        raise self._outside_error(errors.method_not_allowed(method, path))
+            return web.Response(status=204, headers={"Allow": allowed})
+        raise self._outside_error(errors.method_not_allowed(method, path, allowed))
 
     def _outside_error(self, error: ApiError) -> ApiError:
         """Count an answer that has to do with no arm."""
@@ -249,6 +250,8 @@ class Service:
         headers: dict[str, Any] = {}
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
+        if error.allow:
+            headers["Allow"] = error.allow
         headers[REQUEST_ID_HEADER] = error.request_id or _own_id()
         if error.status >= 500:
             self._complain(error, headers[REQUEST_ID_HEADER])

@@ -280,7 +280,7 @@ async def test_unknown_models_paths_and_methods(
             assert response.status == 404
     assert not engine.seen
     async with session.get(ready.url + CHAT) as response:
-        assert response.status == 405
+        assert (response.status, response.headers["allow"]) == (405, "POST, OPTIONS")
     async with session.options(ready.url + CHAT) as response:
         assert (response.status, response.headers["allow"]) == (204, "POST, OPTIONS")
     async with session.head(ready.url + "/v1/models") as response:
@@ -341,6 +341,19 @@ async def test_expect_100_continue(ready: Router, alias: str) -> None:
     writer.close()
     refused = await raw(ready, head.replace("100-continue", "a-pony").encode(), until=b"\r\n")
     assert b" 417 " in refused
+
+
+async def test_an_expectation_of_http_1_0_is_none(ready: Router, alias: str) -> None:
+    """RFC 9110, section 10.1.1: such a client would take the 100 for the answer."""
+    body = chat(alias)
+    reader, writer = await asyncio.open_connection("127.0.0.1", ready.port)
+    head = f"POST {CHAT} HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode())
+    await asyncio.sleep(0.05)
+    writer.write(body)
+    async with asyncio.timeout(5):
+        assert b" 200 " in await reader.readline()
+    writer.close()
 
 
 @pytest.mark.parametrize(
