@@ -144,7 +144,9 @@ def _resume(turn: Turn) -> Answer:
     if set(waits) & {PauseReason.INCONCLUSIVE_ANALYSIS, PauseReason.INSUFFICIENT_SAMPLES}:
         turn = turn.update(step_start_time=None)  # another maxStepDuration
         turn = pauses.remove(turn, PauseReason.INCONCLUSIVE_ANALYSIS, PauseReason.INSUFFICIENT_SAMPLES)
-    return turn, f"resumed after {', '.join(waits)}"
+    left = [reason for reason in waits if pauses.has(turn, reason)]
+    over = ", ".join(reason for reason in waits if reason not in left)
+    return turn, f"resumed after {over}" + (f"; {', '.join(left)} still holds it" if left else "")
 
 
 def _without_user_pause(turn: Turn) -> Turn:

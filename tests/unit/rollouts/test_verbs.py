@@ -256,6 +256,14 @@ def test_pause_by_hand_and_by_spec() -> None:
     assert [pause.reason for pause in world.status.pause_conditions] == ["CanaryPauseStep"]
 
 
+def test_resume_names_what_still_holds_the_rollout() -> None:
+    world = paused_at_five()
+    world.say("pause").run(2)
+    world.say("resume").run(2)
+    assert taken(world).message == "resumed after UserPause; CanaryPauseStep still holds it"
+    assert [pause.reason for pause in world.status.pause_conditions] == ["CanaryPauseStep"]
+
+
 def test_guardrails_stay_armed_during_every_pause() -> None:
     for said in ("pause", None):
         world = paused_at_five()
