@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -132,6 +133,7 @@ def test_a_file_that_fails_as_it_is_loaded(find: Any, text: str, expected: list[
         ("yield 1 / 0", ["ZeroDivisionError: division by zero", "r.py line 2: yield 1 / 0"]),
         ("raise KeyboardInterrupt", ["failed with KeyboardInterrupt, r.py line 2"]),
         ("raise GeneratorExit", ["failed with GeneratorExit, r.py line 2"]),
+        ("__import__('os')._exit(0)", ["failed with SystemExit: os._exit(0), r.py line 2"]),
     ],
 )
 def test_a_function_that_fails_names_its_line(find: Any, body: str, expected: list[str]) -> None:
@@ -140,6 +142,16 @@ def test_a_function_that_fails_names_its_line(find: Any, body: str, expected: li
         function(["a", "b"], ["x", "y"], {})
     for part in ("reward.functions[0]", *expected):
         assert part in str(caught.value)
+
+
+def test_processes_that_a_function_forks_end_as_they_like(find: Any) -> None:
+    text = (
+        "import multiprocessing\ndef f(prompts, completions):\n"
+        "    child = multiprocessing.get_context('fork').Process(target=int)\n"
+        "    child.start()\n    child.join()\n    return [child.exitcode] * len(completions)\n"
+    )
+    assert functions.load(find(text))(["a"], ["x"], {}) == [0.0]
+    assert os._exit.__module__ == "posix"
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])

@@ -177,9 +177,11 @@ def _accepted(source: Source, call: Callable[..., Any]) -> frozenset[str] | None
 
 @contextlib.contextmanager
 def _running(source: Source) -> Iterator[None]:
-    """While a user's code runs: what it raises is BadConfig, and it cannot take away our output or our signals."""
+    """While a user's code runs: what it raises is BadConfig, and it cannot take away our output, our signals or our
+    process."""
     with (
         signals.kept(),
+        _exits_raised(),
         contextlib.redirect_stdout(_lend(sys.stdout)),
         contextlib.redirect_stderr(_lend(sys.stderr)),
     ):
@@ -189,6 +191,23 @@ def _running(source: Source) -> Iterator[None]:
             raise
         except BaseException as error:  # it raises what it likes, also KeyboardInterrupt
             raise _failed(source, error) from error
+
+
+@contextlib.contextmanager
+def _exits_raised() -> Iterator[None]:
+    """os._exit would end the process with the user's code and without a result; processes forked from it may use it."""
+    leave, own = os._exit, os.getpid()
+
+    def refuse(status: int) -> None:
+        if os.getpid() != own:
+            leave(status)
+        raise SystemExit(f"os._exit({status!r})")
+
+    os._exit = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 class _Lent(io.TextIOWrapper):
