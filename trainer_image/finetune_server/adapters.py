@@ -13,6 +13,8 @@ from typing import Any
 import safetensors
 import torch
 
+from finetune_server import patterns
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
@@ -83,8 +85,10 @@ def read_adapter(folder: Path, *, shapes: dict[str, tuple[int, int]], max_rank: 
         sides.setdefault(match["layer"], {})[match["side"]] = tensor
     if not sides:
         raise AdapterError(f"{WEIGHTS} holds no weights")
+    alphas = _alphas(config, list(sides))
     parts = {
-        layer: _build_part(layer, found, config, shapes, max_rank=max_rank) for layer, found in sides.items()
+        layer: _build_part(layer, found, alphas[layer], config, shapes, max_rank=max_rank)
+        for layer, found in sides.items()
     }
     return Adapter(rank=max(part.rank for part in parts.values()), parts=parts)
 
@@ -129,13 +133,13 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
-def _check_alphas(patterns: Any) -> None:
-    if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+def _check_alphas(given: Any) -> None:
+    if not isinstance(given, dict) or not all(map(_is_positive, given.values())):
         raise AdapterError(f"{CONFIG}: alpha_pattern must hold numbers above 0 by names of layers")
-    for pattern in patterns:
+    for pattern in given:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            patterns.compile_as_peft(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
             raise AdapterError(
                 f"{CONFIG}: {pattern!r} in alpha_pattern is no regular expression ({error})"
             ) from error
@@ -154,6 +158,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _build_part(
     layer: str,
     found: dict[str, torch.Tensor],
+    alpha: float,
     config: dict[str, Any],
     shapes: dict[str, tuple[int, int]],
     *,
@@ -178,18 +183,25 @@ def _build_part(
         raise RankTooLarge(f"LoRA rank {down.shape[0]} is greater than max_lora_rank {max_rank}.")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise AdapterError(f"{layer!r} holds weights of type {down.dtype} and {up.dtype}, not real numbers")
-    scale = _scale(layer, config, rank=int(down.shape[0]))
+    rank = int(down.shape[0])
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)  # rsLoRA: arXiv 2312.03732
     # As float32, which is the widest type that the engine computes with, and scaled, as the bank keeps them.
     if not (bool(torch.isfinite(down.float()).all()) and bool(torch.isfinite(up.float() * scale).all())):
         raise AdapterError(f"{layer!r} holds weights that are not finite (scaled by {scale:g}); train again")
     return Part(down=down, up=up, scale=scale)
 
 
-def _scale(layer: str, config: dict[str, Any], *, rank: int) -> float:
-    """Returns alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732); patterns as PEFT matches them."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _alphas(config: dict[str, Any], layers: list[str]) -> dict[str, float]:
+    """Returns each layer's alpha. Raises AdapterError."""
+    given = config.get("alpha_pattern") or {}
+    values = [*given.values(), config["lora_alpha"]]
+    try:
+        found = patterns.first_matches(list(given), layers)
+    except patterns.Endless:
+        raise AdapterError(
+            f"{CONFIG}: matching alpha_pattern takes more than {patterns.SECONDS:g} s; name the layers more simply"
+        ) from None
+    return {
+        layer: float(values[-1 if index is None else index])
+        for layer, index in zip(layers, found, strict=True)
+    }

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from finetune_server import adapters
+from finetune_server import adapters, patterns
 from finetune_server.lora import AdapterBank
 from tests.adapters import rewrite_config, write_adapter
 
@@ -130,6 +130,8 @@ def test_an_overflowing_adapter_does_not_touch_its_neighbours(
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern must hold numbers"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern must hold numbers"),
         ({"alpha_pattern": {"(": 1}}, r"'\(' in alpha_pattern is no regular expression"),
+        ({"alpha_pattern": {"x{99999999999}": 1}}, "repetition number is too large"),
+        ({"alpha_pattern": {"(?i)q_proj": 1}}, "global flags not at the start"),
     ],
 )
 def test_what_cannot_be_applied_exactly_is_refused(
@@ -138,6 +140,22 @@ def test_what_cannot_be_applied_exactly_is_refused(
     folder = shutil.copytree(tiny_adapters["all"], tmp_path / "changed")
     rewrite_config(folder, **changes)
     with pytest.raises(adapters.AdapterError, match=message):
+        adapters.read_adapter(folder, shapes={}, max_rank=64)
+
+
+def test_patterns_mean_the_layers_that_they_mean_to_peft() -> None:
+    layers = [f"model.layers.{n}.self_attn.{name}" for n in (1, 11) for name in ("q_proj", "k_proj")]
+    assert patterns.first_matches(["1.self_attn.q_proj", "k_proj"], layers) == [0, 1, None, 1]
+    assert patterns.first_matches([r"layers\.\d\..*", "k_proj"], layers) == [0, 0, None, 1]
+
+
+def test_patterns_that_match_for_ever_are_refused(
+    tiny_adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny_adapters["all"], tmp_path / "endless")
+    rewrite_config(folder, alpha_pattern={"(.|..|...|....)*z": 1})
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    with pytest.raises(adapters.AdapterError, match=r"matching alpha_pattern takes more than 0\.2 s"):
         adapters.read_adapter(folder, shapes={}, max_rank=64)
 
 
