@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import jinja2
 
 from finetune_server.errors import BadRequest
 from finetune_server.wire import ChatRequest, CompletionRequest
+
+RENDER_SECONDS = 10.0  # a long conversation takes a tenth of a second
 
 
 def encode_chat(request: ChatRequest, tokenizer: Any, *, template: str | None) -> list[int]:
@@ -17,20 +24,42 @@ def encode_chat(request: ChatRequest, tokenizer: Any, *, template: str | None) -
             "messages: the model has no chat template; use /v1/completions, or train with model.chatTemplate",
             "messages",
         )
+    messages = [message.render() for message in request.messages]
     try:
-        text = tokenizer.apply_chat_template(
-            [message.render() for message in request.messages],
-            tokenize=False,
-            chat_template=template,
-            add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
-            continue_final_message=request.continue_final_message,
-            **(request.chat_template_kwargs or {}),
-        )
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        with _ended_in_time():
+            text = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                chat_template=template,
+                add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+                continue_final_message=request.continue_final_message,
+                **(request.chat_template_kwargs or {}),
+            )
+    except Exception as error:  # a template is a program and raises what it likes
         raise BadRequest(
             f"messages: the chat template refuses them ({type(error).__name__}: {error})", "messages"
         ) from None
     return _encode(text, tokenizer, field="messages", special=False)
+
+
+@contextlib.contextmanager
+def _ended_in_time() -> Iterator[None]:
+    """Breaks a template off that loops for longer than RENDER_SECONDS: nothing else would ever end its thread."""
+    deadline = time.monotonic() + RENDER_SECONDS
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != "<template>":
+            return None
+        if time.monotonic() > deadline:
+            raise jinja2.TemplateRuntimeError(f"it takes more than {RENDER_SECONDS:g} s")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary: int) -> list[list[int]]:

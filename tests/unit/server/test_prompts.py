@@ -1,0 +1,45 @@
+"""Chat templates, which are programs from outside: what is wrong with one is told, and none runs for ever."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from finetune_server import prompts
+from finetune_server.errors import BadRequest
+from finetune_server.wire import ChatRequest
+from tests import tiny
+
+REQUEST = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "Hello"}]})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny.build_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ raise_exception('only one turn') }}", "only one turn"),
+    ],
+)
+def test_a_template_that_fails_is_told(tokenizer: Any, template: str, message: str) -> None:
+    with pytest.raises(BadRequest, match=f"messages: the chat template refuses them .*{message}"):
+        prompts.encode_chat(REQUEST, tokenizer, template=template)
+
+
+def test_a_template_that_loops_for_ever_is_broken_off(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.1)
+    before = sys.gettrace()
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(BadRequest, match=r"it takes more than 0\.1 s"):
+        prompts.encode_chat(REQUEST, tokenizer, template=loops)
+    assert sys.gettrace() is before
