@@ -16,6 +16,7 @@ from typing import Any
 from finetune_trainer import owners, pulse, storage
 from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
 from finetune_trainer.owners import Owner
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import Job
 
 MANIFEST = "manifest.json"
@@ -148,7 +149,7 @@ def _adopt(folder: storage.Folder, job: Job) -> Artifact | None:
         folder.remove(MANIFEST)  # it was written in the moment in which we removed the files that it lists
         return None
     _unmark(folder, job)
-    print(f"{folder.uri} holds the artifact of another attempt of this job: it is the result", flush=True)
+    say(f"{folder.uri} holds the artifact of another attempt of this job: it is the result")
     return artifact
 
 

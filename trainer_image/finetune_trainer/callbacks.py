@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from finetune_trainer.failures import NotFinite
-from finetune_trainer.progress import Clock, Phase, Reporter, format_duration
+from finetune_trainer.progress import Clock, Phase, Reporter, format_duration, say
 
 # Names of TRL's trainers, and those of reports.
 REPORTED = {
@@ -103,7 +103,7 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
             tokens_per_second=self.tokens_per_second,
             remaining_seconds=self._remaining(state),
         )
-        print(self._describe(metrics, state), flush=True)
+        say(self._describe(metrics, state))
 
     def to_facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of this run, for `before` of the next one."""

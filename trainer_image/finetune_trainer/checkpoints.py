@@ -21,6 +21,7 @@ from typing import Any
 from finetune_trainer import artifacts, owners, storage
 from finetune_trainer.failures import BadConfig, StorageFailed, is_storage_trouble
 from finetune_trainer.owners import Owner
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import Job
 
 MANIFEST = "manifest.json"
@@ -158,7 +159,7 @@ class Store:
             if checkpoint.manifest["job"]["uid"] != self.job.uid:
                 continue
             if config_digest is not None and checkpoint.manifest["configDigest"] != config_digest:
-                print(f"{checkpoint.uri} was made with other settings or data: not used", flush=True)
+                say(f"{checkpoint.uri} was made with other settings or data: not used")
                 continue
             yield checkpoint
 
@@ -177,7 +178,7 @@ class Store:
 
     def mark_corrupt(self, step: int, reason: str) -> None:
         """Keeps a checkpoint from being read again. Its files stay to be looked at until newer ones replace it."""
-        print(f"{self._uri(step)} is corrupt ({reason}); the one before it is used", flush=True)
+        say(f"{self._uri(step)} is corrupt ({reason}); the one before it is used")
         persist = partial(storage.persist, what=f"{self._uri(step)} could not be marked")
         persist(lambda: self.folder.write(f"checkpoint-{step}/{CORRUPT}", f"{reason}\n".encode()))
         persist(lambda: self.folder.remove(f"checkpoint-{step}/{COMPLETE}"))

@@ -10,6 +10,7 @@ from finetune_fit.architectures import Architecture
 from finetune_trainer import fit, folders, model_files, preflight, storage
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.methods import choices
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import RunFile
 
 
@@ -54,7 +55,7 @@ def _read_model(run: RunFile, work: Path) -> Architecture | None:
     try:
         return architectures.read(model_files.read_config(folder, uri=run.model.uri), None)
     except architectures.UnknownArchitectureError as error:
-        print(f"memory: not estimated ({error})", flush=True)
+        say(f"memory: not estimated ({error})")
         return None
 
 

@@ -15,6 +15,7 @@ from finetune_trainer import model_files
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.methods import choices
 from finetune_trainer.preflight import Checked
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import Lora, Precision, RunFile
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ def check(
     disk = runs.disk(model, work, keep=keep)
     if not on_gpu:
         needed = memory.estimate(model, work)
-        print(f"memory: needs about {verdicts.gib(needed.total)} on the CPU", flush=True)
+        say(f"memory: needs about {verdicts.gib(needed.total)} on the CPU")
         return disk
     verdict = verdicts.judge(model, work, capacity=device.memory_bytes, device=device.description)
     if verdict.fit is verdicts.Fit.TOO_LARGE:
         raise BadConfig(f"method.type: {run.method.type} of this model does not fit: {verdict.message}")
     title = "warning: memory" if verdict.fit is verdicts.Fit.TIGHT else "memory"
-    print(f"{title}: {verdict.message}", flush=True)
+    say(f"{title}: {verdict.message}")
     return disk
 
 
@@ -54,7 +55,7 @@ def read(folder: Path, *, uri: str) -> Architecture | None:
     try:
         return architectures.read(config, tensors)
     except architectures.UnknownArchitectureError as error:
-        print(f"memory: not estimated ({error})", flush=True)
+        say(f"memory: not estimated ({error})")
         return None
 
 

@@ -12,6 +12,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from finetune_trainer.progress import say
+
 INTERVAL = 5.0  # seconds between two looks; Ray Train's default
 TIMEOUT = 5.0  # seconds for one
 
@@ -43,6 +45,6 @@ def _watch(address: str, over: threading.Event) -> None:
         with contextlib.suppress(Exception):
             client = client or GcsClient(address=address)
             if client.get_draining_nodes(timeout=TIMEOUT) and not over.is_set():
-                print("Ray drains this node: a checkpoint is saved, and training ends", flush=True)
+                say("Ray drains this node: a checkpoint is saved, and training ends")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

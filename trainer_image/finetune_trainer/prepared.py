@@ -11,6 +11,7 @@ import trl
 from finetune_trainer.data import encoding, tokens
 from finetune_trainer.methods import choices, models, trainers
 from finetune_trainer.preflight import Checked
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import RunFile
 
 
@@ -70,17 +71,14 @@ def _describe_rows(rows: list[tokens.TokenRow], max_length: int) -> None:
     learnt = sum(label != tokens.IGNORED for row in rows for label in row.labels)
     total = sum(len(row.input_ids) for row in rows)
     cut = f"; {full} rows reach maxLength and may be cut" if full else ""
-    print(
-        f"tokens: {total} in {len(rows)} rows, {learnt} of them learnt; longest row {longest}{cut}",
-        flush=True,
-    )
+    say(f"tokens: {total} in {len(rows)} rows, {learnt} of them learnt; longest row {longest}{cut}")
 
 
 def build_train_set(run: RunFile, encoded: Encoded) -> datasets.Dataset:
     train_set = trainers.to_dataset(encoded.train)
     if run.hyperparameters.packing:
         train_set = trl.pack_dataset(train_set, encoded.max_length, "bfd")
-        print(f"packing: {len(encoded.train)} rows in {len(train_set)} sequences", flush=True)
+        say(f"packing: {len(encoded.train)} rows in {len(train_set)} sequences")
     return train_set
 
 

@@ -14,6 +14,7 @@ import transformers
 from finetune_trainer import checkpoints, saving
 from finetune_trainer.failures import CheckpointCorrupt, ErrorClass, classify
 from finetune_trainer.preflight import Checked
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import Resume, RunFile
 
 TRAINER_STATE = "trainer_state.json"
@@ -89,7 +90,7 @@ def find(
             store.mark_corrupt(checkpoint.step, str(finding))
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        print(f"resuming from {checkpoint.uri}", flush=True)
+        say(f"resuming from {checkpoint.uri}")
         return Resumption(checkpoint, folder, patience_used)
     return None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from finetune_fit import runs, verdicts
 from finetune_trainer import storage
 from finetune_trainer.failures import BadConfig, StorageFailed
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import RunFile
 
 OUTPUT, CHECKPOINTS, WORK = "output.uri", "checkpoint.uri", "the work folder (TMPDIR)"
@@ -49,7 +50,7 @@ def check(run: RunFile, needs: runs.Disk, *, rows: int, work: Path) -> None:
                 raise StorageFailed(text)
             raise BadConfig(text)
         if disk.needed > MARGIN * disk.free:
-            print(f"warning: disk: {describe(disk, needs, written)}", flush=True)
+            say(f"warning: disk: {describe(disk, needs, written)}")
 
 
 def count_checkpoints(run: RunFile, *, rows: int) -> int:

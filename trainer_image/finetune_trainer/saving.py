@@ -13,7 +13,7 @@ import transformers
 from finetune_trainer import finite, randomness, signals, storage
 from finetune_trainer.checkpoints import Checkpoint, Store
 from finetune_trainer.failures import Preempted, StorageFailed
-from finetune_trainer.progress import Reporter, format_duration
+from finetune_trainer.progress import Reporter, format_duration, say
 from finetune_trainer.runfile import Checkpoint as Schedule
 
 # What a resumed run reads; everything else (a pickle of the arguments, a card, the tokenizer) is made anew.
@@ -78,7 +78,7 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
         No weight has changed since the last step; with the same random numbers the step is done again.
         """
         args, state = self.trainer.args, self.trainer.state
-        print(f"step {state.global_step + 1} is given up: its rest takes too long", flush=True)
+        say(f"step {state.global_step + 1} is given up: its rest takes too long")
         randomness.restore(self._randomness)
         self._save_now(args, state)
 
@@ -144,7 +144,7 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
         )
         self.saved_step, self._saved_at, self._reason = step, time.monotonic(), None
         self.reporter.update(checkpoint=saved.to_report())
-        print(f"{_describe(saved)} saved in {format_duration(self._saved_at - started)}", flush=True)
+        say(f"{_describe(saved)} saved in {format_duration(self._saved_at - started)}")
         if not signals.stop_requested():
             self._prune(step)
         if not self.keep_best:
@@ -157,7 +157,7 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
                 what=f"older checkpoints in {self.store.folder.uri} could not be removed",
             )
         except StorageFailed as error:  # what was to be saved is saved
-            print(f"{error}; training goes on", flush=True)
+            say(f"{error}; training goes on")
 
     def _stop(self, step: int) -> None:
         if self.saved_step == 0:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from finetune_trainer import pulse
 from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
+from finetune_trainer.progress import say
 
 REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
 PAUSES = (1.0, 4.0)  # seconds before a failed transfer is tried again
@@ -278,5 +279,5 @@ def persist(action: Callable[[], T], *, what: str, pauses: Sequence[float] = PAU
             if not waits:
                 raise StorageFailed(f"{what} ({describe_error(error)})") from error
             pause = waits.pop(0)
-            print(f"{what} ({describe_error(error)}); trying again in {pause:g}s", flush=True)
+            say(f"{what} ({describe_error(error)}); trying again in {pause:g}s")
             time.sleep(pause)

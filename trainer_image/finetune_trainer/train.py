@@ -34,7 +34,7 @@ from finetune_trainer.failures import NotFinite
 from finetune_trainer.methods import adapters, choices, models, packing, sampling, settings, trainers
 from finetune_trainer.methods.models import Head
 from finetune_trainer.preflight import Checked
-from finetune_trainer.progress import Phase, Reporter, format_duration
+from finetune_trainer.progress import Phase, Reporter, format_duration, say
 from finetune_trainer.rewards import functions
 from finetune_trainer.rewards import models as reward_models
 from finetune_trainer.runfile import Objective, RunFile
@@ -192,7 +192,7 @@ def _adapt(model: Any, run: RunFile, checked: Checked, *, head: Head) -> tuple[A
         return model, None
     if checked.adapter is None:
         return model, adapters.build_lora(checked.lora, model, head=head)
-    print(f"training goes on with the adapter {checked.adapter.uri} ({checked.adapter.digest})", flush=True)
+    say(f"training goes on with the adapter {checked.adapter.uri} ({checked.adapter.digest})")
     return adapters.continue_adapter(model, checked.adapter, checked.lora, head=head), None
 
 
@@ -236,4 +236,4 @@ def _run(trainer: Any, resumption: resume.Resumption | None, store: checkpoints.
         resume.train(trainer, resumption, store)
     seconds = format_duration(time.monotonic() - started)
     since = "" if resumption is None else f" (from {resumption.step})"
-    print(f"trained to step {trainer.state.global_step}{since} in {seconds}", flush=True)
+    say(f"trained to step {trainer.state.global_step}{since} in {seconds}")

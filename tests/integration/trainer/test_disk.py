@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,8 @@ from typing import Any
 import pytest
 
 from finetune_fit import runs
-from finetune_trainer import room
+from finetune_trainer import lifecycle, room
+from tests import tiny
 from tests.integration.trainer.conftest import Ended, Run
 from tests.integration.trainer.stopping import StopAt, schedule
 
@@ -71,3 +76,24 @@ def test_a_disk_that_is_too_small_is_refused_before_the_model_is_loaded(
     assert "lower checkpoint.keep (now 2)" in ended.result["message"]
     assert "trained to step" not in ended.log
     assert not ended.output.exists()
+
+
+def test_a_log_on_a_full_disk_does_not_end_training(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tiny.run_document(
+        tiny_model,
+        chat_file,
+        tmp_path / "out",
+        hyperparameters={**HYPER, "maxSteps": 2},
+        checkpoint=schedule(tmp_path / "ck", everySteps=1),
+    )
+    (tmp_path / "run.json").write_text(json.dumps(document))
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert lifecycle.run_job(tmp_path / "run.json") == 0
+    assert (tmp_path / "out/manifest.json").exists()

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from finetune_trainer import machine
 from finetune_trainer.failures import BadConfig
+from finetune_trainer.progress import say
 from finetune_trainer.runfile import Hyperparameters, MethodType, Objective, Precision, Reward
 
 # Of adapters, and of all weights: preferences and rewards are learnt in smaller steps than demonstrations.
@@ -34,7 +35,7 @@ class Choice(Generic[T]):
 
 
 def explain(name: str, choice: Choice[Any]) -> None:
-    print(f"{name}: {choice.value} ({choice.reason})", flush=True)
+    say(f"{name}: {choice.value} ({choice.reason})")
 
 
 def choose_learning_rate(
