@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_trainer import storage
 from finetune_trainer.artifacts import MANIFEST
-from finetune_trainer.failures import TrainerError
+from finetune_trainer.failures import TrainerError, is_full
 
 SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".md", ".txt", ".model", ".tiktoken")
 MAX_BYTES = 16 << 30  # of one adapter; a wrong URI must not fill the disk
@@ -82,7 +82,7 @@ def _fetch(uri: str, digest: str, cache: Path) -> Artifact:
         except FileNotFoundError as error:
             raise DownloadFailed(f"{uri}: {error.filename or error} does not exist") from error
         except Exception as error:
-            if storage.is_full(error):  # our side: nobody should look for the fault in the store
+            if is_full(error):  # our side: nobody should look for the fault in the store
                 raise
             if not (storage.is_failure(error) or isinstance(error, TrainerError | ValueError)):
                 raise

@@ -15,7 +15,8 @@ import transformers
 from finetune_server.lora import AdapterBank
 from finetune_server.slots import SlotCache
 from finetune_trainer import model_files, storage
-from finetune_trainer.failures import BadConfig, ModelNotFound, StorageFailed
+from finetune_trainer.failures import BadConfig, ModelNotFound, StorageFailed, TrainerError, is_full
+from finetune_trainer.methods import hub
 
 DEFAULT_LENGTH = 8192  # tokens; longer contexts are asked for with --max-model-len
 _TOLERANCE = 0.02  # of the logits' spread; a wrong mask or position is off by more than the spread itself
@@ -39,11 +40,9 @@ def find_model(uri: str) -> Path:
     Raises ModelNotFound, BadConfig or StorageFailed.
     """
     try:
-        if storage.is_hub(uri):
-            name = uri.removeprefix("hf://").strip("/")
-            path = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(storage.MODEL_FILES)))
-        else:
-            path = storage.local_path(uri) or _download(uri)
+        path = _from_hub(uri) if storage.is_hub(uri) else storage.local_path(uri) or _download(uri)
+    except TrainerError:
+        raise
     except Exception as error:
         if not (storage.is_failure(error) or isinstance(error, ValueError)):
             raise
@@ -58,6 +57,16 @@ def find_model(uri: str) -> Path:
     return path
 
 
+def _from_hub(uri: str) -> Path:
+    name = uri.removeprefix("hf://").strip("/")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(storage.MODEL_FILES)))
+    except Exception as error:
+        if not hub.is_unwritable(error):
+            raise
+        raise StorageFailed(f"--model: {uri} {hub.unwritten(error)}") from error
+
+
 def _download(uri: str) -> Path:
     """Returns a new folder with a remote model's files. Raises what the store raises; StorageFailed for a full disk."""
     folder = Path(tempfile.mkdtemp(prefix="finetune-server-"))
@@ -65,7 +74,7 @@ def _download(uri: str) -> Path:
         return storage.fetch_folder(uri, folder)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)  # else each start would leave its half
-        if storage.is_full(error):
+        if is_full(error):
             raise StorageFailed(
                 f"--model: {uri} does not fit into {folder.parent} ({storage.describe_error(error)}); "
                 "make room there, or set TMPDIR"

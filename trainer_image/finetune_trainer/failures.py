@@ -94,13 +94,14 @@ class Stopped(BaseException):
 GPU_MEMORY = re.compile(r"(CUDA|HIP|XPU)( error:)? out of memory|CU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED")
 HOST_MEMORY = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory")
 # torch and safetensors raise their own types when a local disk is full.
-STORAGE_TEXT = re.compile(
-    r"No space left on device|os error (28|5|116|122)\b|PytorchStreamWriter failed|unexpected pos \d+ vs"
+FULL_TEXT = re.compile(
+    r"No space left on device|os error (27|28|122)\b|PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error"
 )
+FULL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+STORAGE_TEXT = re.compile(r"os error (5|116)\b")
 COLLECTIVE_TEXT = re.compile(r"\bNCCL\b|ncclRemoteError|\bgloo\b|Connection closed by peer")
 STORAGE_NUMBERS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
+    *FULL_NUMBERS,
     errno.EIO,
     errno.ESTALE,
     errno.EROFS,
@@ -138,7 +139,14 @@ def is_storage_trouble(error: BaseException) -> bool:
         return error.errno in STORAGE_NUMBERS or isinstance(error, (ConnectionError, TimeoutError))
     if type(error).__module__.partition(".")[0] in STORAGE_LIBRARIES:
         return True
-    return STORAGE_TEXT.search(str(error)) is not None
+    return is_full(error) or STORAGE_TEXT.search(str(error)) is not None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a local disk did not take what was written."""
+    if isinstance(error, OSError):
+        return error.errno in FULL_NUMBERS
+    return FULL_TEXT.search(str(error)) is not None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

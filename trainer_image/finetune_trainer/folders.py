@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from finetune_trainer import storage
-from finetune_trainer.failures import ModelNotFound, StorageFailed, TrainerError, is_storage_trouble
+from finetune_trainer.failures import (
+    ModelNotFound,
+    StorageFailed,
+    TrainerError,
+    is_full,
+    is_storage_trouble,
+)
 
 
 def fetch(
@@ -64,5 +71,8 @@ def _explained(uri: str, *, field: str, credentials: str) -> Iterator[None]:
 
 def unreadable(what: str, error: Exception) -> TrainerError:
     """The failure for something that is there and cannot be read; one of the storage is tried again."""
+    if is_full(error):
+        room = f"{tempfile.gettempdir()} ({storage.describe_error(error)}); {storage.MORE_ROOM}"
+        return StorageFailed(f"{what} does not fit into {room}")
     kind = StorageFailed if is_storage_trouble(error) else TrainerError
     return kind(f"{what} cannot be read ({storage.describe_error(error)})")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +27,17 @@ from finetune_trainer import (
     signals,
     storage,
 )
-from finetune_trainer.failures import EXIT_CODES, ErrorClass, Preempted, Stopped, TrainerError, classify
+from finetune_trainer.failures import (
+    EXIT_CODES,
+    BadConfig,
+    ErrorClass,
+    Preempted,
+    Stopped,
+    StorageFailed,
+    TrainerError,
+    classify,
+    is_full,
+)
 from finetune_trainer.progress import RESULT_PATIENCE, Endpoint, Phase, Reporter, say
 
 # manifest.json's names and those of reports
@@ -85,8 +95,8 @@ def check(run: runfile.RunFile, reporter: Reporter) -> dict[str, Any]:
     """Looks for what would end the training early, without a GPU and without claiming a folder."""
     prepare_environment(run.uris())
     reporter.update(phase=Phase.VALIDATING)
-    with tempfile.TemporaryDirectory(prefix="finetune-") as name:
-        found = early_fit.check(run, Path(name))
+    with _work_folder() as work:
+        found = early_fit.check(run, work)
     say(found)
     return {"class": ErrorClass.CHECKED, "exitCode": 0, "message": found}
 
@@ -143,14 +153,34 @@ def _train(run: runfile.RunFile, reporter: Reporter) -> artifacts.Artifact:
     try:
         if store is not None:
             store.claim()
-        with tempfile.TemporaryDirectory(prefix="finetune-") as name:
-            artifact = _train_into(folder, run, Path(name), reporter, store)
+        with _work_folder() as work:
+            artifact = _train_into(folder, run, work, reporter, store)
     except BaseException:
         _release(folder, run.job)
         raise
     reporter.update(checkpoint=None)
     _clear(store)
     return artifact
+
+
+@contextlib.contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A folder for this process alone. Raises StorageFailed, which names it, when its disk is full; BadConfig where
+    there can be none."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="finetune-")
+    except OSError as error:
+        text = f"no folder for temporary files can be written ({error}); set TMPDIR to a volume that can be written"
+        raise (StorageFailed if is_full(error) else BadConfig)(text) from error
+    with folder as name:
+        try:
+            yield Path(name)
+        except Exception as error:
+            if isinstance(error, TrainerError) or not is_full(error):
+                raise
+            place = getattr(error, "filename", None) or f"{name} (TMPDIR)"
+            text = f"{place} could not be written ({storage.describe_error(error)}); {storage.MORE_ROOM}"
+            raise StorageFailed(text) from error
 
 
 def _train_into(

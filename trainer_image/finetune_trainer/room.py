@@ -109,7 +109,7 @@ def way_out(run: RunFile, disk: Disk) -> str:
     if OUTPUT in disk.fields or CHECKPOINTS in disk.fields:
         ways.append("make room, or name a larger volume or an object store (s3://, gs://)")
     if WORK in disk.fields:
-        ways.append("give the pod more ephemeral storage, or set TMPDIR to a larger volume")
+        ways.append(storage.MORE_ROOM)
     return "; ".join(ways)
 
 

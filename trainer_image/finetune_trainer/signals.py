@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from finetune_trainer.failures import Stopped
+from finetune_trainer.progress import say
 
 POLL = 0.1  # seconds
 
@@ -96,12 +98,15 @@ def pid_file() -> Path:
 @contextlib.contextmanager
 def known_process() -> Iterator[None]:
     """Leaves this process' number where `stop_running` of the same container finds it."""
-    path = pid_file()
-    path.write_text(str(os.getpid()))
+    try:
+        pid_file().write_text(str(os.getpid()))
+    except OSError as error:  # what needs this folder says so itself
+        say(f"`finetune-trainer stop` will not find this run ({error})", file=sys.stderr)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            pid_file().unlink(missing_ok=True)
 
 
 def stop_running(*, patience: float) -> bool:

@@ -15,6 +15,7 @@ from finetune_trainer.progress import say
 
 REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
 PAUSES = (1.0, 4.0)  # seconds before a failed transfer is tried again
+MORE_ROOM = "give the pod more ephemeral storage, or set TMPDIR to a larger volume"
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
@@ -260,11 +261,6 @@ def describe_error(error: BaseException) -> str:
 def is_failure(error: Exception) -> bool:
     """Whether it is storage that failed: beside OSError, stores raise their client's own types."""
     return isinstance(error, OSError) or is_storage_trouble(error)
-
-
-def is_full(error: Exception) -> bool:
-    """Whether a local disk did not take what was written."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def persist(action: Callable[[], T], *, what: str, pauses: Sequence[float] = PAUSES) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import http.server
 import resource
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from finetune_server import downloads, evaluations, models
@@ -77,6 +79,17 @@ def test_a_full_disk_is_told_with_the_folder_that_is_full(
         downloads.fetch(f"file://{published}", digest, cache)
     assert list(cache.iterdir()) == []
     assert downloads.fetch(f"file://{published}", digest, cache).folder.is_dir()
+
+
+def test_a_full_cache_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(
+        StorageFailed, match=r"--model: hf://a/b cannot be written into the hub's cache .*HF_HOME"
+    ):
+        models.find_model("hf://a/b")
 
 
 def test_a_base_model_that_does_not_fit_leaves_no_half(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
-from finetune_trainer import folders, storage
-from finetune_trainer.failures import ErrorClass, NotFinite, StorageFailed, classify
+from finetune_trainer import folders, lifecycle, signals, storage
+from finetune_trainer.failures import BadConfig, ErrorClass, NotFinite, StorageFailed, classify
+from finetune_trainer.methods import hub
 
 
 def raised(action: Callable[[], Any]) -> Exception:
@@ -68,15 +72,65 @@ def test_a_full_disk() -> None:
         error_class, message = classify(raised(action))
         assert error_class is ErrorClass.STORAGE, message
     # safetensors writes to a temporary file beside the target, so a full disk is not to be had here.
-    error = safetensors.SafetensorError(
-        "Error while serializing: I/O error: No space left on device (os error 28)"
-    )
-    assert classify(error)[0] is ErrorClass.STORAGE
+    for text in ("No space left on device (os error 28)", "File too large (os error 27)"):
+        error = safetensors.SafetensorError(f"Error while serializing: I/O error: {text}")
+        assert classify(error)[0] is ErrorClass.STORAGE
+    assert classify(RuntimeError("basic_ios::clear: iostream error"))[0] is ErrorClass.STORAGE  # torch.save
+
+
+def test_a_full_work_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = rf"{tmp_path}.* \(TMPDIR\) could not be written \(No space left on device\); give the pod more"
+    with pytest.raises(StorageFailed, match=message), lifecycle._work_folder():
+        raise full
+    assert re.search(rf"s3://b/x does not fit into {tmp_path} ", str(folders.unreadable("s3://b/x", full)))
+
+
+def test_a_disk_without_any_place_for_temporary_files_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with (
+        pytest.raises(BadConfig, match=r"no folder for temporary files .*none.* set TMPDIR"),
+        signals.known_process(),
+        lifecycle._work_folder(),
+    ):
+        pass
+    assert "`finetune-trainer stop` will not find this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), StorageFailed),
+        (RuntimeError("Data processing error: No space left on device (os error 28)"), StorageFailed),
+        (PermissionError(errno.EACCES, "Permission denied"), BadConfig),
+    ],
+)
+def test_a_cache_of_the_hub_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(kind, match=r"model\.uri: hf://a/b cannot be written into the hub's cache /.*HF_HOME"):
+        hub.fetch_model("hf://a/b", None)
 
 
 @pytest.mark.parametrize(
     "number",
-    [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT, errno.EROFS, errno.ECONNRESET, errno.ETIMEDOUT],
+    [
+        errno.ENOSPC,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ESTALE,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.ECONNRESET,
+        errno.ETIMEDOUT,
+    ],
 )
 def test_a_failing_disk_or_network(number: int) -> None:
     assert classify(OSError(number, os.strerror(number)))[0] is ErrorClass.STORAGE
