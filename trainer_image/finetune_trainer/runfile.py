@@ -5,6 +5,8 @@ The operator has its own models; a test proves that every run file that it build
 
 from __future__ import annotations
 
+import contextlib
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -244,6 +246,8 @@ def load(path: Path) -> RunFile:
 
 def parse(text: str) -> RunFile:
     """Parses the JSON text of a run file. Raises BadConfig."""
+    with contextlib.suppress(ValueError, RecursionError):  # told below, as what it is
+        json.loads(text, object_pairs_hook=_refuse_repetition)
     try:
         run = RunFile.model_validate_json(text)
     except ValidationError as error:
@@ -252,6 +256,17 @@ def parse(text: str) -> RunFile:
     if problems:
         raise BadConfig("; ".join(problems))
     return run
+
+
+def _refuse_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Pydantic takes the last value of a field that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        beside = ", ".join(name for name in found if name != twice) or "nothing else"
+        raise BadConfig(f"run file: {twice} is there twice in one object (beside {beside}); remove one")
+    return found
 
 
 def _describe(item: dict[str, Any]) -> str:

@@ -128,6 +128,12 @@ def test_text_that_is_no_json_and_a_file_that_is_not_there(tmp_path: Path) -> No
         runfile.load(tmp_path / "none.json")
 
 
+def test_a_field_that_is_there_twice_is_refused() -> None:
+    text = json.dumps(document()).replace('"maxSteps": 4', '"maxSteps": 4, "epochs": 2, "epochs": 7')
+    with pytest.raises(BadConfig, match=r"run file: epochs is there twice in one object \(beside maxSteps, "):
+        runfile.parse(text)
+
+
 def test_checkpoints_and_overrides_are_read() -> None:
     checkpoint = {"uri": "file:///out-checkpoints", "everySteps": 5, "everyMinutes": 0.5, "resume": "Never"}
     run = runfile.parse(json.dumps(document(checkpoint=checkpoint, overrides={"microBatchSize": 2})))
