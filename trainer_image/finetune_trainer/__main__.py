@@ -24,8 +24,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.command == "stop":
         return 0 if signals.stop_running(patience=options.wait) else 1
-    from finetune_trainer import lifecycle
-
     signals.install()
     if options.command == "run":
         with signals.known_process():
@@ -33,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     task = lifecycle.check if options.command == "check" else lifecycle.inspect
     return lifecycle.run_job(options.run_file, task)
 
+    with signals.noted():  # an import must not be broken off, and the result has to be told
+        from finetune_trainer import lifecycle
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(

@@ -64,6 +64,7 @@ def run_job(run_file: Path, task: Task | None = None) -> int:
     if task is inspect:
         reporter.update(inspection=True)
     try:
+        signals.check()
         run = runfile.load(run_file)
         with pulse.heard_by(reporter.beat):
             result = (task or train)(run, reporter)

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 
 from finetune_trainer.failures import Stopped
-from finetune_trainer.progress import say
 
 POLL = 0.1  # seconds
 
@@ -45,24 +44,38 @@ def kept() -> Iterator[None]:
 def ignore_more() -> None:
     """The result stands: a SIGTERM from here on, such as the one that follows a preStop hook, must not replace the exit
     code. Python gives up its own handlers some time before the process is gone."""
+    global _requested
+    _requested = False
     if signal.getsignal(signal.SIGTERM) is _stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """While inside, SIGTERM only sets `stop_requested`: somebody looks at it after each step, and saves first.
-
-    A stop that nobody looked at any more takes effect at the end. SIGINT, a person's Ctrl-C, is never deferred.
-    """
-    global _deferred, _requested
-    _deferred, _requested = True, False
+def noted() -> Iterator[None]:
+    """While inside, SIGTERM only sets `stop_requested`. SIGINT, a person's Ctrl-C, is never put off."""
+    global _deferred
+    _deferred = True
     try:
         yield
     finally:
         _deferred = False
+
+
+def check() -> None:
+    """Raises Stopped where SIGTERM came: while it was only noted, or in a callback out of which nothing is raised."""
     if _requested:
         raise Stopped(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """While inside, SIGTERM is noted, and somebody looks at `stop_requested` after each step, and saves first.
+
+    A stop that nobody looked at any more takes effect at the end.
+    """
+    with noted():
+        yield
+    check()
 
 
 @contextlib.contextmanager
@@ -82,9 +95,9 @@ def stop_requested() -> bool:
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:
     global _requested
-    deferred = signal_number == signal.SIGTERM and _deferred
-    _requested = _requested or deferred
-    if _breakable or not deferred:
+    if signal_number == signal.SIGTERM:
+        _requested = True
+    if _breakable or not (_deferred and signal_number == signal.SIGTERM):
         raise Stopped(signal_number)
 
 
@@ -101,6 +114,8 @@ def known_process() -> Iterator[None]:
     try:
         pid_file().write_text(str(os.getpid()))
     except OSError as error:  # what needs this folder says so itself
+        from finetune_trainer.progress import say  # slow to import, and only wanted here
+
         say(f"`finetune-trainer stop` will not find this run ({error})", file=sys.stderr)
     try:
         yield

@@ -229,6 +229,7 @@ def _early_stopping(run: RunFile) -> list[transformers.TrainerCallback]:
 
 def _run(trainer: Any, resumption: resume.Resumption | None, store: checkpoints.Store | None) -> None:
     started = time.monotonic()
+    signals.check()
     with contextlib.ExitStack() as stack:
         if store is not None:
             stack.enter_context(signals.deferred())

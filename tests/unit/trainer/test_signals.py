@@ -1,0 +1,55 @@
+"""A stop that comes at an awkward moment is told, and never lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer import signals
+from finetune_trainer.failures import Stopped
+
+DURING_IMPORTS = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "finetune_trainer.lifecycle":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Stop())
+from finetune_trainer.__main__ import main
+sys.exit(main(["run", "--run-file", "none.json"]))
+"""
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals.install()
+    yield
+    signals.ignore_more()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_stop_during_the_first_imports_is_told(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DURING_IMPORTS], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.startswith('TRAINER_RESULT {"class": "Preempted"')
+
+
+def test_a_stop_that_a_library_swallowed_is_found_later(installed: None) -> None:
+    signals.check()
+    with contextlib.suppress(BaseException):  # as a callback of a weak reference does, and __del__
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped):
+        signals.check()
+    signals.ignore_more()
+    signals.check()
