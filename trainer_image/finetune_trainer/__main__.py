@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ run, check and inspect read the run file named by FINETUNE_RUN_FILE (or --run-fi
 
 def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # whoever reads the log takes it for UTF-8, whatever the locale says
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if options.command == "compare":
         from finetune_trainer.evaluation import command
 
@@ -25,14 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "stop":
         return 0 if signals.stop_running(patience=options.wait) else 1
     signals.install()
+    with signals.noted():  # an import must not be broken off, and the result has to be told
+        from finetune_trainer import lifecycle
     if options.command == "run":
         with signals.known_process():
             return lifecycle.run_job(options.run_file)
     task = lifecycle.check if options.command == "check" else lifecycle.inspect
     return lifecycle.run_job(options.run_file, task)
 
-    with signals.noted():  # an import must not be broken off, and the result has to be told
-        from finetune_trainer import lifecycle
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(

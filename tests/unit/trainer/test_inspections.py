@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from finetune_operator.core.reports import Report
-from finetune_trainer import artifacts, lifecycle, storage
+from finetune_trainer import __main__ as command
+from finetune_trainer import artifacts, lifecycle, signals, storage
 from finetune_trainer.failures import Stopped
 from finetune_trainer.progress import Reporter, State
 from finetune_trainer.runfile import Job
@@ -151,6 +152,17 @@ def test_a_log_on_a_full_disk_changes_neither_report_nor_exit_code(
     monkeypatch.setattr(sys, "stderr", Full())
     assert inspect() == code
     assert last_report(operator).result is not None
+
+
+def test_the_log_is_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(signals, "install", lambda: None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert command.main(["inspect", "--run-file", "größe….json"]) == 64
+    line = written.getvalue().decode()
+    assert (
+        "run file größe….json cannot be read" in json.loads(line.removeprefix("TRAINER_RESULT "))["message"]
+    )
 
 
 def test_a_stop_while_the_result_is_reported_changes_nothing(
