@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_server import agent_app
+from finetune_server import agent_app, threads
 from finetune_server.ports import listen, read_key
 from finetune_trainer import machine
 from finetune_trainer.failures import TrainerError
@@ -26,11 +28,14 @@ def run(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    asyncio.run(_serve(options))
+    if not asyncio.run(_serve(options)):
+        sys.stderr.flush()
+        os._exit(0)  # nothing can end the thread that loads, and the end of Python under it may crash
     return 0
 
 
-async def _serve(options: argparse.Namespace) -> None:
+async def _serve(options: argparse.Namespace) -> bool:
+    """Returns whether the model was loaded before the stop."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -38,11 +43,11 @@ async def _serve(options: argparse.Namespace) -> None:
     async with contextlib.AsyncExitStack() as stack:
         if options.agent_port:  # before the model: whoever asks meanwhile hears that it is not ready
             await stack.enter_async_context(_agent_beside(options, api_key))
-        loading = asyncio.create_task(asyncio.to_thread(build_engine, options))
+        loading = asyncio.create_task(threads.apart(lambda: build_engine(options)))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
-            return  # the process ends when that thread has
+            return False
         engine, names = loading.result()
         from finetune_server.api import Api  # with torch behind it: see build_engine
 
@@ -59,6 +64,7 @@ async def _serve(options: argparse.Namespace) -> None:
             await asyncio.wait({stopping}, timeout=1)
         api.draining = True
         LOG.info("draining")
+    return True
 
 
 def _agent_beside(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from finetune_local.ports import pick
+from finetune_server import server
+from finetune_server.__main__ import make_parser
 from tests import tiny
 from tests.integration.server.processes import COMMAND, Process, call, engine
 from tests.waiting import wait_until
@@ -155,6 +163,25 @@ def test_a_wrong_model_is_told_in_one_line(tmp_path: Path) -> None:
     code, told = end("--model", str(tmp_path), "--port", str(pick(1)[0]), "--agent-port", "0")
     assert code == 66
     assert told.startswith("ModelNotFound: --model: file://")
+
+
+def test_a_stop_does_not_wait_for_a_model_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(BaseException):
+        pass
+
+    def hang(options: argparse.Namespace) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(server, "build_engine", hang)
+    monkeypatch.setattr(os, "_exit", leave)
+    began = time.monotonic()
+    with pytest.raises(Left, match="0"):
+        server.run(make_parser().parse_args(["--model", "/none", "--agent-port", "0"]))
+    assert time.monotonic() - began < 5
 
 
 def test_a_key_file_of_no_use_is_told_in_one_line(tmp_path: Path) -> None:
