@@ -9,13 +9,14 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_server import agent_app, threads
 from finetune_server.ports import listen, read_key
-from finetune_trainer import machine
-from finetune_trainer.failures import TrainerError
+from finetune_trainer import machine, storage
+from finetune_trainer.failures import BadConfig, TrainerError
 
 if TYPE_CHECKING:
     from finetune_server.engine import Engine
@@ -36,6 +37,10 @@ def run(options: argparse.Namespace) -> int:
 
 async def _serve(options: argparse.Namespace) -> bool:
     """Returns whether the model was loaded before the stop."""
+    try:
+        tempfile.gettempdir()  # torch asks for it as it is imported
+    except OSError as error:
+        raise BadConfig(storage.NO_WORK_FOLDER.format(error)) from error
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -171,7 +171,7 @@ def _work_folder() -> Iterator[Path]:
     try:
         folder = tempfile.TemporaryDirectory(prefix="finetune-")
     except OSError as error:
-        text = f"no folder for temporary files can be written ({error}); set TMPDIR to a volume that can be written"
+        text = storage.NO_WORK_FOLDER.format(error)
         raise (StorageFailed if is_full(error) else BadConfig)(text) from error
     with folder as name:
         try:

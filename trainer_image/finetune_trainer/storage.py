@@ -19,6 +19,9 @@ MORE_ROOM = "give the pod more ephemeral storage, or set TMPDIR to a larger volu
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
+NO_WORK_FOLDER = (
+    "no folder for temporary files can be written ({}); set TMPDIR to a volume that can be written"
+)
 T = TypeVar("T")
 
 

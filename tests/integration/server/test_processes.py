@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from finetune_local.ports import pick
 from finetune_server import server
-from finetune_server.__main__ import make_parser
+from finetune_server.__main__ import main, make_parser
 from tests import tiny
 from tests.integration.server.processes import COMMAND, Process, call, engine
 from tests.waiting import wait_until
@@ -163,6 +164,18 @@ def test_a_wrong_model_is_told_in_one_line(tmp_path: Path) -> None:
     code, told = end("--model", str(tmp_path), "--port", str(pick(1)[0]), "--agent-port", "0")
     assert code == 66
     assert told.startswith("ModelNotFound: --model: file://")
+
+
+def test_a_disk_without_any_place_for_temporary_files_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    assert main(["--model", "/none", "--agent-port", "0"]) == 64
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("BadConfig: no folder for temporary files can be written")
 
 
 def test_a_stop_does_not_wait_for_a_model_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
