@@ -14,9 +14,8 @@ import transformers
 
 from finetune_server.lora import AdapterBank
 from finetune_server.slots import SlotCache
-from finetune_trainer import model_files, storage
+from finetune_trainer import folders, model_files, storage
 from finetune_trainer.failures import BadConfig, ModelNotFound, StorageFailed, TrainerError, is_full
-from finetune_trainer.methods import hub
 
 DEFAULT_LENGTH = 8192  # tokens; longer contexts are asked for with --max-model-len
 _TOLERANCE = 0.02  # of the logits' spread; a wrong mask or position is off by more than the spread itself
@@ -62,9 +61,9 @@ def _from_hub(uri: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(storage.MODEL_FILES)))
     except Exception as error:
-        if not hub.is_unwritable(error):
+        if not folders.is_unwritable(error):
             raise
-        raise StorageFailed(f"--model: {uri} {hub.unwritten(error)}") from error
+        raise StorageFailed(f"--model: {uri} {folders.unwritten(error)}") from error
 
 
 def _download(uri: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +77,17 @@ def unreadable(what: str, error: Exception) -> TrainerError:
         return StorageFailed(f"{what} does not fit into {room}")
     kind = StorageFailed if is_storage_trouble(error) else TrainerError
     return kind(f"{what} cannot be read ({storage.describe_error(error)})")
+
+
+def is_unwritable(error: Exception) -> bool:
+    """Whether a download from the hub failed because its cache, a local folder, does not take it."""
+    return is_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS))
+
+
+def unwritten(error: Exception) -> str:
+    from huggingface_hub import constants  # a slow import
+
+    return (
+        f"cannot be written into the hub's cache {constants.HF_HUB_CACHE} "
+        f"({storage.describe_error(error)}); set HF_HOME to a folder that can be written and has room"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils.tqdm import tqdm
 
-from finetune_trainer import pulse, storage
+from finetune_trainer import folders, pulse
 from finetune_trainer.failures import BadConfig, ModelNotFound, StorageFailed, is_full
 from finetune_trainer.model_files import check_model_files
 from finetune_trainer.storage import MODEL_FILES
@@ -63,20 +62,8 @@ def _download(uri: str, revision: str | None, patterns: Iterable[str]) -> Path:
             "check the network, or copy the model to a volume and use pvc:// or file://"
         ) from error
     except Exception as error:
-        if not is_unwritable(error):
+        if not folders.is_unwritable(error):
             raise
         kind = StorageFailed if is_full(error) else BadConfig
-        raise kind(f"model.uri: {uri} {unwritten(error)}") from error
+        raise kind(f"model.uri: {uri} {folders.unwritten(error)}") from error
     return Path(path)
-
-
-def is_unwritable(error: Exception) -> bool:
-    """Whether it is the hub's cache that failed, a local folder."""
-    return is_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS))
-
-
-def unwritten(error: Exception) -> str:
-    return (
-        f"cannot be written into the hub's cache {huggingface_hub.constants.HF_HUB_CACHE} "
-        f"({storage.describe_error(error)}); set HF_HOME to a folder that can be written and has room"
-    )
