@@ -92,7 +92,6 @@ async def _lead_while_elected(
         leading.close()
         raise
     telemetry.leads.set(1)
-    # Before the leader's parts: Kopf cancels, when it ends, all tasks that began after it.
     keeping = asyncio.create_task(election.keep(), name="lease")
     acting = asyncio.create_task(leading, name="leader")
     ended: list[BaseException | None] = []

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import kopf
@@ -21,6 +22,8 @@ from finetune_operator.kopf_storage import NoDiffBase, NoMemories, NoProgress
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import facts
 from finetune_operator.reconcile.queue import Key
+
+KOPF = str(Path(kopf.__file__).parent)
 
 Notice: TypeAlias = Callable[[str | None, Mapping[str, Any]], bool]
 """Takes note of an event's type and object; whether it says anything new."""
@@ -58,6 +61,26 @@ class Login:
         )
 
 
+class OtherTasks(Collection["asyncio.Task[Any]"]):
+    """The tasks of this loop that Kopf must not stop. It takes all that began after it for its own: before it ends it
+    waits 5 s for them, and cancels them. But most are ours, or serve connections of ours, and end when we say.
+
+    And the watches, which it leaves behind where one of them fails, must be cancelled alone: one whose pause-waiter
+    is cancelled at the same moment takes that for a pause, and goes on for ever."""
+
+    def __contains__(self, task: object) -> bool:
+        if not isinstance(task, asyncio.Task) or task.get_name().startswith("pause-waiter"):
+            return True
+        code = getattr(task.get_coro(), "cr_code", None)
+        return code is None or not code.co_filename.startswith(KOPF)
+
+    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
+        return (task for task in asyncio.all_tasks() if task in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 async def watch(
     namespaces: Sequence[str],
     *,
@@ -77,12 +100,7 @@ async def watch(
     async def begin_to_look(settings: kopf.OperatorSettings, **_: Any) -> None:
         looks.append(asyncio.create_task(look_for_missing(registry, insights, settings), name="resources"))
 
-    @kopf.on.cleanup(id="look no more", registry=registry)
-    async def end_looking(**_: Any) -> None:
-        for look in looks:
-            look.cancel()
-
-    await kopf.operator(
+    tasks = await kopf.spawn_tasks(
         registry=registry,
         insights=insights,
         memories=NoMemories(),
@@ -92,6 +110,11 @@ async def watch(
         clusterwide=not namespaces,
         namespaces=namespaces,
     )
+    try:
+        await kopf.run_tasks(tasks, ignored=OtherTasks())
+    finally:
+        for look in looks:
+            look.cancel()
 
 
 def build_registry(

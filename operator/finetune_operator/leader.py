@@ -61,18 +61,15 @@ async def lead(
 
         stand_by, login = desk.answer, handlers.Login()
         desk.answer, health.queues = reports.answer, (queue, rollouts.queue)
-        watches = asyncio.create_task(
-            handlers.watch(
-                settings.namespaces,
-                notice=kube.sightings.notice,
-                job_changed=job_changed,
-                deployment_changed=rollouts.queue.add,
-                login=login,
-            ),
-            name="watches",
+        watches = handlers.watch(
+            settings.namespaces,
+            notice=kube.sightings.notice,
+            job_changed=job_changed,
+            deployment_changed=rollouts.queue.add,
+            login=login,
         )
         tasks = [
-            watches,
+            asyncio.create_task(watches, name="watches"),
             asyncio.create_task(login.last(), name="credentials"),
             asyncio.create_task(queue.run(), name="queue"),
             asyncio.create_task(rollouts.run(), name="rollouts"),
@@ -83,8 +80,6 @@ async def lead(
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # re-raises: an operator without its queue or its watches must end, and be restarted
-            # What ended without an error was cancelled by Kopf, which ends: its own end says why.
-            await watches
         finally:
             desk.answer, health.queues = stand_by, ()
             for task in tasks:

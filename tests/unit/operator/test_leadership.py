@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
+import kopf
 import pytest
 from aiohttp import web
 from kubernetes import aio
 from prometheus_client import CollectorRegistry
 
-from finetune_operator import __main__, config
+from finetune_operator import __main__, config, handlers
 from finetune_operator.adapters.kube import FencedError, Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.core import elections
@@ -315,6 +316,22 @@ async def test_a_server_that_is_too_busy_is_asked_again() -> None:
         recovering = asyncio.create_task(recover())
         assert await kube.get("coordination.k8s.io/v1", "Lease", "ns", "finetune-operator") is None
         await recovering
+
+
+async def test_kopf_waits_for_no_task_of_ours_when_it_ends() -> None:
+    """Left to itself it would for 5 s, and the next leader with it. Its own watches, which it leaves behind where one
+    of them fails, it has to stop."""
+    watches = asyncio.create_task(asyncio.sleep(0))
+    ours = asyncio.create_task(asyncio.sleep(3600))
+    async with asyncio.timeout(1):
+        await kopf.run_tasks([watches], ignored=handlers.OtherTasks())
+    assert not ours.done()
+    ours.cancel()
+    its_own = asyncio.create_task(kopf.run_tasks([ours]))
+    waiter = asyncio.create_task(kopf.run_tasks([ours]), name="pause-waiter for pods.v1")
+    assert set(handlers.OtherTasks()) == {asyncio.current_task(), ours, waiter}
+    its_own.cancel()
+    waiter.cancel()
 
 
 class Election:
