@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
-from finetune_cli import job_planning, jobs, local, rollouts
+from finetune_cli import job_planning, jobs, local, rollouts, shared
 
 app = typer.Typer(
     name="finetune",
@@ -19,7 +22,14 @@ app.command("plan")(job_planning.plan)
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except OSError as error:
+        if error.errno not in shared.NO_ROOM:
+            raise
+        typer.secho(f"error: the output cannot be written: {error.strerror}", fg="red", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries once more to write what is left
+        sys.exit(shared.NOT_FOUND)
 
 
 if __name__ == "__main__":

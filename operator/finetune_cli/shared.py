@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import sys
@@ -23,6 +24,8 @@ INVALID = 1
 NOT_FOUND = 2
 TIMED_OUT = 124
 INTERRUPTED = 130
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What the system says where standard output is a file that takes no more."""
 
 
 class Output(StrEnum):
@@ -170,6 +173,8 @@ def told(kubeconfig: Path | None, context: str | None, kind: Kind) -> Iterator[c
     except client.ApiException as error:
         fail(_explain(error, kind), NOT_FOUND)
     except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise
         server = connection.server if connection else "the cluster"
         if isinstance(error, MaxRetryError) and isinstance(error.reason, SSLError):
             fail(f"no TLS with {server}: {error.reason}; check its certificates in the kubeconfig", NOT_FOUND)

@@ -150,6 +150,15 @@ def test_list_as_table_and_json(jobs: Jobs) -> None:
     assert jobs.kubectl.namespace in jobs("list", "-A")
 
 
+@pytest.mark.parametrize("command", [["list"], ["watch", "good", "--timeout", "10s"]])
+def test_output_to_a_full_disk_is_told_as_that(jobs: Jobs, command: list[str]) -> None:
+    jobs.kubectl.apply(GOOD)
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        process = jobs.start(*command, stdout=full)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (2, "error: the output cannot be written: No space left on device\n")
+
+
 def test_describe_shows_events(jobs: Jobs) -> None:
     jobs.kubectl.apply(GOOD)
     jobs.set_status(phase="Pending", reason="KubeRayUnavailable", message="KubeRay is not installed")
