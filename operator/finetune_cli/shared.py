@@ -102,7 +102,7 @@ def echo_data(value: Any, *, as_yaml: bool) -> None:
 def list_objects(
     connection: connections.Connection, kind: Kind, namespace: str | None
 ) -> list[dict[str, Any]]:
-    """The objects of a namespace; None: of all."""
+    """The objects of a namespace; None: of all. Without managedFields, which kubectl does not show either."""
     from kubernetes import client
 
     objects = client.CustomObjectsApi(connection.api)
@@ -111,6 +111,8 @@ def list_objects(
     else:
         found = objects.list_namespaced_custom_object(GROUP, VERSION, namespace, kind.plural)
     items: list[dict[str, Any]] = found["items"]
+    for item in items:
+        item["metadata"].pop("managedFields", None)
     return items
 
 

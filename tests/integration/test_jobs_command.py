@@ -147,6 +147,7 @@ def test_list_as_table_and_json(jobs: Jobs) -> None:
     assert row.split()[:6] == ["good", "Running", "LoRA", "hf://organization/model", "30%", "1.5"]
     (item,) = json.loads(jobs("list", "-o", "json"))
     assert item["metadata"]["name"] == "good"
+    assert "managedFields" not in item["metadata"]
     assert jobs.kubectl.namespace in jobs("list", "-A")
 
 
