@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from pydantic import ValidationError
+
 from finetune_cli.texts import number, seconds_between, status_of
+from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.adapterdeployment_strategy import STEP_KINDS
 from finetune_operator.core.durations import format_duration, parse_duration
-from finetune_operator.core.rollout_pauses import OWN
+from finetune_operator.core.rollout_pauses import stopped_since
 
 Rollout = Mapping[str, Any]
 
@@ -71,16 +74,13 @@ def time_left(rollout: Rollout, now: datetime) -> float | None:
 
 
 def _stopped_at(status: Mapping[str, Any], now: datetime) -> datetime:
-    """Now, or since when the step's time has not counted, as `core.rollout_pauses.stopped_since` has it."""
-    pauses, conditions = status.get("pauseConditions") or (), status.get("conditions") or ()
-    since = [pause["startTime"] for pause in pauses if pause["reason"] not in OWN]
-    since += [
-        condition["lastTransitionTime"]
-        for condition in conditions
-        if (condition["type"], condition["status"]) == ("TrafficRouted", "False")
-        or (condition["type"], condition["reason"]) == ("InvalidSpec", "InvalidSpec")
-    ]
-    return min([now, *(datetime.fromisoformat(time) for time in since)])
+    """Now, or since when the step's time has not counted."""
+    parts = {name: status[name] for name in ("pauseConditions", "conditions") if name in status}
+    try:
+        since = stopped_since(AdapterDeploymentStatus.model_validate(parts))
+    except ValidationError:  # of a newer operator, with reasons that are not known here
+        return now
+    return min(now, since) if since else now
 
 
 def is_underway(rollout: Rollout) -> bool:

@@ -303,6 +303,7 @@ def test_time_left_stands_still_while_something_else_holds_the_step() -> None:
     }
     assert rollout_views.time_left(canary(conditions=[behind]), NOW) == 270
     assert rollout_views.time_left(paused("CanaryPauseStep"), NOW) == 180, "its own pause"
+    assert rollout_views.time_left(paused("ReasonOfANewerOperator"), NOW) == 180
 
 
 @pytest.mark.parametrize("reason", sorted(rollout_pages.HOLDS))
