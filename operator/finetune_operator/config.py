@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +111,21 @@ def _choice(environ: Mapping[str, str], name: str, default: str, allowed: tuple[
     return value
 
 
+def _text(environ: Mapping[str, str], name: str, default: str, *, pattern: str, what: str) -> str:
+    text = environ.get(name) or default
+    if not re.fullmatch(pattern, text, re.ASCII):
+        raise ConfigurationError(f"{name}={text!r}: must be {what}")
+    return text
+
+
+def _address(environ: Mapping[str, str], name: str) -> str | None:
+    text = environ.get(name) or None
+    try:
+        return text and str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ConfigurationError(f"{name}={text!r}: must be an IP address such as 10.0.0.7") from None
+
+
 def _file(environ: Mapping[str, str], name: str) -> Path | None:
     text = environ.get(name)
     if not text:
@@ -116,6 +133,20 @@ def _file(environ: Mapping[str, str], name: str) -> Path | None:
     if not Path(text).is_file():
         raise ConfigurationError(f"{name}={text!r}: no such file")
     return Path(text)
+
+
+def _authority(environ: Mapping[str, str], name: str) -> Path | None:
+    """Certificates that pods get: with others no trainer could report. An empty file stands for an authority that
+    everybody knows."""
+    file = _file(environ, name)
+    try:
+        if file is not None and file.stat().st_size:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{name}={str(file)!r}: must hold the authority's certificate as PEM text: {error}"
+        ) from error
+    return file
 
 
 def _pod_defaults(environ: Mapping[str, str], name: str) -> PodDefaults:
@@ -162,7 +193,7 @@ def _alert_providers(environ: Mapping[str, str], name: str) -> Path | None:
 
 
 def _is_url(url: object) -> bool:
-    if not isinstance(url, str):
+    if not isinstance(url, str) or re.search(r"\s", url):
         return False
     try:
         parts = urlsplit(url)
@@ -174,7 +205,7 @@ def _is_url(url: object) -> bool:
 def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
     urls = [url.strip().rstrip("/") for url in environ.get(name, "").split(",") if url.strip()]
     for url in urls:
-        if not _is_url(url):
+        if not _is_url(url) or re.search("[?#]", url):  # a path is put behind it
             raise ConfigurationError(f"{name}={url!r}: must be a URL such as http://finetune-router:8081")
     return tuple(urls)
 
@@ -260,14 +291,20 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
         submission_mode=_choice(
             environ, "FINETUNE_SUBMISSION_MODE", "K8sJobMode", ("K8sJobMode", "SidecarMode", "HTTPMode")
         ),
-        trainer_image=environ.get("FINETUNE_TRAINER_IMAGE") or "finetune-trainer:0.1.0",
+        trainer_image=_text(
+            environ,
+            "FINETUNE_TRAINER_IMAGE",
+            "finetune-trainer:0.1.0",
+            pattern="[A-Za-z0-9][A-Za-z0-9._:/@-]*",
+            what="the reference of a container image, for example registry.example.com/team/trainer:1.0",
+        ),
         output_uri=_folder(environ, "FINETUNE_OUTPUT_URI"),
         status_host=environ.get("FINETUNE_STATUS_HOST") or "0.0.0.0",  # noqa: S104 - a pod is reached from outside
         status_port=port,
         status_url=_url(environ, "FINETUNE_STATUS_URL") or f"{scheme}://finetune-operator:{port}",
         status_certificate=certificate,
         status_key=key,
-        status_authority=_file(environ, "FINETUNE_TLS_CA_FILE"),
+        status_authority=_authority(environ, "FINETUNE_TLS_CA_FILE"),
         metrics_host=environ.get("FINETUNE_METRICS_HOST") or "0.0.0.0",  # noqa: S104
         metrics_port=metrics_port,
         termination_grace_seconds=_whole(environ, "FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600),
@@ -284,10 +321,16 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
             environ, "FINETUNE_ENGINE_ENDPOINTS", configured=(engine_url, agent_url)
         ),
         prices=_prices(environ, "FINETUNE_PRICES_FILE"),
-        accelerator_label=environ.get("FINETUNE_ACCELERATOR_LABEL") or "nvidia.com/gpu.product",
+        accelerator_label=_text(
+            environ,
+            "FINETUNE_ACCELERATOR_LABEL",
+            "nvidia.com/gpu.product",
+            pattern="([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?",
+            what="the name of a label such as nvidia.com/gpu.product",
+        ),
         alert_providers_file=_alert_providers(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
         drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
         leader_election=_choice(environ, "FINETUNE_LEADER_ELECTION", "false", ("true", "false")) == "true",
         terms=_terms(environ),
-        pod_ip=environ.get("FINETUNE_POD_IP") or None,
+        pod_ip=_address(environ, "FINETUNE_POD_IP"),
     )

@@ -80,4 +80,5 @@ class Forwarder:
     def _tls(self, address: str) -> ssl.SSLContext | bool:
         if not address.startswith("https:"):
             return True
-        return ssl.create_default_context(cafile=str(self._authority) if self._authority else None)
+        own = self._authority if self._authority and self._authority.stat().st_size else None
+        return ssl.create_default_context(cafile=own)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune_local import certificates
 from finetune_local.cluster import Cluster
 from finetune_operator import config
 from tests.clients import Json, Kubectl
@@ -237,12 +238,14 @@ def test_the_operator_understands_its_environment(tmp_path: Path) -> None:
     """What the chart sets, read by the operator's own configuration."""
     rendered = render(EVERYTHING)
     container = one(rendered, "Deployment", NAME)["spec"]["template"]["spec"]["containers"][0]
-    settings_map = one(rendered, "ConfigMap", f"{NAME}-settings")["data"]
+    certificates.ensure(tmp_path)
+    files = one(rendered, "ConfigMap", f"{NAME}-settings")["data"]
+    files["ca.crt"] = (tmp_path / "ca.crt").read_text()
     environment = {e["name"]: e["value"] for e in container["env"] if "value" in e}
     for name, value in environment.items():
         if value.startswith("/etc/finetune-operator/"):
             file = tmp_path / value.removeprefix("/etc/finetune-operator/").replace("/", "-")
-            file.write_text(settings_map.get(Path(value).name, "{}"))
+            file.write_text(files.get(Path(value).name, "{}"))
             environment[name] = str(file)
     settings = config.load(environment)
     assert settings.namespaces == ("team-a", "team-b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_lists_and_folders_are_tidied() -> None:
         ("FINETUNE_LEASE_SECONDS", "0"),
         ("FINETUNE_TLS_CA_FILE", "/nowhere/ca.crt"),
         ("FINETUNE_STATUS_URL", "finetune-operator:8090"),
+        ("FINETUNE_STATUS_URL", "http://finetune operator:8090"),
+        ("FINETUNE_STATUS_URL", "http://finetune-operator:8090/?a=b"),
+        ("FINETUNE_TRAINER_IMAGE", "my trainer:1.0"),
+        ("FINETUNE_ACCELERATOR_LABEL", "nvidia.com/gpu product"),
+        ("FINETUNE_POD_IP", "operator-0"),
         ("FINETUNE_OUTPUT_URI", "/artifacts"),
         ("FINETUNE_OUTPUT_URI", "s3://"),
         ("FINETUNE_NAMESPACES", "team-a,Team_B"),
@@ -42,8 +48,15 @@ def test_lists_and_folders_are_tidied() -> None:
     ],
 )
 def test_a_bad_value_is_named_with_its_variable(name: str, value: str) -> None:
-    with pytest.raises(config.ConfigurationError, match=f"{name}='{value}': "):
+    with pytest.raises(config.ConfigurationError, match=f"{name}='{re.escape(value)}': "):
         config.load({name: value})
+
+
+def test_an_authority_that_is_no_certificate_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ca.crt"
+    file.write_text("-----BEGIN CERTIFICATE-----")
+    with pytest.raises(config.ConfigurationError, match=r"FINETUNE_TLS_CA_FILE='.*': must hold"):
+        config.load({"FINETUNE_TLS_CA_FILE": str(file)})
 
 
 def test_two_servers_need_two_ports() -> None:
