@@ -129,7 +129,8 @@ def last_log_line(message: str | None, *, limit: int = 500) -> str | None:
 
 
 def with_advice(error_class: ErrorClass, message: str) -> str:
-    """The message followed by what the user should do."""
+    """The message followed by what the user should do, unless it says that itself."""
     advice = ADVICE.get(error_class)
     text = message.strip().rstrip(".")
-    return f"{text}. {advice}" if advice and advice not in message else message
+    told = not advice or advice in message or text.endswith("create the job again")
+    return message if told else f"{text}. {advice}"

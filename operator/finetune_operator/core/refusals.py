@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -26,6 +27,15 @@ def refused(seen: Observed, plan: Plan, action: Action, message: str, *, now: da
         case _:
             return hindered(seen, plan, message, now=now)
     return replace(then, events=statuses.events(seen.job.status, then.status))
+
+
+def stripped(rayjob: str, lost: Sequence[str]) -> str:
+    """Why a RayJob that was created was deleted at once."""
+    return (
+        f"RayJob {rayjob} was stored without {', '.join(lost)}, which the operator had set: a policy or a webhook of "
+        "this cluster removes it, and nobody could follow the training, or end it with its job; have RayJobs "
+        "exempted (kubectl get mutatingwebhookconfigurations,mutatingadmissionpolicies), and create the job again"
+    )
 
 
 def forbidden(seen: Observed, plan: Plan, action: Action, message: str, *, now: datetime) -> Plan:

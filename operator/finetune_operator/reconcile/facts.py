@@ -81,6 +81,19 @@ def rayjob_facts(body: Json, *, owner: str, owner_uid: str, recorded_uid: str | 
     )
 
 
+def lost_metadata(asked: Json, stored: Json) -> list[str]:
+    """What follows and ends a RayJob of ours, and was taken away between our request and the storage."""
+    before, after = asked["metadata"], stored["metadata"]
+    kept = [owner["uid"] for owner in after.get("ownerReferences", [])]
+    lost = [] if before["ownerReferences"][0]["uid"] in kept else ["metadata.ownerReferences"]
+    labels = after.get("labels") or {}
+    return lost + [
+        f"metadata.labels[{name}]"
+        for name in (naming.LABEL_MANAGED_BY, naming.LABEL_JOB)
+        if labels.get(name) != before["labels"][name]
+    ]
+
+
 def workload_facts(body: Json, *, pending: Sequence[Json] = ()) -> WorkloadFacts:
     """The facts of a Kueue Workload; `pending` are those that wait in its LocalQueue, as the visibility API lists
     them."""

@@ -168,7 +168,13 @@ class FineTuneJobReconciler:
         # First: a pod that cannot mount it would wait for it.
         await self._write_run_file(job, WriteRunFile(action.name, action.attempt))
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
-        return await self.kube.create(rayjob)
+        created = await self.kube.create(rayjob)
+        if lost := facts.lost_metadata(rayjob, created):
+            await self.kube.delete(
+                "ray.io/v1", "RayJob", job.namespace, action.name, uid=created["metadata"]["uid"]
+            )
+            raise InvalidError(refusals.stripped(action.name, lost))
+        return created
 
     async def _write_run_file(self, job: JobFacts, action: WriteRunFile) -> None:
         """Raises NamesakeError or InvalidError where another's ConfigMap has the name: it must not be changed."""

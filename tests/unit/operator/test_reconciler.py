@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -72,6 +72,35 @@ async def test_a_refused_deletion_of_an_attempt_is_told_and_repeated() -> None:
     stage.api.before = lambda method, path: None
     await stage.passes(3)
     assert stage.status["phase"] == "Suspended"
+    assert stage.api.named("rayjobs") == []
+
+
+@pytest.mark.parametrize(
+    ("field", "left", "told"),
+    [
+        ("ownerReferences", [], "metadata.ownerReferences"),
+        (
+            "labels",
+            {"app.kubernetes.io/managed-by": "finetune-operator"},
+            "metadata.labels[finetune.dev/job]",
+        ),
+    ],
+)
+async def test_what_a_policy_takes_from_a_rayjob_is_named_and_nothing_is_left_to_run(
+    field: str, left: object, told: str
+) -> None:
+    stage = Stage()
+    put = stage.api.put
+
+    def stripping(body: Mapping[str, Any], *, told: bool = True) -> dict[str, Any]:
+        metadata = body["metadata"] | ({field: left} if body["kind"] == "RayJob" else {})
+        return put({**body, "metadata": metadata}, told=told)
+
+    stage.api.put = stripping  # type: ignore[method-assign]
+    await stage.passes(4)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Failed", "BadConfig")
+    assert f"RayJob triage-a1 was stored without {told}, " in stage.status["message"]
+    assert stage.status["message"].endswith("mutatingadmissionpolicies), and create the job again")
     assert stage.api.named("rayjobs") == []
 
 
