@@ -5,7 +5,7 @@ They meet the Pod Security Standard `restricted`; a platform that needs other se
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -31,14 +31,21 @@ SUBMITTER_RESOURCES: Json = {
 }
 
 
+PREFIX = "([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?"
+WORD = "[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+LabelName = Annotated[str, Field(pattern=f"^{PREFIX}{WORD}$")]
+LabelValue = Annotated[str, Field(pattern=f"^({WORD})?$")]
+"""As the API server wants them, which sees them only in a job's pods."""
+
+
 class PodDefaults(ApiModel):
     """What the platform team gives every training pod; the chart's value trainer.podDefaults."""
 
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: dict[LabelName, LabelValue] = Field(default_factory=dict)
     """Labels of the pods. The operator's own win."""
-    annotations: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[LabelName, str] = Field(default_factory=dict)
     """Annotations of the pods."""
-    node_selector: dict[str, str] = Field(default_factory=dict)
+    node_selector: dict[LabelName, LabelValue] = Field(default_factory=dict)
     """Where the head may run. The submitter runs anywhere."""
     tolerations: list[Json] = Field(default_factory=list)
     """Taints that the pods tolerate."""

@@ -147,6 +147,8 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
         ({"trainer": {"outputUri": "file:///"}}, "outputUri"),
         ({"trainer": {"submissionMode": "InteractiveMode"}}, "submissionMode"),
         ({"trainer": {"podDefaults": {"hostNetwork": True}}}, "hostNetwork"),
+        ({"trainer": {"podDefaults": {"labels": {"team": "a b"}}}}, "team"),
+        ({"operator": {"nodeSelector": {"our nodes": "a"}}}, "our nodes"),
         ({"statusEndpoint": {"port": 70000}}, "port"),
         ({"statusEndpoint": {"tls": {"mode": "Off"}}}, "mode"),
         ({"statusEndpoint": {"tls": {"mode": "ExistingSecret"}}}, "name a Secret with tls.crt"),

@@ -89,6 +89,8 @@ def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
         ('{"hostNetwork": true}', "hostNetwork: Extra inputs are not permitted"),
         ('{"env": [{"name": "FINETUNE_RUN_FILE"}]}', "remove it"),
         ("nodeSelector: {}", "the file: Invalid JSON"),
+        ('{"labels": {"team": "a b"}}', r"labels\.team: String should match"),
+        ('{"annotations": {"our team": "a b"}}', r"annotations\.our team\..*: String should match"),
     ],
 )
 def test_bad_pod_defaults_are_named(tmp_path: Path, text: str, complaint: str) -> None:
