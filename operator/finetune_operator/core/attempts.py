@@ -183,7 +183,10 @@ def _inspect(seen: Observed, *, now: datetime) -> Plan:
 
 
 def wait_for_kuberay(seen: Observed, *, now: datetime) -> Plan:
-    message = "KubeRay is not installed (no API group ray.io/v1): install it, and the job goes on by itself"
+    message = (
+        "KubeRay is not installed, or much too old (there is no API ray.io/v1): install 1.3 or newer, and the job "
+        "goes on by itself"
+    )
     claim = Claim(ConditionType.ACCEPTED, False, "KubeRayUnavailable", message)
     status = statuses.build(seen, Phase.PENDING, claim.reason, message, claims=[claim], now=now)
     return Plan(status=status, requeue_after=KUBERAY_SECONDS)

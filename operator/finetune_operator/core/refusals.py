@@ -38,6 +38,14 @@ def stripped(rayjob: str, lost: Sequence[str]) -> str:
     )
 
 
+def outdated(lost: Sequence[str]) -> str:
+    """Why a RayJob that was created was deleted at once: KubeRay would have run it twice."""
+    return (
+        f"the CRD of RayJobs in this cluster is older than KubeRay 1.3 and does not have {', '.join(lost)}: apply the "
+        "CRDs of KubeRay 1.3 or newer (Helm does not upgrade them with KubeRay), and create the job again"
+    )
+
+
 def forbidden(seen: Observed, plan: Plan, action: Action, message: str, *, now: datetime) -> Plan:
     """A quota or a missing right stands in the way: say so and try again."""
     if not isinstance(action, CreateRayJob) or action.inspect:

@@ -94,6 +94,13 @@ def lost_metadata(asked: Json, stored: Json) -> list[str]:
     ]
 
 
+def lost_fields(asked: Json, stored: Json) -> list[str]:
+    """What a RayJob must have to run once, and the CRD of an older KubeRay does not know: the API server drops that
+    without a word."""
+    wanted = ("submissionMode", "backoffLimit", "submitterConfig")
+    return [f"spec.{name}" for name in wanted if name in asked["spec"] and name not in stored["spec"]]
+
+
 def workload_facts(body: Json, *, pending: Sequence[Json] = ()) -> WorkloadFacts:
     """The facts of a Kueue Workload; `pending` are those that wait in its LocalQueue, as the visibility API lists
     them."""

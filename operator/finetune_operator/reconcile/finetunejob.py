@@ -169,11 +169,12 @@ class FineTuneJobReconciler:
         await self._write_run_file(job, WriteRunFile(action.name, action.attempt))
         # Created, not applied: a RayJob that is there already, whoever's it is, must never be changed.
         created = await self.kube.create(rayjob)
-        if lost := facts.lost_metadata(rayjob, created):
-            await self.kube.delete(
-                "ray.io/v1", "RayJob", job.namespace, action.name, uid=created["metadata"]["uid"]
-            )
-            raise InvalidError(refusals.stripped(action.name, lost))
+        metadata, fields = facts.lost_metadata(rayjob, created), facts.lost_fields(rayjob, created)
+        if metadata or fields:
+            uid = created["metadata"]["uid"]
+            await self.kube.delete("ray.io/v1", "RayJob", job.namespace, action.name, uid=uid)
+            text = refusals.stripped(action.name, metadata) if metadata else refusals.outdated(fields)
+            raise InvalidError(text)
         return created
 
     async def _write_run_file(self, job: JobFacts, action: WriteRunFile) -> None:

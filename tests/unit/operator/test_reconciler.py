@@ -20,6 +20,16 @@ def failing(method: str, plural: str, error: Callable[[str], Exception]) -> Faul
     return fault
 
 
+def stores_rayjobs(stage: Stage, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    """The API server stores RayJobs otherwise than they were sent."""
+    put = stage.api.put
+
+    def changing(body: Mapping[str, Any], *, told: bool = True) -> dict[str, Any]:
+        return put(change(body) if body["kind"] == "RayJob" else body, told=told)
+
+    stage.api.put = changing  # type: ignore[method-assign]
+
+
 async def running(**spec: Any) -> Stage:
     """A job whose trainer is at step 5."""
     stage = Stage(**spec)
@@ -90,17 +100,22 @@ async def test_what_a_policy_takes_from_a_rayjob_is_named_and_nothing_is_left_to
     field: str, left: object, told: str
 ) -> None:
     stage = Stage()
-    put = stage.api.put
-
-    def stripping(body: Mapping[str, Any], *, told: bool = True) -> dict[str, Any]:
-        metadata = body["metadata"] | ({field: left} if body["kind"] == "RayJob" else {})
-        return put({**body, "metadata": metadata}, told=told)
-
-    stage.api.put = stripping  # type: ignore[method-assign]
+    stores_rayjobs(stage, lambda body: {**body, "metadata": body["metadata"] | {field: left}})
     await stage.passes(4)
     assert (stage.status["phase"], stage.status["reason"]) == ("Failed", "BadConfig")
     assert f"RayJob triage-a1 was stored without {told}, " in stage.status["message"]
     assert stage.status["message"].endswith("mutatingadmissionpolicies), and create the job again")
+    assert stage.api.named("rayjobs") == []
+
+
+async def test_a_crd_without_what_makes_a_rayjob_run_once_is_named() -> None:
+    """As KubeRay's of before 1.2 are, which Helm leaves in place when KubeRay itself is upgraded."""
+    known = ("entrypoint", "submissionMode", "rayClusterSpec")
+    stage = Stage()
+    stores_rayjobs(stage, lambda body: {**body, "spec": {name: body["spec"][name] for name in known}})
+    await stage.passes(4)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Failed", "BadConfig")
+    assert "does not have spec.backoffLimit, spec.submitterConfig: apply the CRDs" in stage.status["message"]
     assert stage.api.named("rayjobs") == []
 
 
