@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -22,6 +23,7 @@ app.command("plan")(job_planning.plan)
 
 
 def main() -> None:
+    _open_what_is_closed()
     try:
         app()
     except OSError as error:
@@ -30,6 +32,13 @@ def main() -> None:
         typer.secho(f"error: the output cannot be written: {error.strerror}", fg="red", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries once more to write what is left
         sys.exit(shared.NOT_FOUND)
+
+
+def _open_what_is_closed() -> None:
+    """A shell's `>&-` and `<&-`, and some that start services, leave a stream closed: Python has none then."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the end
 
 
 if __name__ == "__main__":

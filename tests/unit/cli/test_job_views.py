@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from finetune_cli import job_pages, job_screens, job_views, screens, shared
+from finetune_cli import __main__, job_pages, job_screens, job_views, screens, shared
 from finetune_operator.api.finetunejob import ErrorClass, Phase
 from tests.unit.cli.jobs import NOW, failed, job, running, succeeded
 
@@ -31,6 +32,17 @@ def test_timeouts(text: str, seconds: float) -> None:
 def test_timeouts_that_are_none(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a time"):
         shared.parse_seconds(text)
+
+
+def test_streams_that_are_closed_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("sys.stdin", None)
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr(
+        __main__, "app", lambda: seen.append(sys.stdin.read() + str(sys.stdout.write("said")))
+    )
+    __main__.main()
+    assert seen == ["4"]
 
 
 def test_every_phase_is_either_over_or_goes_on() -> None:
