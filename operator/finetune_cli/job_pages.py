@@ -14,7 +14,7 @@ from finetune_operator.core.durations import format_duration
 AGAIN = "then delete the job and apply it again: kubectl delete ftj {name} -n {namespace}"
 # Why a job failed -> what the user does next. The message already names the field, the file or the step.
 REMEDIES = {
-    "BadConfig": f"Change the field that the message names, {AGAIN}",
+    "BadConfig": f"Do what the message says, {AGAIN}",
     "BadData": f"Correct the file that the message names, {AGAIN}",
     "ModelNotFound": f"Check spec.model.uri, its revision and the Secret in spec.model.secretRef, {AGAIN}",
     "NotFinite": "Lower spec.hyperparameters.learningRate (half of it is a good try) or set precision Float32, "
