@@ -154,6 +154,11 @@ class Kube:
         query = [("fieldSelector", f"involvedObject.uid={uid}")]
         return _items(await self._request("GET", _path("v1", "Event", namespace), query=query))
 
+    async def events_named(self, namespace: str, *, kind: str, name: str) -> list[Json]:
+        """The same by the kind and name of an object that we may not read."""
+        query = [("fieldSelector", f"involvedObject.kind={kind},involvedObject.name={name}")]
+        return _items(await self._request("GET", _path("v1", "Event", namespace), query=query))
+
     async def pending_workloads(self, namespace: str, queue: str) -> list[Json]:
         """The Workloads that wait in a LocalQueue of Kueue, the next one first (at most 1000). Empty where Kueue does
         not serve that list."""

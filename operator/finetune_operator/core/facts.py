@@ -134,6 +134,10 @@ class Observed:
     """Pods of the current attempt; between two attempts, and before its RayJob is created, of any job of this name."""
     clusters: Sequence[str] = ()
     """RayClusters of the job; only looked up between two attempts."""
+    submitter: PodFacts | None = None
+    """KubeRay's pod that submits the job; only looked up where that takes long."""
+    submitter_problem: str = ""
+    """Why there is none, by the words of Kubernetes."""
     report: reports.Report | None = None
     """The latest report of the current attempt that came since the operator started."""
     reported_at: datetime | None = None

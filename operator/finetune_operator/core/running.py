@@ -233,7 +233,8 @@ def _provisioning(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now:
     ready = rayjob.deployment_status == "Running"  # KubeRay says so once every pod of the cluster is ready
     claim = Claim(ConditionType.RESOURCES_READY, False, reason, message)
     if ready:
-        reason, message = "Submitting", f"the pods run; KubeRay submits the job of RayJob {rayjob.name}"
+        submission = waits.submission(seen, rayjob)
+        reason, message = submission.reason, submission.message
         claim = Claim(ConditionType.RESOURCES_READY, True, "PodsRunning", "the training pod runs")
     status = statuses.build(
         seen,

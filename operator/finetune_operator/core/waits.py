@@ -71,6 +71,17 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
     return Wait("Provisioning", f"RayJob {rayjob.name} starts")
 
 
+def submission(seen: Observed, rayjob: RayJobFacts) -> Wait:
+    """Why nothing is submitted yet to the cluster, which is ready."""
+    if seen.submitter is not None and seen.submitter.waiting_reason:
+        return of_pod(seen.submitter, None)
+    if seen.submitter_problem:
+        what = f"the pod that submits the job of RayJob {rayjob.name} to its cluster, which is ready,"
+        reason = reason_of_refusal(seen.submitter_problem, otherwise="SubmitterNotCreated")
+        return Wait(reason, refusal(what, seen.submitter_problem))
+    return Wait("Submitting", f"the pods run; KubeRay submits the job of RayJob {rayjob.name}")
+
+
 def _is_slow(pod: PodFacts, *, now: datetime) -> bool:
     """Whether a pod has a node and still does not run. The first seconds are worth no status of their own."""
     if pod.running or pod.gone or pod.scheduled_at is None:

@@ -10,6 +10,7 @@ LABEL_JOB = f"{GROUP}/job"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_WORKLOAD_OWNER = "kueue.x-k8s.io/job-uid"  # on a Workload: UID of the object that it is for
+LABEL_JOB_NAME = "batch.kubernetes.io/job-name"  # on the pods of a Kubernetes Job
 KUBERAY_FINALIZER = "ray.io/rayjob-finalizer"
 KUBERAY = "ray.io/kuberay-operator"  # spec.managedBy of RayJobs that KubeRay runs itself
 HEAD_CONTAINER = "ray-head"

@@ -11,6 +11,7 @@ from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND, Attempt
 from finetune_operator.core import jobs, statuses
+from finetune_operator.core.conditions import ConditionType
 from finetune_operator.core.facts import JobFacts, Observed, PodFacts, RayJobFacts, UpstreamFacts
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import clocks, facts, waiting
@@ -19,6 +20,7 @@ from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
 
 MOST_LINKS = 16  # jobs of a chain that are followed to find a circle
+SUBMISSION_SECONDS = 30.0  # it takes KubeRay some seconds
 PODLESS_SECONDS = 30.0  # of a RayJob that starts: whoever hears of no pod may not be told of any
 
 
@@ -54,10 +56,13 @@ class JobObserver:
         quiet = rayjob is not None and not rayjob.is_over
         quiet = quiet and (base.report is not None or (rayjob is not None and rayjob.job_status == "RUNNING"))
         queued = rayjob is not None and rayjob.is_held_back and rayjob.queue is not None
+        submitter, problem = await self._submitter(job, attempt, rayjob, fresh=fresh or quiet)
         return replace(
             base,
             rayjob=rayjob,
             pods=[] if quiet else await self._pods(job, attempt, rayjob, fresh=fresh and not unborn),
+            submitter=submitter,
+            submitter_problem=problem,
             workload=await waiting.observe_workload(self.kube, job, rayjob) if queued and rayjob else None,
             kueue_installed=not queued or await self.kube.has_group_version(KUEUE_VERSION),
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),
@@ -125,6 +130,21 @@ class JobObserver:
             for pod in gone
             if pod.name not in there
         ]
+
+    async def _submitter(
+        self, job: JobFacts, attempt: Attempt, rayjob: RayJobFacts | None, *, fresh: bool
+    ) -> tuple[PodFacts | None, str]:
+        """What hinders the submission, where that takes long. What is `fresh` is about to be acted upon."""
+        ready = statuses.holds_since(job.status, ConditionType.RESOURCES_READY)
+        waits = rayjob is not None and rayjob.deployment_status == "Running" and not rayjob.job_status
+        now = self.now(job)
+        if rayjob is None or not waits or fresh or ready is None:
+            return None, ""
+        if (now - ready).total_seconds() < SUBMISSION_SECONDS:
+            return None, ""
+        return await waiting.observe_submitter(
+            self.kube, rayjob, namespace=job.namespace, attempt_start=attempt.start_time, now=now
+        )
 
     async def _pod(self, job: JobFacts, attempt: Attempt, body: Json) -> PodFacts:
         start, now = attempt.start_time, self.now(job)

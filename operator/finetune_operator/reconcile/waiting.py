@@ -6,6 +6,7 @@ import logging
 from datetime import datetime
 
 from finetune_operator.adapters.kube import KUEUE_VERSION, ApiError, ForbiddenError, Json, Kube
+from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, WorkloadFacts
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import facts
@@ -25,6 +26,22 @@ async def observe_pod(kube: Kube, body: Json, *, attempt_start: datetime, now: d
         logger.warning("events of pod %s cannot be read: %s", metadata["name"], error)
         return pod
     return facts.pod_facts(body, attempt_start=attempt_start, warning=facts.newest_warning(events))
+
+
+async def observe_submitter(
+    kube: WatchedKube, rayjob: RayJobFacts, *, namespace: str, attempt_start: datetime, now: datetime
+) -> tuple[PodFacts | None, str]:
+    """KubeRay's pod that submits the job (K8sJobMode), or why the Job of the RayJob's name cannot make one. The pod has
+    no labels of ours, and of the Job nothing but its events may be read."""
+    try:
+        found = await kube.find("v1", "Pod", namespace, labels={naming.LABEL_JOB_NAME: rayjob.name})
+        if found:
+            return await observe_pod(kube, found[0], attempt_start=attempt_start, now=now), ""
+        warning = facts.newest_warning(await kube.events_named(namespace, kind="Job", name=rayjob.name))
+    except ApiError as error:  # the reason stays unknown; the job goes on
+        logger.warning("the submitter of RayJob %s cannot be looked up: %s", rayjob.name, error)
+        return None, ""
+    return None, str(warning.get("message", "")) if warning else ""
 
 
 async def observe_workload(kube: Kube, job: JobFacts, rayjob: RayJobFacts) -> WorkloadFacts | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -117,6 +118,41 @@ async def test_a_crd_without_what_makes_a_rayjob_run_once_is_named() -> None:
     assert (stage.status["phase"], stage.status["reason"]) == ("Failed", "BadConfig")
     assert "does not have spec.backoffLimit, spec.submitterConfig: apply the CRDs" in stage.status["message"]
     assert stage.api.named("rayjobs") == []
+
+
+UNSUBMITTED = {
+    "QuotaExceeded": {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": "triage-a1.1"},
+        "type": "Warning",
+        "message": 'Error creating: pods "triage-a1-x" is forbidden: exceeded quota: tight',
+    },
+    "Unschedulable": {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "triage-a1-x", "labels": {"batch.kubernetes.io/job-name": "triage-a1"}},
+        "status": {
+            "conditions": [
+                {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no cpu"}
+            ]
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("reason", UNSUBMITTED)
+async def test_what_keeps_a_job_from_being_submitted_is_told_while_its_cluster_idles(reason: str) -> None:
+    stage = Stage()
+    await stage.passes(3)
+    stage.kuberay("Running")
+    stage.api.put(UNSUBMITTED[reason])
+    await stage.passes()
+    assert stage.status["reason"] == "Submitting", "it takes KubeRay some seconds"
+    stage.api.time += timedelta(seconds=31)
+    await stage.passes()
+    assert (stage.status["phase"], stage.status["reason"]) == ("Provisioning", reason)
+    assert "triage-a1-x" in stage.status["message"]
 
 
 async def test_a_right_to_read_pods_that_is_missing_is_told() -> None:
