@@ -283,11 +283,13 @@ def test_weights_that_would_be_random_are_refused(
 def test_an_error_of_ours_is_internal_and_reported(
     tiny_model: Path, chat_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as context:  # pytest itself needs temporary files again afterwards
-        context.setattr("tempfile.tempdir", "/dev/null")
-        ended = run(tiny_model, chat_file)
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("finetune_trainer.preflight.check", fail)
+    ended = run(tiny_model, chat_file)
     assert (ended.code, ended.result["class"]) == (1, "Internal")
-    assert "/dev/null" in ended.result["message"]
+    assert "KeyError: 'ours'" in ended.result["message"]
     assert not ended.output.exists()
 
 
