@@ -16,12 +16,10 @@ from finetune_trainer.progress import say
 REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
 PAUSES = (1.0, 4.0)  # seconds before a failed transfer is tried again
 MORE_ROOM = "give the pod more ephemeral storage, or set TMPDIR to a larger volume"
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-
-
 NO_WORK_FOLDER = (
     "no folder for temporary files can be written ({}); set TMPDIR to a volume that can be written"
 )
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 T = TypeVar("T")
 
 
