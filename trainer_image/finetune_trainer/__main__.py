@@ -18,9 +18,8 @@ run, check and inspect read the run file named by FINETUNE_RUN_FILE (or --run-fi
 def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # whoever reads the log takes it for UTF-8, whatever the locale says
+        # Whoever reads the log takes it for UTF-8, whatever the locale says.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if options.command == "compare":
         from finetune_trainer.evaluation import command
