@@ -181,7 +181,7 @@ def test_kuberay_may_be_installed_later(
     kubectl.apply(finetunejob("early", tiny_model, tiny_rows))
     job = kubectl.wait_job("early", lambda s: s.get("reason") == "KubeRayUnavailable", seconds=30)
     assert job["status"]["phase"] == "Pending"
-    assert "install it" in job["status"]["message"]
+    assert "install 1.3 or newer" in job["status"]["message"]
     operator = pid_of(whole, "operator")
     whole.up(parts.TRAINING)
     status = kubectl.finished("early")
