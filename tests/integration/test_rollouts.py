@@ -66,7 +66,8 @@ def test_an_adapter_that_fails_is_rolled_back_on_all_routers_at_once(lab: Lab) -
     lab.deploy(GOOD)
     lab.wait(serves(GOOD))
     lab.send(lambda revision: revision == BAD, rate=50)
-    lab.deploy(BAD, strategy={"canary": {"steps": [{"setWeight": 20}, {"pause": {}}]}})
+    canary = {"steps": [{"setWeight": 20}, {"pause": {}}], "abortScaleDownDelaySeconds": 5}
+    lab.deploy(BAD, strategy={"canary": canary})
     lab.eventually(lambda: any(router.weight("bot") for router in lab.routers))
     began = time.monotonic()
     status = lab.wait(lambda s: s.get("stage") == "Failed")
