@@ -61,7 +61,7 @@ def suspended_while_running(stage: Stage) -> None:
 
 def suspended_while_retrying(stage: Stage) -> None:
     """Between two attempts; the second one finds no data either."""
-    retry = {"maxUserRetries": 1, "backoffSeconds": {"min": 600, "max": 600}}
+    retry = {"maxUserRetries": 1, "backoffSeconds": {"min": 120, "max": 120}}
     stage.team.apply(job("held-retrying", dataset=NOWHERE, retry=retry))
     until(stage, "held-retrying", "Retrying")
     stage.team.wait_job("held-retrying", lambda s: "starts at" in s["message"], seconds=120)
