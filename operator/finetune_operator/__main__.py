@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -26,9 +25,6 @@ from finetune_operator.health import Health
 from finetune_operator.leadership import Leadership, LeadershipLostError
 
 logger = logging.getLogger(__name__)
-# Objects that may be made and still be there before the garbage collector looks at them. What a pass makes goes by
-# itself; at the usual 700 the collector ran in its midst, and through all that is imported, for a tenth of the CPU.
-YOUNG_OBJECTS = 5_000
 
 
 def main() -> None:
@@ -39,8 +35,6 @@ def main() -> None:
     kopf.configure(log_format=kopf.LogFormat.JSON if settings.json_logs else kopf.LogFormat.FULL)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per watch event otherwise
-    gc.set_threshold(YOUNG_OBJECTS)
-    gc.freeze()  # what is imported stays
     try:
         asyncio.run(run(settings))
     except asyncio.CancelledError:  # a signal
