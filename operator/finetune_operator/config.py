@@ -19,7 +19,7 @@ from finetune_operator.api import rules, uris
 from finetune_operator.core import endpoints
 from finetune_operator.core.elections import Terms
 from finetune_operator.core.endpoints import AllowList
-from finetune_operator.manifests.pods import PodDefaults
+from finetune_operator.manifests.pods import LABEL_NAME, PodDefaults
 
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "finetune-system"
@@ -325,7 +325,7 @@ def load(environ: Mapping[str, str]) -> OperatorConfig:
             environ,
             "FINETUNE_ACCELERATOR_LABEL",
             "nvidia.com/gpu.product",
-            pattern="([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?",
+            pattern=LABEL_NAME,
             what="the name of a label such as nvidia.com/gpu.product",
         ),
         alert_providers_file=_alert_providers(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),

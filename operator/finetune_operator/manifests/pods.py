@@ -33,7 +33,8 @@ SUBMITTER_RESOURCES: Json = {
 
 PREFIX = "([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?"
 WORD = "[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
-LabelName = Annotated[str, Field(pattern=f"^{PREFIX}{WORD}$")]
+LABEL_NAME = PREFIX + WORD
+LabelName = Annotated[str, Field(pattern=f"^{LABEL_NAME}$")]
 LabelValue = Annotated[str, Field(pattern=f"^({WORD})?$")]
 """As the API server wants them, which sees them only in a job's pods."""
 
