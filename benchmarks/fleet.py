@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import fleet_peer, fleet_real, fleet_runs, pages
 from benchmarks.fleet_peer import Race
+from benchmarks.fleet_places import CREATORS
 from benchmarks.fleet_real import RealFigures
 from benchmarks.fleet_runs import Figures
 from finetune_local.cluster import Cluster
@@ -46,7 +47,7 @@ jobs per second from the first creation to the last child. Nobody plays what wou
 at once as the operator ({passes}) and 1,000 requests per second (by default one and 100). Of {rounds} the one
 in the middle.
 By `kubectl apply`: one of a file with all of them, which sends a request after the other, at most as many per second as
-its own limit allows. Else 16 clients create them.
+its own limit allows. Else {creators} clients create them.
 The API server alone: a client without any logic sends the requests that the operator needs until a RayJob is there.
 
 | jobs at once | | create → child, p50 | p99 | jobs | CPU per job | peak RSS |
@@ -114,7 +115,7 @@ def page(runs: Sequence[Figures], races: Sequence[Race], real: RealFigures | Non
         text += PLAYED + "".join(f"{run.row()}\n" for run in runs)
     if races:
         rounds = "1 lap" if len(races[0].operator) == 1 else f"{len(races[0].operator)} laps"
-        text += PEER.format(rounds=rounds, passes=CONCURRENCY)
+        text += PEER.format(rounds=rounds, passes=CONCURRENCY, creators=CREATORS)
         text += "".join(f"{row}\n" for race in races for row in race.rows())
     if real is not None:
         text += REAL + real.row() + "\n"

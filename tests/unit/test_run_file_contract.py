@@ -144,7 +144,7 @@ SPECS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     document=SPECS,
     objective=OBJECTIVES,

@@ -197,7 +197,7 @@ def _alphas(config: dict[str, Any], layers: list[str]) -> dict[str, float]:
     values = [*given.values(), config["lora_alpha"]]
     try:
         found = patterns.first_matches(list(given), layers)
-    except patterns.Endless:
+    except patterns.EndlessError:
         raise AdapterError(
             f"{CONFIG}: matching alpha_pattern takes more than {patterns.SECONDS:g} s; name the layers more simply"
         ) from None

@@ -15,12 +15,12 @@ SECONDS = 10.0  # a hundred times what starting Python takes
 _PLAIN = re.compile(r"[\w.]*")
 
 
-class Endless(Exception):  # noqa: N818  as the caller tells it
+class EndlessError(Exception):
     """The expressions were not matched within SECONDS."""
 
 
 def first_matches(patterns: list[str], layers: list[str]) -> list[int | None]:
-    """Returns for each layer the index of the first pattern that means it, as PEFT matches. Raises Endless."""
+    """Returns for each layer the index of the first pattern that means it, as PEFT matches. Raises EndlessError."""
     if all(map(_PLAIN.fullmatch, patterns)):
         return _match(patterns, layers)
     try:
@@ -33,7 +33,7 @@ def first_matches(patterns: list[str], layers: list[str]) -> list[int | None]:
             check=True,
         )
     except subprocess.TimeoutExpired:
-        raise Endless from None
+        raise EndlessError from None
     return list(json.loads(done.stdout))
 
 
