@@ -31,6 +31,7 @@ BUFFERED_ANSWER = HIGH_WATER
 FIRST_EVENT = (
     16 * 1024
 )  # bytes of a stream that are kept back at most, to see whether it begins with an error
+SHORT_ANSWER = 16 * 1024  # bytes; whether it is an error is seen before the user gets it
 _EVENT_STREAM = b"text/event-stream"
 # What says to be text, or nothing at all, should be JSON as well; a file of `--extra-paths`, say of sound, says so.
 _JSON = (b"application/json", b"text/")
@@ -283,9 +284,16 @@ def _says_nothing(reply: Reply, outgoing: Outgoing) -> bool:
     if reply.is_events or reply.is_page:
         return reply.is_page or reply.begins_with_error
     data = reply.first if reply.body is None else reply.body
+    can_ask_another = outgoing.patience < outgoing.deadline
+    if can_ask_another and reply.body is not None and len(data) <= SHORT_ANSWER:
+        return _is_json_path(outgoing) and outputs.is_error(data, reply.encoding)
     if data.startswith(b"{") and not reply.encoding:  # nearly all of them
         return False
-    return outgoing.path.partition("?")[0] in JSON_PATHS and not outputs.begins_as_json(data, reply.encoding)
+    return _is_json_path(outgoing) and not outputs.begins_as_json(data, reply.encoding)
+
+
+def _is_json_path(outgoing: Outgoing) -> bool:
+    return outgoing.path.partition("?")[0] in JSON_PATHS
 
 
 def _begins_with_error(reply: Reply) -> bool | None:

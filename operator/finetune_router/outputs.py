@@ -180,6 +180,19 @@ def read_answer(body: bytes) -> Output:
     return output
 
 
+def is_error(body: bytes, encoding: str) -> bool:
+    """Whether a whole answer is an error object, or no JSON, as far as it can be read."""
+    if encoding:
+        try:
+            plain = decoded(body, encoding, _UNPACKED)
+        except ValueError:
+            return True
+        if plain is None:
+            return False
+        body = plain
+    return read_answer(body).error
+
+
 def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
     """Whether a stream begins with an error (the engine failed after it had sent its headers), or with no JSON.
 

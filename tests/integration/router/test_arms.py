@@ -23,6 +23,7 @@ from tests.waiting import until
 
 CANDIDATE = "ab12cd34"
 CHAT = "/v1/chat/completions"
+WHOLE_ERROR = b'{"object": "error", "message": "CUDA out of memory"}'
 PACKED = gzip.compress(b'data: {"error": {"message": "CUDA out of memory"}}\n\n')
 
 
@@ -139,6 +140,9 @@ async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
         (Behaviour(raw=b"<html/>", headers={"Content-Type": "application/xhtml+xml"}), True),
         (Behaviour(raw=b"It works!", headers={"Content-Type": "application/json"}), True),
         (Behaviour(raw=b"{}", headers={"Content-Encoding": "gzip"}), True),
+        (Behaviour(raw=WHOLE_ERROR), True),
+        (Behaviour(raw=gzip.compress(WHOLE_ERROR), headers={"Content-Encoding": "gzip"}), True),
+        (Behaviour(raw=b'{"choices": [{"mess'), True),
     ],
     ids=[
         "500",
@@ -160,6 +164,9 @@ async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
         "xhtml",
         "text",
         "whole and not packed",
+        "whole error",
+        "packed whole error",
+        "half a document",
     ],
 )
 async def test_stable_answers_when_the_candidate_fails_before_the_first_byte(
