@@ -315,15 +315,15 @@ class Kube:
             raise FencedError(f"{method} {path}: not sent, as this process leads no more")
         token = _fence.set(may_send)
         try:
-            request = await self._client.param_serialize(
+            method, url, headers, *_ = await self._client.param_serialize(
                 method,
                 path,
                 query_params=query,
                 header_params={"Accept": accept, "Content-Type": content_type},
-                body=body,
                 auth_settings=["BearerToken"],
             )
-            answer = await self._client.call_api(*request, _request_timeout=REQUEST_SECONDS)
+            # The body goes by as it is: it is plain JSON, of which the client would make a copy for its typed models.
+            answer = await self._client.call_api(method, url, headers, body, _request_timeout=REQUEST_SECONDS)
             data = await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             self._on_answer(method, 0)

@@ -292,14 +292,14 @@ def to_json(status: StatusModel) -> Json:
 
 def _plain(value: Any) -> Any:
     match value:
-        case datetime():
-            return timestamp(value)
+        case str():  # most of them
+            return str(value)
         case dict():
             return {name: _plain(item) for name, item in value.items() if _is_json(item)}
         case list() | tuple():
             return [_plain(item) for item in value]
-        case str():
-            return str(value)
+        case datetime():
+            return timestamp(value)
         case _:
             return value
 
