@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import threading
@@ -29,6 +30,7 @@ from finetune_local.ports import choose
 from tests.integration.rollout_lab import Loop
 
 Json = dict[str, Any]
+SEED = int(os.environ.get("FINETUNE_TEST_SEED", "20261121"))
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 GONE = {
     "type": "ERROR",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -12,40 +11,25 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.rayjob_player import Story
 from finetune_local.cluster import Cluster
 from finetune_operator.manifests import naming
 from tests.clusters import pid_of
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
-from tests.integration.operators import PARTS, Operator, Stage, compact, played_cluster, staged
-from tests.integration.test_kills import check, quick_retries, story
+from tests.integration.operators import PARTS, Operator, Stage, compact
+from tests.integration.test_kills import check, ending_of, quick_retries
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 LATE_SECONDS = 4.0  # by which watches are behind
 NOTICED_SECONDS = 80.0  # an active job is looked at every minute
-SEED = int(os.environ.get("FINETUNE_TEST_SEED", "20261121"))
 AWAY_SECONDS = float(os.environ.get("FINETUNE_TEST_AWAY_SECONDS", "60"))
-_numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
-        yield cluster
 
 
 @pytest.fixture
-def stage(api: Cluster) -> Iterator[Stage]:
-    with staged(api, f"faults-{next(_numbers)}", story=story) as playing:
-        yield playing
-
-
-@pytest.fixture
-def proxy(api: Cluster, tmp_path: Path) -> Iterator[ApiProxy]:
-    running = ApiProxy(api, tmp_path, seed=SEED)
-    yield running
-    running.close()
+def story() -> Story:
+    return ending_of
 
 
 @pytest.fixture

@@ -16,20 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rayjob_player import Ending
-from finetune_local.cluster import Cluster
+from benchmarks.rayjob_player import Ending, Story
 from tests.clients import Json, KubectlError
-from tests.integration.api_proxy import ApiProxy, Fault, Kind
-from tests.integration.operators import Keeper, Operator, Stage, played_cluster, staged
+from tests.integration.api_proxy import SEED, ApiProxy, Fault, Kind
+from tests.integration.operators import Keeper, Operator, Stage
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
 WRITES = r"^(POST|PUT|PATCH|DELETE) (?!.*tokenreviews)"
-SEED = int(os.environ.get("FINETUNE_TEST_SEED", "20261121"))
 KILLS = int(os.environ.get("FINETUNE_TEST_KILLS", "12"))
 BUSY_SECONDS = 300.0  # for what takes moments where nobody else needs the cores
-_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ POINTS = {
 IN_SHORT = ("create",)  # not left to the long tests
 
 
-def story(job: str, attempt: int) -> Ending:
+def ending_of(job: str, attempt: int) -> Ending:
     return KINDS[kind_of(job)].first if attempt == 1 else Ending.WELL
 
 
@@ -82,23 +79,9 @@ def kind_of(job: str) -> str:
     return job.partition("-")[0]
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def stage(api: Cluster) -> Iterator[Stage]:
-    with staged(api, f"kills-{next(_numbers)}", story=story) as playing:
-        yield playing
-
-
-@pytest.fixture
-def proxy(api: Cluster, tmp_path: Path) -> Iterator[ApiProxy]:
-    running = ApiProxy(api, tmp_path, seed=SEED)
-    yield running
-    running.close()
+def story() -> Story:
+    return ending_of
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
-from tests.integration.operators import Operator, Stage, played_cluster, staged
+from tests.integration.operators import Operator, Stage
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
@@ -26,19 +25,6 @@ TERMS = {
 }
 RETRY = 1.2  # with the jitter
 START = 8.0  # seconds from leading to acting: Kopf finds out what there is
-_numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def stage(api: Cluster) -> Iterator[Stage]:
-    with staged(api, f"lead-{next(_numbers)}") as playing:
-        yield playing
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ product holds no code for it.
 
 from __future__ import annotations
 
-import itertools
 import signal
 import sys
 import time
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune_local.cluster import Cluster
 from tests.integration.api_proxy import ApiProxy, Fault, Kind
-from tests.integration.operators import Operator, Stage, played_cluster, staged
+from tests.integration.operators import Operator, Stage
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
@@ -36,26 +34,6 @@ signal.signal(signal.SIGUSR1, block)
 runpy.run_module("finetune_operator", run_name="__main__")
 """
 SILENCE = 70.0  # seconds after which Kopf takes a watch for dead
-_numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def stage(api: Cluster) -> Iterator[Stage]:
-    with staged(api, f"alive-{next(_numbers)}") as playing:
-        yield playing
-
-
-@pytest.fixture
-def proxy(api: Cluster, tmp_path: Path) -> Iterator[ApiProxy]:
-    running = ApiProxy(api, tmp_path)
-    yield running
-    running.close()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.fleet_places import Place, create_jobs, metric, until
 from finetune_local.cluster import Cluster
-from tests.integration.operators import Operator, Stage, played_cluster, staged
+from tests.integration.operators import Operator, Stage
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
@@ -36,22 +36,10 @@ NOISE_MIB = 2.0  # by which medians of resident memory differ without a cause
 PATIENCE = 600.0  # seconds for a wave, of which a busy machine needs many
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with played_cluster(tmp_path_factory.mktemp("api")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def stage(api: Cluster) -> Iterator[Stage]:
-    with staged(api, "many") as playing:
-        playing.player.pace = 0.02
-        yield playing
-
-
 @pytest.fixture
 def operator(api: Cluster, stage: Stage, tmp_path: Path) -> Iterator[Operator]:
     running = Operator(tmp_path / "operator", api.layout.user_kubeconfig("operator"), stage.kubectl.namespace)
+    stage.player.pace = 0.02
     running.start()
     wait_until(lambda: running.get("/healthz") == "ok\n", seconds=30)
     yield running
