@@ -27,6 +27,9 @@ OWN = frozenset(
 """What a step itself waits for; everything else holds the step."""
 BY_SPEC = "spec.paused is true: set it to false to go on (the guardrails stay armed)"
 BY_VERB = "paused by hand: say `resume` to go on (the guardrails stay armed)"
+BY_BOTH = (
+    "spec.paused is true, and paused by hand: set it to false and say `resume` (the guardrails stay armed)"
+)
 
 
 def add(turn: Turn, reason: PauseReason, message: str) -> Turn:
@@ -57,15 +60,18 @@ def holding(turn: Turn) -> list[PauseCondition]:
     return [pause for pause in turn.status.pause_conditions if pause.reason not in OWN]
 
 
+def by_hand(turn: Turn) -> bool:
+    """Whether somebody said `pause`, whatever spec says beside."""
+    return any(pause.message in (BY_VERB, BY_BOTH) for pause in turn.status.pause_conditions)
+
+
 def follow_spec(turn: Turn) -> Turn:
     """UserPause while spec.paused is true; one that was asked for by `pause` stays until `resume`."""
     if turn.spec.paused and turn.underway:
-        return add(turn, PauseReason.USER_PAUSE, BY_SPEC)
-    by_spec = any(
-        pause.reason is PauseReason.USER_PAUSE and pause.message == BY_SPEC
-        for pause in turn.status.pause_conditions
-    )
-    return remove(turn, PauseReason.USER_PAUSE) if by_spec else turn
+        return add(turn, PauseReason.USER_PAUSE, BY_BOTH if by_hand(turn) else BY_SPEC)
+    if by_hand(turn):
+        return add(turn, PauseReason.USER_PAUSE, BY_VERB)
+    return remove(turn, PauseReason.USER_PAUSE)
 
 
 # ---------------------------------------------------------------- clocks

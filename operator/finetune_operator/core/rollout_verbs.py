@@ -122,7 +122,7 @@ def _abort(turn: Turn) -> Answer:
 def _pause(turn: Turn) -> Answer:
     if not turn.underway:
         return NOTHING
-    if pauses.has(turn, PauseReason.USER_PAUSE):
+    if pauses.by_hand(turn):
         return Refusal("it is paused already")
     return pauses.add(turn, PauseReason.USER_PAUSE, pauses.BY_VERB), "paused; say `resume` to go on"
 

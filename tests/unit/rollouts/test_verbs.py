@@ -256,6 +256,22 @@ def test_pause_by_hand_and_by_spec() -> None:
     assert [pause.reason for pause in world.status.pause_conditions] == ["CanaryPauseStep"]
 
 
+@pytest.mark.parametrize("first", ["hand", "spec"])
+def test_a_pause_by_hand_outlasts_one_by_spec(first: str) -> None:
+    world = paused_at_five()
+    if first == "hand":
+        world.say("pause").run(3)
+    world.edit(lambda spec: spec.update(paused=True)).run(3)
+    if first == "spec":
+        world.say("pause").run(3)
+    assert "set it to false and say `resume`" in (world.status.message or "")
+    world.edit(lambda spec: spec.update(paused=False)).run(3)
+    assert (world.status.reason, world.routing.weight()) == ("UserPause", 5)
+    assert "paused by hand" in (world.status.message or "")
+    world.say("resume").run(3)
+    assert [pause.reason for pause in world.status.pause_conditions] == ["CanaryPauseStep"]
+
+
 def test_resume_names_what_still_holds_the_rollout() -> None:
     world = paused_at_five()
     world.say("pause").run(2)
