@@ -20,6 +20,7 @@ from finetune_local.cluster import Cluster
 from finetune_operator.api.routes import Snapshot
 from tests.clients import Kubectl
 from tests.integration.rollout_lab import AGENT_TOKEN
+from tests.integration.rollout_lab import Engine as Agent
 from tests.integration.rollout_operator import Lab
 from tests.integration.router import engines
 from tests.integration.router.engines import Behaviour
@@ -31,12 +32,12 @@ BASE = "base-model"
 class Answering(engines.Engine):
     """Answers for what its agent has loaded, and for the base model."""
 
-    def __init__(self, lab: RealLab) -> None:
+    def __init__(self, agent: Agent) -> None:
         super().__init__()
-        self._lab = lab
+        self._agent = agent
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        agent = self._lab.engine
+        agent = self._agent
         self.models = {BASE, *(name for name in list(agent.adapters) if agent.has(name))}
         return await super().handle(request)
 
@@ -48,20 +49,26 @@ class RealLab(Lab):
         super().__init__(cluster, kubectl, folder, routers=0)
         (folder / "router-token").write_text(ADMIN_TOKEN)
         (folder / "agent-token").write_text(AGENT_TOKEN)
-        self.served = Answering(self)
-        self._runner = self.loop.run(self._serve())
+        self._runners: list[web.AppRunner] = []
+        self.served = self.serve(self.engine)
         self.fronts = [Router(folder / f"router-{number}") for number in range(routers)]
         for front in self.fronts:
             front.start(wait_ready=False)
 
-    async def _serve(self) -> web.AppRunner:
+    def serve(self, agent: Agent) -> Answering:
+        """A data port for the agent's engine; it is closed with the lab."""
+        served = Answering(agent)
+        self.loop.run(self._listen(served))
+        return served
+
+    async def _listen(self, served: Answering) -> None:
         application = web.Application(client_max_size=64 << 20)
-        application.router.add_post("/{path:.*}", self.served.handle)
+        application.router.add_post("/{path:.*}", served.handle)
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.served.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        return runner
+        served.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._runners.append(runner)
 
     def operator_environment(self) -> dict[str, str]:
         return {
@@ -81,7 +88,8 @@ class RealLab(Lab):
     def close(self) -> None:
         for front in self.fronts:
             front.kill()
-        self.loop.run(self._runner.cleanup())
+        for runner in self._runners:
+            self.loop.run(runner.cleanup())
         super().close()
 
 

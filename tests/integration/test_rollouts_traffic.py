@@ -17,6 +17,7 @@ from finetune_local.cluster import Cluster
 from finetune_local.ports import pick
 from tests.clients import Json, Kubectl
 from tests.clusters import api_server
+from tests.integration.rollout_lab import Engine
 from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, serves
 from tests.integration.rollout_traffic import RealLab, Users
 from tests.integration.router.engines import Behaviour
@@ -75,6 +76,35 @@ def test_a_router_that_is_killed_in_a_canary_costs_only_what_it_had_under_way(la
         if killed <= reply.sent <= back and reply.status == 200:
             sides.setdefault(reply.user, set()).add(reply.revision)
     assert all(len(met) == 1 for met in sides.values()), "users keep their side at the other router"
+
+
+def test_no_request_fails_while_other_engines_take_over_in_a_canary(lab: RealLab) -> None:
+    lab.kill()
+    lab.environment["FINETUNE_ENGINE_ENDPOINTS"] = "127.0.0.1"
+    lab.start()
+    other = Engine(lab.loop)
+    other.load_seconds = 3
+    other.start()
+    served = lab.serve(other)
+    steps = canary({"setWeight": 30}, {"pause": {}})
+    lab.deploy(GOOD)
+    lab.wait(serves(GOOD))
+    users = Users(lab)
+    try:
+        lab.deploy(BETTER, strategy=steps)
+        lab.wait(lambda s: s.get("phase") == "Paused" and s["weights"]["verified"])
+        edited = time.monotonic()
+        lab.deploy(BETTER, strategy=steps, serving={"endpoint": served.url, "agentPort": other.port})
+        lab.eventually(lambda: min(served.served(f"bot--{GOOD}"), served.served(f"bot--{BETTER}")) > 10)
+    finally:
+        users.close()
+        other.stop()
+    assert not users.failures
+    sides: dict[str, set[str]] = {}
+    for reply in users.replies:
+        if reply.sent > edited:
+            sides.setdefault(reply.user, set()).add(reply.revision)
+    assert all(len(met) == 1 for met in sides.values()), "users keep their side at the other engine"
 
 
 def test_a_stream_that_runs_when_its_deployment_is_deleted_ends_well(lab: RealLab) -> None:

@@ -42,19 +42,17 @@ def has(engine: EngineFacts, adapter: LoadedAdapter) -> bool:
 
 
 def upstreams(seen: Observed, adapter: LoadedAdapter) -> tuple[str, ...]:
-    """Engines that requests for the adapter may go to."""
+    """Engines that requests for the adapter may go to. Those that spec no longer names, and pods that were replaced,
+    keep them until one of the others has it."""
     published = _published(seen.routing.published, adapter.served_name)
-    if not seen.engines and seen.engines_problem:
-        return tuple(sorted(published))
-    return tuple(
-        sorted(
-            {
-                engine.url
-                for engine in seen.engines
-                if has(engine, adapter) or (not engine.reachable and engine.url in published)
-            }
-        )
-    )
+    found = {
+        engine.url
+        for engine in seen.engines
+        if has(engine, adapter) or (not engine.reachable and engine.url in published)
+    }
+    if not found and (seen.engines or seen.engines_problem):
+        found = set(published - {engine.url for engine in seen.engines})
+    return tuple(sorted(found))
 
 
 def in_service(seen: Observed) -> list[EngineFacts]:
@@ -83,12 +81,12 @@ class Coverage:
     lacking: tuple[EngineFacts, ...]
     desired: int
     served_name: str
-    blind: bool
-    """No engine is known now; what is published stays, and nothing is known of it."""
+    kept: bool
+    """No engine that spec names has it; what is published stays, and nothing is known of it."""
 
     @property
     def complete(self) -> bool:
-        return bool(self.upstreams) and not self.lacking and not self.blind
+        return bool(self.upstreams) and not self.lacking and not self.kept
 
     @property
     def lost(self) -> bool:
@@ -108,6 +106,12 @@ class Coverage:
         """Whether some engine tried to load it and failed."""
         facts = (engine.adapters.get(self.served_name) for engine in self.lacking)
         return any(fact is not None and fact.state == FAILED for fact in facts)
+
+    def numbers(self) -> str:
+        if self.kept and self.upstreams:
+            places = ", ".join(self.upstreams[:3])
+            return f"requests for {self.served_name} go on to {places} until an engine that spec names has it"
+        return f"{len(self.upstreams)} of {self.desired} engines have {self.served_name}"
 
     def why(self) -> str:
         """What the engines that lack it say, the first few of them."""
@@ -130,7 +134,8 @@ def coverage(seen: Observed, adapter: LoadedAdapter) -> Coverage:
     engines = in_service(seen)
     lacking = tuple(engine for engine in engines if engine.url not in urls)
     desired = len({*urls, *(engine.url for engine in engines)})
-    return Coverage(urls, lacking, desired, adapter.served_name, blind=not seen.engines)
+    kept = not any(engine.url in urls for engine in seen.engines)
+    return Coverage(urls, lacking, desired, adapter.served_name, kept)
 
 
 def refresh(turn: Turn) -> Turn:

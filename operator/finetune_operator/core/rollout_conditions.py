@@ -62,9 +62,11 @@ def available(turn: Turn) -> Claim:
     stable = turn.stable
     if stable is None:
         return Claim(kind, False, "NothingServes", f"no revision serves {turn.alias} yet; requests get 503")
-    count = len(adapters.upstreams(turn.seen, stable))
-    if not count:
-        why = adapters.coverage(turn.seen, stable).why() or turn.seen.engines_problem or "no engine is known"
+    found = adapters.coverage(turn.seen, stable)
+    why = found.why() or turn.seen.engines_problem or "no engine is ready"
+    if found.kept and found.upstreams:
+        return Claim(kind, None, "EnginesReplaced", f"{found.numbers()}: {why}")
+    if not found.upstreams:
         return Claim(
             kind,
             False,
@@ -72,7 +74,7 @@ def available(turn: Turn) -> Claim:
             f"no engine has {stable.served_name}, so its users get 503 with Retry-After; it is loaded again as soon as "
             f"an engine takes it: {why}",
         )
-    return Claim(kind, True, "Serving", f"{stable.served_name} answers on {engines(count)}")
+    return Claim(kind, True, "Serving", f"{stable.served_name} answers on {engines(len(found.upstreams))}")
 
 
 def _progressing(turn: Turn) -> Claim:
@@ -127,9 +129,9 @@ def _adapters_loaded(turn: Turn) -> Claim:
     for adapter in wanted:
         found = adapters.coverage(turn.seen, adapter)
         if not found.complete:
-            numbers = f"{len(found.upstreams)} of {found.desired} engines have {adapter.served_name}"
-            why = found.why() or turn.seen.engines_problem or "no engine is known"
-            return Claim(kind, False, "LoadFailed" if found.failing else "Loading", f"{numbers}: {why}")
+            why = found.why() or turn.seen.engines_problem or "no engine is ready"
+            text = f"{found.numbers()}: {why}"
+            return Claim(kind, False, "LoadFailed" if found.failing else "Loading", text)
     names = ", ".join(adapter.served_name for adapter in wanted)
     return Claim(kind, True, "Loaded", f"every engine has {names}")
 

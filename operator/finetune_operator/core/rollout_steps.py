@@ -104,12 +104,11 @@ def _missing(turn: Turn, adapter: LoadedAdapter) -> tuple[str, str] | None:
     found = adapters.coverage(turn.seen, adapter)
     if found.complete:
         return None
-    if found.blind:
+    if not turn.seen.engines:
         why = turn.seen.engines_problem or "no engine is known"
         return "NoEngines", f"{why}; what is published stays, and the weight is held until engines are known"
-    where = f"{len(found.upstreams)} of {found.desired} engines have {adapter.served_name}"
-    why = found.why() or turn.seen.engines_problem or "no engine is known"
-    return "AdapterMissing", f"{where}; the weight is held until all have it: {why}"
+    why = found.why() or "none of them is ready"
+    return "AdapterMissing", f"{found.numbers()}; the weight is held until all have it: {why}"
 
 
 def _behind(turn: Turn) -> tuple[str, str] | None:

@@ -47,7 +47,9 @@ def _targets_are_loaded(world: World, seen: Observed, plan: Plan) -> None:
             assert target is not None
             engine = engines.get(url)
             if engine is None:
-                assert seen.engines_problem, f"{url} is routed to and unknown"
+                assert (target.served_name, url) in kept, f"{url} is unknown and new in the route"
+                others = engines.keys() & set(target.upstreams)
+                assert not others, f"{url} is routed to and unknown, and {others} have {target.served_name}"
                 continue
             told = engine.adapters.get(target.served_name)
             if engine.reachable:

@@ -189,6 +189,33 @@ def test_a_new_engine_loads_before_it_counts() -> None:
     assert world.routing.weight() == 50
 
 
+def test_engines_that_are_replaced_serve_until_one_of_the_new_ones_has_it() -> None:
+    world = canary()
+    world.engines = [SimulatedEngine("http://e3:8000", load_seconds=30)]
+    world.run(20)
+    assert targets(world) == ({"e1", "e2"}, {"e1", "e2"})
+    assert world.routing.weight() == 10
+    assert world.condition("Available") == ("Unknown", "EnginesReplaced")
+    assert world.condition("AdaptersLoaded") == ("False", "Loading")
+    for part in ("http://e1:8000, http://e2:8000 until an engine", "http://e3:8000: Loading"):
+        assert part in (world.status.message or "")
+    world.run(30)
+    assert targets(world) == ({"e3"}, {"e3"})
+    assert world.condition("Available") == ("True", "Serving")
+    world.run(60)
+    assert world.routing.weight() == 50
+
+
+def test_a_weight_does_not_rise_while_replaced_engines_serve_and_the_new_ones_are_not_ready() -> None:
+    world = canary()
+    world.engines = [SimulatedEngine("http://e3:8000", ready=False)]
+    world.run(100)
+    assert targets(world) == ({"e1", "e2"}, {"e1", "e2"})
+    assert world.routing.weight() == 10
+    assert world.status.reason == "AdapterMissing"
+    assert "none of them is ready" in (world.status.message or "")
+
+
 # ---------------------------------------------------------------- refusals
 
 
