@@ -17,7 +17,7 @@ from finetune_operator.core.power import Harm
 from finetune_operator.core.statistics import AnalysisPlan, GuardrailPlan, assess
 from tests.calibration.shares import evidence_with_share, observed_share
 from tests.unit.statistics import traffic
-from tests.unit.statistics.fleets import Router, folded
+from tests.unit.statistics.fleets import Router, Worker, folded
 from tests.unit.statistics.traffic import Floats
 
 ROLLOUTS = 2_000
@@ -94,6 +94,42 @@ def test_a_good_candidate_stays_through_the_whole_path_from_routers_to_verdict()
         aborted += assess(evidence, plan, weight=10).guardrails[0].phase is CheckPhase.FAILED
     print(f"seed {seed}: {aborted} of {rollouts} good candidates aborted at alpha {alpha}")
     assert aborted / rollouts <= alpha
+
+
+@pytest.mark.parametrize(
+    ("spans", "answers", "failures"),
+    [([(0.0, 12), (0.5, 12)], 3.0, 0.04), ([(0.5, 24), (0.1, 12)], 0.4, 6.0)],
+    ids=["up, failures are quick", "down, failures are timeouts"],
+)
+def test_failures_that_take_another_time_than_answers_are_no_harm_when_the_weight_changes(
+    spans: list[tuple[float, int]], answers: float, failures: float
+) -> None:
+    """Null rollouts with 2 percent failures and 20 requests/s. Of those that no share holds back, many are aborted."""
+    seed, rollouts, alpha = 11, 60, 0.01
+    rng = np.random.default_rng(seed)
+    plan = AnalysisPlan(guardrails=(GuardrailPlan(name="errors", alpha=alpha),))
+    aborted = {True: 0, False: 0}
+    for _ in range(rollouts):
+        told = traffic.unhurried_polls(
+            rng, spans=spans, requests_per_poll=100, answer_polls=answers, failure_polls=failures, rate=0.02
+        )
+        for settles in aborted:
+            worker = Worker("worker", {Arm.STABLE: 0, Arm.CANDIDATE: 0}, {Arm.STABLE: 0, Arm.CANDIDATE: 0})
+            router = Router(workers=[worker])
+            evidence = folded(None, router.answer(), plan=plan)
+            for weight, batch in told:
+                worker.serve(Arm.STABLE, batch[0], batch[2])
+                worker.serve(Arm.CANDIDATE, batch[1], batch[3])
+                settling = weight * 100 if settles else None
+                evidence = folded(
+                    evidence, router.answer(), plan=plan, weight=weight * 100, settling=settling
+                )
+            aborted[settles] += assess(evidence, plan, weight=50).guardrails[0].phase is CheckPhase.FAILED
+    print(
+        f"seed {seed}: {aborted[False]} of {rollouts} good candidates aborted, with settling {aborted[True]}"
+    )
+    assert aborted[False] / rollouts > 10 * alpha
+    assert aborted[True] / rollouts <= alpha
 
 
 @pytest.mark.parametrize(("weight", "interval"), [(0.05, 5.0), (0.2, 5.0), (0.5, 1.0)])

@@ -88,6 +88,7 @@ def fold(
     weight: float,
     comparison: str = "",
     rollout: str = "",
+    settling: float | None = None,
 ) -> Evidence:
     """The evidence after one poll; routers that did not answer are left out of `counters`.
 
@@ -96,6 +97,9 @@ def fold(
     evidence of other revisions or of another `rollout`, the evidence begins anew: what each router has counted by
     then is its starting line and no evidence, so fold once before the candidate gets its first request. Folding the
     same answers again changes nothing.
+
+    `settling` is the candidate's intended share of the answers (percent) for as long as requests of a former weight may
+    be under way; None afterwards.
     """
     new = Evidence(alias, stable_revision, candidate_revision, rollout, comparison, weight)
     if evidence is None or _identity(evidence) != _identity(new):
@@ -115,7 +119,8 @@ def fold(
     evidence = _without_strangers(evidence, plan)
     evidence = _with_keys(evidence, gained, samples, plan=plan, latest=new)
     evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), _asked_for(gained, plan))
-    return _with_block(evidence, gained, plan)
+    least = 0.0 if settling is None else max(settling, *(s.weight for s in evidence.strata[-2:]), 0.0)
+    return _with_block(evidence, gained, plan, least_share=least / 100.0)
 
 
 def _identity(evidence: Evidence) -> tuple[str, ...]:
@@ -226,8 +231,14 @@ def _joined(first: Mapping[Arm, Tally], second: Mapping[Arm, Tally]) -> dict[Arm
     return {arm: tally for arm, tally in sums.items() if tally}
 
 
-def _with_block(evidence: Evidence, gained: Mapping[Arm, Tally], plan: AnalysisPlan) -> Evidence:
-    """The guardrails' processes after the gains, which are judged as soon as enough requests are together."""
+def _with_block(
+    evidence: Evidence, gained: Mapping[Arm, Tally], plan: AnalysisPlan, *, least_share: float
+) -> Evidence:
+    """The guardrails' processes after the gains, which are judged as soon as enough requests are together.
+
+    Answers are counted when they end, and failures may end sooner or later than others. So after a change of the weight
+    the failures have the share of one weight while the block still has that of the other; the higher one counts.
+    """
     names = [guardrail.signal for guardrail in plan.guardrails]
     counted = [REQUESTS, *(tallies.event(name) for name in names)]
     exposed = tallies.add_all(gained.get(arm, {}) for arm in EXPOSED)
@@ -238,7 +249,7 @@ def _with_block(evidence: Evidence, gained: Mapping[Arm, Tally], plan: AnalysisP
     harm = {name: evidence.harm.get(name, HarmProcess()) for name in names}
     if block.requests < BLOCK_REQUESTS:
         return replace(evidence, block=block, harm=harm)
-    share = block.exposed.get(REQUESTS, 0) / block.requests
+    share = max(block.exposed.get(REQUESTS, 0) / block.requests, least_share)
     for name in names:
         failures = block.exposed.get(tallies.event(name), 0)
         harm[name] = harm[name].after(

@@ -24,6 +24,7 @@ from finetune_operator.core.durations import parse_duration
 from finetune_operator.core.rollout_facts import Withdrawal
 from finetune_operator.core.rollout_turns import Turn, clock, first_three
 
+SETTLE_SECONDS = 60.0  # most answers have ended by then
 LEAST_SILENCE_SECONDS = 15.0  # a router that restarts is silent for a few seconds
 ALARMS = {
     CheckKind.SAMPLE_RATIO: PauseReason.SAMPLE_RATIO_MISMATCH,
@@ -78,6 +79,13 @@ def _counted(turn: Turn) -> bool:
     named = route.candidate.revision if route is not None and route.candidate is not None else None
     given = route is not None and (route.weight > 0 or route.mirror > 0)
     return turn.exposed and given and named == turn.status.candidate_revision
+
+
+def is_settling(status: AdapterDeploymentStatus, *, interval: float, now: datetime) -> bool:
+    """Whether answers may come in whose requests were given out at a former weight. Each change of the weights is
+    progress, and so is their confirmation, with which the next step begins."""
+    changed = status.last_progress_time
+    return changed is not None and (now - changed).total_seconds() < SETTLE_SECONDS + interval
 
 
 def longest_silence(turn: Turn) -> float:

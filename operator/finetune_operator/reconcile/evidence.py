@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from finetune_operator.adapters.kube import ConflictError, Kube
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.adapterdeployment_traffic import StickinessType
 from finetune_operator.api.routes import Route
-from finetune_operator.core import statistics
+from finetune_operator.core import rollout_checks, statistics
+from finetune_operator.core.durations import parse_duration
 from finetune_operator.core.rollout_facts import DeploymentFacts, EvidenceFacts
 from finetune_operator.manifests import evidence as manifests
 from finetune_operator.reconcile import facts
@@ -40,6 +43,14 @@ class Comparison:
     route: Route
     rollout: str
     """Start of the rollout: the same candidate may come twice."""
+    is_settling: bool = False
+    """Whether the weight was changed a short while ago."""
+
+    @property
+    def share(self) -> float:
+        """Percent of the answers, copies included, that are meant to be the candidate's."""
+        copies = self.route.mirror * (100.0 - self.route.weight) / 100.0
+        return 100.0 * (self.route.weight + copies) / (100.0 + copies)
 
     def holds(self, evidence: statistics.Evidence) -> bool:
         """Whether the evidence is about this."""
@@ -57,9 +68,12 @@ class Comparison:
 class EvidenceBook:
     """Remembers what is stored, so that a pass without news costs no request."""
 
-    def __init__(self, kube: Kube, fleet: Fleet) -> None:
+    def __init__(
+        self, kube: Kube, fleet: Fleet, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
         self._kube = kube
         self._fleet = fleet
+        self._clock = clock
         self._pages: dict[Key, Page] = {}
 
     async def look(self, deployment: DeploymentFacts, route: Route | None) -> EvidenceFacts | None:
@@ -71,7 +85,7 @@ class EvidenceBook:
         if deployment.spec is None or route is None or not _is_exposed(deployment.status, route):
             return None
         page = await self._page(deployment)
-        comparison = Comparison(route, _rollout(deployment.status))
+        comparison = self._comparison(deployment.spec, deployment.status, route)
         if self._has_news(page, comparison):
             page = await self._fold(deployment, page, comparison)
         return self._assess(deployment, page, comparison)
@@ -83,12 +97,19 @@ class EvidenceBook:
         page = self._pages.get((deployment.namespace, deployment.name))
         if page is None or page.uid != deployment.uid:
             return None
-        comparison = Comparison(route, _rollout(deployment.status))
+        comparison = self._comparison(deployment.spec, deployment.status, route)
         if page.evidence is not None and self._has_news(page, comparison):
             folded = self._folded(page.evidence, comparison, plan_of(deployment.spec))
             page = Page(page.uid, folded, page.resource_version, self._fleet.polls, stored=False)
             self._pages[deployment.namespace, deployment.name] = page
         return self._assess(deployment, page, comparison)
+
+    def _comparison(
+        self, spec: AdapterDeploymentSpec, status: AdapterDeploymentStatus, route: Route
+    ) -> Comparison:
+        interval = parse_duration(spec.analysis.interval)
+        is_settling = rollout_checks.is_settling(status, interval=interval, now=self._clock())
+        return Comparison(route, _rollout(status), is_settling)
 
     def _has_news(self, page: Page, comparison: Comparison) -> bool:
         """Whether there is something to fold or to store. Without a candidate in the route (no engine has it just now)
@@ -114,7 +135,7 @@ class EvidenceBook:
         if deployment.spec is None or route is None or route.stable is None or route.candidate is None:
             return
         page = await self._page(deployment)
-        comparison = Comparison(route, _rollout(status))
+        comparison = self._comparison(deployment.spec, status, route)
         if page.evidence is not None and comparison.holds(page.evidence):
             return
         await self._fleet.poll()
@@ -174,6 +195,7 @@ class EvidenceBook:
             weight=route.weight,
             comparison=route.comparison,
             rollout=comparison.rollout,
+            settling=comparison.share if comparison.is_settling else None,
         )
 
     async def _store(self, deployment: DeploymentFacts, evidence: statistics.Evidence, page: Page) -> str:

@@ -132,6 +132,7 @@ def folded(
     weight: float = 10.0,
     comparison: str = COMPARISON,
     rollout: str = "",
+    settling: float | None = None,
 ) -> Evidence:
     """`fold` with the names of this module."""
     return fold(
@@ -144,6 +145,7 @@ def folded(
         weight=weight,
         comparison=comparison,
         rollout=rollout,
+        settling=settling,
     )
 
 

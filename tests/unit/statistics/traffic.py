@@ -100,6 +100,34 @@ def random_batches(
     return [(a, b, c, d) for a, b, c, d in np.stack(columns, 1).tolist()]
 
 
+def unhurried_polls(
+    rng: np.random.Generator,
+    *,
+    spans: Sequence[tuple[float, int]],
+    requests_per_poll: int,
+    answer_polls: float,
+    failure_polls: float,
+    rate: float,
+) -> list[tuple[float, Batch]]:
+    """What polls tell of requests that are counted when they end, with the weight in force: answers take `answer_polls`
+    polls on average and failures `failure_polls`. `spans` are weights, and for how many polls each is in force."""
+    weights = np.repeat([weight for weight, _ in spans], [polls for _, polls in spans])
+    begun = np.sort(rng.random(requests_per_poll * len(weights)) * len(weights))
+    candidate = rng.random(len(begun)) < weights[begun.astype(int)]
+    failed = rng.random(len(begun)) < rate
+    durations = rng.lognormal(math.log(answer_polls) - 0.125, 0.5, len(begun))
+    ended = (begun + np.where(failed, failure_polls, durations)).astype(int)
+
+    def told(which: Flags) -> list[int]:
+        counts: list[int] = np.bincount(ended[which], minlength=len(weights))[: len(weights)].tolist()
+        return counts
+
+    columns = (
+        told(~candidate), told(candidate), told(~candidate & failed), told(candidate & failed),
+    )  # fmt: skip
+    return list(zip(weights.tolist(), zip(*columns, strict=True), strict=True))
+
+
 def watch(batches: Iterable[Batch], *, log_needed: float = math.inf) -> tuple[HarmProcess, int, int]:
     """The guardrail after the batches, or at the poll that proves harm; and the requests of both arms, and of the
     candidate, by then."""
