@@ -118,7 +118,8 @@ def fold(
     gained = {arm: tallies.add_all(gain.get(arm, {}) for gain in gains) for arm in Arm}
     evidence = _without_strangers(evidence, plan)
     evidence = _with_keys(evidence, gained, samples, plan=plan, latest=new)
-    evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), _asked_for(gained, plan))
+    asked_for = _asked_for(gained, plan, is_settling=settling is not None)
+    evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), asked_for)
     least = 0.0 if settling is None else max(settling, *(s.weight for s in evidence.strata[-2:]), 0.0)
     return _with_block(evidence, gained, plan, least_share=least / 100.0)
 
@@ -169,11 +170,16 @@ def _with_keys(
     )
 
 
-def _asked_for(gained: Mapping[Arm, Tally], plan: AnalysisPlan) -> dict[Arm, Tally]:
+def _asked_for(gained: Mapping[Arm, Tally], plan: AnalysisPlan, *, is_settling: bool) -> dict[Arm, Tally]:
     """The gains without what the plan does not ask for: clients choose the names of feedback, and room is scarce. With
-    the answers during which each signal was counted, because a guardrail may be younger than the rollout."""
+    the answers during which each signal was counted, because a guardrail may be younger than the rollout.
+
+    After a change of the weight, short answers of the side that grew come in first, and long ones of the other side
+    still do. What depends on the length is not compared until they have ended.
+    """
+    signals = tuple(guardrail.signal for guardrail in plan.guardrails) if is_settling else plan.signals
     scores = {f"scores/{objective.metric}" for objective in plan.objectives}
-    events = {tallies.event(signal) for signal in plan.signals}
+    events = {tallies.event(signal) for signal in signals}
     found: dict[Arm, Tally] = {}
     for arm, tally in gained.items():
         kept = {
@@ -181,11 +187,10 @@ def _asked_for(gained: Mapping[Arm, Tally], plan: AnalysisPlan) -> dict[Arm, Tal
             for name, number in tally.items()
             if (not name.startswith("scores/") or name.rpartition("/")[0] in scores)
             and (not name.startswith("events/") or name in events)
+            and not (is_settling and name.startswith(tallies.BY_LENGTH))
         }
         requests = tally.get(REQUESTS, 0)
-        found[arm] = kept | (
-            {tallies.watched(signal): requests for signal in plan.signals} if requests else {}
-        )
+        found[arm] = kept | ({tallies.watched(signal): requests for signal in signals} if requests else {})
     return found
 
 

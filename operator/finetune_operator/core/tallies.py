@@ -21,6 +21,7 @@ SIGNED = ("/sum", "/squares")  # may shrink: a later feedback value replaces the
 
 
 BY_SIGNAL = ("events/", "watched/")
+BY_LENGTH = ("lengths/", "seconds/", "ttft_seconds/", "completion_tokens/")  # longer answers have more
 
 
 def event(signal: str) -> str:

@@ -135,6 +135,23 @@ def test_feedback_that_no_objective_asks_for_takes_no_room() -> None:
     }  # fmt: skip
 
 
+def test_what_depends_on_the_length_of_answers_is_not_compared_while_the_weight_settles() -> None:
+    def told(n: int) -> RouterCounters:
+        seconds = Moments(n=n, sum=2.0 * n, sum_squares=5.0 * n)
+        arms = (
+            arm_counters(arm, requests=n, errors=n // 10, seconds=seconds, lengths=[0, 0, n])
+            for arm in (Arm.STABLE, Arm.CANDIDATE)
+        )
+        return answer(*arms)
+
+    evidence = folded(folded(None, told(0)), told(100), settling=50.0)
+    assert counted(evidence) == {Arm.STABLE: (100, 10), Arm.CANDIDATE: (100, 10)}
+    assert not [name for name in evidence.total(Arm.CANDIDATE) if name.startswith(("seconds/", "lengths/"))]
+    evidence = folded(evidence, told(150))
+    total = evidence.total(Arm.CANDIDATE)
+    assert (total["requests"], total["seconds/n"], total["lengths/2"]) == (150, 50, 50)
+
+
 def test_another_rollout_begins_anew_and_another_weight_does_not() -> None:
     evidence = folded(folded(None, NOTHING), both((500, 10), (50, 2)))
     evidence = folded(evidence, both((600, 10), (150, 2)), weight=50.0, comparison="bbbbbbbb:2")
