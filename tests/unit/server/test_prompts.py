@@ -1,15 +1,20 @@
-"""Chat templates, which are programs from outside: what is wrong with one is told, and none runs for ever."""
+"""Chat templates, which are programs from outside: what is wrong with one is told, and none runs for ever.
+
+And texts of any length, which hold up nobody else.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from finetune_server import prompts
 from finetune_server.errors import BadRequest
-from finetune_server.wire import ChatRequest
+from finetune_server.wire import ChatRequest, CompletionRequest
 from tests import tiny
 
 REQUEST = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "Hello"}]})
@@ -43,3 +48,18 @@ def test_a_template_that_loops_for_ever_is_broken_off(
     with pytest.raises(BadRequest, match=r"it takes more than 0\.1 s"):
         prompts.encode_chat(REQUEST, tokenizer, template=loops)
     assert sys.gettrace() is before
+
+
+def test_other_threads_have_their_turn_while_a_long_text_is_encoded(tokenizer: Any) -> None:
+    asked = CompletionRequest.model_validate({"model": "m", "prompt": "hello wörld " * 100_000})
+    thread = threading.Thread(
+        target=prompts.encode_completion, args=(asked, tokenizer), kwargs={"vocabulary": 1}
+    )
+    begun = last = time.monotonic()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.001)
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+    assert longest < (last - begun) / 2
