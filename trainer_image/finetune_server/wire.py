@@ -15,6 +15,9 @@ from finetune_server.sampling import MAX_LOGPROBS, Sampling
 
 MAX_STOPS = 16
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+# Of a long list, each item that does not fit would become an error of its own: seconds in which nothing else is done.
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
 
 # Fields that change the answer and that this engine does not have: their neutral values are accepted.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -59,8 +62,8 @@ class Request(BaseModel):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Stop | Annotated[Items[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
 
     def wants_usage(self) -> bool:
@@ -109,7 +112,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")  # templates may read more than role and content
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | Items[TextPart] | None = None
 
     def render(self) -> dict[str, Any]:
         """Returns the message with its content as one text. Raises BadRequest for images and the like."""
@@ -125,7 +128,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(Request):
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -143,9 +146,9 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     prompt: (
         str
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+        | Annotated[Items[int], Field(min_length=1)]
+        | Annotated[Items[str], Field(min_length=1, max_length=64)]
+        | Annotated[Items[Annotated[Items[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True

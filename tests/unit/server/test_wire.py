@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from finetune_server import wire
 from finetune_server.errors import BadRequest
@@ -57,6 +58,26 @@ def test_too_many_are_told_as_too_many() -> None:
     prompts = json.dumps({"model": "m", "prompt": ["x"] * 65}).encode()
     with pytest.raises(BadRequest, match=r"prompt.*at most 64"):
         wire.parse(prompts, wire.CompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (wire.CompletionRequest, {"prompt": ["x"] * 1000}),
+        (wire.CompletionRequest, {"prompt": [["x"] * 1000]}),
+        (wire.ChatRequest, {"messages": [1] * 1000}),
+        (wire.ChatRequest, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        (wire.ChatRequest, {"messages": MESSAGES, "stop": [1] * 1000}),
+        (wire.ChatRequest, {"messages": MESSAGES, "stop_token_ids": ["x"] * 1000}),
+    ],
+)
+def test_a_long_list_is_refused_at_its_first_wrong_item(
+    kind: type[wire.Request], fields: dict[str, Any]
+) -> None:
+    """A prompt of two million texts took twelve seconds, in which nobody else was answered."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "m", **fields})
+    assert caught.value.error_count() < 10
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nul", b"\xff", b'"x"', b"[" * 100_000])
