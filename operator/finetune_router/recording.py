@@ -325,12 +325,14 @@ class Recorder:
         route = seen.route
         if not seen.response_format or SignalEvent.SCHEMA_INVALID not in route.watch.wanted:
             return route.validator
+        # Of a schema that is too large, only that the answer is JSON is checked: the route's is not what was asked for.
+        if len(seen.response_format) > REQUEST_SCHEMA_LIMIT:  # before it is read: 16 MB would take seconds
+            return None
         try:
             asked = json.loads(seen.response_format)
             schema = asked["json_schema"]["schema"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return route.validator
-        # Of a schema that is too large, only that the answer is JSON is checked: the route's is not what was asked for.
-        if len(seen.response_format) > REQUEST_SCHEMA_LIMIT or not schemas.is_bounded(schema):
+        if not schemas.is_bounded(schema):
             return None
-        return self._schemas.get(schema)
+        return self._schemas.get(schema, is_clients=True)

@@ -14,6 +14,7 @@ import jsonschema_rs
 
 from finetune_operator.api import routes as wire
 from finetune_operator.api.routes import Arm, SignalEvent
+from finetune_router import schemas
 from finetune_router.assignment import KeyKind, KeySource
 from finetune_router.counters import ArmMetrics, ArmState, Book, Sample, comparison_of
 from finetune_router.upstreams import Upstream, Upstreams
@@ -156,23 +157,29 @@ class SchemaCache:
     """Compiled output schemas by their text: snapshots come often, schemas change rarely."""
 
     def __init__(self) -> None:
-        self._validators: dict[str, jsonschema_rs.Validator | None] = {}
+        self._validators: dict[tuple[str, bool], jsonschema_rs.Validator | None] = {}
 
-    def get(self, schema: object) -> jsonschema_rs.Validator | None:
-        """None for a schema that is not valid: then only whether the text is JSON is checked."""
+    def get(self, schema: object, *, is_clients: bool = False) -> jsonschema_rs.Validator | None:
+        """None for a schema that is not valid, or a client's that takes too much: then only whether the text is JSON
+        is checked."""
         text = json.dumps(schema, sort_keys=True)
-        if text not in self._validators:
+        key = text, is_clients
+        if key not in self._validators:
             if len(self._validators) >= 256:
                 self._validators.pop(next(iter(self._validators)))
-            self._validators[text] = compile_schema(text)
-        return self._validators[text]
+            room = schemas.room_for_patterns(schema) if is_clients else schemas.Room()
+            self._validators[key] = compile_schema(text, room)
+        return self._validators[key]
 
 
-def compile_schema(text: str) -> jsonschema_rs.Validator | None:
+def compile_schema(text: str, room: schemas.Room) -> jsonschema_rs.Validator | None:
     """A validator that opens no other document. Patterns run in linear time, or, where one looks around, with a limit
     on backtracking."""
-    limited = jsonschema_rs.FancyRegexOptions(backtrack_limit=_BACKTRACK_LIMIT)
-    for patterns in (jsonschema_rs.RegexOptions(), limited):
+    plain = jsonschema_rs.RegexOptions(size_limit=room.plain, dfa_size_limit=room.plain)
+    limited = jsonschema_rs.FancyRegexOptions(
+        backtrack_limit=_BACKTRACK_LIMIT, size_limit=room.piece, dfa_size_limit=room.piece
+    )
+    for patterns in (plain, limited):
         try:
             return jsonschema_rs.validator_for(text, pattern_options=patterns, offline=True)
         except (ValueError, jsonschema_rs.ReferencingError) as error:

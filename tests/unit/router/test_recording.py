@@ -228,10 +228,11 @@ def json_schema(schema: object, **more: object) -> dict[str, object]:
         (json_schema({**NAME, "items": {"$ref": "#"}}), "{}", True),
         (json_schema(NAME, description="x" * 40_000), "[]", True),
         (json_schema(NAME, description="x" * 40_000), "no json", False),
+        (json_schema({**NAME, "patternProperties": {r"\p{L}{200}": {}}}), "{}", True),
     ],
     ids=[
         "none", "none, bad", "own", "own, bad", "json_object", "no schema", "unusable", "references, bad", "recursive",
-        "too large", "too large, bad",
+        "too large", "too large, bad", "pattern too large",
     ],
 )  # fmt: skip
 async def test_the_schema_of_the_request_goes_before_the_routes(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_router.schemas import MOST_SUBSCHEMAS, is_bounded
+from finetune_router.tables import SchemaCache
 
 
 def doubling(levels: int) -> dict[str, Any]:
@@ -52,3 +53,36 @@ def test_ordinary_schemas_are_applied(schema: object) -> None:
 )
 def test_what_may_be_endless_is_not(schema: object) -> None:
     assert not is_bounded(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"pattern": r"^\p{L}[\p{L}\p{N} ]*$"},
+        {"pattern": r"^(?=.*[A-Z])(?=.*\d).{8,64}$"},
+        {
+            "properties": {
+                f"id{n}": {"pattern": f"^{n}-[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}$"} for n in range(50)
+            }
+        },
+        {"properties": {"pattern": {"type": "string"}, "patternProperties": {"type": "object"}}},
+    ],
+)
+def test_ordinary_patterns_are_applied(schema: object) -> None:
+    assert SchemaCache().get(schema, is_clients=True) is not None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"pattern": rf"^\p{{L}}{{100}}{n}"} for n in range(20)]},
+        {"patternProperties": {rf"^\p{{L}}{{100}}{n}": True for n in range(20)}},
+        {"$defs": {"a": {"pattern": r"^\p{L}{100}"}}, "$ref": "#/$defs/a"},
+        {"pattern": "|".join(rf"\p{{L}}{{40}}{n}(?=b)" for n in range(20))},
+    ],
+)
+def test_patterns_that_take_much_are_not(schema: object) -> None:
+    """A thousand of them, which is 32 KB, took 40 seconds and five gigabytes of a worker."""
+    cache = SchemaCache()
+    assert cache.get(schema) is not None  # of a route
+    assert cache.get(schema, is_clients=True) is None
