@@ -241,6 +241,8 @@ def load(path: Path) -> RunFile:
         raise BadConfig(
             f"run file {path} cannot be read ({error.strerror}); set FINETUNE_RUN_FILE to it"
         ) from error
+    except UnicodeDecodeError as error:
+        raise BadConfig(f"run file {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     return parse(text)
 
 

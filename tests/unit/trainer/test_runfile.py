@@ -126,6 +126,11 @@ def test_text_that_is_no_json_and_a_file_that_is_not_there(tmp_path: Path) -> No
         runfile.parse("{")
     with pytest.raises(BadConfig, match="FINETUNE_RUN_FILE"):
         runfile.load(tmp_path / "none.json")
+    (tmp_path / "run.json").write_text("{}", encoding="utf-16")
+    with pytest.raises(
+        BadConfig, match=r"run.json is not UTF-8 text \(invalid start byte\); save it as UTF-8"
+    ):
+        runfile.load(tmp_path / "run.json")
 
 
 def test_a_field_that_is_there_twice_is_refused() -> None:
