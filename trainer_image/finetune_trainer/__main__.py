@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import sys
+import threading
 from pathlib import Path
 
 EPILOG = """\
@@ -34,9 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
         from finetune_trainer import lifecycle
     if options.command == "run":
         with signals.known_process():
-            return lifecycle.run_job(options.run_file)
+            code = lifecycle.run_job(options.run_file)
+        return _end(code)
     task = lifecycle.check if options.command == "check" else lifecycle.inspect
     return lifecycle.run_job(options.run_file, task)
+
+
+def _end(code: int) -> int:
+    """Python would wait, without end, for threads and processes that a reward function left running."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        os._exit(code)  # everything was printed and flushed
+    return code
 
 
 def make_parser() -> argparse.ArgumentParser:

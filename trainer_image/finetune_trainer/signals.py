@@ -28,15 +28,27 @@ def install() -> None:
     """Makes SIGTERM and SIGINT end the process with Stopped, from the main thread, wherever it is."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    os.register_at_fork(after_in_child=_uninstall)
+
+
+def _uninstall() -> None:
+    """A process that a reward function forks has nothing to save: who terminates it waits for its end."""
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Code inside that is not ours may set handlers of its own, as ray.init() does: afterwards they are as before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Code inside that is not ours may set handlers of its own, as ray.init() does, or an alarm that it forgets:
+    afterwards they are as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    timer = signal.getitimer(signal.ITIMER_REAL)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         for number, handler in before.items():
             signal.signal(number, handler)
 

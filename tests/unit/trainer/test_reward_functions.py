@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_trainer import runfile
+from finetune_trainer import runfile, signals
 from finetune_trainer.data.shapes import Prompt
 from finetune_trainer.failures import BadConfig, BadData, Stopped
 from finetune_trainer.rewards import functions
@@ -47,6 +48,14 @@ def find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return source
 
     return find
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The signal handlers of the command; pytest's own come back."""
+    with signals.kept():
+        signals.install()
+        yield
 
 
 def test_a_function_gets_the_columns_that_it_asks_for(find: Any) -> None:
@@ -152,6 +161,60 @@ def test_processes_that_a_function_forks_end_as_they_like(find: Any) -> None:
     )
     assert functions.load(find(text))(["a"], ["x"], {}) == [0.0]
     assert os._exit.__module__ == "posix"
+
+
+@pytest.mark.parametrize("way", ["return [2.0]", "1 / 0"])
+def test_a_process_that_a_function_forks_does_not_go_on_as_ours(find: Any, way: str) -> None:
+    """It would train, report and remove folders beside us."""
+    wait = "return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]"
+    text = f"import os\ndef f(prompts, completions):\n    child = os.fork()\n    if child:\n        {wait}\n    {way}\n"
+    function, ours, values = functions.load(find(text)), os.getpid(), []
+    try:
+        values = function(["a"], ["x"], {})
+    finally:
+        if os.getpid() != ours:
+            os._exit(7)
+    assert values == [1.0]
+
+
+def test_a_process_that_a_function_forks_can_be_terminated(find: Any, handlers: None) -> None:
+    """As a pool of processes does when it is closed; ours only notes the signal."""
+    text = (
+        "import multiprocessing, signal\ncontext = multiprocessing.get_context('fork')\n"
+        "def wait(ready):\n    ready.set()\n    signal.pause()\n"
+        "def f(prompts, completions):\n"
+        "    ready = context.Event()\n    child = context.Process(target=wait, args=(ready,))\n"
+        "    child.start()\n    ready.wait()\n    child.terminate()\n    child.join(30)\n"
+        "    code = child.exitcode\n    child.kill()\n    return [code or 0]\n"
+    )
+    with signals.noted():
+        assert functions.load(find(text))(["a"], ["x"], {}) == [-signal.SIGTERM]
+
+
+def test_a_function_cannot_take_our_gradients_away(find: Any) -> None:
+    import torch
+
+    off = "torch.set_grad_enabled(False)"
+    function = functions.load(
+        find(f"import torch\n{off}\ndef f(prompts, completions):\n    {off}\n    return [1.0]\n")
+    )
+    with torch.enable_grad():
+        assert function(["a"], ["x"], {}) == [1.0]
+        assert torch.is_grad_enabled()
+
+
+def test_an_alarm_that_a_function_forgets_does_not_ring_in_training(find: Any) -> None:
+    ours, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    text = (
+        "import signal\ndef f(prompts, completions):\n"
+        "    signal.signal(signal.SIGALRM, print)\n    signal.alarm(3600)\n    return [1.0]\n"
+    )
+    try:
+        assert functions.load(find(text))(["a"], ["x"], {}) == [1.0]
+        assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == (ours, timer)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, ours)
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])

@@ -53,3 +53,28 @@ def test_a_stop_that_a_library_swallowed_is_found_later(installed: None) -> None
         signals.check()
     signals.ignore_more()
     signals.check()
+
+
+LEFT_RUNNING = """
+import multiprocessing, sys, threading
+from finetune_trainer import lifecycle
+from finetune_trainer.__main__ import main
+
+def run_job(file):
+    threading.Thread(target=threading.Event().wait).start()
+    multiprocessing.get_context("fork").Process(target=threading.Event().wait).start()
+    return 3
+
+lifecycle.run_job = run_job
+sys.exit(main(["run"]))
+"""
+
+
+def test_the_command_does_not_wait_for_what_a_reward_function_left_running(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEFT_RUNNING], env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    try:
+        assert process.wait(60) == 3
+    finally:
+        process.kill()

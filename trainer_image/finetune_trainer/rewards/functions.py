@@ -177,11 +177,12 @@ def _accepted(source: Source, call: Callable[..., Any]) -> frozenset[str] | None
 
 @contextlib.contextmanager
 def _running(source: Source) -> Iterator[None]:
-    """While a user's code runs: what it raises is BadConfig, and it cannot take away our output, our signals or our
-    process."""
+    """While a user's code runs: what it raises is BadConfig, and it cannot take away our output, our signals, our
+    gradients or our process."""
     with (
         signals.kept(),
-        _exits_raised(),
+        _one_process(),
+        _gradients_kept(),
         contextlib.redirect_stdout(_lend(sys.stdout)),
         contextlib.redirect_stderr(_lend(sys.stderr)),
     ):
@@ -194,8 +195,9 @@ def _running(source: Source) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exits_raised() -> Iterator[None]:
-    """os._exit would end the process with the user's code and without a result; processes forked from it may use it."""
+def _one_process() -> Iterator[None]:
+    """os._exit would end the process with the user's code and without a result; processes forked from it may use it,
+    and end here if they did not: training, its result and its folders are ours alone."""
     leave, own = os._exit, os.getpid()
 
     def refuse(status: int) -> None:
@@ -208,6 +210,20 @@ def _exits_raised() -> Iterator[None]:
         yield
     finally:
         os._exit = leave
+        if os.getpid() != own:
+            leave(1)
+
+
+@contextlib.contextmanager
+def _gradients_kept() -> Iterator[None]:
+    """Whoever asks a model of his own often switches gradients off for good."""
+    torch = sys.modules.get("torch")  # not imported for this: it takes seconds
+    before = torch is None or torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        if torch is not None:
+            torch.set_grad_enabled(before)
 
 
 class _Lent(io.TextIOWrapper):
