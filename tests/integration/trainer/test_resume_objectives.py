@@ -143,6 +143,25 @@ def test_a_stop_breaks_off_the_sampling_of_a_step_which_is_done_again(
 
 
 @pytest.mark.parametrize("objective", ["RLOO", "GRPO"])
+def test_a_stop_in_an_evaluation_leaves_trainings_random_numbers_alone(
+    taught: Path, rows: Path, run: Run, run_stopped: Callable[..., Ended], tmp_path: Path, objective: str
+) -> None:
+    parts: dict[str, Any] = {
+        "objective": objective,
+        "method": LORA,
+        "dataset": dataset(rows / "prompts.jsonl"),
+        "hyperparameters": {**HYPER, "maxSteps": 8, "evalSteps": 4},
+        **SAMPLED,
+    }
+    alone = run(taught, rows, name="alone", **parts)
+    checkpoints = schedule(tmp_path / "ck")
+    stop = StopAt(4, during="evaluation")
+    stopped = run_stopped(stop, taught, rows, checkpoint=checkpoints, job=job(1), **parts)
+    assert (stopped.code, stopped.result["step"]) == (75, 4), stopped.log
+    assert_same(run(taught, rows, checkpoint=checkpoints, job=job(2), **parts), alone)
+
+
+@pytest.mark.parametrize("objective", ["RLOO", "GRPO"])
 def test_a_stop_breaks_off_a_reward_function_that_takes_long(
     taught: Path, rows: Path, run: Run, handlers: None, tmp_path: Path, objective: str
 ) -> None:

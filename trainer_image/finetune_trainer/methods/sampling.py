@@ -98,6 +98,7 @@ class _Sampled:
 
     book: Book
     give_up_step: Callable[[], None] | None = None  # set where there are checkpoints
+    _before_evaluation: randomness.Randomness | None = None  # training's, while an evaluation draws its own
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return self.book.tokens(prompts), None, {}
@@ -157,12 +158,19 @@ class _Sampled:
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Draws the same random numbers each time, so that evaluations can be compared, and leaves training's alone."""
-        before = randomness.capture()
+        self._before_evaluation = before = randomness.capture()
         transformers.set_seed(self.args.seed)  # type: ignore[attr-defined]
         try:
             return dict(super().evaluate(*arguments, **options))  # type: ignore[misc]
         finally:
             randomness.restore(before)
+            self._before_evaluation = None
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """A stop breaks an evaluation off and saves: what is resumed is training."""
+        if self._before_evaluation is not None:
+            randomness.restore(self._before_evaluation)
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
 
 
 class RLOOTrainer(_Sampled, trl.RLOOTrainer):  # type: ignore[misc]
