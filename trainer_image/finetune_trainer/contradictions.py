@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from typing import TYPE_CHECKING
 
 from finetune_trainer.runparts import FORMATS_OF, DataFormat, MethodType, Objective
@@ -36,8 +37,15 @@ def find_contradictions(run: RunFile) -> list[str]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    first, second = (uri.rstrip("/") + "/" for uri in (one, other))
+    first, second = (_plain(uri).rstrip("/") + "/" for uri in (one, other))
     return first.startswith(second) or second.startswith(first)
+
+
+def _plain(uri: str) -> str:
+    """One way to write each folder of a disk; an object store takes //, . and .. for names."""
+    scheme, _, path = uri.partition("://")
+    # Three slashes: normpath takes two at the beginning for a name of their own.
+    return f"{scheme}:{posixpath.normpath('///' + path)}" if scheme in ("file", "pvc") else uri
 
 
 def _check_method(method: Method) -> list[str]:

@@ -97,6 +97,7 @@ def test_a_full_run_file_is_read() -> None:
         ({"secret": "x"}, ["secret: Extra inputs"]),
         ({"checkpoint": {"uri": "file:///out"}}, ["checkpoint.uri", "lie in one another", "-checkpoints"]),
         ({"checkpoint": {"uri": "file:///out/deep/er"}}, ["lie in one another"]),
+        ({"checkpoint": {"uri": "file:////out//deep/../ck"}}, ["lie in one another"]),
         ({"checkpoint": {"uri": "file:///"}}, ["lie in one another"]),
         ({"checkpoint": {"uri": "file:///ck", "keep": 0}}, ["checkpoint.keep", "0"]),
         ({"checkpoint": {"uri": "file:///ck", "everyMinutes": 0}}, ["checkpoint.everyMinutes", "0"]),
