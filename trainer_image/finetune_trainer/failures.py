@@ -135,10 +135,10 @@ def classify(error: Exception) -> tuple[ErrorClass, str]:
 
 def is_storage_trouble(error: BaseException) -> bool:
     """Whether a disk or store failed in a way that may pass; a wrong path or missing rights are not of that kind."""
+    if type(error).__module__.partition(".")[0] in STORAGE_LIBRARIES:  # first: some of aiohttp's are OSErrors
+        return True
     if isinstance(error, OSError):
         return error.errno in STORAGE_NUMBERS or isinstance(error, (ConnectionError, TimeoutError))
-    if type(error).__module__.partition(".")[0] in STORAGE_LIBRARIES:
-        return True
     return is_full(error) or STORAGE_TEXT.search(str(error)) is not None
 
 

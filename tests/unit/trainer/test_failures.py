@@ -155,6 +155,16 @@ def test_an_object_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     assert classify(raised(lambda: filesystem.pipe_file("bucket/x", b"y")))[0] is ErrorClass.STORAGE
 
 
+def test_a_store_that_aiohttp_cannot_reach() -> None:
+    """Google's, and plain HTTP; some of these errors are OSErrors with a number that says nothing of storage."""
+    import fsspec
+
+    filesystem = fsspec.filesystem("http", skip_instance_cache=True)
+    error = raised(lambda: filesystem.cat_file("http://127.0.0.1:9/rows.jsonl"))
+    assert isinstance(error, OSError)
+    assert classify(error)[0] is ErrorClass.STORAGE
+
+
 def test_a_store_with_errors_of_its_own_is_told_with_the_field(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
