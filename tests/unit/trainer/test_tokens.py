@@ -96,6 +96,8 @@ def test_a_template_without_end_mark_gets_the_end_token() -> None:
             BadData,
             "line 3: the model's chat template refuses",
         ),
+        ("{{ messages[0]['content'] + 1 }}", BadData, "line 3: .* fails on these messages .TypeError"),
+        ("{% for _ in range(999999) %}{% endfor %}", BadData, "OverflowError: Range too big"),
     ],
 )
 def test_template_errors_are_the_users(template: str, error: type[Exception], text: str) -> None:

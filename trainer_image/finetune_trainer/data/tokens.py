@@ -109,6 +109,11 @@ def render(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False, where
         ) from error
     except jinja2.TemplateError as error:
         raise BadData(f"{where}: the model's chat template refuses these messages: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:  # as its expressions raise them
+        raise BadData(
+            f"{where}: the model's chat template fails on these messages ({type(error).__name__}: {error}); "
+            "correct model.chatTemplate or the messages"
+        ) from error
 
 
 def _encode_chat(chat: Chat, tokenizer: Any) -> TokenRow:
