@@ -37,6 +37,8 @@ def local_path(uri: str) -> Path | None:
     if scheme == "pvc":
         return _volume_path(uri, rest)
     if scheme in REMOTE_SCHEMES:
+        if "::" in rest:  # fsspec chains file systems with it
+            raise BadConfig(f"{uri!r}: '::' cannot be part of a path; rename it")
         return None
     raise BadConfig(f"{uri!r}: scheme {scheme} is not known; use file, pvc, {', '.join(REMOTE_SCHEMES)}")
 

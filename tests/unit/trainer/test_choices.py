@@ -108,6 +108,7 @@ def test_uris_become_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("/a/b", "is not a URI; write file:///"),
         ("file://a/b", "three slashes"),
         ("ftp://host/file", "scheme ftp is not known"),
+        ("s3://bucket/a::b/c", "'::' cannot be part of a path"),
         ("pvc://none/file", "claim 'none' is not mounted"),
         ("pvc://models/../../etc/passwd", "would leave the volume"),
     ],
