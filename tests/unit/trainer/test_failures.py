@@ -15,7 +15,14 @@ import huggingface_hub
 import pytest
 
 from finetune_trainer import folders, lifecycle, signals, storage
-from finetune_trainer.failures import BadConfig, ErrorClass, NotFinite, StorageFailed, classify
+from finetune_trainer.failures import (
+    BadConfig,
+    ErrorClass,
+    NotFinite,
+    StorageFailed,
+    classify,
+    is_storage_trouble,
+)
 from finetune_trainer.methods import hub
 
 
@@ -162,7 +169,7 @@ def test_a_store_that_aiohttp_cannot_reach() -> None:
     filesystem = fsspec.filesystem("http", skip_instance_cache=True)
     error = raised(lambda: filesystem.cat_file("http://127.0.0.1:9/rows.jsonl"))
     assert isinstance(error, OSError)
-    assert classify(error)[0] is ErrorClass.STORAGE
+    assert is_storage_trouble(error)
 
 
 def test_a_store_with_errors_of_its_own_is_told_with_the_field(
