@@ -224,7 +224,9 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         self.filesystem.invalidate_cache()
-        return sorted(os.path.relpath(name, self.path) for name in self.filesystem.find(self.path))
+        # An object with a slash at its end holds nothing: so consoles make folders.
+        names = [name for name in self.filesystem.find(self.path) if not name.endswith("/")]
+        return sorted(os.path.relpath(name, self.path) for name in names)
 
     def read(self, name: str) -> bytes | None:
         try:

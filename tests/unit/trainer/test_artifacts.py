@@ -11,6 +11,7 @@ import pytest
 from finetune_trainer import artifacts, owners, storage
 from finetune_trainer.failures import BadConfig, TrainerError
 from finetune_trainer.runfile import Job
+from tests.buckets import open_bucket, serve_bucket
 
 JOB = Job(namespace="team", name="tune", uid="uid-1", attempt=1)
 OTHER = Job(namespace="team", name="other", uid="uid-2", attempt=1)
@@ -81,6 +82,17 @@ def test_foreign_files_are_refused_and_stay(tmp_path: Path, folder: storage.Fold
     with pytest.raises(BadConfig, match=r"is not empty \(thesis.doc\) and was not made by this job"):
         artifacts.claim_folder(folder, JOB)
     assert (tmp_path / "deep/out/thesis.doc").read_text() == "ten years"
+
+
+def test_a_folder_that_was_made_in_a_buckets_console_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_bucket("data") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for name in ("out/", "out/deep/"):
+            open_bucket(environment).call_s3("put_object", Bucket="data", Key=name, Body=b"")
+        folder = storage.open_folder("s3://data/out")
+        assert artifacts.claim_folder(folder, JOB) is None
+        assert folder.names() == [owners.MARK]
 
 
 def test_a_claim_that_was_killed_while_it_was_written_holds_nobody_up(
