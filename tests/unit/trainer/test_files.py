@@ -133,8 +133,10 @@ def test_gzip_with_a_wrong_byte_is_named(tmp_path: Path) -> None:
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
         ("9" * 5000, "a number of more than 4300 digits"),
         (r'"cut \ud83d off"', r"\ud83d is half of a character"),
+        ('"one", "text": "two"', "'text' is there twice in one object; remove one"),
+        ('{"role": "user", "role": "tool"}', "'role' is there twice"),
     ],
-    ids=["deep", "digits", "half"],
+    ids=["deep", "digits", "half", "twice", "twice-inside"],
 )
 def test_json_that_python_or_a_tokenizer_cannot_take_is_named(
     tmp_path: Path, name: str, value: str, expected: str

@@ -75,6 +75,21 @@ def _read(path: Path, uri: str) -> Iterator[Row]:
     yield from map(_require_characters, rows) if _HALF.search(text) else rows
 
 
+class _Repeated(ValueError):
+    """A name that is there twice in one object: which value is meant?"""
+
+
+def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(repr(next(name for name in found if names.count(name) > 1)))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_to_object)
+
+
 def _read_json_lines(text: str, uri: str) -> Iterator[Row]:
     # Not splitlines(): a JSON string may hold U+2028 and other characters that it takes for line ends.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -84,7 +99,7 @@ def _read_json_lines(text: str, uri: str) -> Iterator[Row]:
 
 def _parse_object(text: str, *, uri: str, line: int) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         start = max(0, error.pos - 20)
         raise BadData(
@@ -105,7 +120,9 @@ def _require_object(value: Any, *, uri: str, line: int) -> dict[str, Any]:
 
 
 def _beyond_limits(error: Exception, *, uri: str, line: int) -> BadData:
-    """For JSON that is right and that Python does not read."""
+    """For JSON that is right and that is not read."""
+    if isinstance(error, _Repeated):
+        return BadData(f"{uri} line {line}: {error} is there twice in one object; remove one")
     cause = (
         "is nested too deeply"
         if isinstance(error, RecursionError)
@@ -126,13 +143,12 @@ def _require_characters(row: Row) -> Row:
 
 
 def _read_json_array(text: str, uri: str) -> Iterator[Row]:
-    decoder = json.JSONDecoder()
     position = _skip_space(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, position)
             position = _skip_space(text, position)
             separator = text[position : position + 1]
             if separator not in (",", "]"):
