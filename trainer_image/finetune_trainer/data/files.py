@@ -75,7 +75,7 @@ def _read(path: Path, uri: str) -> Iterator[Row]:
     yield from map(_require_characters, rows) if _HALF.search(text) else rows
 
 
-class _Repeated(ValueError):
+class _RepeatedNameError(ValueError):
     """A name that is there twice in one object: which value is meant?"""
 
 
@@ -83,7 +83,7 @@ def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Repeated(repr(next(name for name in found if names.count(name) > 1)))
+        raise _RepeatedNameError(repr(next(name for name in found if names.count(name) > 1)))
     return found
 
 
@@ -121,7 +121,7 @@ def _require_object(value: Any, *, uri: str, line: int) -> dict[str, Any]:
 
 def _beyond_limits(error: Exception, *, uri: str, line: int) -> BadData:
     """For JSON that is right and that is not read."""
-    if isinstance(error, _Repeated):
+    if isinstance(error, _RepeatedNameError):
         return BadData(f"{uri} line {line}: {error} is there twice in one object; remove one")
     cause = (
         "is nested too deeply"
