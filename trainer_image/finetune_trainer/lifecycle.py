@@ -173,15 +173,17 @@ def _work_folder() -> Iterator[Path]:
     except OSError as error:
         text = storage.NO_WORK_FOLDER.format(error)
         raise (StorageFailed if is_full(error) else BadConfig)(text) from error
-    with folder as name:
-        try:
-            yield Path(name)
-        except Exception as error:
-            if isinstance(error, TrainerError) or not is_full(error):
-                raise
-            place = getattr(error, "filename", None) or f"{name} (TMPDIR)"
-            text = f"{place} could not be written ({storage.describe_error(error)}); {storage.MORE_ROOM}"
-            raise StorageFailed(text) from error
+    try:
+        yield Path(folder.name)
+    except Exception as error:
+        if isinstance(error, TrainerError) or not is_full(error):
+            raise
+        place = getattr(error, "filename", None) or f"{folder.name} (TMPDIR)"
+        text = f"{place} could not be written ({storage.describe_error(error)}); {storage.MORE_ROOM}"
+        raise StorageFailed(text) from error
+    finally:
+        with signals.noted():  # a second SIGTERM would leave half of a downloaded model
+            folder.cleanup()
 
 
 def _train_into(

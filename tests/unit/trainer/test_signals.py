@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from finetune_trainer import signals
+from finetune_trainer import lifecycle, signals
 from finetune_trainer.failures import Stopped
 
 DURING_IMPORTS = """
@@ -53,6 +56,24 @@ def test_a_stop_that_a_library_swallowed_is_found_later(installed: None) -> None
         signals.check()
     signals.ignore_more()
     signals.check()
+
+
+def test_a_second_stop_leaves_nothing_in_the_work_folder(
+    installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model takes a while to remove, and hook and kubelet both send SIGTERM."""
+    remove = shutil.rmtree
+
+    def stop_and_remove(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        remove(*arguments, **options)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "rmtree", stop_and_remove)
+    with pytest.raises(Stopped), lifecycle._work_folder() as work:
+        (work / "model.safetensors").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []
 
 
 LEFT_RUNNING = """
