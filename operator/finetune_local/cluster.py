@@ -13,7 +13,6 @@ import dataclasses
 import fcntl
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -194,7 +193,7 @@ class Cluster:
             state=state,
             pid=process.pid if process else None,
             port=setting.ports.get(parts.MAIN_PORTS.get(name, name)) if process else None,
-            uptime=round(time.time() - record.created, 1) if process and record else None,
+            uptime=round(record.uptime(), 1) if process and record else None,
             log=str(self.layout.log(name)),
         )
 

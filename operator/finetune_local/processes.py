@@ -1,6 +1,6 @@
 """Processes that outlive the command which started them, and that are stopped only when proven to be ours.
 
-A record (pid and start time) names the main process, which leads a session of its own. Every process also carries
+A record (pid and time of birth) names the main process, which leads a session of its own. Every process also carries
 MARKER in its environment, which its children inherit. So the children of a killed parent, which no process tree leads
 to any more, are still found by their session or their marker, and nothing else is. Both are needed: some of Ray's
 processes overwrite their environment with a new title, and Ray's jobs leave the session.
@@ -28,11 +28,13 @@ LOG_LIMIT = 20 * 2**20  # bytes; a larger log is set aside as .1 before the next
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A started part. Its start time (`created`, seconds since the epoch) proves that the pid is still it."""
+    """A started part. `born` (of which boot, clock ticks after it) proves that the pid is still it: a time of day could
+    not, because it moves whenever the system's clock is set.
+    """
 
     part: str
     pid: int
-    created: float
+    born: str
     fingerprint: str
     log_offset: int
 
@@ -41,17 +43,19 @@ class Record:
         _reap(self.pid)
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 0.05
+            same = _born(self.pid) == self.born
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
 
+    def uptime(self) -> float:
+        """Seconds since the start, for a process that was found."""
+        ticks = int(self.born.rpartition("/")[2])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
     def owns_session(self) -> bool:
         """Whether a session with this number is ours: a pid is not used again while its session has members."""
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.created) < 0.05
-        except psutil.NoSuchProcess:
-            return True
+        return _born(self.pid) in (None, self.born)
 
 
 def start(
@@ -82,14 +86,17 @@ def start(
         )
     # It outlives us on purpose; without this Popen would warn when it is collected.
     child.returncode = 0
-    try:
-        process = psutil.Process(child.pid)
-        created = process.create_time()
-        if nice:
-            process.nice(nice)  # now, because threads that are there already would keep theirs
-    except psutil.NoSuchProcess:
-        created = time.time()
-    record = Record(part=part, pid=child.pid, created=created, fingerprint=fingerprint, log_offset=offset)
+    if nice:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Now, because threads that are there already would keep theirs.
+            psutil.Process(child.pid).nice(nice)
+    record = Record(
+        part=part,
+        pid=child.pid,
+        born=_born(child.pid) or "",
+        fingerprint=fingerprint,
+        log_offset=offset,
+    )
     layouts.write_private(_record_path(layout, part), json.dumps(dataclasses.asdict(record)))
     return record
 
@@ -172,6 +179,17 @@ def tail(path: Path, lines: int, *, offset: int = 0) -> list[str]:
 
 def _record_path(layout: layouts.Layout, part: str) -> Path:
     return layout.run / f"{part}.json"
+
+
+def _born(pid: int) -> str | None:
+    """When a process was started, in a way that no setting of a clock changes; None where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    ticks = stat.rpartition(")")[2].split()[19]  # the name before may hold blanks and brackets
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return f"{boot}/{ticks}"
 
 
 def _reap(pid: int) -> None:

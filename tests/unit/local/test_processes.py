@@ -68,9 +68,24 @@ def test_a_child_that_wiped_its_environment_is_found_by_its_session(
     assert not is_alive(child)
 
 
+def test_a_system_clock_that_is_set_changes_nothing(
+    layout: layouts.Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = start(layout, "exec sleep 300")
+    boot = psutil.boot_time()
+    # As Linux does it: the boot is said to have been as much later as the clock was put on.
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot + 3600)
+    assert record.find() is not None
+    assert record.owns_session()
+    assert 0 <= record.uptime() < 60
+    assert processes.stop(layout, "me", ["part"], grace=5) == ["part"]
+
+
 def test_a_stranger_with_the_recorded_pid_is_left_alone(layout: layouts.Layout) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]) as stranger:
-        record = processes.Record("part", stranger.pid, created=1.0, fingerprint="f", log_offset=0)
+        record = processes.Record(
+            "part", stranger.pid, born="an-earlier-boot/7", fingerprint="f", log_offset=0
+        )
         (layout.run / "part.json").write_text(json.dumps(dataclasses.asdict(record)))
         assert record.find() is None
         assert processes.stop(layout, "me", ["part"], grace=1) == []
