@@ -31,7 +31,7 @@ class Sources:
         assets = os.environ.get("FINETUNE_ASSETS")
         return cls(
             cache=layouts.cache_folder(),
-            assets=Path(assets).expanduser() if assets else None,
+            assets=Path(assets).expanduser().absolute() if assets else None,
         )
 
 

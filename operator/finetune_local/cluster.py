@@ -11,11 +11,13 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import IO
 
 from finetune_local import (
     binaries,
@@ -121,7 +123,7 @@ class Cluster:
         Raises LocalClusterError, which names the part that failed and quotes its log.
         """
         wanted = _check_names(names)
-        self.layout.create()
+        self._refuse_foreign_folder()
         with self._locked(report):
             instance = instances.Instance.load(self.layout.instance)
             found = binaries.obtain(
@@ -148,7 +150,7 @@ class Cluster:
         `purge` also removes the state folder. The artifacts in it are removed with it.
         """
         if not self.layout.instance.exists():
-            return []
+            return self._stop_what_lost_its_folder(report)
         with self._locked(report):
             instance = instances.Instance.load(self.layout.instance)
             running: list[str] = []
@@ -165,6 +167,16 @@ class Cluster:
                 instance.wanted = []
                 instance.save(self.layout.instance)
         return running
+
+    def _stop_what_lost_its_folder(self, report: Report) -> list[str]:
+        """Somebody removed the state folder and left the processes."""
+        identity = instances.Instance.load(self.layout.instance).identity
+        left = [name for name in parts.ALL if processes.find_all(self.layout, identity, [name])]
+        if left:
+            processes.sweep(self.layout, identity, left)
+            shutil.rmtree(self.layout.ray_folder(identity), ignore_errors=True)
+            report(f"stopped {', '.join(left)}, whose state folder was removed")
+        return left
 
     def status(self) -> list[PartStatus]:
         """All parts, in start order."""
@@ -200,15 +212,30 @@ class Cluster:
     @contextlib.contextmanager
     def _locked(self, report: Report) -> Iterator[None]:
         """One `up` or `down` per state folder at a time."""
-        with self.layout.lock.open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                report("waiting for another `finetune local` command")
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            # Whoever held the lock may have purged the folder.
+        held = False
+        while not held:
             self.layout.create()
-            yield
+            with self.layout.lock.open("w") as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    report("waiting for another `finetune local` command")
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+                # Whoever held it may have purged the folder: a lock of a removed file keeps nobody out.
+                held = _is_at(self.layout.lock, stream)
+                if held:
+                    yield
+
+    def _refuse_foreign_folder(self) -> None:
+        """`down --purge` removes the whole folder: nothing of the user's may be in it."""
+        root = self.layout.root
+        foreign = [] if self.layout.lock.exists() or not root.exists() else self.layout.find_foreign()
+        if foreign:
+            raise errors.LocalClusterError(
+                f"{root} cannot be the state folder: it holds {', '.join(foreign[:3])}, "
+                "and `down --purge` removes all of it",
+                remedy="Name an empty or a new folder with --state or FINETUNE_LOCAL_DIR.",
+            )
 
     def _settle(self, instance: instances.Instance, wanted: tuple[str, ...], report: Report) -> None:
         """Decide identity, ports and folders before anything starts, and write them down."""
@@ -255,7 +282,7 @@ class Cluster:
         tasks = [graphs.Task(name, parts.PARTS[name].needs, start(name)) for name in wanted]
         volumes = {
             "files": files,
-            "models": layouts.cache_folder().absolute() / "models",
+            "models": layouts.cache_folder() / "models",
             "artifacts": self.layout.artifacts,
         }
         serving.link_volumes(self.layout, volumes)
@@ -278,6 +305,14 @@ def _check_names(names: Sequence[str]) -> tuple[str, ...]:
             f"no such part: {', '.join(unknown)}", remedy=f"The parts are: {', '.join(parts.ALL)}."
         )
     return tuple(name for name in parts.ALL if name in names)
+
+
+def _is_at(path: Path, stream: IO[str]) -> bool:
+    """Whether the open file is the one that the path names."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _owner(port: str) -> str:

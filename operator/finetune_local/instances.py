@@ -12,8 +12,9 @@ from finetune_local import errors, layouts
 
 @dataclasses.dataclass
 class Instance:
-    """`identity` marks its processes; `wanted` are the parts that `up` was asked for; `files` is the folder behind
-    the claim of that name; `engine_model` is the URI of the engine's base model.
+    """`identity` marks its processes and comes from the folder's path, so that they are found even when somebody
+    removed what is in it; `wanted` are the parts that `up` was asked for; `files` is the folder behind the claim of
+    that name; `engine_model` is the URI of the engine's base model.
     """
 
     identity: str
@@ -25,10 +26,11 @@ class Instance:
     @classmethod
     def load(cls, path: Path) -> Instance:
         """The instance in a file, or a new one where there is none. Raises LocalClusterError for a broken file."""
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, path.parent.resolve().as_uri()).hex
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**{**json.loads(path.read_text()), "identity": identity})
         except FileNotFoundError:
-            return cls(identity=uuid.uuid4().hex, ports={}, wanted=[])
+            return cls(identity=identity, ports={}, wanted=[])
         except (ValueError, TypeError) as error:
             raise errors.LocalClusterError(
                 f"{path} cannot be read: {error}", remedy="Remove the state folder's content and start anew."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -83,16 +82,23 @@ class Layout:
 
     def create(self) -> None:
         """Make all folders, private to the user: keys and Secrets of jobs lie in them."""
-        for folder in (
-            self.root, self.pki, self.logs, self.run, self.etcd, self.pods, self.artifacts,
-            self.router, self.engine, self.volumes,
-        ):  # fmt: skip
+        for folder in (self.root, *self._folders(), self.volumes):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.root.chmod(0o700)
 
+    def find_foreign(self) -> list[str]:
+        """The names of what is in a folder in which no `up` was yet, without what `up` and its user put there."""
+        ours = {path.name for path in (*self._folders(), self.alerts, self.audit_policy)}
+        return sorted(path.name for path in self.root.iterdir() if path.name not in ours)
+
+    def _folders(self) -> tuple[Path, ...]:
+        return (
+            self.pki, self.logs, self.run, self.etcd, self.pods, self.artifacts, self.router, self.engine,
+        )  # fmt: skip
+
     def ray_folder(self, identity: str) -> Path:
-        """Ray's own folder. It is outside the state folder because Unix socket paths end at 107 bytes."""
-        return Path(tempfile.gettempdir()) / f"finetune-ray-{identity[:8]}"
+        """Ray's own folder. Not in the state folder or TMPDIR: Unix socket paths end at 107 bytes, and Ray takes 64."""
+        return Path("/tmp") / f"finetune-ray-{identity[:8]}"  # noqa: S108 - the name is the cluster's own
 
 
 def default_state_folder() -> Path:
@@ -104,7 +110,8 @@ def default_state_folder() -> Path:
 
 def cache_folder() -> Path:
     chosen = os.environ.get("FINETUNE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path("~/.cache/finetune-operator").expanduser()
+    folder = Path(chosen).expanduser() if chosen else Path("~/.cache/finetune-operator").expanduser()
+    return folder.absolute()  # the programs in it are started from another folder
 
 
 def write_private(path: Path, content: str | bytes) -> None:

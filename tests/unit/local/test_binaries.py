@@ -148,3 +148,13 @@ def test_the_package_brings_what_every_program_is_built_from(tool: pins.Tool) ->
     folder = binaries.Sources.from_environment().tools / tool.name
     assert f"{tool.module} {tool.version}" in (folder / "go.mod").read_text()
     assert (folder / "go.sum").stat().st_size > 0
+
+
+def test_folders_from_the_environment_hold_wherever_a_part_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FINETUNE_ASSETS", "programs")
+    monkeypatch.setenv("FINETUNE_CACHE", "cache")
+    found = binaries.Sources.from_environment()
+    assert (found.assets, found.cache) == (tmp_path / "programs", tmp_path / "cache")
