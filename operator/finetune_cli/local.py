@@ -167,12 +167,12 @@ def logs(
     names = [part] if part else list(parts.ALL)
     prefix = {name: "" if part else f"{name:24}| " for name in names}
     positions = {}
-    for name in names:
-        path = layout.log(name)
-        positions[name] = path.stat().st_size if path.exists() else 0
-        for line in processes.tail(path, tail):
-            typer.echo(prefix[name] + line)
-    with contextlib.suppress(KeyboardInterrupt):
+    with _told(), contextlib.suppress(KeyboardInterrupt):
+        for name in names:
+            path = layout.log(name)
+            positions[name] = path.stat().st_size if path.exists() else 0
+            for line in processes.tail(path, tail):
+                typer.echo(prefix[name] + line)
         while follow:
             time.sleep(0.5)
             for name in names:

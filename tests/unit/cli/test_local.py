@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from finetune_cli.local import app
 
 
-@pytest.mark.parametrize("command", [["up", "--only", "etcd"], ["status"], ["env"]])
+@pytest.mark.parametrize("command", [["up", "--only", "etcd"], ["status"], ["env"], ["down"], ["logs"]])
 def test_a_state_folder_that_is_a_file_is_named(command: list[str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
