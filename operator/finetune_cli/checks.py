@@ -6,7 +6,7 @@ import copy
 import json
 from typing import Any
 
-from finetune_cli import files
+from finetune_cli import files, watches
 from finetune_cli.kinds import Kind
 from finetune_operator.api.base import API_VERSION, GROUP, VERSION
 
@@ -36,17 +36,18 @@ def _dry_run(
     meta = body.setdefault("metadata", {}) or {}
     meta["namespace"] = namespace
     place = (GROUP, VERSION, namespace, kind.plural)
+    dry = {"dry_run": "All", "field_validation": validation, "_request_timeout": watches.REQUEST_TIMEOUT}
     try:
         try:
-            objects.create_namespaced_custom_object(*place, body, dry_run="All", field_validation=validation)
+            objects.create_namespaced_custom_object(*place, body, **dry)
         except client.ApiException as error:
             if error.status != 409:
                 raise
-            known = objects.get_namespaced_custom_object(*place, meta["name"])
-            meta["resourceVersion"] = known["metadata"]["resourceVersion"]
-            objects.replace_namespaced_custom_object(
-                *place, meta["name"], body, dry_run="All", field_validation=validation
+            known = objects.get_namespaced_custom_object(
+                *place, meta["name"], _request_timeout=watches.REQUEST_TIMEOUT
             )
+            meta["resourceVersion"] = known["metadata"]["resourceVersion"]
+            objects.replace_namespaced_custom_object(*place, meta["name"], body, **dry)
     except client.ApiException as error:
         if error.status not in (400, 422):
             raise

@@ -107,9 +107,13 @@ def list_objects(
 
     objects = client.CustomObjectsApi(connection.api)
     if namespace is None:
-        found = objects.list_cluster_custom_object(GROUP, VERSION, kind.plural)
+        found = objects.list_cluster_custom_object(
+            GROUP, VERSION, kind.plural, _request_timeout=watches.REQUEST_TIMEOUT
+        )
     else:
-        found = objects.list_namespaced_custom_object(GROUP, VERSION, namespace, kind.plural)
+        found = objects.list_namespaced_custom_object(
+            GROUP, VERSION, namespace, kind.plural, _request_timeout=watches.REQUEST_TIMEOUT
+        )
     items: list[dict[str, Any]] = found["items"]
     for item in items:
         item["metadata"].pop("managedFields", None)
@@ -122,7 +126,9 @@ def list_events(connection: connections.Connection, one: dict[str, Any]) -> list
 
     meta = one["metadata"]
     found = client.CoreV1Api(connection.api).list_namespaced_event(
-        meta["namespace"], field_selector=f"involvedObject.uid={meta['uid']}"
+        meta["namespace"],
+        field_selector=f"involvedObject.uid={meta['uid']}",
+        _request_timeout=watches.REQUEST_TIMEOUT,
     )
     events: list[dict[str, Any]] = connection.api.sanitize_for_serialization(found)["items"]
     return events

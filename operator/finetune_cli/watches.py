@@ -15,6 +15,7 @@ Object = dict[str, Any]
 
 WATCH_SECONDS = 20  # so that a connection that died without a word is noticed
 CONNECT_SECONDS = 5
+REQUEST_TIMEOUT = (CONNECT_SECONDS, WATCH_SECONDS)  # of each request: the client itself would wait for ever
 # Seconds between attempts to get the connection back; the last one repeats.
 PAUSES = (0.3, 0.5, 1.0, 2.0, 3.0)
 # An API server that has just started may answer 401 or 403 until it has read its rules.
@@ -43,7 +44,7 @@ def get_object(api: Any, kind: Kind, namespace: str, name: str) -> Object:
             namespace,
             kind.plural,
             name,
-            _request_timeout=(CONNECT_SECONDS, WATCH_SECONDS),
+            _request_timeout=REQUEST_TIMEOUT,
         )
     except client.ApiException as error:
         if error.status == 404:

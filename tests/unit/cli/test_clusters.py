@@ -108,3 +108,23 @@ def test_what_cannot_be_a_namespace_is_asked_of_no_cluster(namespace: str, tmp_p
     (tmp_path / "config").write_text(KUBECONFIG)
     told = run("list", f"--namespace={namespace}", "--kubeconfig", str(tmp_path / "config"))
     assert "is no name of a namespace" in " ".join(told.replace("│", "").split())
+
+
+def test_a_cluster_that_takes_connections_and_never_answers_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_cli.watches.REQUEST_TIMEOUT", (0.2, 0.2))
+    (tmp_path / "job.yaml").write_text(
+        "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: a}"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "config").write_text(KUBECONFIG.replace("https://127.0.0.1:1", address))
+        for command in (
+            ["list"],
+            ["list", "-A"],
+            ["describe", "a"],
+            ["validate", "-f", f"{tmp_path}/job.yaml"],
+        ):
+            told = run(*command, "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
+            assert f"{address} does not answer" in told
