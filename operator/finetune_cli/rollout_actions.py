@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -29,11 +30,19 @@ class Verb(StrEnum):
     ROLLBACK = "rollback"  # to the revision that served before
 
 
+@dataclass
+class Wish:
+    """What is asked of the operator; `asked` once it is written, which may take until an earlier wish is answered."""
+
+    verb: Verb
+    asked: bool = False
+
+
 def perform(
     api: Any,
     namespace: str,
     name: str,
-    verb: Verb,
+    wish: Wish,
     *,
     deadline: float,
     on_trouble: Callable[[str | None], None],
@@ -42,19 +51,25 @@ def perform(
 
     `deadline` is in time.monotonic() seconds. Raises what watches.follow raises, WatchTimeoutError among it.
     """
-    value = f"{verb}/{secrets.token_hex(4)}"
-    asked = False
+    value = f"{wish.verb}/{secrets.token_hex(4)}"
     for one in watches.follow(api, DEPLOYMENT, namespace, name, deadline=deadline, on_trouble=on_trouble):
         if (status_of(one).get("lastAction") or {}).get("value") == value:
             return one
-        asked = asked or (_is_free(one, verb) and _ask(api, one, value))
+        # It may be written although the API server did not live to say so.
+        written = wish.asked or _waiting(one) == value
+        wish.asked = written or (_is_free(one, wish.verb) and _ask(api, one, value))
     raise AssertionError("follow() ends only by an exception")
 
 
 def _is_free(one: Object, verb: Verb) -> bool:
     """Whether no other wish waits to be obeyed. An abort waits for nobody."""
-    waiting = (one["metadata"].get("annotations") or {}).get(ACTION_ANNOTATION)
+    waiting = _waiting(one)
     return waiting is None or (verb is Verb.ABORT and not waiting.startswith(Verb.ABORT))
+
+
+def _waiting(one: Object) -> str | None:
+    value: str | None = (one["metadata"].get("annotations") or {}).get(ACTION_ANNOTATION)
+    return value
 
 
 def _ask(api: Any, one: Object, value: str) -> bool:
@@ -68,7 +83,7 @@ def _ask(api: Any, one: Object, value: str) -> bool:
     try:
         client.CustomObjectsApi(api).patch_namespaced_custom_object(
             GROUP, VERSION, meta["namespace"], DEPLOYMENT.plural, meta["name"], patch,
-            _request_timeout=(watches.CONNECT_SECONDS, watches.WATCH_SECONDS),
+            _request_timeout=watches.REQUEST_TIMEOUT,
         )  # fmt: skip
     except client.ApiException as error:
         if error.status != 409:

@@ -76,28 +76,37 @@ def _perform(
 ) -> None:
     """Ask the operator and tell its answer; the exit codes are CODES."""
     deadline = time.monotonic() + shared.parse_seconds(timeout)
+    wish = rollout_actions.Wish(verb)
     with shared.told(kubeconfig, context, DEPLOYMENT) as connection:
         try:
             rollout = rollout_actions.perform(
                 connection.api,
                 namespace or connection.namespace,
                 name,
-                verb,
+                wish,
                 deadline=deadline,
                 on_trouble=_tell_trouble,
             )
-        except (watches.WatchTimeoutError, KeyboardInterrupt) as error:
-            code = shared.INTERRUPTED if isinstance(error, KeyboardInterrupt) else shared.TIMED_OUT
+        except KeyboardInterrupt:
+            shared.fail(f"stopped waiting; {_fate(wish)}", shared.INTERRUPTED)
+        except watches.WatchTimeoutError:
             shared.fail(
-                f"the operator has not answered within {timeout}; {verb} stays asked for. "
+                f"the operator has not answered within {timeout}; {_fate(wish)}. "
                 "Is the operator up (finetune local status, or its Deployment)?",
-                code,
+                shared.TIMED_OUT,
             )
     taken = texts.status_of(rollout)["lastAction"]
     if taken.get("refused"):
         shared.fail(f"{name}: {taken.get('message') or f'{verb} is not possible now'}", REFUSED)
     typer.echo(f"{name}: {taken.get('message') or f'{verb}: done'}")
     typer.echo(rollout_views.state_line(rollout))
+
+
+def _fate(wish: rollout_actions.Wish) -> str:
+    """What becomes of a wish that nobody waits for any more."""
+    if wish.asked:
+        return f"{wish.verb} stays asked for"
+    return f"{wish.verb} was not asked for, because an earlier wish waits or the API server is away"
 
 
 def _tell_trouble(text: str | None) -> None:

@@ -183,7 +183,8 @@ def test_a_verb_that_nobody_answers_stays_asked_for(rollouts: Rollouts) -> None:
 
 def test_a_wish_waits_for_the_one_before_and_an_abort_does_not(rollouts: Rollouts) -> None:
     rollouts.kubectl("annotate", "adep", "bot", f"{ACTION_ANNOTATION}=pause/0")
-    rollouts("promote", "bot", "--timeout", "2s", code=124)
+    text = rollouts("promote", "bot", "--timeout", "2s", code=124)
+    assert "within 2s; promote was not asked for, because an earlier wish waits" in text
     assert rollouts.bot()["metadata"]["annotations"][ACTION_ANNOTATION] == "pause/0"
     process = rollouts.start("promote", "bot")
     assert rollouts.answer(refused=False, message="paused") == "pause/0"
