@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+# Ctrl-C while the modules below are loaded ends the process without a traceback.
+_on_interrupt = signal.getsignal(signal.SIGINT)
+if _on_interrupt is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import typer
 
 from finetune_cli import job_planning, jobs, local, rollouts, shared
+
+signal.signal(signal.SIGINT, _on_interrupt)
 
 app = typer.Typer(
     name="finetune",

@@ -11,6 +11,11 @@ import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
 
+# Ctrl-C while the modules below are loaded ends the process without a traceback.
+_on_interrupt = signal.getsignal(signal.SIGINT)
+if _on_interrupt is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import kopf
 from aiohttp import web
 
@@ -23,6 +28,8 @@ from finetune_operator.endpoint import Desk
 from finetune_operator.forwarding import Forwarder
 from finetune_operator.health import Health
 from finetune_operator.leadership import Leadership, LeadershipLostError
+
+signal.signal(signal.SIGINT, _on_interrupt)
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,11 @@ import sqlite3
 import sys
 from pathlib import Path
 
+# Ctrl-C while the modules below are loaded ends the process without a traceback.
+_on_interrupt = signal.getsignal(signal.SIGINT)
+if _on_interrupt is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import uvloop
 from aiohttp import web
 
@@ -23,6 +28,8 @@ from finetune_router.fleet import Fleet
 from finetune_router.ledger import Ledger
 from finetune_router.routing import RouteKeeper
 from finetune_router.worker import configure_logging
+
+signal.signal(signal.SIGINT, _on_interrupt)
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,14 @@ from finetune_trainer.failures import EXIT_CODES, TrainerError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or that of the error's class."""
+    """Returns the exit code: 0, or that of the error's class, or 130 after Ctrl-C."""
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except TrainerError as error:
         print(f"{error.error_class}: {error}", file=sys.stderr)
         return EXIT_CODES[error.error_class]
+    except KeyboardInterrupt:  # while modules are loaded; later it is a request to stop
+        return 130
 
 
 def _run(arguments: list[str]) -> int:

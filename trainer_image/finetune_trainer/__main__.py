@@ -24,9 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if options.command == "compare":
-        from finetune_trainer.evaluation import command
+        try:
+            from finetune_trainer.evaluation import command
 
-        return command.run(options)
+            return command.run(options)
+        except KeyboardInterrupt:
+            return 130
     from finetune_trainer import signals
 
     if options.command == "stop":
