@@ -26,10 +26,10 @@ class Instance:
     @classmethod
     def load(cls, path: Path) -> Instance:
         """The instance in a file, or a new one where there is none. Raises LocalClusterError for a broken file."""
-        identity = uuid.uuid5(uuid.NAMESPACE_URL, path.parent.resolve().as_uri()).hex
         try:
-            return cls(**{**json.loads(path.read_text()), "identity": identity})
+            return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
+            identity = uuid.uuid5(uuid.NAMESPACE_URL, path.parent.resolve().as_uri()).hex
             return cls(identity=identity, ports={}, wanted=[])
         except (ValueError, TypeError) as error:
             raise errors.LocalClusterError(
