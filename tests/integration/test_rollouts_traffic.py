@@ -93,16 +93,18 @@ def test_no_request_fails_while_other_engines_take_over_in_a_canary(lab: RealLab
     try:
         lab.deploy(BETTER, strategy=steps)
         lab.wait(lambda s: s.get("phase") == "Paused" and s["weights"]["verified"])
-        edited = time.monotonic()
         lab.deploy(BETTER, strategy=steps, serving={"endpoint": served.url, "agentPort": other.port})
-        lab.eventually(lambda: min(served.served(f"bot--{GOOD}"), served.served(f"bot--{BETTER}")) > 10)
+        lab.eventually(lambda: served.served(f"bot--{BETTER}") > 0)
+        lab.wait(lambda s: s["weights"]["verified"])
+        moved, before = time.monotonic(), served.served(f"bot--{BETTER}")
+        lab.eventually(lambda: served.served(f"bot--{BETTER}") > before + 10)
     finally:
         users.close()
         other.stop()
     assert not users.failures
     sides: dict[str, set[str]] = {}
     for reply in users.replies:
-        if reply.sent > edited:
+        if reply.sent > moved:
             sides.setdefault(reply.user, set()).add(reply.revision)
     assert all(len(met) == 1 for met in sides.values()), "users keep their side at the other engine"
 

@@ -31,28 +31,38 @@ def _published(route: Route | None, name: str) -> frozenset[str]:
 
 
 def has(engine: EngineFacts, adapter: LoadedAdapter) -> bool:
-    told = engine.adapters.get(adapter.served_name)
-    return (
-        engine.reachable
-        and engine.ready
-        and told is not None
-        and told.state == LOADED
-        and told.digest == adapter.digest
-    )
+    told = _loaded(engine, adapter.served_name)
+    return told is not None and told.digest == adapter.digest
+
+
+def _loaded(engine: EngineFacts, name: str) -> AdapterFacts | None:
+    told = engine.adapters.get(name)
+    is_loaded = engine.reachable and engine.ready and told is not None and told.state == LOADED
+    return told if is_loaded else None
 
 
 def upstreams(seen: Observed, adapter: LoadedAdapter) -> tuple[str, ...]:
     """Engines that requests for the adapter may go to. Those that spec no longer names, and pods that were replaced,
-    keep them until one of the others has it."""
+    keep them until one of the others has it, or, for a candidate, has stable."""
     published = _published(seen.routing.published, adapter.served_name)
     found = {
         engine.url
         for engine in seen.engines
         if has(engine, adapter) or (not engine.reachable and engine.url in published)
     }
-    if not found and (seen.engines or seen.engines_problem):
+    if not found and (seen.engines or seen.engines_problem) and not _stable_moved(seen, adapter):
         found = set(published - {engine.url for engine in seen.engines})
     return tuple(sorted(found))
+
+
+def _stable_moved(seen: Observed, candidate: LoadedAdapter) -> bool:
+    """Whether stable can answer in place of this candidate. On a pod that is gone, the candidate's requests would fail,
+    and look like its own failures beside stable's on a new one."""
+    route = seen.routing.published
+    if route is None or route.stable is None or route.candidate is None:
+        return False
+    is_candidate = route.candidate.served_name == candidate.served_name
+    return is_candidate and any(_loaded(engine, route.stable.served_name) for engine in seen.engines)
 
 
 def in_service(seen: Observed) -> list[EngineFacts]:

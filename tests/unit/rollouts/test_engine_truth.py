@@ -206,6 +206,17 @@ def test_engines_that_are_replaced_serve_until_one_of_the_new_ones_has_it() -> N
     assert world.routing.weight() == 50
 
 
+def test_a_candidate_leaves_a_replaced_pod_with_stable_so_that_a_dead_one_is_no_failure_of_its_own() -> None:
+    world = canary()
+    new = SimulatedEngine("http://e3:8000", refusals={B: "CapacityFull"})
+    world.engines = [new]
+    world.run(20)
+    assert targets(world) == ({"e3"}, set())
+    new.refusals.clear()
+    world.run(60)
+    assert targets(world) == ({"e3"}, {"e3"})
+
+
 def test_a_weight_does_not_rise_while_replaced_engines_serve_and_the_new_ones_are_not_ready() -> None:
     world = canary()
     world.engines = [SimulatedEngine("http://e3:8000", ready=False)]
