@@ -123,7 +123,7 @@ def build_registry(
     """The handlers of this operator, in a registry of their own. `notice` says whether an event is news: our own
     writes come back as events, and the pass that wrote has already said when it wants to look again."""
     registry = kopf.OperatorRegistry()
-    ours: dict[str, Any] = {naming.LABEL_MANAGED_BY: naming.MANAGER, naming.LABEL_JOB: kopf.PRESENT}
+    ours: dict[str, Any] = {naming.LABEL_JOB: kopf.PRESENT}
 
     @kopf.on.startup(id="configure", registry=registry)
     def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -173,6 +173,5 @@ def configure_kopf(settings: kopf.OperatorSettings) -> None:
     settings.networking.error_backoffs = list(itertools.chain((1, 1, 2, 3, 5, 8), itertools.repeat(10, 360)))
     settings.queueing.idle_timeout = 1.0  # for which a worker keeps the last object; 5 s by default
     settings.watching.chunk_size = 500  # the default lists everything at once
-    managed = f"{naming.LABEL_MANAGED_BY}={naming.MANAGER}"
-    settings.watching.label_selectors["ray.io", "v1", "rayjobs"] = managed
-    settings.watching.label_selectors["", "v1", "pods"] = managed
+    settings.watching.label_selectors["ray.io", "v1", "rayjobs"] = naming.LABEL_JOB
+    settings.watching.label_selectors["", "v1", "pods"] = naming.LABEL_JOB

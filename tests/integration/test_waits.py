@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
-from tests.clients import Json, Kubectl
+from tests.clients import Json, Kubectl, KubectlError
 from tests.clusters import WITHOUT_RAY, pid_of, started
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -109,6 +110,62 @@ def test_a_limit_range(kubectl: Kubectl) -> None:
     )
     kubectl.apply(job("large"))
     told(kubectl, "large", "LimitRangeExceeded", "128Mi", "LimitRange of the namespace")
+
+
+def test_pods_to_which_a_policy_gives_another_manager(kubectl: Kubectl) -> None:
+    """They are heard of all the same, and no other attempt begins while one of them is there."""
+    relabel(kubectl, "relabelled")
+    kubectl.apply(job("relabelled", resources={"cpu": "1000", "memory": "1Gi"}))
+    told(kubectl, "relabelled", "Unschedulable", "Insufficient cpu")
+    (pod,) = kubectl.items("pod", "-l", "finetune.dev/job=relabelled")
+    assert pod["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "platform-team"
+    name = pod["metadata"]["name"]
+    kubectl("patch", "pod", name, "--type=merge", "-p", '{"metadata": {"finalizers": ["example.com/slow"]}}')
+    kubectl("patch", "ftj", "relabelled", "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    try:
+        kubectl.wait_job("relabelled", lambda s: s["message"].endswith(f"waits until pod {name} is gone"))
+    finally:
+        kubectl("patch", "pod", name, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+    kubectl.wait_job("relabelled", lambda s: s["phase"] == "Suspended")
+
+
+def relabel(kubectl: Kubectl, name: str) -> None:
+    """Have the pods of a job labelled by the platform, and wait until that is in force."""
+    group = "admissionregistration.k8s.io/v1"
+    path = "/metadata/labels/app.kubernetes.io~1managed-by"
+    patch = f'[JSONPatch{{op: "replace", path: "{path}", value: "platform-team"}}]'
+    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
+    policy = {
+        "reinvocationPolicy": "Never",
+        "matchConstraints": {"resourceRules": [rule]},
+        "matchConditions": [
+            {
+                "name": "its",
+                "expression": f"object.metadata.?labels[?'finetune.dev/job'].orValue('') == '{name}'",
+            }
+        ],
+        "mutations": [{"patchType": "JSONPatch", "jsonPatch": {"expression": patch}}],
+    }
+    for kind, spec in (
+        ("MutatingAdmissionPolicy", policy),
+        ("MutatingAdmissionPolicyBinding", {"policyName": name}),
+    ):
+        kubectl.apply({"apiVersion": group, "kind": kind, "metadata": {"name": name}, "spec": spec})
+    labels = {"finetune.dev/job": name, "app.kubernetes.io/managed-by": "x"}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "probe", "labels": labels},
+        "spec": {"containers": [{"name": "probe", "image": "none"}]},
+    }
+
+    def is_in_force() -> bool:
+        try:
+            return "platform-team" in kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", body=pod)
+        except KubectlError:  # a namespace gets its service account a moment after it is made
+            return False
+
+    wait_until(is_in_force, what="the policy is not in force")
 
 
 def test_no_room(kubectl: Kubectl) -> None:

@@ -25,12 +25,14 @@ REWARD_FUNCTIONS_FOLDER = "/mnt/finetune-rewards"  # below it a folder for each 
 
 
 def labels(job: str, attempt: int) -> dict[str, str]:
-    return {**job_labels(job), LABEL_ATTEMPT: str(attempt)}
+    """What the objects of an attempt carry. KubeRay copies them from a RayJob to its RayCluster."""
+    return {LABEL_MANAGED_BY: MANAGER, **selector(job, attempt)}
 
 
-def job_labels(job: str) -> dict[str, str]:
-    """What the objects of all attempts of a job have in common. KubeRay copies them from a RayJob to its RayCluster."""
-    return {LABEL_MANAGED_BY: MANAGER, LABEL_JOB: job}
+def selector(job: str, attempt: int | None = None) -> dict[str, str]:
+    """By what the objects of one or of all attempts of a job are found: by no label that a policy of the cluster may
+    set to a value of its own, as it does with those of app.kubernetes.io."""
+    return {LABEL_JOB: job} | ({} if attempt is None else {LABEL_ATTEMPT: str(attempt)})
 
 
 def owner_reference(kind: str, name: str, uid: str) -> dict[str, str | bool]:

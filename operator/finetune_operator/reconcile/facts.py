@@ -86,12 +86,9 @@ def lost_metadata(asked: Json, stored: Json) -> list[str]:
     before, after = asked["metadata"], stored["metadata"]
     kept = [owner["uid"] for owner in after.get("ownerReferences", [])]
     lost = [] if before["ownerReferences"][0]["uid"] in kept else ["metadata.ownerReferences"]
-    labels = after.get("labels") or {}
-    return lost + [
-        f"metadata.labels[{name}]"
-        for name in (naming.LABEL_MANAGED_BY, naming.LABEL_JOB)
-        if labels.get(name) != before["labels"][name]
-    ]
+    if (after.get("labels") or {}).get(naming.LABEL_JOB) != before["labels"][naming.LABEL_JOB]:
+        lost.append(f"metadata.labels[{naming.LABEL_JOB}]")
+    return lost
 
 
 def lost_fields(asked: Json, stored: Json) -> list[str]:

@@ -84,7 +84,7 @@ class JobObserver:
         self, key: Key, job: JobFacts, attempt: Attempt, rayjob: RayJobFacts | None, *, fresh: bool
     ) -> Observed:
         """What is left of all attempts, which the next one waits for."""
-        labels = naming.job_labels(job.name)
+        labels = naming.selector(job.name)
         pods = await self.kube.find("v1", "Pod", job.namespace, labels=labels, fresh=True)
         clusters = await self.kube.find("ray.io/v1", "RayCluster", job.namespace, labels=labels, fresh=True)
         inspection = attempt.inspection
@@ -104,7 +104,7 @@ class JobObserver:
             return False
         if not self.kube.is_unheard_of("ray.io/v1", "RayJob", job.namespace, attempt.ray_job):
             return False
-        return not self.kube.sightings.pods(job.namespace, naming.labels(job.name, attempt.number))
+        return not self.kube.sightings.pods(job.namespace, naming.selector(job.name, attempt.number))
 
     async def _pods(
         self, job: JobFacts, attempt: Attempt, rayjob: RayJobFacts | None, *, fresh: bool
@@ -112,10 +112,10 @@ class JobObserver:
         """Pods of the attempt, with those that the cluster took away a moment ago. A pod that is older than the RayJob
         is of an earlier job of this name; where there is no RayJob yet, pods of this name are all told."""
         if rayjob is None and attempt.uid is None:
-            labels = naming.job_labels(job.name)
+            labels = naming.selector(job.name)
             fresh = fresh or bool(self.kube.sightings.pods(job.namespace, labels))
         else:
-            labels = naming.labels(job.name, attempt.number)
+            labels = naming.selector(job.name, attempt.number)
             fresh = fresh or (
                 _ought_to_have_pods(rayjob, now=self.now(job))
                 and not self.kube.sightings.pods(job.namespace, labels)

@@ -20,6 +20,7 @@ from finetune_operator.adapters.kube import Json
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.core.facts import Defaults
+from finetune_operator.manifests.naming import MANAGER
 from finetune_operator.manifests.rayjobs import Platform
 from finetune_operator.reconcile.clocks import SteadyClock
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
@@ -202,9 +203,11 @@ class Stage:
         body["status"] = {"jobDeploymentStatus": deployment, "jobStatus": job, **status}
         self.api.put(body)
 
-    def pod(self, name: str, *, attempt: int = 1, told: bool = True, **status: Any) -> None:
+    def pod(
+        self, name: str, *, attempt: int = 1, told: bool = True, manager: str = MANAGER, **status: Any
+    ) -> None:
         labels = {
-            "app.kubernetes.io/managed-by": "finetune-operator",
+            "app.kubernetes.io/managed-by": manager,
             "finetune.dev/job": KEY[1],
             "finetune.dev/attempt": str(attempt),
         }

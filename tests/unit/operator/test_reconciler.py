@@ -331,6 +331,27 @@ async def test_a_rayjob_whose_owner_somebody_took_away_is_still_the_attempts_own
     assert stage.api.named("rayjobs") == [], "it does not train on unheeded"
 
 
+async def test_pods_that_a_policy_gives_another_manager_are_waited_for() -> None:
+    stage = await running()
+    stage.pod("triage-a1-head", told=False, manager="platform-team")
+    stage.kuberay("Failed", "RUNNING", reason="AppFailed", message="head pod is gone")
+    await stage.passes(4)
+    assert "waits until pod triage-a1-head is gone" in stage.status["message"]
+    assert stage.api.named("rayjobs") == ["triage-a1"]
+
+
+async def test_a_rayjob_that_a_policy_gives_another_manager_trains() -> None:
+    stage = Stage()
+    label = {"app.kubernetes.io/managed-by": "platform-team"}
+
+    def relabelled(body: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**body, "metadata": body["metadata"] | {"labels": body["metadata"]["labels"] | label}}
+
+    stores_rayjobs(stage, relabelled)
+    await stage.passes(4)
+    assert (stage.status["phase"], stage.api.named("rayjobs")) == ("Provisioning", ["triage-a1"])
+
+
 @pytest.mark.parametrize(("finalizer", "left"), [("acme.io/backup", []), ("orphan", ["triage-a1"])])
 async def test_a_deleted_job_that_a_finalizer_holds_trains_no_further(
     finalizer: str, left: list[str]
