@@ -103,6 +103,15 @@ def test_a_quota(kubectl: Kubectl) -> None:
     kubectl.wait_job("limited", lambda status: status.get("reason") != "QuotaExceeded", seconds=60)
 
 
+@pytest.mark.parametrize("resource", ["count/rayclusters.ray.io", "services"])
+def test_a_quota_of_which_kuberay_tells_by_events_alone(kubectl: Kubectl, resource: str) -> None:
+    kubectl("create", "quota", "none", f"--hard={resource}=0")
+    kubectl("wait", "quota", "none", "--for=jsonpath={.status.used}", "--timeout=60s")
+    kubectl.apply(job("unmade"))
+    status = kubectl.wait_job("unmade", lambda s: s.get("reason") == "QuotaExceeded")["status"]
+    assert f"exceeded quota: none, requested: {resource}=1" in status["message"]
+
+
 def test_a_limit_range(kubectl: Kubectl) -> None:
     limit = {"type": "Container", "max": {"memory": "128Mi"}}
     kubectl.apply(

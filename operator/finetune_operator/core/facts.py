@@ -56,8 +56,10 @@ class RayJobFacts:
     """Whether another controller than KubeRay runs it (spec.managedBy: MultiKueue)."""
     known_to_kuberay: bool = True
     """Whether KubeRay has looked at it: its finalizer is there."""
+    cluster: str = ""
+    """Name of its RayCluster, which may not be there yet."""
     cluster_problem: str = ""
-    """Why the RayCluster cannot have its pods, for example a quota."""
+    """Why the RayCluster cannot be made, or have its pods, for example a quota."""
 
     @property
     def is_over(self) -> bool:

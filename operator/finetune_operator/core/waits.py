@@ -7,7 +7,7 @@ one, and that more than KubeRay, which has not looked yet.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -36,15 +36,23 @@ class Wait:
 
 
 def next_look(seen: Observed, rayjob: RayJobFacts, *, now: datetime, soon: float, late: float) -> float:
-    """Seconds until the reason may be another one though no watch tells of a change. Only a pod's events and its age
-    are like that, which are looked at `soon`, and KubeRay's silence once; all else comes by itself, and is looked at
-    `late` in case that it was missed."""
-    if any(not pod.running and not pod.gone for pod in seen.pods):
+    """Seconds until the reason may be another one though no watch tells of a change. Only a pod's age and events are
+    like that, which are looked at `soon`, and what keeps KubeRay from making a pod, once and then `soon` where there is
+    something; all else comes by itself, and is looked at `late` in case that it was missed."""
+    podless = rayjob.deployment_status == "Initializing" and not seen.pods
+    if any(not pod.running and not pod.gone for pod in seen.pods) or (podless and rayjob.cluster_problem):
         return soon
-    if rayjob.known_to_kuberay or rayjob.created is None:
+    if (rayjob.known_to_kuberay and not podless) or rayjob.created is None:
         return late
     due = HEED_SECONDS - (now - rayjob.created).total_seconds()
     return min(late, due) if due > 0 else late
+
+
+def is_podless(rayjob: RayJobFacts, pods: Sequence[PodFacts], *, now: datetime) -> bool:
+    """Whether KubeRay should have made a pod by now, and its statuses do not tell why it has not."""
+    if pods or rayjob.cluster_problem or rayjob.created is None or rayjob.deployment_status != "Initializing":
+        return False
+    return (now - rayjob.created).total_seconds() >= HEED_SECONDS
 
 
 def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
@@ -219,7 +227,7 @@ REMEDIES = {
     "QuotaExceeded": "wait until others have finished, ask for less in spec.resources, or have the ResourceQuota of "
     "the namespace raised",
     "PodSecurity": "have the platform's pod defaults corrected, or use a namespace that allows such pods",
-    "LimitRangeExceeded": "ask for less in spec.resources, or have the LimitRange of the namespace changed",
+    "LimitRangeExceeded": "ask in spec.resources for what the LimitRange of the namespace allows, or have it changed",
 }
 
 

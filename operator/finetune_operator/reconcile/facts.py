@@ -77,6 +77,7 @@ def rayjob_facts(body: Json, *, owner: str, owner_uid: str, recorded_uid: str | 
         queue=metadata.get("labels", {}).get(naming.LABEL_QUEUE),
         managed_elsewhere=spec.get("managedBy", naming.KUBERAY) != naming.KUBERAY,
         known_to_kuberay=naming.KUBERAY_FINALIZER in metadata.get("finalizers", []),
+        cluster=status.get("rayClusterName", ""),
         cluster_problem=_cluster_problem(status.get("rayClusterStatus", {})),
     )
 

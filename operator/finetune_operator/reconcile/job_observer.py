@@ -10,7 +10,7 @@ from finetune_operator.adapters.kube import KUEUE_VERSION, Json
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND, Attempt
-from finetune_operator.core import jobs, statuses
+from finetune_operator.core import jobs, statuses, waits
 from finetune_operator.core.conditions import ConditionType
 from finetune_operator.core.facts import JobFacts, Observed, PodFacts, RayJobFacts, UpstreamFacts
 from finetune_operator.manifests import naming
@@ -57,10 +57,14 @@ class JobObserver:
         quiet = quiet and (base.report is not None or (rayjob is not None and rayjob.job_status == "RUNNING"))
         queued = rayjob is not None and rayjob.is_held_back and rayjob.queue is not None
         submitter, problem = await self._submitter(job, attempt, rayjob, fresh=fresh or quiet)
+        pods = [] if quiet else await self._pods(job, attempt, rayjob, fresh=fresh and not unborn)
+        if rayjob is not None and waits.is_podless(rayjob, pods, now=self.now(job)):
+            told = await waiting.cluster_problem(self.kube, rayjob, namespace=job.namespace)
+            rayjob = replace(rayjob, cluster_problem=told)
         return replace(
             base,
             rayjob=rayjob,
-            pods=[] if quiet else await self._pods(job, attempt, rayjob, fresh=fresh and not unborn),
+            pods=pods,
             submitter=submitter,
             submitter_problem=problem,
             workload=await waiting.observe_workload(self.kube, job, rayjob) if queued and rayjob else None,
@@ -136,9 +140,9 @@ class JobObserver:
     ) -> tuple[PodFacts | None, str]:
         """What hinders the submission, where that takes long. What is `fresh` is about to be acted upon."""
         ready = statuses.holds_since(job.status, ConditionType.RESOURCES_READY)
-        waits = rayjob is not None and rayjob.deployment_status == "Running" and not rayjob.job_status
+        idle = rayjob is not None and rayjob.deployment_status == "Running" and not rayjob.job_status
         now = self.now(job)
-        if rayjob is None or not waits or fresh or ready is None:
+        if rayjob is None or not idle or fresh or ready is None:
             return None, ""
         if (now - ready).total_seconds() < SUBMISSION_SECONDS:
             return None, ""

@@ -28,6 +28,20 @@ async def observe_pod(kube: Kube, body: Json, *, attempt_start: datetime, now: d
     return facts.pod_facts(body, attempt_start=attempt_start, warning=facts.newest_warning(events))
 
 
+async def cluster_problem(kube: Kube, rayjob: RayJobFacts, *, namespace: str) -> str:
+    """Why a RayJob has no pod, by KubeRay's words: where its RayCluster or that one's service is refused, it says so
+    in events alone."""
+    try:
+        told = await kube.events_about(namespace, uid=rayjob.uid)
+        if rayjob.cluster:
+            told += await kube.events_named(namespace, kind="RayCluster", name=rayjob.cluster)
+    except ApiError as error:  # the reason stays unknown; the job goes on
+        logger.warning("events of RayJob %s cannot be read: %s", rayjob.name, error)
+        return ""
+    warning = facts.newest_warning(told)
+    return str(warning.get("message", "")) if warning else ""
+
+
 async def observe_submitter(
     kube: WatchedKube, rayjob: RayJobFacts, *, namespace: str, attempt_start: datetime, now: datetime
 ) -> tuple[PodFacts | None, str]:

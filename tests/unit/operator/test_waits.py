@@ -109,6 +109,11 @@ def test_a_pod_that_does_not_start_says_why_and_what_to_do(
         (QUOTA, "QuotaExceeded", "ask for less in spec.resources"),
         (SECURITY, "PodSecurity", "platform's pod defaults"),
         ("maximum memory usage per Container is 1Gi, but limit is 4Gi", "LimitRangeExceeded", "LimitRange"),
+        (
+            "minimum memory usage per Container is 8Gi, but request is 4Gi",
+            "LimitRangeExceeded",
+            "; ask in spec.resources for what the LimitRange of the namespace allows",
+        ),
         ('serviceaccount "x" not found', "PodsNotCreated", "correct what the message names"),
     ],
 )
@@ -132,8 +137,12 @@ def test_a_rayjob_that_nobody_looks_at_names_kuberay_within_15_seconds() -> None
 
 def test_a_job_is_looked_at_only_as_often_as_time_alone_can_change_why_it_waits() -> None:
     story = Story().started()
+    quiet = story.step(rayjob=rayjob("Initializing", created=story.now), after=12)
+    assert quiet.requeue_after == 12, "by then there ought to be a pod"
     quiet = story.step(rayjob=rayjob("Initializing", created=START))
     assert quiet.requeue_after == 60, "the next status of the RayJob comes by itself"
+    refused = rayjob("Initializing", created=START, cluster_problem=QUOTA)
+    assert story.step(rayjob=refused).requeue_after == 10, "of the end of that no watch may tell"
     runs = PodFacts("triage-a1-head", True)
     assert story.step(rayjob=rayjob("Initializing", created=START), pods=[runs]).requeue_after == 60
 
