@@ -122,7 +122,10 @@ class AdminPort:
         )
         registry = CollectorRegistry(auto_describe=False)
         registry.register(RouterCollector(self._board, gauges))
-        encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
+        try:
+            encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
+        except (TypeError, ValueError):  # a version that is none, for example in quotes
+            encode, content_type = exposition.choose_encoder("")
         return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 
     async def _get_health(self, request: web.Request) -> web.Response:

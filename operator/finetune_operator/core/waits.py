@@ -214,7 +214,7 @@ def of_cluster(rayjob: RayJobFacts) -> Wait:
 
 def reason_of_refusal(problem: str, *, otherwise: str) -> str:
     """One word for why the API server does not take an object."""
-    if "exceeded quota" in problem or "failed quota" in problem:
+    if any(words in problem for words in ("exceeded quota", "failed quota", "status unknown for quota")):
         return "QuotaExceeded"
     if "violates PodSecurity" in problem:
         return "PodSecurity"
@@ -223,8 +223,12 @@ def reason_of_refusal(problem: str, *, otherwise: str) -> str:
     return otherwise
 
 
+# Of a quota on the number of objects, as the API server names it.
+_COUNTED = re.compile(r"requested: (?:count/|(?:pods|services|configmaps|secrets)=)")
 REMEDIES = {
     "QuotaExceeded": "wait until others have finished, ask for less in spec.resources, or have the ResourceQuota of "
+    "the namespace raised",
+    "CountExceeded": "wait until others have finished, delete objects that nobody needs, or have the ResourceQuota of "
     "the namespace raised",
     "PodSecurity": "have the platform's pod defaults corrected, or use a namespace that allows such pods",
     "LimitRangeExceeded": "ask in spec.resources for what the LimitRange of the namespace allows, or have it changed",
@@ -233,7 +237,8 @@ REMEDIES = {
 
 def refusal(what: str, problem: str) -> str:
     """The sentence for it. `what` cannot be created."""
-    remedy = REMEDIES.get(reason_of_refusal(problem, otherwise=""), "correct what the message names")
+    reason = "CountExceeded" if _COUNTED.search(problem) else reason_of_refusal(problem, otherwise="")
+    remedy = REMEDIES.get(reason, "correct what the message names")
     return f"{what} cannot be created: {_quoted(problem)}; {remedy}"
 
 

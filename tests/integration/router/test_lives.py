@@ -464,6 +464,14 @@ async def test_no_text_of_users_or_models_in_logs_metrics_or_state(
     assert "secret" not in seen
 
 
+async def test_metrics_are_told_in_the_plain_format_to_who_asks_for_a_version_that_is_none(
+    router: Router, session: aiohttp.ClientSession
+) -> None:
+    headers = {"Accept": 'application/openmetrics-text; version="1.0.0"'}
+    async with session.get(router.admin_url + "/metrics", headers=headers) as response:
+        assert (response.status, response.content_type) == (200, "text/plain")
+
+
 async def test_metrics_have_their_names(
     router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:

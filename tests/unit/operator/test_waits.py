@@ -107,6 +107,17 @@ def test_a_pod_that_does_not_start_says_why_and_what_to_do(
     ("problem", "word", "remedy"),
     [
         (QUOTA, "QuotaExceeded", "ask for less in spec.resources"),
+        (
+            'services "x" is forbidden: exceeded quota: small, requested: services=1, used: services=5',
+            "QuotaExceeded",
+            "; wait until others have finished, delete objects that nobody needs",
+        ),
+        (
+            'pods "x" is forbidden: exceeded quota: small, requested: count/pods=1, used: count/pods=5',
+            "QuotaExceeded",
+            "delete objects that nobody needs",
+        ),
+        ('pods "x" is forbidden: status unknown for quota: small, resources: cpu', "QuotaExceeded", "wait"),
         (SECURITY, "PodSecurity", "platform's pod defaults"),
         ("maximum memory usage per Container is 1Gi, but limit is 4Gi", "LimitRangeExceeded", "LimitRange"),
         (
