@@ -1,7 +1,9 @@
-"""The real Prometheus for tests: the one in PATH, or Debian's package unpacked into the cache (no root needed)."""
+"""The real Prometheus and its promtool for tests: those in PATH, or Debian's package unpacked into the cache (no root
+needed)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -9,17 +11,25 @@ import tempfile
 from pathlib import Path
 
 CACHE = Path.home() / ".cache" / "finetune-operator" / "prometheus"
-PROGRAM = Path("usr/bin/prometheus")
 
 
 def find_prometheus() -> str | None:
     """Path of the program; None where there is neither it nor Debian's package tools."""
-    found = shutil.which("prometheus")
-    if found:
+    return _find("prometheus")
+
+
+def find_promtool() -> str | None:
+    """The same for what comes with it."""
+    return _find("promtool")
+
+
+def _find(name: str) -> str | None:
+    if found := shutil.which(name):
         return found
-    if not os.access(CACHE / PROGRAM, os.X_OK):
+    program = CACHE / "usr" / "bin" / name
+    if not os.access(program, os.X_OK):
         _unpack()
-    return str(CACHE / PROGRAM) if os.access(CACHE / PROGRAM, os.X_OK) else None
+    return str(program) if os.access(program, os.X_OK) else None
 
 
 def _unpack() -> None:
@@ -35,5 +45,6 @@ def _unpack() -> None:
             CACHE.parent.mkdir(parents=True, exist_ok=True)
             unpacked = Path(tempfile.mkdtemp(dir=CACHE.parent))
             subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True)
-            shutil.rmtree(CACHE, ignore_errors=True)
-            unpacked.rename(CACHE)  # whole or not at all
+            with contextlib.suppress(OSError):  # another process was faster
+                unpacked.rename(CACHE)  # whole or not at all
+            shutil.rmtree(unpacked, ignore_errors=True)
