@@ -182,15 +182,11 @@ def read_answer(body: bytes) -> Output:
 
 def is_error(body: bytes, encoding: str) -> bool:
     """Whether a whole answer is an error object, or no JSON, as far as it can be read."""
-    if encoding:
-        try:
-            plain = decoded(body, encoding, _UNPACKED)
-        except ValueError:
-            return True
-        if plain is None:
-            return False
-        body = plain
-    return read_answer(body).error
+    try:
+        plain = decoded(body, encoding, _UNPACKED) if encoding else body
+    except ValueError:
+        return True
+    return plain is not None and read_answer(plain).error
 
 
 def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
