@@ -116,6 +116,7 @@ class Flight:
             route=self._arrival.route,
             state=leg.state,
             metrics=leg.metrics,
+            path=self._arrival.path,
             body=self._arrival.body,
             started_at=self._arrival.at,
         )

@@ -78,6 +78,10 @@ class Output:
     generative: bool = False
     """Whether the answer has choices at all; embeddings have none."""
 
+    def is_answer(self, *, with_choices: bool) -> bool:
+        """Whether it is no error, and has choices where there must be some, be they none."""
+        return not self.error and (self.generative or not with_choices)
+
     def add(self, document: object) -> None:
         """Take in a whole answer, or one event of a stream."""
         if not isinstance(document, dict):
@@ -180,13 +184,13 @@ def read_answer(body: bytes) -> Output:
     return output
 
 
-def is_error(body: bytes, encoding: str) -> bool:
-    """Whether a whole answer is an error object, or no JSON, as far as it can be read."""
+def is_answer(body: bytes, encoding: str, *, with_choices: bool) -> bool:
+    """Whether a whole answer is one, and not an error object or no JSON, as far as it can be read."""
     try:
         plain = decoded(body, encoding, _UNPACKED) if encoding else body
     except ValueError:
-        return True
-    return plain is not None and read_answer(plain).error
+        return False
+    return plain is None or read_answer(plain).is_answer(with_choices=with_choices)
 
 
 def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:

@@ -12,3 +12,4 @@ MODEL_PATHS = frozenset(
 )  # fmt: skip
 # The others also answer in bytes, where the request's `encoding_format` asks for that.
 JSON_PATHS = MODEL_PATHS - {"/v1/embeddings", "/v1/pooling"}
+CHOICE_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))  # whose answers have `choices`

@@ -94,6 +94,7 @@ class Proxy:
             route=arrival.route,
             state=leg.shadow,
             metrics=metrics,
+            path=arrival.path,
             body=arrival.body,
             started_at=time.perf_counter(),
         )

@@ -22,6 +22,7 @@ from finetune_router.bodies import Body
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, ArmMetrics, ArmState, Book
 from finetune_router.forwarding import Attempt
 from finetune_router.outputs import EventReader, Output
+from finetune_router.paths import CHOICE_PATHS
 from finetune_router.tables import Route, SchemaCache
 
 logger = logging.getLogger(__name__)
@@ -52,14 +53,23 @@ class Observation:
         "alarm_at", "answered_at", "attempt", "bytes_kept", "code", "counted", "encoding", "end", "fired",
         "first_byte_at", "held_up", "is_counted", "is_readable", "is_stream", "metrics", "output", "overhead",
         "pending", "queued", "reader", "response_format", "route", "sample_bit", "sample_hash", "started_at", "state",
+        "wants_choices",
     )  # fmt: skip
 
     def __init__(
-        self, *, route: Route, state: ArmState | None, metrics: ArmMetrics, body: Body, started_at: float
+        self,
+        *,
+        route: Route,
+        state: ArmState | None,
+        metrics: ArmMetrics,
+        path: str,
+        body: Body,
+        started_at: float,
     ) -> None:
         self.route = route
         self.state = state
         self.metrics = metrics
+        self.wants_choices = path.partition("?")[0] in CHOICE_PATHS
         self.response_format = body.response_format
         self.counted = state is not None
         self.started_at = started_at
@@ -243,10 +253,14 @@ class Recorder:
     def _count(self, seen: Observation) -> None:
         if seen.reader is not None and seen.output is not None:
             seen.reader.end(seen.output)
-        if seen.end is End.ANSWERED and seen.output is not None and seen.output.error:
-            seen.end = End.ERROR
         if seen.output is not None and seen.reader is not None and seen.reader.is_silent:
             seen.output.generative = True  # a stream that says nothing is an empty answer
+        if (
+            seen.end is End.ANSWERED
+            and seen.output is not None
+            and not seen.output.is_answer(with_choices=seen.wants_choices)
+        ):
+            seen.end = End.ERROR
         tokens = self._tokens(seen)
         fired = frozenset[SignalEvent]()
         if seen.end is End.ANSWERED and seen.output is not None:

@@ -143,6 +143,9 @@ async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
         (Behaviour(raw=WHOLE_ERROR), True),
         (Behaviour(raw=gzip.compress(WHOLE_ERROR), headers={"Content-Encoding": "gzip"}), True),
         (Behaviour(raw=b'{"choices": [{"mess'), True),
+        (Behaviour(raw=b"{}"), True),
+        (Behaviour(raw=b"[]"), True),
+        (Behaviour(raw=gzip.compress(b'{"detail": "ok"}'), headers={"Content-Encoding": "gzip"}), True),
     ],
     ids=[
         "500",
@@ -167,6 +170,9 @@ async def test_a_header_is_the_key_before_the_body_and_the_api_key_last(
         "whole error",
         "packed whole error",
         "half a document",
+        "empty object",
+        "empty list",
+        "packed without choices",
     ],
 )
 async def test_stable_answers_when_the_candidate_fails_before_the_first_byte(

@@ -43,13 +43,21 @@ class Desk:
         self._route = route
         self.state: ArmState = self.book.state("bot", Arm.CANDIDATE, "ab12cd34")
 
-    def begin(self, *, ago: float, format: object = None, **exchange: Any) -> Observation:  # noqa: A002
+    def begin(
+        self,
+        *,
+        ago: float,
+        format: object = None,  # noqa: A002
+        path: str = "/v1/chat/completions",
+        **exchange: Any,
+    ) -> Observation:
         """A request that came so many seconds ago."""
         data = json.dumps({"model": "bot", "response_format": format}).encode()
         seen = Observation(
             route=self._route,
             state=self.state,
             metrics=self.book.metrics("bot", "Candidate", "ab12cd34"),
+            path=path,
             body=bodies.parse_body(data, frozenset()),
             started_at=time.perf_counter() - ago,
         )
@@ -173,8 +181,32 @@ async def test_pinned_requests_are_not_watched(desk: Desk) -> None:
 async def test_a_stream_that_says_nothing_is_an_empty_answer(
     desk: Desk, body: bytes, events: dict[str, int]
 ) -> None:
-    seen = desk.begin(ago=0.1)
+    seen = desk.begin(ago=0.1, path="/v1/responses")
     seen.is_stream = True
+    desk.recorder.keep(seen, body)
+    desk.recorder.finish(seen, End.ANSWERED, 200)
+    desk.recorder.flush()
+    assert desk.counted == (1, events)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_stream", "body", "events"),
+    [
+        ("/v1/chat/completions", False, b"{}", {"errors": 1}),
+        ("/v1/chat/completions?a=b", False, b"[]", {"errors": 1}),
+        ("/v1/completions", False, b'{"choices": null}', {"errors": 1}),
+        ("/v1/completions", False, b'{"choices": []}', {"invalid": 1}),
+        ("/v1/chat/completions", True, b"data: {}\n\ndata: [DONE]\n\n", {"errors": 1}),
+        ("/v1/chat/completions", True, b'event: error\ndata: {"message": "x"}\n\n', {"errors": 1}),
+        ("/v1/responses", False, b'{"output": []}', {}),
+        ("/v1/embeddings", False, b'{"data": []}', {}),
+    ],
+)
+async def test_an_answer_without_choices_is_an_error_where_there_must_be_some(
+    desk: Desk, path: str, is_stream: bool, body: bytes, events: dict[str, int]
+) -> None:
+    seen = desk.begin(ago=0.1, path=path)
+    seen.is_stream = is_stream
     desk.recorder.keep(seen, body)
     desk.recorder.finish(seen, End.ANSWERED, 200)
     desk.recorder.flush()
