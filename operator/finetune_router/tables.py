@@ -25,6 +25,8 @@ BASE_REVISION = "base"
 BASE_ARM = "Base"  # label of requests that ask for a base model by its name
 _BACKTRACK_LIMIT = 10_000
 _ROUTES_AT_ONCE = 20  # about a millisecond of work
+_ROUTES_KEPT = 256  # schemas
+_CLIENTS_KEPT = 32  # schemas; of 2 MiB each at most, which anybody may send
 _CREATED = 0  # the list of models has no creation times to tell; OpenAI's field is a Unix time
 
 
@@ -157,19 +159,20 @@ class SchemaCache:
     """Compiled output schemas by their text: snapshots come often, schemas change rarely."""
 
     def __init__(self) -> None:
-        self._validators: dict[tuple[str, bool], jsonschema_rs.Validator | None] = {}
+        self._routes: dict[str, jsonschema_rs.Validator | None] = {}
+        self._clients: dict[str, jsonschema_rs.Validator | None] = {}
 
     def get(self, schema: object, *, is_clients: bool = False) -> jsonschema_rs.Validator | None:
         """None for a schema that is not valid, or a client's that takes too much: then only whether the text is JSON
         is checked."""
         text = json.dumps(schema, sort_keys=True)
-        key = text, is_clients
-        if key not in self._validators:
-            if len(self._validators) >= 256:
-                self._validators.pop(next(iter(self._validators)))
+        kept, most = (self._clients, _CLIENTS_KEPT) if is_clients else (self._routes, _ROUTES_KEPT)
+        if text not in kept:
+            if len(kept) >= most:
+                kept.pop(next(iter(kept)))
             room = schemas.room_for_patterns(schema) if is_clients else schemas.Room()
-            self._validators[key] = compile_schema(text, room)
-        return self._validators[key]
+            kept[text] = compile_schema(text, room)
+        return kept[text]
 
 
 def compile_schema(text: str, room: schemas.Room) -> jsonschema_rs.Validator | None:

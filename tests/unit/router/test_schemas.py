@@ -86,3 +86,16 @@ def test_patterns_that_take_much_are_not(schema: object) -> None:
     cache = SchemaCache()
     assert cache.get(schema) is not None  # of a route
     assert cache.get(schema, is_clients=True) is None
+
+
+def test_few_schemas_of_clients_are_kept_and_those_of_routes_stay() -> None:
+    """256 of the largest were half a gigabyte of a worker."""
+    cache = SchemaCache()
+    of_route = cache.get({"maxLength": 1})
+    first = cache.get({"maxLength": 1}, is_clients=True)
+    for length in range(2, 33):
+        cache.get({"maxLength": length}, is_clients=True)
+    assert cache.get({"maxLength": 1}, is_clients=True) is first
+    cache.get({"maxLength": 33}, is_clients=True)
+    assert cache.get({"maxLength": 1}, is_clients=True) is not first
+    assert cache.get({"maxLength": 1}) is of_route
