@@ -14,6 +14,7 @@ from typing import Any
 
 import prometheus_client
 from aiohttp import web
+from aiohttp.web_protocol import RequestPayloadError
 
 from finetune_server import adapters, answers, errors, prompts, registry, threads, wire
 from finetune_server.engine import Dead, Engine, QueueFull
@@ -61,6 +62,8 @@ class Api:
             return error.response()
         except web.HTTPRequestEntityTooLarge:
             return errors.TooLarge(f"the body is larger than {MAX_BODY} bytes").response()
+        except RequestPayloadError:
+            return errors.BadRequest("the body is broken in transfer").response()
         except web.HTTPException as error:  # aiohttp's own: an unknown path, a wrong method
             return errors.translate(error, f"{request.method} {request.path}")
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
 
 from finetune_trainer.failures import BadConfig
 
+_MALFORMED = (HttpProcessingError, RequestPayloadError)
 DRAIN_SECONDS = 30.0  # for running answers after SIGTERM; Kubernetes' own default
 
 
@@ -20,6 +24,7 @@ async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[tu
 
     Raises BadConfig for an address that cannot be had.
     """
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_SECONDS)
     await runner.setup()
     try:
@@ -33,6 +38,11 @@ async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[tu
         yield str(address[0]), int(address[1])
     finally:
         await runner.cleanup()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line tells of a mistake of this program. A malformed request got its 400, and its error quotes it."""
+    return not (record.exc_info and isinstance(record.exc_info[1], _MALFORMED))
 
 
 def read_secret(path: Path | None) -> str | None:

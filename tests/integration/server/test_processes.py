@@ -160,6 +160,25 @@ def end(*arguments: str) -> tuple[int, str]:
     return ended.returncode, ended.stderr.strip().splitlines()[-1]
 
 
+def test_bodies_that_are_broken_in_transfer_are_refused_and_not_in_the_log(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    path = "/v1/chat/completions"
+    body = json.dumps({"model": "tiny", "messages": QUESTION}).encode()
+    with engine(tiny_model, tmp_path) as process:
+        process.wait_healthy()
+        status, document = call("POST", process.url + path, body, headers={"Content-Encoding": "gzip"})
+        assert (status, document["error"]["code"]) == (400, 400)
+        with socket.create_connection(("127.0.0.1", process.port), timeout=10) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n"
+            connection.sendall(head.encode() + body)
+            assert b" 400 " in connection.recv(100)
+        assert process.stop() == 0
+        log = process.log.read_text()
+        assert "What colour" not in log
+        assert "Traceback" not in log
+
+
 def test_a_wrong_model_is_told_in_one_line(tmp_path: Path) -> None:
     code, told = end("--model", str(tmp_path), "--port", str(pick(1)[0]), "--agent-port", "0")
     assert code == 66
