@@ -28,6 +28,9 @@ def chat(**more: Any) -> wire.ChatRequest:
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"guided_json": {}}, "guided_json"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -55,6 +58,8 @@ def test_too_many_are_told_as_too_many() -> None:
     """Not as the other type that the field may have."""
     with pytest.raises(BadRequest, match=r"stop.*at most 16"):
         chat(stop=["x"] * 17)
+    with pytest.raises(BadRequest, match=r"stop.*at least 1 character"):
+        chat(stop=["x", ""])
     prompts = json.dumps({"model": "m", "prompt": ["x"] * 65}).encode()
     with pytest.raises(BadRequest, match=r"prompt.*at most 64"):
         wire.parse(prompts, wire.CompletionRequest)
@@ -78,6 +83,13 @@ def test_a_long_list_is_refused_at_its_first_wrong_item(
     with pytest.raises(ValidationError) as caught:
         kind.model_validate({"model": "m", **fields})
     assert caught.value.error_count() < 10
+
+
+def test_so_many_messages_are_refused_before_all_are_read() -> None:
+    """300,000 of them took more than a second, in which nobody else was answered."""
+    many = [{"role": "user", "content": "a"}] * wire.MAX_MESSAGES
+    with pytest.raises(BadRequest, match=r"messages.*at most 10000"):
+        chat(messages=[*many, {"role": "user", "content": "a"}, "not read"])
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nul", b"\xff", b'"x"', b"[" * 100_000])
