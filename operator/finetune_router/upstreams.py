@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 import ssl
 import time
 from collections import deque
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import aiohappyeyeballs
+
 from finetune_router.connections import ConnectFailedError, Connection
 
 DOWN_SECONDS = 2.0  # an engine that could not be reached is left out for so long, where there are others
 IDLE_SECONDS = 4.0  # engines on uvicorn close an idle connection after 5 s
+_NEXT_SECONDS = 0.25  # then a name's next address is tried beside the first one, as RFC 8305 has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,15 @@ class Upstream:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(within):
+                host = self.address.host
+                found = await loop.getaddrinfo(host, self.address.port, type=socket.SOCK_STREAM)
+                # uvloop itself would wait for a dead address until nothing of the time is left for the next one.
+                sock = await aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=_NEXT_SECONDS)
                 _, connection = await loop.create_connection(
-                    lambda: Connection(loop), self.address.host, self.address.port, ssl=self._context
+                    lambda: Connection(loop),
+                    sock=sock,
+                    ssl=self._context,
+                    server_hostname=host if self._context else None,
                 )
         except TimeoutError:
             raise ConnectFailedError("no connection in time") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -113,3 +115,26 @@ async def test_an_answer_without_a_body_has_an_end_all_the_same() -> None:
 async def test_a_host_name_that_can_be_none_is_not_reached() -> None:
     with pytest.raises(ConnectFailedError):
         await Upstream(parse_address("http://a..b:8000")).connect(within=5)
+
+
+async def test_the_next_address_of_a_name_is_tried_while_the_first_one_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as dead, contextlib.ExitStack() as stack:
+        dead.bind(("127.0.0.1", 0))
+        dead.listen(0)
+        for _ in range(3):  # its queue is full: the kernel drops what else comes
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(dead.getsockname())
+        port = dead.getsockname()[1]
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.2", port)
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port))
+            for host in ("127.0.0.1", "127.0.0.2")
+        ]
+        with monkeypatch.context() as names:
+            names.setattr(socket, "getaddrinfo", lambda *_: found)
+            connection = await Upstream(parse_address(f"http://engines.test:{port}")).connect(within=3)
+        connection.abort()
+        server.close()
