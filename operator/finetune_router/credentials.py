@@ -33,7 +33,7 @@ class ApiKeys:
             return
         self._stamp = stamp
         hashes: dict[str, str] = {}
-        for number, line in enumerate(self._file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(self._file.read_text(encoding="utf-8-sig").splitlines(), start=1):
             text = line.strip()
             if not text or text.startswith("#"):
                 continue
