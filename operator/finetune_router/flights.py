@@ -265,12 +265,12 @@ def outgoing(
 
 
 def is_refusal(attempt: Attempt) -> bool:
-    """Whether the answer is a 4xx that may be the revision's fault, for example of its chat template."""
+    """Whether the answer is a 4xx or 501 that may be the revision's fault, for example of its chat template."""
     reply = attempt.reply
     return (
         attempt.failure is None
         and reply is not None
-        and 400 <= reply.status < 500
+        and reply.status >= 400
         and reply.status not in NOT_THE_REVISIONS
     )
 

@@ -36,6 +36,7 @@ _EVENT_STREAM = b"text/event-stream"
 # What says to be text, or nothing at all, should be JSON as well; a file of `--extra-paths`, say of sound, says so.
 _JSON = (b"application/json", b"text/")
 _PAGES = (b"text/html", b"application/xhtml+xml")
+_NOT_IMPLEMENTED = 501
 _NO_CONTENT = frozenset((204, 205))
 
 
@@ -265,7 +266,8 @@ def _read_framing(reply: Reply) -> None:
 
 
 def _judge(reply: Reply, leg: Leg, outgoing: Outgoing) -> Failure | None:
-    """Whether the answer is one. 4xx other than 404 and 429 is the client's own business."""
+    """Whether the answer is one. 4xx other than 404 and 429 is the client's own business, and so is 501: vLLM says it
+    where the model has no such API, for example no embeddings."""
     status = reply.status
     if status < 400:
         is_none = not 200 <= status < 300 or status in _NO_CONTENT or _says_nothing(reply, outgoing)
@@ -276,7 +278,7 @@ def _judge(reply: Reply, leg: Leg, outgoing: Outgoing) -> Failure | None:
         return Failure.MISSING if names_model else None
     if status in {429, 503}:
         return Failure.BUSY
-    return Failure.ERROR if status >= 500 else None
+    return Failure.ERROR if status >= 500 and status != _NOT_IMPLEMENTED else None
 
 
 def _says_nothing(reply: Reply, outgoing: Outgoing) -> bool:

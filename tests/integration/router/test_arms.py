@@ -233,9 +233,9 @@ async def test_a_candidate_that_refuses_what_stable_takes_fails(
     router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:
     """For example because its chat template wants no system message."""
-    engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=400)
     await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
-    for stream in (False, True):
+    for stream, status in ((False, 400), (True, 501)):
+        engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=status)
         async with session.post(router.url + CHAT, json=ask(alias, "u", stream=stream)) as response:
             assert response.status == 200
             assert "base-model" in await response.text()
@@ -258,6 +258,21 @@ async def test_a_request_that_nobody_takes_is_the_clients_mistake(
     candidate = await router.arm(alias, Arm.CANDIDATE)
     assert (candidate.requests, candidate.events, candidate.fallbacks) == (0, {}, 0)
     assert engine.served("base-model") == 1
+
+
+@pytest.mark.parametrize("weight", [0, 100])
+async def test_an_api_that_the_model_does_not_have_is_the_clients_mistake(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str, weight: int
+) -> None:
+    """One client that asks a chat model for embeddings would have rolled its candidate back."""
+    refusal = Behaviour(status=501)
+    engine.behaviours |= {f"bot--{CANDIDATE}": refusal, "base-model": refusal}
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=weight))
+    async with session.post(router.url + "/v1/embeddings", json=ask(alias, "u")) as response:
+        assert response.status == 501
+    for arm in (Arm.STABLE, Arm.CANDIDATE):
+        counted = await router.arm(alias, arm)
+        assert (counted.requests, counted.events, counted.fallbacks) == (0, {}, 0)
 
 
 @pytest.mark.parametrize("status", [401, 403, 408, 413])
