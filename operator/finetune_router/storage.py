@@ -21,12 +21,18 @@ _MIRROR = "routes.json"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file: whoever reads sees the old content or the new, also after a crash of the machine."""
+    """Replace a file: whoever reads sees the old content or the new, also after a crash of the machine. Only the
+    router's own user may read it. Raises OSError that names the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:  # a disk that is full: half a file must not take what is left of it
+        temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_operator.api.routes import Arm
+from finetune_router import storage
 
 _VERSION = 1
 _HEAD = struct.Struct(">BBI6s8s")  # version, arm and flags, time in seconds, nonce, revision
@@ -108,7 +109,7 @@ def _encoded(raw: bytes) -> str:
 def load_key(file: Path | None, state_folder: Path) -> bytes:
     """The signing key: the content of the file, else one of this replica's own, made at the first start.
 
-    Raises ValueError for a file that is too short to be a secret.
+    Raises ValueError for a file that is too short to be a secret, OSError for one that cannot be read or written.
     """
     if file is not None:
         key = file.read_bytes().strip()
@@ -119,10 +120,8 @@ def load_key(file: Path | None, state_folder: Path) -> bytes:
         return key
     own = state_folder / "signing.key"
     key = own.read_bytes() if own.exists() else b""
-    # A start on a full disk left it empty; with an empty key anybody can sign.
+    # An older router's start on a full disk left it empty; with an empty key anybody can sign.
     if len(key) < _SHORTEST_KEY:
         key = secrets.token_hex(_KEY_BYTES).encode()
-        descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(key)
+        storage.write_atomically(own, key)
     return key

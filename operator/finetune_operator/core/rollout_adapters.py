@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 from finetune_operator.api.adapterdeployment_status import LoadedAdapter, Stage
 from finetune_operator.api.routes import Route
@@ -177,11 +178,13 @@ def needed(turn: Turn) -> list[LoadedAdapter]:
 def settle(turn: Turn) -> Turn:
     """Order loads of what is needed and unloads of what is not, and forget what is gone."""
     keep = {adapter.revision for adapter in needed(turn)}
+    canary = turn.spec.strategy.canary
+    delay = max(canary.scale_down_delay_seconds, canary.abort_scale_down_delay_seconds)
+    latest = turn.now + timedelta(seconds=delay)  # later only where the clock was set back
     for adapter in turn.status.adapters:
-        if adapter.revision in keep and adapter.unload_at is not None:
-            turn = turn.with_adapter(adapter.model_copy(update={"unload_at": None}))
-        elif adapter.revision not in keep and adapter.unload_at is None:
-            turn = turn.with_adapter(adapter.model_copy(update={"unload_at": turn.now}))
+        due = None if adapter.revision in keep else min(adapter.unload_at or turn.now, latest)
+        if due != adapter.unload_at:
+            turn = turn.with_adapter(adapter.model_copy(update={"unload_at": due}))
     turn = _unload_due(turn)
     for engine in turn.seen.engines:
         if engine.reachable and engine.ready:

@@ -19,6 +19,8 @@ from finetune_operator.core.rollout_turns import OVER, Turn, clock, engines, fir
 
 NOT_PUBLISHED = "NotPublished"
 UNREADABLE = "InvalidSpec"
+NOT_REPLACED = "EnginesNotReplaced"
+REPLACE_SECONDS = 60.0  # until engines that were replaced, and nobody knows of, are an alarm
 LATE_SECONDS = 15.0  # routers answer within milliseconds, and a restart takes a few seconds
 
 
@@ -65,7 +67,11 @@ def available(turn: Turn) -> Claim:
     found = adapters.coverage(turn.seen, stable)
     why = found.why() or turn.seen.engines_problem or "no engine is ready"
     if found.kept and found.upstreams:
-        return Claim(kind, None, "EnginesReplaced", f"{found.numbers()}: {why}")
+        known = next((c for c in turn.before.conditions if (c.type, c.status) == (kind, "Unknown")), None)
+        if known is None or turn.elapsed(known.last_transition_time) < REPLACE_SECONDS:
+            return Claim(kind, None, "EnginesReplaced", f"{found.numbers()}: {why}")
+        text = f"{found.numbers()}, and get 502 if nothing runs there any more: {why}"
+        return Claim(kind, None, NOT_REPLACED, text)
     if not found.upstreams:
         return Claim(
             kind,

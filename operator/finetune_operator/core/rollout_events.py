@@ -30,8 +30,9 @@ CONDITIONS = {
     "MetricsAvailable": Severity.INFO,
     "RoutesStored": Severity.WARN,
 }
-TRAFFIC_ALARMS = frozenset({"CandidateLost", "NotPublished", "RoutersBehind"})
-"""Reasons of a TrafficRouted that is False that are told; the others are ordinary and over in a moment."""
+ALARMS = frozenset({"CandidateLost", "NotPublished", "RoutersBehind", "EnginesNotReplaced"})
+"""Reasons of TrafficRouted and Available that are told whenever they come; the others of TrafficRouted are ordinary and
+over in a moment."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def _conditions(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> l
     for condition in new.conditions:
         known = before.get(condition.type)
         fell = condition.status == "False" and known is not None and known.status != "False"
-        alarm = condition.reason in TRAFFIC_ALARMS and (known is None or known.reason != condition.reason)
-        if condition.type == "TrafficRouted" and alarm:
+        alarm = condition.reason in ALARMS and (known is None or known.reason != condition.reason)
+        if condition.type in ("TrafficRouted", "Available") and alarm:
             told.append(Happening(Severity.WARN, condition.reason, condition.message))
         severity = CONDITIONS.get(condition.type)
         if severity is not None and fell:

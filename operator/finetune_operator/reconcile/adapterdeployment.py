@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 KIND = adapterdeployment.KIND
 CONFLICT_SECONDS = 0.05
+ATTEMPTS = 5  # of a write that somebody else's write gets in the way of
 UNAVAILABLE_SECONDS = (1.0, 3.0)  # between, at random: not all at once when the API server is back
 LONGEST_SECONDS = 30.0  # engines tell nothing by themselves
 WRITE_SECONDS = 1.0  # between two writes that only bring numbers up to date
@@ -94,7 +95,8 @@ class AdapterDeploymentReconciler:
                 again = await self._pass(key)
                 self._cut_off.discard(key)
                 return again
-            except ConflictError:  # the object moved on while we looked; what we saw is stale
+            except ConflictError:  # the object moved on while we looked; what we saw is stale, but not harm
+                await self.emergencies.look(key)
                 return CONFLICT_SECONDS
             except UnavailableError as error:  # routers go on with what they have, unless it does harm
                 logger.warning("%s/%s: %s", *key, error)
@@ -210,9 +212,7 @@ class AdapterDeploymentReconciler:
             only_numbers = patch.keys() <= NUMBERS and not (plan.actions or plan.announcements)
             if wait > 0 and only_numbers and plan.route == seen.routing.published:
                 return wait
-            version = body["metadata"]["resourceVersion"]
-            write = self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
-            await _within(READ_SECONDS, write)
+            await _within(READ_SECONDS, self._store(key, body, seen.deployment, patch))
             self._written[key] = now
         stored = replace(seen.deployment, status=plan.status)
         self.emergencies.remember(key, stored, deployment_facts.claim(body))
@@ -220,6 +220,20 @@ class AdapterDeploymentReconciler:
         self.telemetry.rollouts.show(*key, before=seen.deployment.status, status=plan.status)
         self.telemetry.rollouts.show_engines(*key, adapters=plan.status.adapters, engines=_loaded(seen))
         return None
+
+    async def _store(self, key: Key, body: Json, decided_on: DeploymentFacts, patch: Json) -> None:
+        """Write over what others wrote meanwhile, where nothing was decided on that (labels, other annotations): who
+        writes as often as agents take to answer would hold up everything. Raises ConflictError where it matters."""
+        for left in reversed(range(ATTEMPTS)):
+            version = body["metadata"]["resourceVersion"]
+            try:
+                await self.kube.patch_status(KIND, *key, resource_version=version, patch=patch)
+                return
+            except ConflictError:
+                found = await self.kube.get(API_VERSION, KIND, *key)
+                if not left or found is None or self._deployment(key, found) != decided_on:
+                    raise
+                body = found
 
     # -- publish
 

@@ -58,6 +58,7 @@ class Publisher:
         self._shares: dict[Key, Share] = {}
         self._inherited: dict[str, tuple[str, ...]] = {}
         self._engines: dict[str, set[str]] = {}
+        self._unrouted: dict[str, int] = {}  # alias that nobody owns -> a snapshot without it
         self._snapshot = Snapshot()
         self._since: dict[Key, int] = {}
         self._silent: set[Key] = set()
@@ -104,6 +105,7 @@ class Publisher:
     def claim(self, claim: Claim) -> Key | None:
         """Who has the alias, when that is another deployment."""
         self._base_names.claim(claim)
+        self._unrouted.pop(claim.alias, None)
         return self._aliases.claim(claim)
 
     async def publish(self, claim: Claim, share: Share, *, agents: Sequence[str]) -> None:
@@ -164,13 +166,21 @@ class Publisher:
 
     def left_behind(self) -> dict[str, list[str]]:
         """Aliases without an owner whose adapters may still be in engines: alias -> agents. Only once every router
-        applies a snapshot without them."""
-        if not self._started.is_set() or self._verified < self._snapshot.version:
+        applies a snapshot without them; what others publish after that does not put it in doubt."""
+        if not self._started.is_set() or self._fleet.highest > self._snapshot.version:
+            self._unrouted = {}
             return {}
+        routed = {route.alias for route in self._snapshot.routes}
+        self._unrouted = {
+            alias: self._unrouted.get(alias, self._snapshot.version)
+            for alias in self._engines
+            if alias not in routed and not self._aliases.is_claimed(alias)
+        }
+        replicas = len(self._fleet.replicas)
         return {
-            alias: sorted(agents)
-            for alias, agents in self._engines.items()
-            if not self._aliases.is_claimed(alias)
+            alias: sorted(self._engines[alias])
+            for alias, version in self._unrouted.items()
+            if 0 < replicas == self._fleet.count_applying(version)
         }
 
     def cleaned(self, alias: str, agent: str) -> None:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from finetune_local.cluster import Cluster
 from finetune_local.instances import Instance
-
-
-@contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """No file takes a byte, as on a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+from tests.disks import full_disk
 
 
 def test_a_full_disk_is_told_with_the_file_and_purged_all_the_same(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
-"""The publisher of the routes, where the API server does not answer."""
+"""The publisher of the routes, where the API server or a router does not answer."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import Any, cast
 
 import pytest
 
 from finetune_operator.adapters.kube import ApiError, Kube, UnavailableError
-from finetune_operator.adapters.routers import Routers
+from finetune_operator.adapters.routers import Refused, Routers
+from finetune_operator.api.routes import Route, RouterCounters, RoutesApplied
 from finetune_operator.reconcile import durable_routes
 from finetune_operator.reconcile.aliases import Claim
 from finetune_operator.reconcile.fleet import Fleet
@@ -83,3 +85,59 @@ async def test_an_api_server_that_stays_away_is_told_of_once(
         assert await told() == ["the routes could not be stored, and are pushed all the same: gone"]
         kube.error = None
         await until(lambda: publisher.facts(claim).not_stored is None and publisher._is_stored())
+
+
+class SomeRouters:
+    """They apply what they are given, but for those that are deaf."""
+
+    def __init__(self) -> None:
+        self.urls = ["http://r1", "http://r2"]
+        self.deaf: set[str] = set()
+        self._applied = dict.fromkeys(self.urls, 0)
+
+    async def replicas(self) -> list[str]:
+        return self.urls
+
+    async def push(self, url: str, body: bytes) -> RoutesApplied | Refused:
+        if url in self.deaf:
+            return Refused("no connection")
+        self._applied[url] = json.loads(body)["version"]
+        return RoutesApplied(instance=url, version=self._applied[url])
+
+    async def counters(self, url: str) -> RouterCounters | Refused:
+        if url in self.deaf:
+            return Refused("no connection")
+        return RouterCounters(instance=url, version=self._applied[url], epochs=())
+
+
+async def test_an_alias_that_no_router_has_is_left_behind_whatever_others_publish() -> None:
+    kube, routers = AwayKube(), SomeRouters()
+    kube.error = None
+    fleet = Fleet(cast("Routers", routers))
+    publisher = Publisher(
+        kube=cast("Kube", kube), fleet=fleet, namespace="ns", served=["ns"], wake=lambda key: None
+    )
+    await publisher.start()
+
+    async def publish(alias: str) -> Claim:
+        claim = Claim(key=("ns", alias), uid="1", created="", alias=alias)
+        publisher.claim(claim)
+        route = Route(alias=alias, owner=claim.owner, stable=None, salt="")
+        await publisher.publish(claim, Share(route), agents=["http://agent"])
+        return claim
+
+    first = await publish("bot")
+    assert publisher.left_behind() == {}
+    await publisher.withdraw(first.key)
+    await until(lambda: publisher.left_behind() == {"bot": ["http://agent"]})
+    routers.deaf = {"http://r2"}
+    second = await publish("other")
+    assert publisher.left_behind() == {"bot": ["http://agent"]}, "no router has it, whatever else there is"
+    await publisher.withdraw(second.key)
+    await until(lambda: fleet.behind(publisher.snapshot.version) != ())
+    assert "other" not in publisher.left_behind(), "the deaf router may send requests"
+    routers.urls = ["http://r1"]
+    await fleet.poll()
+    assert set(publisher.left_behind()) == {"bot", "other"}
+    await publish("bot")
+    assert set(publisher.left_behind()) == {"other"}

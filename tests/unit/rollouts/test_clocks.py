@@ -114,6 +114,16 @@ def test_the_former_revision_is_unloaded_when_its_time_has_come() -> None:
     assert world.status.stage.value == "Succeeded"
 
 
+def test_a_clock_that_was_set_back_keeps_no_former_revision_loaded_for_longer() -> None:
+    world = serving(steps=[], canary={"scaleDownDelaySeconds": 100}).deploy("b")
+    world.run(60, until=lambda status: status.stable_revision == revision("b"))
+    world.run(5)
+    world.now -= timedelta(days=1)
+    world.run(130)
+    assert all(set(engine.held) == {f"bot--{revision('b')}"} for engine in world.engines)
+    assert world.status.stage is Stage.SUCCEEDED
+
+
 @pytest.mark.parametrize("is_paused", [False, True])
 def test_a_clock_that_was_set_back_makes_no_wait_longer(is_paused: bool) -> None:
     """The next operator may run on a machine whose clock is behind."""

@@ -206,6 +206,25 @@ def test_engines_that_are_replaced_serve_until_one_of_the_new_ones_has_it() -> N
     assert world.routing.weight() == 50
 
 
+def test_engines_that_nothing_replaces_are_told_once_and_within_a_minute_or_two() -> None:
+    """They may be dead, and users get 502: nobody but the routers knows."""
+    world = serving(steps=[])
+    world.engines = [SimulatedEngine("http://e3:8000", refusals={A: "LoadFailed"})]
+    world.announced = []
+    world.run(50)
+    assert world.condition("Available") == ("Unknown", "EnginesReplaced")
+    assert world.announced == []
+    world.run(600)
+    assert world.condition("Available") == ("Unknown", "EnginesNotReplaced")
+    (told,) = world.announced
+    assert (told.severity, told.reason) == ("warn", "EnginesNotReplaced")
+    for part in ("http://e1:8000, http://e2:8000", "502", "http://e3:8000: Failed (LoadFailed"):
+        assert part in told.message
+    world.engines[0].refusals.clear()
+    world.run(60)
+    assert world.condition("Available") == ("True", "Serving")
+
+
 def test_a_candidate_leaves_a_replaced_pod_with_stable_so_that_a_dead_one_is_no_failure_of_its_own() -> None:
     world = canary()
     new = SimulatedEngine("http://e3:8000", refusals={B: "CapacityFull"})
