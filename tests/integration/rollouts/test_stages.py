@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_local.cluster import Cluster
-from tests.clients import Json, Kubectl
-from tests.clusters import api_server
-from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, serves
-from tests.integration.test_rollouts_outside import Receiver
+from tests.clients import Json
+from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, serves
+from tests.integration.rollouts.webhooks import Receiver
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 EVALUATIONS = [{"name": "golden", "uri": "file:///golden.jsonl"}]
 GATE = {"evalGate": {"evalRef": "golden", "minScore": 0.1}}
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
-        yield running
-
-
-@pytest.fixture
-def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> Iterator[Lab]:
-    made = Lab(cluster, kubectl, tmp_path)
-    with made.running():
-        yield made
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    made = Receiver()
-    yield made
-    made.close()
 
 
 @dataclass

@@ -13,19 +13,12 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from tests.clients import Json, Kubectl
-from tests.clusters import api_server
 from tests.integration.rollout_lab import Engine
-from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, deployment, serves
+from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, deployment, serves
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 WAITS = {"canary": {"steps": [{"setWeight": 30}, {"pause": {}}]}}
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
-        yield running
 
 
 @pytest.fixture

@@ -9,17 +9,10 @@ import pytest
 
 from finetune_local.cluster import Cluster
 from tests.clients import Json, Kubectl
-from tests.clusters import api_server
 from tests.integration.rollout_lab import Engine
-from tests.integration.rollout_operator import BETTER, COLLECTOR, GOOD, Lab, serves
+from tests.integration.rollout_operator import BETTER, GOOD, Lab, serves
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
-        yield running
 
 
 @pytest.fixture

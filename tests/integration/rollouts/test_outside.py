@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,11 @@ import pytest
 from finetune_local.cluster import Cluster
 from finetune_local.ports import pick
 from tests.clients import Json, Kubectl
-from tests.clusters import api_server
-from tests.integration.rollout_operator import BETTER, COLLECTOR, GOOD, Lab, serves
+from tests.integration.rollout_operator import BETTER, GOOD, Lab, serves
+from tests.integration.rollouts.webhooks import Receiver
 from tests.prometheus_program import find_prometheus
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
-        yield running
 
 
 @pytest.fixture
@@ -37,44 +29,6 @@ def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path, receiver: Receiver) 
     made.environment["FINETUNE_ALERT_PROVIDERS_FILE"] = str(providers)
     with made.running():
         yield made
-
-
-class Receiver:
-    """A server for webhooks: what came to which path, and what it answers there (200 where nothing is said)."""
-
-    def __init__(self) -> None:
-        self.received: list[tuple[str, Json]] = []
-        self.statuses: dict[str, int] = {}
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                receiver.received.append((self.path, body))
-                self.send_response(receiver.statuses.get(self.path, 200))
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                return
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def at(self, path: str) -> list[Json]:
-        return [body for where, body in self.received if where == path]
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    made = Receiver()
-    yield made
-    made.close()
 
 
 def canary(*steps: Json) -> Json:

@@ -16,9 +16,8 @@ import pytest
 from finetune_local.cluster import Cluster
 from finetune_local.ports import pick
 from tests.clients import Json, Kubectl
-from tests.clusters import api_server
 from tests.integration.rollout_lab import Engine
-from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, serves
+from tests.integration.rollout_operator import BAD, BETTER, GOOD, serves
 from tests.integration.rollout_traffic import RealLab, Users
 from tests.integration.router.engines import Behaviour
 from tests.integration.router.routers import ADMIN_TOKEN
@@ -26,12 +25,6 @@ from tests.prometheus_program import find_prometheus
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
-        yield running
 
 
 @pytest.fixture

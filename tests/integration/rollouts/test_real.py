@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,18 +32,21 @@ CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager")
 PARTS = (*CONTROL_PLANE, "operator", "router", "engine")
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Cluster]:
-    running = Cluster(
-        tmp_path_factory.mktemp("laptop"),
-        engine_model=str(tiny_model),
-        operator_environment={"FINETUNE_DRAIN_SECONDS": "1"},
-    )
+@contextlib.contextmanager
+def serving(folder: Path, model: Path) -> Iterator[Cluster]:
+    """A cluster whose engine serves the model."""
+    running = Cluster(folder, engine_model=str(model), operator_environment={"FINETUNE_DRAIN_SECONDS": "1"})
     try:
         running.up(PARTS)
         yield running
     finally:
         running.down()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Cluster]:
+    with serving(tmp_path_factory.mktemp("laptop"), tiny_model) as running:
+        yield running
 
 
 Ask = Callable[[openai.OpenAI, str, str], str]

@@ -5,33 +5,16 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
-from finetune_local.cluster import Cluster
 from finetune_operator.api.routes import Route, Snapshot
-from tests.clients import Json, Kubectl
-from tests.clusters import api_server
+from tests.clients import Json
 from tests.integration.rollout_lab import Router
-from tests.integration.rollout_operator import BAD, BETTER, COLLECTOR, GOOD, Lab, serves
+from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, serves
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with api_server(tmp_path_factory.mktemp("api-server"), COLLECTOR) as running:
-        yield running
-
-
-@pytest.fixture
-def lab(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> Iterator[Lab]:
-    made = Lab(cluster, kubectl, tmp_path)
-    with made.running():
-        yield made
 
 
 def test_the_first_adapter_serves_without_steps(lab: Lab) -> None:

@@ -21,26 +21,18 @@ from tests.adapters import commit_artifact
 from tests.clients import Json, Kubectl
 from tests.clusters import pid_of
 from tests.integration.rollout_operator import serves
-from tests.integration.test_rollouts_real import PARTS, Users, chat, deploy, publish, replies, train, wait
+from tests.integration.rollouts.test_real import Users, chat, deploy, publish, replies, serving, train, wait
 
 pytestmark = pytest.mark.integration
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "rollouts" / "shadow.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "rollouts" / "shadow.yaml"
 Artifact = tuple[Path, str]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Cluster]:
-    running = Cluster(
-        tmp_path_factory.mktemp("laptop"),
-        engine_model=str(tiny_model),
-        operator_environment={"FINETUNE_DRAIN_SECONDS": "1"},
-    )
-    try:
-        running.up(PARTS)
+    with serving(tmp_path_factory.mktemp("laptop"), tiny_model) as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture(scope="module")
