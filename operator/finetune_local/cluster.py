@@ -149,7 +149,7 @@ class Cluster:
 
         `purge` also removes the state folder. The artifacts in it are removed with it.
         """
-        if not self.layout.lock.exists():
+        if not (self.layout.instance.exists() or self.layout.lock.exists()):
             return self._stop_what_lost_its_folder(report)
         with self._locked(report):
             instance = instances.Instance.load(self.layout.instance)
