@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,15 @@ def test_a_current_folder_that_was_removed_is_told(
 def test_names_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["status", "--state", str(tmp_path / "state")], env={"COLUMNS": "40"})
     assert all(f" {part} " in done.output for part in parts.ALL)
+
+
+def test_letters_that_the_terminal_lacks_are_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune_cli", "local", "status", "--state", str(tmp_path / "für mich")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"f\xfcr mich/logs/<part>.log" in done.stdout
