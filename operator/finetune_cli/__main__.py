@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ app.command("plan")(job_planning.plan)
 
 
 def main() -> None:
-    _open_what_is_closed()
+    _settle_streams()
     try:
         app()
     except OSError as error:
@@ -42,11 +43,14 @@ def main() -> None:
         sys.exit(shared.NOT_FOUND)
 
 
-def _open_what_is_closed() -> None:
-    """A shell's `>&-` and `<&-`, and some that start services, leave a stream closed: Python has none then."""
+def _settle_streams() -> None:
+    """A shell's `>&-` and `<&-`, and some that start services, leave a stream closed: Python has none then. And what
+    the terminal's encoding lacks (a spinner, a letter of a name) is escaped, as Python does it on stderr."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the end
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -210,6 +210,11 @@ def _cluster(
             err=True,
         )
         raise typer.Exit(1) from error
+    try:
+        Path.cwd()  # by which relative folders are found, and which is the one behind the claim `files`
+    except FileNotFoundError as error:
+        typer.secho("error: the current folder was removed: change to another one", fg="red", err=True)
+        raise typer.Exit(1) from error
     return cluster.Cluster(
         state or layouts.default_state_folder(), files=files, crds=crds, engine_model=engine_model
     )
@@ -233,8 +238,13 @@ def _choose(only: str, without: str) -> list[str]:
             names.update(groups.get(name, (name,)))
         return names
 
-    chosen = expand(only, "--only") or set(parts.ALL)
-    return [name for name in parts.ALL if name in chosen - expand(without, "--without")]
+    chosen = (expand(only, "--only") or set(parts.ALL)) - expand(without, "--without")
+    if not chosen:
+        raise typer.BadParameter(
+            f"{without} leaves no part to start; `--only control-plane` starts it without the rest",
+            param_hint="--without",
+        )
+    return [name for name in parts.ALL if name in chosen]
 
 
 def _print_table(lines: list[PartStatus]) -> None:
@@ -256,6 +266,7 @@ def _print_table(lines: list[PartStatus]) -> None:
             "" if line.uptime is None else durations.format_duration(line.uptime),
         )
     console = Console()
+    console.width = max(console.width, 80)  # a narrower terminal wraps lines; a table made to fit cuts names
     console.print(table)
     console.print(
         f"Logs: {Path(lines[0].log).parent}/<part>.log", soft_wrap=True, markup=False, highlight=False

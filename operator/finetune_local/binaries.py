@@ -94,6 +94,8 @@ class _Maker:
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             with _locked(target.parent / ".lock", self.announce):
+                for left in target.parent.glob(f".{program}.*.part"):  # of a command that was killed
+                    left.unlink()
                 if not target.is_file() and not self._download(program, target):
                     self._build(program, target)
         return self._executable(target)

@@ -127,7 +127,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks of virtual machines jump back
+        .not_valid_before(now - datetime.timedelta(days=1))  # a clock may have been set back by hours since
         .not_valid_after(now + VALIDITY)
     )
 

@@ -149,7 +149,7 @@ class Cluster:
 
         `purge` also removes the state folder. The artifacts in it are removed with it.
         """
-        if not self.layout.instance.exists():
+        if not (self.layout.instance.exists() or self.layout.lock.exists()):
             return self._stop_what_lost_its_folder(report)
         with self._locked(report):
             instance = instances.Instance.load(self.layout.instance)
@@ -161,6 +161,9 @@ class Cluster:
                     report(f"stopped {', '.join(stopped)}")
             if purge:  # nothing is written before: this is how a full disk is emptied
                 shutil.rmtree(self.layout.ray_folder(instance.identity), ignore_errors=True)
+                # First what takes long: interrupted in it, this is still a state folder, and can be purged again.
+                for folder in self.layout.folders():
+                    shutil.rmtree(folder)
                 shutil.rmtree(self.layout.root)
                 report(f"removed {self.layout.root}")
             else:

@@ -82,16 +82,16 @@ class Layout:
 
     def create(self) -> None:
         """Make all folders, private to the user: keys and Secrets of jobs lie in them."""
-        for folder in (self.root, *self._folders(), self.volumes):
+        for folder in (self.root, *self.folders(), self.volumes):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.root.chmod(0o700)
 
     def find_foreign(self) -> list[str]:
         """The names of what is in a folder in which no `up` was yet, without what `up` and its user put there."""
-        ours = {path.name for path in (*self._folders(), self.alerts, self.audit_policy)}
+        ours = {path.name for path in (*self.folders(), self.alerts, self.audit_policy)}
         return sorted(path.name for path in self.root.iterdir() if path.name not in ours)
 
-    def _folders(self) -> tuple[Path, ...]:
+    def folders(self) -> tuple[Path, ...]:
         return (
             self.pki, self.logs, self.run, self.etcd, self.pods, self.artifacts, self.router, self.engine,
         )  # fmt: skip

@@ -98,6 +98,16 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and .Values.router.enabled (eq (include "finetune.serviceAccount" .) (include "finetune.router" .)) -}}
 {{- fail (printf "serviceAccount.name: %s is the router's account, which has no rights; choose another one" .Values.serviceAccount.name) -}}
 {{- end -}}
+{{- $tls := .Values.statusEndpoint.tls -}}
+{{- if and $tls.existingSecret (ne $tls.mode "ExistingSecret") -}}
+{{- fail (printf "statusEndpoint.tls.existingSecret: %s is not used with statusEndpoint.tls.mode %s; set the mode to ExistingSecret or remove it" $tls.existingSecret $tls.mode) -}}
+{{- end -}}
+{{- $environment := include "finetune.operatorEnvironment" . | fromYaml -}}
+{{- range .Values.operator.extraEnv -}}
+{{- if hasKey $environment .name -}}
+{{- fail (printf "operator.extraEnv: %s is set by the chart from another value; set that one" .name) -}}
+{{- end -}}
+{{- end -}}
 {{- $component := dict "root" . "component" "operator" -}}
 {{- $own := dict "operator.podLabels" .Values.operator.podLabels "router.podLabels" .Values.router.podLabels -}}
 {{- range $part := list "serviceMonitor" "prometheusRule" "dashboard" -}}

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from finetune_operator.adapters.kube import Json
 from finetune_operator.api.base import ACTION_ANNOTATION, StatusModel
@@ -46,11 +47,17 @@ def spec_problem(error: ValidationError) -> str:
     """What is wrong with a spec, field by field: the first few, for people read it and a status has its limits."""
     found = error.errors(include_url=False, include_input=False)
     lines = [
-        f"{'.'.join(['spec', *(str(part) for part in item['loc'])])[:300]}: {item['msg'][:300]}"
+        f"{'.'.join(['spec', *(str(part) for part in item['loc'])])[:300]}: {_in_words(item)[:300]}"
         for item in found[:PROBLEMS]
     ]
     more = [f"and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
     return "; ".join(lines + more)
+
+
+def _in_words(error: ErrorDetails) -> str:
+    # The API server keeps no field that the CRD does not have.
+    unknown = "this field is of a newer CRD than the operator knows: upgrade the operator"
+    return unknown if error["type"] == "extra_forbidden" else error["msg"]
 
 
 def rayjob_facts(body: Json, *, owner: str, owner_uid: str, recorded_uid: str | None = None) -> RayJobFacts:

@@ -169,6 +169,11 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
         ({"watchNamespaces": ["Team_A"]}, "watchNamespaces"),
         ({"serviceAccount": {"create": False}}, "name the ServiceAccount to use"),
         ({"engine": {"agentUrl": "http://x:1"}}, "set engine.url"),
+        ({"statusEndpoint": {"tls": {"existingSecret": "mine"}}}, "existingSecret: mine is not used with"),
+        (
+            {"operator": {"extraEnv": [{"name": "FINETUNE_STATUS_PORT", "value": "1"}]}},
+            "extraEnv: FINETUNE_STATUS_PORT is set by the chart",
+        ),
         ({"operator": None}, "missing property 'operator'"),
         ({"operator": {"lease": None}}, "missing property 'lease'"),
         ({"statusEndpoint": {"tls": None}}, "missing property 'tls'"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from finetune_cli.local import app
+from finetune_local import parts
+from finetune_local.cluster import Cluster
 
 
 @pytest.mark.parametrize("command", [["up", "--only", "etcd"], ["status"], ["env"], ["down"], ["logs"]])
@@ -43,7 +48,48 @@ def test_what_is_to_be_pasted_into_a_shell_is_quoted(tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         "finetune_cli.local._own_kubectl_folder", lambda announce: tmp_path / "my [b] programs"
     )
+    monkeypatch.setattr(Cluster, "up", lambda *args, **kwargs: None)
     state = tmp_path / "my [b] state"
-    done = CliRunner().invoke(app, ["up", "--without", "training,serving", "--state", str(state)])
+    done = CliRunner().invoke(app, ["up", "--state", str(state)])
     assert f"export KUBECONFIG='{state}/kubeconfig'" in done.output
     assert f"""export PATH="$PATH":'{tmp_path}/my [b] programs'""" in done.output
+
+
+def test_nothing_to_start_is_not_a_cluster_that_is_ready(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["up", "--without", "training,serving", "--state", str(tmp_path / "state")]
+    )
+    assert done.exit_code == 2
+    assert "training,serving leaves no part" in done.output
+    assert "control-plane" in done.output
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("command", [["up", "--only", "etcd"], ["down"], ["status"]])
+def test_a_current_folder_that_was_removed_is_told(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    done = CliRunner().invoke(app, [*command, "--state", "state"])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert done.output == "error: the current folder was removed: change to another one\n"
+
+
+def test_names_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["status", "--state", str(tmp_path / "state")], env={"COLUMNS": "40"})
+    assert all(f" {part} " in done.output for part in parts.ALL)
+
+
+def test_letters_that_the_terminal_lacks_are_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune_cli", "local", "status", "--state", str(tmp_path / "für mich")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"f\xfcr mich/logs/<part>.log" in done.stdout

@@ -82,6 +82,16 @@ def test_a_release_with_another_checksum_is_refused(tmp_path: Path, site: tuple[
     assert [path.name for path in (tmp_path / "cache").rglob("*kwok*") if path.is_file()] == []
 
 
+def test_what_a_killed_command_left_half_done_is_removed(tmp_path: Path, site: tuple[str, Path]) -> None:
+    address, folder = site
+    (folder / "kwok").write_bytes(CONTENT)
+    (folder / "kwok.sha256").write_text(CHECKSUM)
+    program = obtain(sources(tmp_path, address))
+    program.rename(program.with_name(".kwok.4194304.part"))
+    assert obtain(sources(tmp_path, address)) == program
+    assert not list(program.parent.glob("*.part"))
+
+
 def test_a_site_without_checksum_is_not_trusted(tmp_path: Path, site: tuple[str, Path]) -> None:
     address, folder = site
     (folder / "kwok").write_bytes(CONTENT)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -36,6 +39,40 @@ def test_what_the_user_writes_for_the_cluster_is_not_foreign(cluster: Cluster) -
     cluster.layout.create()  # an `up` that was killed at once
     cluster.layout.alerts.write_text("{}")
     assert cluster.layout.find_foreign() == []
+
+
+def test_a_state_folder_whose_up_or_purge_was_killed_is_purged(cluster: Cluster) -> None:
+    with cluster._locked(print):  # where an `up` may build programs for minutes
+        pass
+    cluster.down(purge=True)
+    assert not cluster.layout.root.exists()
+
+
+def test_a_purge_that_was_interrupted_is_repeated(cluster: Cluster) -> None:
+    """Ctrl-C at each of its folders, in whatever order they are removed."""
+    for number in range(1, len(cluster.layout.folders()) + 1):
+        cluster.layout.create()
+        cluster.layout.lock.touch()
+        cluster.layout.kubeconfig.touch()
+        Instance.load(cluster.layout.instance).save(cluster.layout.instance)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "rmdir", _interrupted(number))
+            with pytest.raises(KeyboardInterrupt):
+                cluster.down(purge=True)
+        cluster.down(purge=True)
+        assert not cluster.layout.root.exists(), number
+
+
+def _interrupted(number: int) -> Callable[..., None]:
+    """`os.rmdir`, with Ctrl-C at this call of it."""
+    rmdir, calls = os.rmdir, itertools.count(1)
+
+    def remove(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        rmdir(*args, **kwargs)
+
+    return remove
 
 
 def test_processes_whose_state_folder_was_removed_are_stopped(cluster: Cluster) -> None:

@@ -82,7 +82,12 @@ def test_a_spec_that_cannot_be_read_is_a_problem_and_no_error() -> None:
     metadata = {"namespace": "team", "name": "bot", "uid": "u"}
     found = deployment_facts.deployment_facts({"metadata": metadata, "spec": {"adapter": {}, "new": 1}})
     assert found.spec is None
-    assert "spec.baseModelRef" in (found.problem or "")
+    assert found.problem is not None
+    assert "spec.baseModelRef" in found.problem
+    assert (
+        "spec.new: this field is of a newer CRD than the operator knows: upgrade the operator"
+        in found.problem
+    )
 
 
 def job(phase: str, method: str = "LoRA", *, objective: str = "SFT", artifact: bool = True) -> dict[str, Any]:
