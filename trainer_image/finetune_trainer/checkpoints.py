@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune_trainer import artifacts, owners, storage
-from finetune_trainer.failures import BadConfig, StorageFailed, is_storage_trouble
+from finetune_trainer.failures import BadConfig
 from finetune_trainer.owners import Owner
 from finetune_trainer.progress import say
 from finetune_trainer.runfile import Job
@@ -58,8 +58,8 @@ class Store:
         """Makes the folder ours and removes what an earlier attempt left half written.
 
         A job that was deleted and created again under its name takes over what its predecessor left. Raises BadConfig,
-        which names checkpoint.uri, for a folder that is another job's or cannot be written, and Preempted where a later
-        attempt has begun.
+        which names checkpoint.uri, for a folder that is another job's or cannot be written, StorageFailed where that
+        may pass, and Preempted where a later attempt has begun.
         """
         try:
             if owners.find(self.folder, self.job, field=FIELD) is Owner.NOBODY and self._entries():
@@ -71,11 +71,10 @@ class Store:
                 if COMPLETE not in files and CORRUPT not in files:
                     self._remove(files)
             self.folder.remove_if_empty()
-        except OSError as error:
-            text = f"{FIELD} {self.folder.uri} cannot be written ({storage.describe_error(error)})"
-            if is_storage_trouble(error):
-                raise StorageFailed(text) from error
-            raise BadConfig(f"{text}; choose a folder that the training process may write to") from error
+        except Exception as error:
+            if not storage.is_failure(error):
+                raise
+            raise owners.refused(self.folder, self.job, error, field=FIELD) from error
 
     def _hold(self) -> None:
         if not owners.hold(self.folder, self.job, field=FIELD):

@@ -143,6 +143,15 @@ def test_a_failing_disk_or_network(number: int) -> None:
     assert classify(OSError(number, os.strerror(number)))[0] is ErrorClass.STORAGE
 
 
+@pytest.mark.parametrize("code", ["InternalError", "500", "SlowDown", "503", "RequestTimeout", "502"])
+def test_an_answer_of_s3_that_may_be_another_next_time(code: str) -> None:
+    from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+    from s3fs.errors import translate_boto_error
+
+    answer = ClientError({"Error": {"Code": code, "Message": "Please try again."}}, "PutObject")
+    assert is_storage_trouble(translate_boto_error(answer))
+
+
 def test_a_missing_file_is_no_storage_trouble() -> None:
     assert classify(raised(lambda: Path("/nowhere/at/all").read_text()))[0] is ErrorClass.INTERNAL
 
