@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 COMPLETE = "complete"
 CORRUPT = "corrupt"  # beside a manifest whose files do not fit it: why, and kept from being read again
 FIELD = "checkpoint.uri"
+REREAD_PAUSE = 0.1  # seconds; a transfer may have been cut short: a second reading tells
 _ENTRY = re.compile(r"checkpoint-(\d{1,12})/(.+)", re.DOTALL)
 
 
@@ -189,7 +190,7 @@ class Store:
             if found == file["sha256"]:
                 return
             if reading == 1:
-                time.sleep(0.1)  # a transfer may have been cut short; a second reading tells
+                time.sleep(REREAD_PAUSE)
         raise Corrupt(f"{file['path']} differs from {MANIFEST} (SHA-256)")
 
     def _read_file(self, checkpoint: Checkpoint, name: str, target: Path | None) -> str:
@@ -216,19 +217,22 @@ class Store:
         return digest.hexdigest()
 
     def _describe(self, step: int) -> Checkpoint:
-        read = partial(storage.persist, what=f"{self._uri(step)} could not be read")
-        content = read(lambda: self.folder.read(f"checkpoint-{step}/{MANIFEST}"))
-        complete = read(lambda: self.folder.read(f"checkpoint-{step}/{COMPLETE}"))
-        if (
-            content is None
-            or complete is None
-            or complete.decode(errors="replace").strip() != _digest(content)
-        ):
-            raise Corrupt(f"{MANIFEST} differs from {COMPLETE} (SHA-256)")
-        manifest = _read_object(content)
+        manifest = _read_object(self._read_manifest(step))
         if manifest is None or not _is_manifest(manifest, step):
             raise Corrupt(f"{MANIFEST} is not a checkpoint's")
         return Checkpoint(step, self._uri(step), manifest)
+
+    def _read_manifest(self, step: int) -> bytes:
+        """What `complete` vouches for. Raises Corrupt after two readings."""
+        read = partial(storage.persist, what=f"{self._uri(step)} could not be read")
+        for reading in (1, 2):
+            content = read(lambda: self.folder.read(f"checkpoint-{step}/{MANIFEST}"))
+            complete = read(lambda: self.folder.read(f"checkpoint-{step}/{COMPLETE}"))
+            if content is not None and complete is not None and complete.strip() == _digest(content).encode():
+                return content
+            if reading == 1:
+                time.sleep(REREAD_PAUSE)
+        raise Corrupt(f"{MANIFEST} differs from {COMPLETE} (SHA-256)")
 
     # ------------------------------------------------------------ files
 
