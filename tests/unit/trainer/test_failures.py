@@ -181,10 +181,17 @@ def test_a_store_that_aiohttp_cannot_reach() -> None:
     assert is_storage_trouble(error)
 
 
+def test_a_model_on_a_web_server_that_is_away_is_not_told_as_missing(tmp_path: Path) -> None:
+    with pytest.raises(StorageFailed, match=r"^model\.uri: http://127.0.0.1:9/tiny cannot be read \("):
+        folders.fetch(
+            "http://127.0.0.1:9/tiny", tmp_path, field="model.uri", credentials="in model.secretRef"
+        )
+
+
 def test_a_store_with_errors_of_its_own_is_told_with_the_field(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from botocore.exceptions import EndpointConnectionError  # type: ignore[import-untyped]
+    from botocore.exceptions import EndpointConnectionError
 
     def away(uri: str, folder: Path) -> Path:
         raise EndpointConnectionError(endpoint_url="http://s3.example")
