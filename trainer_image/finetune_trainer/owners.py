@@ -74,7 +74,10 @@ def refused(folder: Folder, job: Job, error: Exception, *, field: str) -> Traine
     """
     remedy = "choose a folder that the training process may write to"
     if local_path(folder.uri) is None:
-        remedy = "check the bucket, its region and the credentials in output.secretRef"
+        remedy = (
+            "check bucket and region, and that the credentials in output.secretRef are valid and may list, read and "
+            "write there"
+        )
     text = f"{field} {folder.uri} cannot be written ({describe_error(error)})"
     if is_storage_trouble(error):
         return StorageFailed(text)
