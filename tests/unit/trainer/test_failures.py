@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from finetune_trainer import folders, lifecycle, signals, storage
+from finetune_trainer import folders, lifecycle, preflight, signals, storage
 from finetune_trainer.failures import (
     BadConfig,
     ErrorClass,
@@ -24,6 +24,7 @@ from finetune_trainer.failures import (
     is_storage_trouble,
 )
 from finetune_trainer.methods import hub
+from finetune_trainer.runfile import Source
 
 
 def raised(action: Callable[[], Any]) -> Exception:
@@ -197,8 +198,13 @@ def test_a_store_with_errors_of_its_own_is_told_with_the_field(
         raise EndpointConnectionError(endpoint_url="http://s3.example")
 
     monkeypatch.setattr(storage, "fetch_folder", away)
+    monkeypatch.setattr(storage, "fetch_file", away)
     with pytest.raises(StorageFailed, match=r"^model\.uri: s3://models/tiny cannot be read \(Endpoint"):
         folders.fetch("s3://models/tiny", tmp_path, field="model.uri", credentials="in model.secretRef")
+    with pytest.raises(
+        StorageFailed, match=r"^dataset\.sources: s3://data/rows\.jsonl cannot be read \(Endpoint"
+    ):
+        preflight.find_source(Source(uri="s3://data/rows.jsonl"), tmp_path)
 
 
 def test_processes_that_lost_one_another(tmp_path: Path) -> None:
