@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer import owners, pulse, storage
-from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
+from finetune_trainer.failures import BadConfig, TrainerError
 from finetune_trainer.owners import Owner
 from finetune_trainer.progress import say
 from finetune_trainer.runfile import Job
@@ -65,16 +65,15 @@ def claim_folder(folder: storage.Folder, job: Job) -> Artifact | None:
     """Makes the folder ours, or returns the artifact that this job has already committed there.
 
     Leftovers of an earlier start of the same job, or of one that was deleted and created again, are removed.
-    Raises BadConfig, which names output.uri, for a folder that belongs to something else or cannot be written, and
-    Preempted where a later attempt has begun.
+    Raises BadConfig, which names output.uri, for a folder that belongs to something else or cannot be written,
+    StorageFailed where that may pass, and Preempted where a later attempt has begun.
     """
     try:
         return _find_committed(folder, job) or _take(folder, job)
-    except OSError as error:
-        text = f"{FIELD} {folder.uri} cannot be written ({storage.describe_error(error)})"
-        if is_storage_trouble(error):
-            raise StorageFailed(text) from error
-        raise BadConfig(f"{text}; choose a folder that the training process may write to") from error
+    except Exception as error:
+        if not storage.is_failure(error):
+            raise
+        raise owners.refused(folder, job, error, field=FIELD) from error
 
 
 def _take(folder: storage.Folder, job: Job) -> Artifact | None:
@@ -131,7 +130,7 @@ def commit(folder: storage.Folder, work: Path, manifest: dict[str, Any], job: Jo
     content = _to_json({**manifest, "files": listed})
     persist(partial(_hold, folder, job))
     persist(lambda: folder.write(MANIFEST, content))
-    persist(partial(_unmark, folder, job))
+    _unmark(folder, job)
     return describe(folder.uri, content)
 
 
@@ -159,8 +158,12 @@ def _hold(folder: storage.Folder, job: Job) -> None:
 
 
 def _unmark(folder: storage.Folder, job: Job) -> None:
-    if owners.is_ours(folder, job):
-        folder.remove(owners.MARK)
+    """Removes the mark of a committed folder, whose manifest names the job as well: it may also stay."""
+    try:
+        if owners.is_ours(folder, job):
+            folder.remove(owners.MARK)
+    except Exception as error:  # any store's own types; nothing after the commit may fail the job
+        say(f"{folder.uri}/{owners.MARK} could not be removed: {storage.describe_error(error)}")
 
 
 def describe(uri: str, content: bytes) -> Artifact:

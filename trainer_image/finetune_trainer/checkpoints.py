@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune_trainer import artifacts, owners, storage
-from finetune_trainer.failures import BadConfig, StorageFailed, is_storage_trouble
+from finetune_trainer.failures import BadConfig
 from finetune_trainer.owners import Owner
 from finetune_trainer.progress import say
 from finetune_trainer.runfile import Job
@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 COMPLETE = "complete"
 CORRUPT = "corrupt"  # beside a manifest whose files do not fit it: why, and kept from being read again
 FIELD = "checkpoint.uri"
+REREAD_PAUSE = 0.1  # seconds; a transfer may have been cut short: a second reading tells
 _ENTRY = re.compile(r"checkpoint-(\d{1,12})/(.+)", re.DOTALL)
 
 
@@ -58,8 +59,8 @@ class Store:
         """Makes the folder ours and removes what an earlier attempt left half written.
 
         A job that was deleted and created again under its name takes over what its predecessor left. Raises BadConfig,
-        which names checkpoint.uri, for a folder that is another job's or cannot be written, and Preempted where a later
-        attempt has begun.
+        which names checkpoint.uri, for a folder that is another job's or cannot be written, StorageFailed where that
+        may pass, and Preempted where a later attempt has begun.
         """
         try:
             if owners.find(self.folder, self.job, field=FIELD) is Owner.NOBODY and self._entries():
@@ -71,11 +72,10 @@ class Store:
                 if COMPLETE not in files and CORRUPT not in files:
                     self._remove(files)
             self.folder.remove_if_empty()
-        except OSError as error:
-            text = f"{FIELD} {self.folder.uri} cannot be written ({storage.describe_error(error)})"
-            if is_storage_trouble(error):
-                raise StorageFailed(text) from error
-            raise BadConfig(f"{text}; choose a folder that the training process may write to") from error
+        except Exception as error:
+            if not storage.is_failure(error):
+                raise
+            raise owners.refused(self.folder, self.job, error, field=FIELD) from error
 
     def _hold(self) -> None:
         if not owners.hold(self.folder, self.job, field=FIELD):
@@ -190,7 +190,7 @@ class Store:
             if found == file["sha256"]:
                 return
             if reading == 1:
-                time.sleep(0.1)  # a transfer may have been cut short; a second reading tells
+                time.sleep(REREAD_PAUSE)
         raise Corrupt(f"{file['path']} differs from {MANIFEST} (SHA-256)")
 
     def _read_file(self, checkpoint: Checkpoint, name: str, target: Path | None) -> str:
@@ -217,19 +217,22 @@ class Store:
         return digest.hexdigest()
 
     def _describe(self, step: int) -> Checkpoint:
-        read = partial(storage.persist, what=f"{self._uri(step)} could not be read")
-        content = read(lambda: self.folder.read(f"checkpoint-{step}/{MANIFEST}"))
-        complete = read(lambda: self.folder.read(f"checkpoint-{step}/{COMPLETE}"))
-        if (
-            content is None
-            or complete is None
-            or complete.decode(errors="replace").strip() != _digest(content)
-        ):
-            raise Corrupt(f"{MANIFEST} differs from {COMPLETE} (SHA-256)")
-        manifest = _read_object(content)
+        manifest = _read_object(self._read_manifest(step))
         if manifest is None or not _is_manifest(manifest, step):
             raise Corrupt(f"{MANIFEST} is not a checkpoint's")
         return Checkpoint(step, self._uri(step), manifest)
+
+    def _read_manifest(self, step: int) -> bytes:
+        """What `complete` vouches for. Raises Corrupt after two readings."""
+        read = partial(storage.persist, what=f"{self._uri(step)} could not be read")
+        for reading in (1, 2):
+            content = read(lambda: self.folder.read(f"checkpoint-{step}/{MANIFEST}"))
+            complete = read(lambda: self.folder.read(f"checkpoint-{step}/{COMPLETE}"))
+            if content is not None and complete is not None and complete.strip() == _digest(content).encode():
+                return content
+            if reading == 1:
+                time.sleep(REREAD_PAUSE)
+        raise Corrupt(f"{MANIFEST} differs from {COMPLETE} (SHA-256)")
 
     # ------------------------------------------------------------ files
 

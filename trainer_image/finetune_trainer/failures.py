@@ -103,6 +103,7 @@ COLLECTIVE_TEXT = re.compile(r"\bNCCL\b|ncclRemoteError|\bgloo\b|Connection clos
 STORAGE_NUMBERS = {
     *FULL_NUMBERS,
     errno.EIO,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # s3fs: InternalError, the 500 of S3
     errno.ESTALE,
     errno.EROFS,
     errno.ETIMEDOUT,

@@ -10,9 +10,9 @@ import json
 from enum import StrEnum
 from typing import Any
 
-from finetune_trainer.failures import BadConfig, Preempted
+from finetune_trainer.failures import BadConfig, Preempted, StorageFailed, TrainerError, is_storage_trouble
 from finetune_trainer.runfile import Job
-from finetune_trainer.storage import Folder
+from finetune_trainer.storage import Folder, describe_error, local_path
 
 MARK = ".finetune-job.json"
 
@@ -64,6 +64,24 @@ def hold(folder: Folder, job: Job, *, field: str) -> bool:
     if owner is Owner.EARLIER:
         write(folder, job)  # both began at once, and the earlier attempt's mark came last: now it finds ours
     return owner is not Owner.NOBODY
+
+
+def refused(folder: Folder, job: Job, error: Exception, *, field: str) -> TrainerError:
+    """The failure of an attempt whose folder storage does not let it have.
+
+    At first that is the user's to correct. Where an earlier attempt was let in, it may pass: a token has expired and is
+    renewed, a node's clock is wrong.
+    """
+    remedy = "choose a folder that the training process may write to"
+    if local_path(folder.uri) is None:
+        remedy = (
+            "check bucket and region, and that the credentials in output.secretRef are valid and may list, read and "
+            "write there"
+        )
+    text = f"{field} {folder.uri} cannot be written ({describe_error(error)})"
+    if is_storage_trouble(error):
+        return StorageFailed(text)
+    return (StorageFailed if job.attempt > 1 else BadConfig)(f"{text}; {remedy}")
 
 
 def is_ours(folder: Folder, job: Job) -> bool:

@@ -182,7 +182,9 @@ def find_source(source: Source, folder: Path) -> Path:
             f"dataset.sources: {source.uri} may not be read ({storage.describe_error(error)}); "
             "check the file's permissions or the credentials in dataset.secretRef"
         ) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not (storage.is_failure(error) or isinstance(error, ValueError)):
+            raise
         raise folders.unreadable(f"dataset.sources: {source.uri}", error) from error
     if empty:
         raise BadData(f"dataset.sources: {source.uri} is empty; it needs at least one row")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ TRAINER_STATE = "trainer_state.json"
 _OF_OBJECTIVES = ("preference", "reward", "generation")  # absent for SFT
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Resumption:
     checkpoint: checkpoints.Checkpoint
     folder: Path  # its files, as the trainer saved them
@@ -85,7 +85,7 @@ def find(
         folder = output_dir / f"checkpoint-{checkpoint.step}"
         try:
             store.fetch(checkpoint, folder)
-            patience_used = _restore_best(folder, output_dir)
+            patience_used = _prepare(folder, output_dir)
         except checkpoints.Corrupt as finding:
             store.mark_corrupt(checkpoint.step, str(finding))
             shutil.rmtree(folder, ignore_errors=True)
@@ -95,8 +95,8 @@ def find(
     return None
 
 
-def _restore_best(folder: Path, output_dir: Path) -> int:
-    """Puts the best weights where the trainer looks for them; returns early stopping's count.
+def _prepare(folder: Path, output_dir: Path) -> int:
+    """Puts state and best weights where and as the trainer reads them; returns early stopping's count.
 
     Raises Corrupt for a state that is not one, or that another version of the libraries has written.
     """
@@ -115,7 +115,9 @@ def _restore_best(folder: Path, output_dir: Path) -> int:
         if (folder / saving.BEST).is_dir():
             (folder / saving.BEST).rename(best)
         state["best_model_checkpoint"] = str(best) if best.is_dir() else None
-        file.write_text(json.dumps(state), encoding="utf-8")
+    known = {field.name for field in dataclasses.fields(transformers.TrainerState)}
+    state = {name: value for name, value in state.items() if name in known}  # a later version may tell more
+    file.write_text(json.dumps(state), encoding="utf-8")
     return patience_used
 
 

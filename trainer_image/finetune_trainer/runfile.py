@@ -21,9 +21,11 @@ from finetune_trainer.runparts import (
     Generation,
     MethodType,
     Objective,
+    OutputUri,
     Part,
     Preference,
     Reward,
+    Uri,
 )
 
 __all__ = [
@@ -95,7 +97,7 @@ class Job(Part):
 
 
 class Model(Part):
-    uri: Annotated[str, Field(min_length=1)]
+    uri: Uri
     revision: str | None = None
     chat_template: str | None = None
     adapter: Adapter | None = None
@@ -121,7 +123,7 @@ class Method(Part):
 
 
 class Source(Part):
-    uri: Annotated[str, Field(min_length=1)]
+    uri: Uri
     format: DataFormat = DataFormat.AUTO
     columns: dict[str, str] | None = None
 
@@ -163,7 +165,7 @@ class EarlyStopping(Part):
 
 
 class Output(Part):
-    uri: Annotated[str, Field(min_length=1)]
+    uri: OutputUri
 
 
 class Resume(StrEnum):
@@ -174,7 +176,7 @@ class Resume(StrEnum):
 class Checkpoint(Part):
     """Without both intervals only a stop (SIGTERM) makes a checkpoint."""
 
-    uri: Annotated[str, Field(min_length=1)]
+    uri: OutputUri
     every_steps: Annotated[int, Field(ge=1)] | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Annotated[int, Field(ge=1)] = 2

@@ -5,12 +5,30 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 
 class Part(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+
+
+def _is_whole(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    if separator and not rest:
+        raise ValueError(f"there is nothing behind {scheme}://; name the bucket, host or path")
+    return uri
+
+
+def _can_be_written(uri: str) -> str:
+    scheme = uri.partition("://")[0]
+    if scheme in ("http", "https", "hf"):
+        raise ValueError(f"nothing is written to {scheme}://; use s3://, gs://, pvc:// or file://")
+    return uri
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_is_whole)]
+OutputUri = Annotated[Uri, AfterValidator(_can_be_written)]
 
 
 class Objective(StrEnum):
@@ -65,7 +83,7 @@ FORMATS_OF: dict[Objective, tuple[DataFormat, ...]] = {
 class Adapter(Part):
     """A LoRA adapter that training goes on with; what comes out fits the same base model."""
 
-    uri: Annotated[str, Field(min_length=1)]
+    uri: Uri
     digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")] | None = None
 
 
@@ -82,7 +100,7 @@ class RewardFunction(Part):
 class Reward(Part):
     """What answers are worth: a reward model, functions, or both; `weights` in that order."""
 
-    uri: Annotated[str, Field(min_length=1)] | None = None
+    uri: Uri | None = None
     digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")] | None = None
     functions: list[RewardFunction] = []
     weights: list[float] | None = None

@@ -101,6 +101,7 @@ def fetch_folder(uri: str, folder: Path) -> Path:
         name for name in filesystem.find(path) if any(Path(name).match(pattern) for pattern in MODEL_FILES)
     ]
     if not names:
+        filesystem.info(path)  # a host that nobody can reach has no names either; the error tells
         raise FileNotFoundError(uri)
     for name in names:
         target = folder / os.path.relpath(name, path)

@@ -238,6 +238,20 @@ def test_a_state_of_another_version_gives_way_to_the_checkpoint_before(
     assert f"trained to step {STEPS} (from {before})" in resumed.log
 
 
+def test_a_state_of_a_later_version_that_knows_more_is_used(
+    tiny_model: Path, chat_file: Path, run: Run, alone: Run, folder: Path, interrupted: Callable[..., int]
+) -> None:
+    parts: dict[str, Any] = {"method": LORA, "hyperparameters": HYPER}
+    undisturbed = alone(tiny_model, chat_file, **parts)
+    newest = interrupted(**parts)
+    state = json.loads((folder / f"checkpoint-{newest}/trainer_state.json").read_text())
+    content = json.dumps({**state, "is_something_new": True}).encode()
+    replace_file(folder / f"checkpoint-{newest}", "trainer_state.json", content)
+    resumed = run(tiny_model, chat_file, checkpoint=schedule(folder), job=job(2), **parts)
+    assert f"trained to step {STEPS} (from {newest})" in resumed.log
+    assert_same(resumed, undisturbed)
+
+
 def test_a_checkpoint_that_is_whole_but_cannot_be_loaded_ends_the_attempt_and_is_not_used_again(
     tiny_model: Path, chat_file: Path, run: Run, folder: Path, interrupted: Callable[..., int]
 ) -> None:

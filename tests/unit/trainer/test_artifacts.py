@@ -56,6 +56,24 @@ def test_commit_lists_every_file_with_its_hash_and_size(
     assert folder.names() == ["adapter_model.safetensors", "manifest.json", "sub/notes.txt"]
 
 
+def test_a_mark_that_cannot_be_removed_fails_nothing_that_is_committed(
+    folder: storage.Folder, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Keeping(storage.LocalFolder):
+        """As a bucket whose credentials may write, and not delete."""
+
+        def remove(self, name: str) -> None:
+            raise PermissionError(name)
+
+    keeping = Keeping(folder.uri, tmp_path / "deep/out")
+    artifact = commit(keeping, work)
+    assert owners.MARK in keeping.names()
+    assert f"{owners.MARK} could not be removed" in capsys.readouterr().out
+    assert artifacts.claim_folder(keeping, JOB.model_copy(update={"attempt": 2})) == artifact
+    with pytest.raises(BadConfig, match="already holds the artifact of job team/tune"):
+        artifacts.claim_folder(keeping, OTHER)
+
+
 def test_the_same_job_finds_its_committed_artifact_again(folder: storage.Folder, work: Path) -> None:
     artifact = commit(folder, work)
     assert artifacts.claim_folder(folder, JOB) == artifact

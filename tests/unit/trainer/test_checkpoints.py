@@ -122,6 +122,30 @@ def test_damage_is_found_marked_and_not_read_again(
     assert not (root / "checkpoint-10").exists()
 
 
+@pytest.mark.parametrize("name", [MANIFEST, COMPLETE, "optimizer.pt"])
+def test_a_transfer_that_is_cut_short_once_costs_no_checkpoint(root: Path, tmp_path: Path, name: str) -> None:
+    class Cutting(storage.LocalFolder):
+        cuts = 0
+
+        def read(self, asked: str) -> bytes | None:
+            content = super().read(asked)
+            return content[:10] if content and self._is_cut(asked) else content
+
+        def chunks(self, asked: str) -> Iterator[bytes]:
+            return iter([b"moments"]) if self._is_cut(asked) else super().chunks(asked)
+
+        def _is_cut(self, asked: str) -> bool:
+            self.cuts += asked == f"checkpoint-10/{name}"
+            return asked == f"checkpoint-10/{name}" and self.cuts == 1
+
+    save(make_store(root), 5, 10)
+    store = Store(Cutting(f"file://{root}", root), JOB)
+    newest = next(store.find(DIGEST))
+    store.fetch(newest, tmp_path / "fetched")
+    assert newest.step == 10
+    assert not (root / "checkpoint-10" / CORRUPT).exists()
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b"not json", b'{"step": 10, "job": {"uid": "uid-1"}, "configDigest": "x"}']
 )

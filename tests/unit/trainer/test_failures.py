@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from finetune_trainer import folders, lifecycle, signals, storage
+from finetune_trainer import folders, lifecycle, preflight, signals, storage
 from finetune_trainer.failures import (
     BadConfig,
     ErrorClass,
@@ -24,6 +24,7 @@ from finetune_trainer.failures import (
     is_storage_trouble,
 )
 from finetune_trainer.methods import hub
+from finetune_trainer.runfile import Source
 
 
 def raised(action: Callable[[], Any]) -> Exception:
@@ -143,6 +144,15 @@ def test_a_failing_disk_or_network(number: int) -> None:
     assert classify(OSError(number, os.strerror(number)))[0] is ErrorClass.STORAGE
 
 
+@pytest.mark.parametrize("code", ["InternalError", "500", "SlowDown", "503", "RequestTimeout", "502"])
+def test_an_answer_of_s3_that_may_be_another_next_time(code: str) -> None:
+    from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+    from s3fs.errors import translate_boto_error
+
+    answer = ClientError({"Error": {"Code": code, "Message": "Please try again."}}, "PutObject")
+    assert is_storage_trouble(translate_boto_error(answer))
+
+
 def test_a_missing_file_is_no_storage_trouble() -> None:
     assert classify(raised(lambda: Path("/nowhere/at/all").read_text()))[0] is ErrorClass.INTERNAL
 
@@ -172,17 +182,29 @@ def test_a_store_that_aiohttp_cannot_reach() -> None:
     assert is_storage_trouble(error)
 
 
+def test_a_model_on_a_web_server_that_is_away_is_not_told_as_missing(tmp_path: Path) -> None:
+    with pytest.raises(StorageFailed, match=r"^model\.uri: http://127.0.0.1:9/tiny cannot be read \("):
+        folders.fetch(
+            "http://127.0.0.1:9/tiny", tmp_path, field="model.uri", credentials="in model.secretRef"
+        )
+
+
 def test_a_store_with_errors_of_its_own_is_told_with_the_field(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from botocore.exceptions import EndpointConnectionError  # type: ignore[import-untyped]
+    from botocore.exceptions import EndpointConnectionError
 
     def away(uri: str, folder: Path) -> Path:
         raise EndpointConnectionError(endpoint_url="http://s3.example")
 
     monkeypatch.setattr(storage, "fetch_folder", away)
+    monkeypatch.setattr(storage, "fetch_file", away)
     with pytest.raises(StorageFailed, match=r"^model\.uri: s3://models/tiny cannot be read \(Endpoint"):
         folders.fetch("s3://models/tiny", tmp_path, field="model.uri", credentials="in model.secretRef")
+    with pytest.raises(
+        StorageFailed, match=r"^dataset\.sources: s3://data/rows\.jsonl cannot be read \(Endpoint"
+    ):
+        preflight.find_source(Source(uri="s3://data/rows.jsonl"), tmp_path)
 
 
 def test_processes_that_lost_one_another(tmp_path: Path) -> None:

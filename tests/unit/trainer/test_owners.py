@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +292,64 @@ def test_trouble_with_the_mark_is_tried_again(
     monkeypatch.setattr(folder, "read", fail)
     with pytest.raises(StorageFailed, match=r"output.uri .* could not be written"):
         commit(folder, FIRST, tmp_path)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """pytest's output is enough."""
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A store that lets nobody in."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "expired")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+        yield
+        server.shutdown()
+
+
+def claim_both(place: str, job: Job) -> list[TrainerError]:
+    """How claims of place as output and as folder of checkpoints fail."""
+    folder = storage.open_folder(place)
+    with pytest.raises(TrainerError) as output:
+        artifacts.claim_folder(folder, job)
+    with pytest.raises(TrainerError) as checkpoint:
+        Store(folder, job).claim()
+    return [output.value, checkpoint.value]
+
+
+@pytest.mark.parametrize(("job", "kind"), [(FIRST, BadConfig), (SECOND, StorageFailed)])
+def test_a_refusal_is_the_users_at_first_and_may_pass_where_an_earlier_attempt_was_let_in(
+    refusing: None, job: Job, kind: type[TrainerError]
+) -> None:
+    for field, failure in zip(("output", "checkpoint"), claim_both("s3://training/out", job), strict=True):
+        assert type(failure) is kind
+        assert str(failure).startswith(f"{field}.uri s3://training/out cannot be written (")
+        assert "the credentials in output.secretRef are valid" in str(failure)
+
+
+def test_a_store_that_is_not_there_is_told_with_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_MAX_ATTEMPTS": "1",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for field, failure in zip(("output", "checkpoint"), claim_both("s3://training/out", FIRST), strict=True):
+        assert isinstance(failure, StorageFailed)
+        assert str(failure).startswith(f"{field}.uri s3://training/out cannot be written (EndpointConnection")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,32 @@ def test_a_function_cannot_take_our_gradients_away(find: Any) -> None:
     with torch.enable_grad():
         assert function(["a"], ["x"], {}) == [1.0]
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("at", ["load", "call"])
+def test_a_function_cannot_turn_our_warnings_into_errors_nor_take_our_room_for_calls(
+    find: Any, at: str
+) -> None:
+    strict = "warnings.simplefilter('error'); sys.setrecursionlimit(len(inspect.stack()) + 60)"
+    before, inside = (strict, "pass") if at == "load" else ("", strict)
+    depth, filters = sys.getrecursionlimit(), list(warnings.filters)
+    text = f"import inspect, sys, warnings\n{before}\ndef f(prompts, completions):\n    {inside}\n    return [1.0]\n"
+    function = functions.load(find(text))
+    assert function(["a"], ["x"], {}) == [1.0]
+    assert (sys.getrecursionlimit(), warnings.filters) == (depth, filters)
+
+
+def test_more_room_for_calls_stays_for_the_function(find: Any) -> None:
+    depth = sys.getrecursionlimit()
+    deep = "def down(n):\n    return n and down(n - 1)\n"
+    text = (
+        f"import sys\nsys.setrecursionlimit({depth + 500})\n{deep}"
+        f"def f(prompts, completions):\n    return [down({depth + 100})]\n"
+    )
+    try:
+        assert functions.load(find(text))(["a"], ["x"], {}) == [0.0]
+    finally:
+        sys.setrecursionlimit(depth)
 
 
 def test_an_alarm_that_a_function_forgets_does_not_ring_in_training(find: Any) -> None:

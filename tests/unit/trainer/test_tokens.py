@@ -161,6 +161,16 @@ def test_rows_are_cut_to_max_length() -> None:
     assert len(row.input_ids) == len(row.labels) == 30
 
 
+def test_a_template_that_leaves_out_the_answers_is_told_and_no_other_length_asked_for() -> None:
+    tokenizer = tiny.build_tokenizer(
+        chat_template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(BadData, match=r"1 of 1 rows .*model\.chatTemplate") as caught:
+        tokens.encode_examples([TWO_TURNS], tokenizer, max_length=64, choice=AUTO)
+    assert WHERE in str(caught.value)
+    assert "maxLength" not in str(caught.value)
+
+
 def test_rows_with_nothing_left_to_learn_are_bad_data_with_the_length_that_would_do() -> None:
     tokenizer = tiny.build_tokenizer()
     with pytest.raises(BadData) as caught:

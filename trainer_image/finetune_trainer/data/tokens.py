@@ -56,18 +56,33 @@ def encode_examples(
     than the user gave. Raises BadConfig when the chat template does not say which tokens are the assistant's.
     """
     rows = [encode_example(example, tokenizer, choice=choice) for example in examples]
+    mute = [row for row in rows if _teaches_nothing(row)]
+    if mute:
+        raise BadData(
+            f"{len(mute)} of {len(rows)} rows have no token to learn, however long a row may be: {_few(mute)}. "
+            "The model's chat template writes nothing of the assistant's messages there; correct model.chatTemplate "
+            "or the messages"
+        )
     cut = [TokenRow(row.input_ids[:max_length], row.labels[:max_length], row.where) for row in rows]
-    # The first token is never predicted, so a label there teaches nothing.
-    empty = [row for row in cut if all(label == IGNORED for label in row.labels[1:])]
+    empty = [row for row in cut if _teaches_nothing(row)]
     if empty:
         lost = {row.where for row in empty}
         longest = max(_first_learnt(row) for row in rows if row.where in lost)
         raise BadData(
             f"{len(empty)} of {len(rows)} rows have no learnt token within hyperparameters.maxLength {max_length}: "
-            f"{', '.join(row.where for row in empty[:3])}{', ...' if len(empty) > 3 else ''}. "
+            f"{_few(empty)}. "
             f"Their prompts have up to {longest} tokens; raise maxLength above that, or shorten or remove these rows"
         )
     return cut
+
+
+def _teaches_nothing(row: TokenRow) -> bool:
+    # The first token is never predicted, so a label there teaches nothing.
+    return all(label == IGNORED for label in row.labels[1:])
+
+
+def _few(rows: Sequence[TokenRow]) -> str:
+    return ", ".join(row.where for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
 
 
 def _first_learnt(row: TokenRow) -> int:

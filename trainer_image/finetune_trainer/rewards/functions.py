@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,8 @@ def _running(source: Source) -> Iterator[None]:
         contextlib.redirect_stderr(_lend(sys.stderr)),
     ):
         try:
-            yield
+            with _interpreter_kept():
+                yield
         except Stopped:
             raise
         except BaseException as error:  # it raises what it likes, also KeyboardInterrupt
@@ -212,6 +214,19 @@ def _one_process() -> Iterator[None]:
         os._exit = leave
         if os.getpid() != own:
             leave(1)
+
+
+@contextlib.contextmanager
+def _interpreter_kept() -> Iterator[None]:
+    """Warnings as errors, or little room for calls, are for the user's code and would end ours."""
+    filters, depth = list(warnings.filters), sys.getrecursionlimit()
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(max(depth, sys.getrecursionlimit()))  # more may be what the function needs
+        if warnings.filters != filters:
+            warnings.resetwarnings()
+            warnings.filters = filters
 
 
 @contextlib.contextmanager
