@@ -10,7 +10,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import kopf
 from kopf._cogs.structs.references import Insights
@@ -27,8 +27,13 @@ KOPF = str(Path(kopf.__file__).parent)
 
 Notice: TypeAlias = Callable[[str | None, Mapping[str, Any]], bool]
 """Takes note of an event's type and object; whether it says anything new."""
-JobChanged: TypeAlias = Callable[[Key, bool], None]
-"""Told of each event about a job or what it started, and whether it says anything new."""
+
+
+class JobChanged(Protocol):
+    """Told of each event about a job or what it started: whether it says anything new, and whether nothing was ever
+    done about the job."""
+
+    def __call__(self, key: Key, is_news: bool, *, is_untouched: bool = False) -> None: ...
 
 
 class CredentialsError(Exception):
@@ -135,7 +140,9 @@ def build_registry(
     async def finetunejob_changed(
         event: kopf.RawEvent, namespace: str | None, name: str | None, **_: Any
     ) -> None:
-        job_changed((namespace or "", name or ""), notice(event["type"], event["object"]))
+        body = event["object"]
+        is_news = notice(event["type"], body)
+        job_changed((namespace or "", name or ""), is_news, is_untouched=not body.get("status"))
 
     @kopf.on.event(GROUP, VERSION, adapterdeployment.PLURAL, registry=registry)
     async def adapterdeployment_changed(namespace: str | None, name: str | None, **_: Any) -> None:

@@ -20,7 +20,7 @@ from finetune_operator.reconcile import clocks
 from finetune_operator.reconcile.departures import Departures
 from finetune_operator.reconcile.finetunejob import FineTuneJobReconciler
 from finetune_operator.reconcile.mailbox import Mailbox
-from finetune_operator.reconcile.queue import Key, KeyedQueue
+from finetune_operator.reconcile.queue import Key, KeyedQueue, Priority
 from finetune_operator.status_server import StatusServer
 
 
@@ -46,7 +46,9 @@ async def lead(
     reports = StatusServer(
         kube=kube,
         mailbox=mailbox,
-        enqueue=lambda key, after, urgent: queue.add(key, after=after, urgent=urgent),
+        enqueue=lambda key, after, is_awaited: queue.add(
+            key, after=after, priority=Priority.FIRST if is_awaited else Priority.ORDINARY
+        ),
         progress_seconds=settings.progress_seconds,
     )
     departures = Departures(
@@ -54,9 +56,10 @@ async def lead(
     )
     async with parts.build_rollouts(settings, kube=kube, telemetry=telemetry, may_act=may_push) as rollouts:
 
-        def job_changed(key: Key, is_news: bool) -> None:
+        def job_changed(key: Key, is_news: bool, *, is_untouched: bool = False) -> None:
             if is_news:
-                queue.add(key)
+                # Where the operator is behind, what starts a job comes before what only tells of others.
+                queue.add(key, priority=Priority.EARLY if is_untouched else Priority.ORDINARY)
             rollouts.watchlist.job_changed(key)
 
         stand_by, login = desk.answer, handlers.Login()

@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from enum import IntEnum
 from typing import TypeAlias
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,14 @@ LAST_BACKOFF = 60.0
 LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away, busy or refuses says nothing about the key
 CONCURRENCY = 24  # passes at once: with these, new jobs wait for the API server alone (docs/benchmarks.md)
 STEPS = 8  # passes over one key after which others have their turn
+
+
+class Priority(IntEnum):
+    """Which of the keys that are due come first. All but ORDINARY are due at once."""
+
+    FIRST = 0
+    EARLY = 1
+    ORDINARY = 2
 
 
 class KeyedQueue:
@@ -46,8 +55,8 @@ class KeyedQueue:
         self._concurrency = concurrency
         self._on_depth = on_depth
         self._due: dict[Key, float] = {}
-        self._heap: list[tuple[bool, float, int, Key]] = []  # what is urgent comes first, and is always due
-        self._urgent: set[Key] = set()
+        self._heap: list[tuple[Priority, float, int, Key]] = []
+        self._priorities: dict[Key, Priority] = {}  # of those that are not ORDINARY
         self._order = itertools.count()
         self._failures: dict[Key, int] = {}
         self._started: dict[Key, float] = {}
@@ -55,20 +64,21 @@ class KeyedQueue:
         self._changed = asyncio.Event()
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
 
-    def add(self, key: Key, *, after: float = 0.0, urgent: bool = False) -> None:
-        """Ask for a pass over the key in `after` seconds; of several wishes the earliest counts. `urgent`: now, and
-        before all that are not."""
+    def add(self, key: Key, *, after: float = 0.0, priority: Priority = Priority.ORDINARY) -> None:
+        """Ask for a pass over the key in `after` seconds; of several wishes the earliest counts, and the highest
+        priority."""
         now = asyncio.get_running_loop().time()
-        when = now if urgent else now + max(after, 0.0)
+        is_ordinary = priority is Priority.ORDINARY
+        when = now + max(after, 0.0) if is_ordinary else now
         known = self._due.get(key)
         if known is not None and known <= when:
-            if not urgent or key in self._urgent:
+            if priority >= self._priorities.get(key, Priority.ORDINARY):
                 return
             when = known
-        if urgent:
-            self._urgent.add(key)
+        if not is_ordinary:
+            self._priorities[key] = priority
         self._due[key] = when
-        heapq.heappush(self._heap, (not urgent, when, next(self._order), key))
+        heapq.heappush(self._heap, (priority, when, next(self._order), key))
         self._on_depth(len(self._due))
         self._changed.set()
 
@@ -97,11 +107,11 @@ class KeyedQueue:
     def _start_due(self, group: asyncio.TaskGroup) -> float | None:
         """Start what is due; return the seconds to the next due key, None when only a change can bring work."""
         now = asyncio.get_running_loop().time()
-        blocked: list[tuple[bool, float, int, Key]] = []
+        blocked: list[tuple[Priority, float, int, Key]] = []
         delay: float | None = None
         while self._heap and len(self._started) < self._concurrency:
             _, when, _, key = self._heap[0]
-            if self._due.get(key) != when:  # replaced by an earlier wish, or an urgent one
+            if self._due.get(key) != when:  # replaced by an earlier wish, or one of higher priority
                 heapq.heappop(self._heap)
                 continue
             if when > now:
@@ -112,7 +122,7 @@ class KeyedQueue:
                 blocked.append(first)
                 continue
             del self._due[key]
-            self._urgent.discard(key)
+            self._priorities.pop(key, None)
             self._started[key] = self._moved = now
             group.create_task(self._serve(key))
         for item in blocked:
@@ -129,7 +139,7 @@ class KeyedQueue:
                 self._started[key] = self._moved = asyncio.get_running_loop().time()
                 if self._due.get(key, float("inf")) <= self._moved:
                     del self._due[key]  # the next pass sees what was asked for until now
-                    self._urgent.discard(key)
+                    self._priorities.pop(key, None)
         except self._ordinary as error:
             again = self._backoff(key, most=LAST_ORDINARY_BACKOFF)
             logger.warning("reconcile of %s/%s has to wait %.1f s: %s", *key, again, error)

@@ -12,6 +12,7 @@ from finetune_operator.reconcile.queue import (
     STEPS,
     Key,
     KeyedQueue,
+    Priority,
     Worker,
 )
 from tests.waiting import until
@@ -218,9 +219,9 @@ async def test_a_pass_that_goes_on_at_once_keeps_its_turn_for_a_while() -> None:
     assert seen == [A] * STEPS + [B] + [A] * 2, "no pass too many, and the others have their turn"
 
 
-async def test_what_is_urgent_comes_first_whatever_waits() -> None:
+async def test_of_what_is_due_the_highest_priority_comes_first_whatever_waits() -> None:
     seen: list[Key] = []
-    keys = [("ns", f"{number}") for number in range(4)]
+    keys = [("ns", f"{number}") for number in range(5)]
 
     async def worker(key: Key) -> None:
         seen.append(key)
@@ -230,11 +231,14 @@ async def test_what_is_urgent_comes_first_whatever_waits() -> None:
         for key in keys:
             queue.add(key)
         await until(lambda: len(seen) == 1)
-        queue.add(keys[3], urgent=True)  # it waits already
+        queue.add(keys[4], priority=Priority.EARLY)
+        queue.add(keys[3], priority=Priority.FIRST)  # it waits already
+        queue.add(keys[3], priority=Priority.EARLY)
         queue.add(A, after=3600)
-        queue.add(A, urgent=True)  # it would have come much later
-        queue.add(keys[0], urgent=True)  # its pass is under way
+        queue.add(A, priority=Priority.FIRST)  # it would have come much later
+        queue.add(keys[0], priority=Priority.FIRST)  # its pass is under way
         assert 0 <= queue.standing_still() < 5
-        await until(lambda: len(seen) == 6)
+        await until(lambda: len(seen) == 7)
         await asyncio.sleep(0.05)
-    assert seen == [keys[0], keys[3], A, keys[0], keys[1], keys[2]], "each once, and none is lost"
+    order = [keys[0], keys[3], A, keys[0], keys[4], keys[1], keys[2]]
+    assert seen == order, "each once, and none is lost"

@@ -1,0 +1,35 @@
+"""What the handlers make of watch events, called as Kopf calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator import handlers
+from finetune_operator.reconcile.queue import Key
+
+
+@pytest.mark.parametrize(
+    ("status", "is_untouched"),
+    [(None, True), ({}, True), ({"phase": "Pending"}, False), ({"attempts": []}, False)],
+)
+async def test_a_job_of_which_nothing_is_recorded_is_told_apart(status: Any, is_untouched: bool) -> None:
+    told: list[tuple[Key, bool, bool]] = []
+
+    def job_changed(key: Key, is_news: bool, *, is_untouched: bool = False) -> None:
+        told.append((key, is_news, is_untouched))
+
+    registry = handlers.build_registry(
+        notice=lambda event_type, body: event_type == "ADDED",
+        job_changed=job_changed,
+        deployment_changed=lambda key: None,
+        login=handlers.Login(),
+    )
+    (handler,) = [
+        one for one in registry._watching.get_all_handlers() if one.id.endswith("finetunejob_changed")
+    ]
+    body = {"metadata": {"name": "job"}} | ({} if status is None else {"status": status})
+    notified: Any = handler.fn
+    await notified(event={"type": "ADDED", "object": body}, namespace="ns", name="job")
+    assert told == [(("ns", "job"), True, is_untouched)]
