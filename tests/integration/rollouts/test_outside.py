@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 import pytest
 
 from finetune_local.cluster import Cluster
-from finetune_local.ports import pick
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_operator import BETTER, GOOD, Lab, serves
 from tests.integration.rollouts.webhooks import Receiver
-from tests.prometheus_program import find_prometheus
+from tests.prometheus_program import scraping
 
 pytestmark = pytest.mark.integration
 
@@ -196,29 +194,10 @@ def test_many_deployments_share_snapshots_and_all_are_verified(lab: Lab) -> None
 
 
 @pytest.fixture
-def prometheus(tmp_path: Path, lab: Lab) -> Iterator[str]:
+def prometheus(tmp_path: Path) -> Iterator[str]:
     """A real Prometheus that scrapes itself; its URL."""
-    program = find_prometheus()
-    if program is None:
-        pytest.skip("no prometheus in PATH, and no Debian package tools to get one with")
-    (port,) = pick(1)
-    settings = tmp_path / "prometheus.yml"
-    scrape = {"job_name": "self", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
-    settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}))
-    command = [
-        program,
-        f"--config.file={settings}",
-        f"--storage.tsdb.path={tmp_path / 'tsdb'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with (tmp_path / "prometheus.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        lab.eventually(lambda: "ready" in (tmp_path / "prometheus.log").read_text(), seconds=30)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait(timeout=10)
+    with scraping([], tmp_path) as url:
+        yield url
 
 
 def metric(address: str, query: str, **more: Any) -> Json:

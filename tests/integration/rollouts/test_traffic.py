@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,14 +12,13 @@ import aiohttp
 import pytest
 
 from finetune_local.cluster import Cluster
-from finetune_local.ports import pick
 from tests.clients import Json, Kubectl
 from tests.integration.rollout_lab import Engine
 from tests.integration.rollout_operator import BAD, BETTER, GOOD, serves
 from tests.integration.rollout_traffic import RealLab, Users
 from tests.integration.router.engines import Behaviour
 from tests.integration.router.routers import ADMIN_TOKEN
-from tests.prometheus_program import find_prometheus
+from tests.prometheus_program import scraping
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
@@ -146,32 +143,9 @@ def test_a_stream_that_runs_when_its_deployment_is_deleted_ends_well(lab: RealLa
 @pytest.fixture
 def prometheus(tmp_path: Path, lab: RealLab) -> Iterator[str]:
     """A real Prometheus that scrapes the real routers; its URL."""
-    program = find_prometheus()
-    if program is None:
-        pytest.skip("no prometheus in PATH, and no Debian package tools to get one with")
-    (port,) = pick(1)
-    settings = tmp_path / "prometheus.yml"
-    scrape = {
-        "job_name": "routers",
-        "authorization": {"credentials": ADMIN_TOKEN},
-        "static_configs": [{"targets": [f"127.0.0.1:{front.admin_port}" for front in lab.fronts]}],
-    }
-    settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}))
-    command = [
-        program,
-        f"--config.file={settings}",
-        f"--storage.tsdb.path={tmp_path / 'tsdb'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    log = tmp_path / "prometheus.log"
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
-    try:
-        lab.eventually(lambda: "ready to receive" in log.read_text(), seconds=60)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait(timeout=10)
+    targets = [f"127.0.0.1:{front.admin_port}" for front in lab.fronts]
+    with scraping(targets, tmp_path, authorization={"credentials": ADMIN_TOKEN}) as url:
+        yield url
 
 
 FAILED = (
