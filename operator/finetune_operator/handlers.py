@@ -178,7 +178,7 @@ def configure_kopf(settings: kopf.OperatorSettings) -> None:
     settings.networking.request_timeout = 30  # the default of 300 s is too patient for a controller
     # An API server that restarts or is upgraded must not end the operator: about an hour of retries.
     settings.networking.error_backoffs = list(itertools.chain((1, 1, 2, 3, 5, 8), itertools.repeat(10, 360)))
-    settings.queueing.idle_timeout = 1.0  # for which a worker keeps the last object; 5 s by default
+    settings.queueing.idle_timeout = 0.2  # for which a worker keeps the last object in memory; 5 s by default
     settings.watching.chunk_size = 500  # the default lists everything at once
     settings.watching.label_selectors["ray.io", "v1", "rayjobs"] = naming.LABEL_JOB
     settings.watching.label_selectors["", "v1", "pods"] = naming.LABEL_JOB
