@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from finetune_router import outputs
+from finetune_router import outputs, paths
 from finetune_router.connections import (
     HIGH_WATER,
     ConnectFailedError,
@@ -20,7 +20,6 @@ from finetune_router.connections import (
     UpstreamError,
     UpstreamTimeoutError,
 )
-from finetune_router.paths import CHOICE_PATHS, JSON_PATHS
 from finetune_router.tables import Leg
 from finetune_router.upstreams import Upstream
 
@@ -286,14 +285,14 @@ def _says_nothing(reply: Reply, outgoing: Outgoing) -> bool:
     if reply.is_events or reply.is_page:
         return reply.is_page or reply.begins_with_error
     data = reply.first if reply.body is None else reply.body
-    path = outgoing.path.partition("?")[0]
     can_ask_another = outgoing.patience < outgoing.deadline
     if can_ask_another and reply.body is not None and len(data) <= SHORT_ANSWER:
-        is_answer = outputs.is_answer(data, reply.encoding, with_choices=path in CHOICE_PATHS)
-        return path in JSON_PATHS and not is_answer
+        if not paths.always_in_json(outgoing.path):
+            return False
+        return not outputs.is_answer(data, reply.encoding, outgoing.path)
     if data.startswith(b"{") and not reply.encoding:  # nearly all of them
         return False
-    return path in JSON_PATHS and not outputs.begins_as_json(data, reply.encoding)
+    return paths.always_in_json(outgoing.path) and not outputs.begins_as_json(data, reply.encoding)
 
 
 def _begins_with_error(reply: Reply) -> bool | None:

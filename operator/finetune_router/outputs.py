@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import jsonschema_rs
 
 from finetune_operator.api.routes import SignalEvent
+from finetune_router import paths
 from finetune_router.documents import read_json
 
 TEXT_LIMIT = 1024 * 1024  # characters kept of one choice; a longer text is not checked against a schema
@@ -78,9 +79,9 @@ class Output:
     generative: bool = False
     """Whether the answer has choices at all; embeddings have none."""
 
-    def is_answer(self, *, with_choices: bool) -> bool:
-        """Whether it is no error, and has choices where there must be some, be they none."""
-        return not self.error and (self.generative or not with_choices)
+    def is_answer(self, target: str) -> bool:
+        """Whether it is no error, and has choices where answers have some, be they none. `target` is what was asked."""
+        return not self.error and (self.generative or not paths.has_choices(target))
 
     def add(self, document: object) -> None:
         """Take in a whole answer, or one event of a stream."""
@@ -184,13 +185,13 @@ def read_answer(body: bytes) -> Output:
     return output
 
 
-def is_answer(body: bytes, encoding: str, *, with_choices: bool) -> bool:
+def is_answer(body: bytes, encoding: str, target: str) -> bool:
     """Whether a whole answer is one, and not an error object or no JSON, as far as it can be read."""
     try:
         plain = decoded(body, encoding, _UNPACKED) if encoding else body
     except ValueError:
         return False
-    return plain is None or read_answer(plain).is_answer(with_choices=with_choices)
+    return plain is None or read_answer(plain).is_answer(target)
 
 
 def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:

@@ -11,5 +11,15 @@ MODEL_PATHS = frozenset(
     )
 )  # fmt: skip
 # The others also answer in bytes, where the request's `encoding_format` asks for that.
-JSON_PATHS = MODEL_PATHS - {"/v1/embeddings", "/v1/pooling"}
-CHOICE_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))  # whose answers have `choices`
+_JSON_PATHS = MODEL_PATHS - {"/v1/embeddings", "/v1/pooling"}
+_CHOICE_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
+
+
+def always_in_json(target: str) -> bool:
+    """Whether answers there are JSON. `target` is a path with or without a query."""
+    return target.partition("?")[0] in _JSON_PATHS
+
+
+def has_choices(target: str) -> bool:
+    """Whether answers there have `choices`. `target` is a path with or without a query."""
+    return target.partition("?")[0] in _CHOICE_PATHS

@@ -22,7 +22,6 @@ from finetune_router.bodies import Body
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, ArmMetrics, ArmState, Book
 from finetune_router.forwarding import Attempt
 from finetune_router.outputs import EventReader, Output
-from finetune_router.paths import CHOICE_PATHS
 from finetune_router.tables import Route, SchemaCache
 
 logger = logging.getLogger(__name__)
@@ -52,8 +51,8 @@ class Observation:
     __slots__ = (
         "alarm_at", "answered_at", "attempt", "bytes_kept", "code", "counted", "encoding", "end", "fired",
         "first_byte_at", "held_up", "is_counted", "is_readable", "is_stream", "metrics", "output", "overhead",
-        "pending", "queued", "reader", "response_format", "route", "sample_bit", "sample_hash", "started_at", "state",
-        "wants_choices",
+        "path", "pending", "queued", "reader", "response_format", "route", "sample_bit", "sample_hash", "started_at",
+        "state",
     )  # fmt: skip
 
     def __init__(
@@ -69,7 +68,7 @@ class Observation:
         self.route = route
         self.state = state
         self.metrics = metrics
-        self.wants_choices = path.partition("?")[0] in CHOICE_PATHS
+        self.path = path
         self.response_format = body.response_format
         self.counted = state is not None
         self.started_at = started_at
@@ -255,11 +254,7 @@ class Recorder:
             seen.reader.end(seen.output)
         if seen.output is not None and seen.reader is not None and seen.reader.is_silent:
             seen.output.generative = True  # a stream that says nothing is an empty answer
-        if (
-            seen.end is End.ANSWERED
-            and seen.output is not None
-            and not seen.output.is_answer(with_choices=seen.wants_choices)
-        ):
+        if seen.end is End.ANSWERED and seen.output is not None and not seen.output.is_answer(seen.path):
             seen.end = End.ERROR
         tokens = self._tokens(seen)
         fired = frozenset[SignalEvent]()

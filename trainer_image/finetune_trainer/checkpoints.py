@@ -11,12 +11,12 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_trainer import artifacts, owners, storage
 from finetune_trainer.failures import BadConfig
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 COMPLETE = "complete"
 CORRUPT = "corrupt"  # beside a manifest whose files do not fit it: why, and kept from being read again
 FIELD = "checkpoint.uri"
-REREAD_PAUSE = 0.1  # seconds; a transfer may have been cut short: a second reading tells
+T = TypeVar("T")
 _ENTRY = re.compile(r"checkpoint-(\d{1,12})/(.+)", re.DOTALL)
 
 
@@ -185,13 +185,9 @@ class Store:
 
     def _fetch_file(self, checkpoint: Checkpoint, file: dict[str, Any], target: Path | None) -> None:
         what = f"{checkpoint.uri}/{file['path']} could not be read"
-        for reading in (1, 2):
-            found = storage.persist(partial(self._read_file, checkpoint, file["path"], target), what=what)
-            if found == file["sha256"]:
-                return
-            if reading == 1:
-                time.sleep(REREAD_PAUSE)
-        raise Corrupt(f"{file['path']} differs from {MANIFEST} (SHA-256)")
+        read = partial(self._read_file, checkpoint, file["path"], target)
+        if not _twice(lambda: storage.persist(read, what=what) == file["sha256"]):
+            raise Corrupt(f"{file['path']} differs from {MANIFEST} (SHA-256)")
 
     def _read_file(self, checkpoint: Checkpoint, name: str, target: Path | None) -> str:
         """Returns the SHA-256 of what was read."""
@@ -217,22 +213,22 @@ class Store:
         return digest.hexdigest()
 
     def _describe(self, step: int) -> Checkpoint:
-        manifest = _read_object(self._read_manifest(step))
+        content = _twice(partial(self._read_manifest, step))
+        if content is None:
+            raise Corrupt(f"{MANIFEST} differs from {COMPLETE} (SHA-256)")
+        manifest = _read_object(content)
         if manifest is None or not _is_manifest(manifest, step):
             raise Corrupt(f"{MANIFEST} is not a checkpoint's")
         return Checkpoint(step, self._uri(step), manifest)
 
-    def _read_manifest(self, step: int) -> bytes:
-        """What `complete` vouches for. Raises Corrupt after two readings."""
+    def _read_manifest(self, step: int) -> bytes | None:
+        """None where `complete` does not vouch for it."""
         read = partial(storage.persist, what=f"{self._uri(step)} could not be read")
-        for reading in (1, 2):
-            content = read(lambda: self.folder.read(f"checkpoint-{step}/{MANIFEST}"))
-            complete = read(lambda: self.folder.read(f"checkpoint-{step}/{COMPLETE}"))
-            if content is not None and complete is not None and complete.strip() == _digest(content).encode():
-                return content
-            if reading == 1:
-                time.sleep(REREAD_PAUSE)
-        raise Corrupt(f"{MANIFEST} differs from {COMPLETE} (SHA-256)")
+        content = read(lambda: self.folder.read(f"checkpoint-{step}/{MANIFEST}"))
+        complete = read(lambda: self.folder.read(f"checkpoint-{step}/{COMPLETE}"))
+        if content is None or complete is None or complete.strip() != _digest(content).encode():
+            return None
+        return content
 
     # ------------------------------------------------------------ files
 
@@ -251,6 +247,15 @@ class Store:
     def _remove(self, files: dict[str, str]) -> None:
         for name in sorted(files, key=lambda name: (name != COMPLETE, name)):
             self.folder.remove(files[name])
+
+
+def _twice(read: Callable[[], T]) -> T:
+    """What is read; where that is nothing, what is read again: a transfer may have been cut short."""
+    found = read()
+    if not found:
+        time.sleep(0.1)
+        found = read()
+    return found
 
 
 def _is_manifest(manifest: dict[str, Any], step: int) -> bool:

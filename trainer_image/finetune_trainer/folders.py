@@ -61,10 +61,9 @@ def _explained(uri: str, *, field: str, credentials: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if isinstance(error.__cause__, OSError) and is_storage_trouble(error.__cause__):
-            raise unreadable(
-                f"{field}: {uri}", error.__cause__
-            ) from error  # so fsspec tells of a host that is away
+        cause = error.__cause__  # so fsspec tells of a host that is away
+        if isinstance(cause, OSError) and is_storage_trouble(cause):
+            raise unreadable(f"{field}: {uri}", cause) from error
         raise ModelNotFound(f"{field}: there is nothing at {uri}; check bucket and path") from error
     except PermissionError as error:
         raise ModelNotFound(f"{field}: {uri} may not be read; check the credentials {credentials}") from error

@@ -18,6 +18,7 @@ from finetune_operator.api.adapterdeployment_status import (
     Stage,
 )
 from finetune_operator.api.adapterdeployment_strategy import Severity
+from finetune_operator.core import rollout_conditions as conditions
 from finetune_operator.core.rollout_facts import DeploymentFacts
 
 MAX_ANNOUNCEMENTS = 16
@@ -30,7 +31,7 @@ CONDITIONS = {
     "MetricsAvailable": Severity.INFO,
     "RoutesStored": Severity.WARN,
 }
-ALARMS = frozenset({"CandidateLost", "NotPublished", "RoutersBehind", "EnginesNotReplaced"})
+ALARMS = frozenset({"CandidateLost", conditions.NOT_PUBLISHED, conditions.NOT_REPLACED, "RoutersBehind"})
 """Reasons of TrafficRouted and Available that are told whenever they come; the others of TrafficRouted are ordinary and
 over in a moment."""
 

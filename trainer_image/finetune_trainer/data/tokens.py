@@ -56,16 +56,16 @@ def encode_examples(
     than the user gave. Raises BadConfig when the chat template does not say which tokens are the assistant's.
     """
     rows = [encode_example(example, tokenizer, choice=choice) for example in examples]
-    mute = [row for row in rows if _teaches_nothing(row)]
-    if mute:
-        raise BadData(
-            f"{len(mute)} of {len(rows)} rows have no token to learn, however long a row may be: {_few(mute)}. "
-            "The model's chat template writes nothing of the assistant's messages there; correct model.chatTemplate "
-            "or the messages"
-        )
     cut = [TokenRow(row.input_ids[:max_length], row.labels[:max_length], row.where) for row in rows]
     empty = [row for row in cut if _teaches_nothing(row)]
     if empty:
+        mute = [row for row in rows if _teaches_nothing(row)]
+        if mute:
+            raise BadData(
+                f"{len(mute)} of {len(rows)} rows have no token to learn, however long a row may be: {_few(mute)}. "
+                "The model's chat template writes nothing of the assistant's messages there; correct "
+                "model.chatTemplate or the messages"
+            )
         lost = {row.where for row in empty}
         longest = max(_first_learnt(row) for row in rows if row.where in lost)
         raise BadData(
