@@ -23,7 +23,7 @@ test-faults: setup ## kills at named points and KILLS (default 50) random ones, 
 	@FINETUNE_TEST_KILLS=$(or $(KILLS),50) FINETUNE_TEST_JOBS=$(or $(JOBS),3000) $(PYTEST) -m faults
 
 test-unit: setup ## the tests that need no cluster and train nothing
-	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder tests/unit
+	@$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder tests/unit
 
 chaos: setup ## faults at random over two fleets of jobs; SEED=n repeats a run, FAULTS=n (default 200) draws more
 	@FINETUNE_CHAOS_SEED=$(or $(SEED),$$RANDOM) FINETUNE_CHAOS_FAULTS=$(or $(FAULTS),200) $(PYTEST) -s tests/chaos

@@ -87,7 +87,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 
 def test_credentials_that_have_run_out_are_told(tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         here = f"http://127.0.0.1:{server.server_port}"
         (tmp_path / "config").write_text(KUBECONFIG.replace("https://127.0.0.1:1", here))
         told = run("list", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")

@@ -310,7 +310,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     s3fs.S3FileSystem.clear_instance_cache()
     with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "expired")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")

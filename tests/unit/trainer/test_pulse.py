@@ -87,7 +87,7 @@ class Hanging(BaseHTTPRequestHandler):
 
 def test_a_download_that_hangs_is_silent(tmp_path: Path, beats: list[float]) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hanging)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         uri = f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl"
         download = threading.Thread(target=storage.fetch_file, args=(uri, tmp_path))
