@@ -129,7 +129,8 @@ def engine(folder: Path, *, chunks: int, interval: float) -> Iterator[Subject]:
 
 @contextlib.contextmanager
 def router(folder: Path, engine_port: int) -> Iterator[Subject]:
-    """One worker, with a thousand aliases, each with a canary and signals."""
+    """One worker, with the alias that is asked alone and the thousand that are asked in turn, each with a canary and
+    signals."""
     port, admin = pick(2)
     command = pinned(
         PROXY_CORE, sys.executable, "-m", "finetune_router", "--port", str(port), "--admin-port", str(admin),
@@ -137,7 +138,7 @@ def router(folder: Path, engine_port: int) -> Iterator[Subject]:
     )  # fmt: skip
     with started("router", command, port=admin, folder=folder) as subject:
         subject.port = port
-        names = ("support-bot", *(f"support-bot-{number}" for number in range(ALIASES - 1)))
+        names = ("support-bot", *(f"support-bot-{number}" for number in range(ALIASES)))
         snapshot = Snapshot(version=1, routes=tuple(build_route(name, engine_port) for name in names))
         request = urllib.request.Request(
             f"http://127.0.0.1:{admin}{ROUTES_PATH}",
