@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "feedback.sqlite"
 METRICS_PER_ALIAS = 50  # names that clients may make up for one alias
 _BUSY_SECONDS = 5.0  # to wait for another worker's transaction
+SECONDS_PER_DAY = 86_400
 _LARGEST = 10**9  # of a value, either side of zero
 _METRIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 # The index that goes was one over all idempotency keys, which are the clients' own: two may choose the same one.
@@ -142,7 +143,7 @@ class FeedbackStore:
         """Delete records older than that; sums stay. Returns how many were deleted."""
         with self._transaction() as database:
             return database.execute(
-                "DELETE FROM records WHERE at < ?", (int(time.time()) - days * 86_400,)
+                "DELETE FROM records WHERE at < ?", (int(time.time()) - days * SECONDS_PER_DAY,)
             ).rowcount
 
     def _prepare(self) -> None:
@@ -208,9 +209,11 @@ class FeedbackStore:
 class FeedbackDesk:
     """Takes feedback from clients; the file is written in a thread, so that no request waits for a disk."""
 
-    def __init__(self, store: FeedbackStore, tickets: TicketOffice) -> None:
+    def __init__(self, store: FeedbackStore, tickets: TicketOffice, *, days: int) -> None:
+        """`days`: how long records are kept (see FeedbackStore.prune)."""
         self._store = store
         self._tickets = tickets
+        self._days = days
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feedback")
         self.counts: dict[tuple[str, str, str], int] = {}
         """(alias, arm, metric) -> values taken."""
@@ -232,6 +235,13 @@ class FeedbackDesk:
             raise errors.bad_request(
                 f"response_id: {error}", param="response_id", code="invalid_response_id"
             ) from None
+        # Of an older answer the record may be deleted, and its value would count a second time.
+        if ticket.minted_at < time.time() - self._days * SECONDS_PER_DAY:
+            raise errors.bad_request(
+                f"response_id: of an answer that is more than {self._days} days old (--feedback-days)",
+                param="response_id",
+                code="expired_response_id",
+            )
         key = self._tickets.normalise(text)
         try:
             is_new = await asyncio.get_running_loop().run_in_executor(

@@ -225,7 +225,7 @@ def build_worker(channel: Channel, config: RouterConfig) -> Worker:
         config=config,
         proxy=proxy,
         book=book,
-        desk=FeedbackDesk(FeedbackStore(config.state_folder), office),
+        desk=FeedbackDesk(FeedbackStore(config.state_folder), office, days=config.feedback_days),
         api_keys=api_keys,
     )
     upstreams = Upstreams()

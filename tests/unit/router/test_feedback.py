@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ import pytest
 from finetune_operator.api.routes import Arm
 from finetune_router.__main__ import prune
 from finetune_router.errors import ApiError
-from finetune_router.feedback import FILE_NAME, METRICS_PER_ALIAS, Feedback, FeedbackDesk, FeedbackStore
+from finetune_router.feedback import (
+    FILE_NAME,
+    METRICS_PER_ALIAS,
+    SECONDS_PER_DAY,
+    Feedback,
+    FeedbackDesk,
+    FeedbackStore,
+)
 from finetune_router.tickets import TicketOffice
 
 OFFICE = TicketOffice(b"0123456789abcdef")
@@ -37,7 +45,7 @@ def scores(store: FeedbackStore) -> dict[tuple[str, str], tuple[int, float, floa
 
 @pytest.fixture
 def desk(tmp_path: Path) -> FeedbackDesk:
-    return FeedbackDesk(FeedbackStore(tmp_path), OFFICE)
+    return FeedbackDesk(FeedbackStore(tmp_path), OFFICE, days=90)
 
 
 async def test_a_later_value_replaces_the_former(tmp_path: Path, desk: FeedbackDesk) -> None:
@@ -60,7 +68,7 @@ async def test_a_file_that_cannot_be_written_yet_is_tried_again(
     """Requests must be answered meanwhile, also by a worker that starts on a disk that is full or read-only."""
     monkeypatch.setattr("finetune_router.feedback._BUSY_SECONDS", 0.1)
     folder = tmp_path / "state"
-    desk = FeedbackDesk(FeedbackStore(folder), OFFICE)
+    desk = FeedbackDesk(FeedbackStore(folder), OFFICE, days=90)
     with pytest.raises(ApiError) as refused:
         await desk.take(body(mint(), True))
     assert refused.value.code == "store_unavailable"
@@ -112,7 +120,7 @@ async def test_the_file_of_an_older_router_is_taken_over(tmp_path: Path, desk: F
             "CREATE UNIQUE INDEX records_by_key ON records (idempotency_key) WHERE idempotency_key IS NOT NULL"
         )
     database.close()
-    again = FeedbackDesk(FeedbackStore(tmp_path), OFFICE)
+    again = FeedbackDesk(FeedbackStore(tmp_path), OFFICE, days=90)
     assert not (await again.take(body(old, 0, idempotency_key="1"))).is_new
     assert (await again.take(body(mint(), 0, idempotency_key="1"))).is_new
     assert scores(FeedbackStore(tmp_path)) == {("Candidate", "helpful"): (2, 1.0, 1.0)}
@@ -176,6 +184,22 @@ async def test_old_records_go_and_sums_stay(tmp_path: Path, desk: FeedbackDesk) 
     assert scores(store) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
 
 
+async def test_an_answer_whose_record_may_be_deleted_gets_no_value_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FeedbackStore(tmp_path)
+    desk = FeedbackDesk(store, OFFICE, days=2)
+    response = mint()
+    assert (await desk.take(body(response, True))).is_new
+    later = time.time() + 2 * SECONDS_PER_DAY + 60
+    monkeypatch.setattr("finetune_router.feedback.time.time", lambda: later)
+    assert store.prune(2) == 1
+    with pytest.raises(ApiError, match=r"more than 2 days old \(--feedback-days\)") as refused:
+        await desk.take(body(response, True))
+    assert refused.value.status == 400
+    assert scores(store) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
+
+
 async def test_pruning_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     class Store:
         calls = 0
@@ -197,7 +221,7 @@ async def test_pruning_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
 async def test_a_file_that_is_no_database_is_put_aside(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"x" * 8192)
     (tmp_path / f"{FILE_NAME}-wal").write_bytes(b"y" * 8192)
-    desk = FeedbackDesk(FeedbackStore(tmp_path), OFFICE)
+    desk = FeedbackDesk(FeedbackStore(tmp_path), OFFICE, days=90)
     assert (await desk.take(body(mint(), True))).is_new
     assert scores(FeedbackStore(tmp_path)) == {("Candidate", "helpful"): (1, 1.0, 1.0)}
     assert (tmp_path / f"{FILE_NAME}.broken").read_bytes() == b"x" * 8192
