@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any, Self
 
 ENVIRONMENT_PREFIX = "FINETUNE_ROUTER_"
+_LAST_PORT = 65_535
+_AT_LEAST_ONE = ("workers", "max_body_bytes", "max_buffered_bytes", "max_concurrency", "feedback_days")
+_TIMEOUTS = ("connect_timeout", "first_byte_timeout", "silence_timeout", "total_timeout", "body_timeout")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -58,18 +62,20 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if not self.state_dir:
             raise ValueError("--state-dir: name a folder that the router may write to")
-        for name in ("workers", "max_body_bytes", "max_buffered_bytes", "max_concurrency"):
+        for name in ("port", "admin_port"):
+            if not 0 <= getattr(self, name) <= _LAST_PORT:
+                raise ValueError(f"{flag(name)}: {getattr(self, name)} is no port; they end at {_LAST_PORT}")
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)}: {getattr(self, name)} is less than 1")
-        for name in (
-            "connect_timeout",
-            "first_byte_timeout",
-            "silence_timeout",
-            "total_timeout",
-            "body_timeout",
-        ):
-            if not getattr(self, name) > 0:
+        if self.max_mirrors < 0:
+            raise ValueError(f"--max-mirrors: {self.max_mirrors} is less than 0")
+        for name in _TIMEOUTS:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{flag(name)}: {getattr(self, name)} is not a time above 0 seconds")
+        for name in ("drain_delay", "grace"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{flag(name)}: {getattr(self, name)} is not a time of 0 seconds or more")
         if self.log_level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
             raise ValueError(f"--log-level: {self.log_level!r} is none of DEBUG, INFO, WARNING, ERROR")
         if not self.admin_token_file and not _is_local(self.admin_host):
