@@ -122,7 +122,7 @@ def write_files(
     folder.mkdir(parents=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if run.method.type is not MethodType.FULL:
-        # Where serving finds the base model; a path in this process' work folder would mean nothing to it.
+        # What the base model is called outside: a path in this process' work folder or pod means nothing there.
         config = model.peft_config[adapters.NAME]
         config.base_model_name_or_path = _name_base(run.model.uri)
         config.revision = manifest["baseModel"].get("revision")
@@ -140,8 +140,7 @@ def write_files(
 
 
 def _name_base(uri: str) -> str:
-    path = None if storage.is_hub(uri) else storage.local_path(uri)
-    return uri.removeprefix("hf://") if path is None else str(path)
+    return uri.removeprefix("hf://").removeprefix("file://")
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -152,10 +151,9 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def build_card(run: RunFile, manifest: dict[str, Any]) -> str:
     """Returns the model card: the hub's metadata block and a page that says how the artifact was made and is used."""
-    base = _name_base(run.model.uri)
     adapter, scores = run.method.type is not MethodType.FULL, run.objective is Objective.REWARD_MODEL
     data = huggingface_hub.ModelCardData(
-        base_model=base if storage.is_hub(run.model.uri) else None,
+        base_model=_name_base(run.model.uri) if storage.is_hub(run.model.uri) else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification" if scores else "text-generation",
         tags=[run.objective.lower(), run.method.type.lower(), "finetune-operator"],
@@ -179,7 +177,7 @@ on {rows["trainRows"]} rows of {ROWS[run.objective]} ({run.objective}).
 ## Use
 
 ```python
-{_usage(base, adapter=adapter, scores=scores)}
+{_usage(run.model.uri, adapter=adapter, scores=scores)}
 ```
 
 ## Data
@@ -212,7 +210,7 @@ def _revision(manifest: dict[str, Any]) -> str:
     return f" at `{revision}`" if revision else ""
 
 
-def _usage(base: str, *, adapter: bool, scores: bool) -> str:
+def _usage(uri: str, *, adapter: bool, scores: bool) -> str:
     kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
     if not adapter:
         return (
@@ -221,10 +219,13 @@ def _usage(base: str, *, adapter: bool, scores: bool) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
         )
     labels = ", num_labels=1" if scores else ""
+    base, note = _name_base(uri), ""
+    if "://" in base:  # which transformers cannot read
+        base, note = "path/to/the/base/model", f"  # a copy of {base}"
     return (
         "from peft import PeftModel\n"
         f"from transformers import {kind}, AutoTokenizer\n\n"
-        f'base = {kind}.from_pretrained("{base}"{labels})\n'
+        f'base = {kind}.from_pretrained("{base}"{labels}){note}\n'
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
     )

@@ -99,6 +99,21 @@ def test_the_artifact_is_whole_described_and_found_again(tiny_model: Path, chat_
     assert inspected.result["artifact"] == first.result["artifact"]
 
 
+def test_a_base_model_on_a_claim_is_not_called_by_its_path_in_the_pod(
+    tiny_model: Path, chat_file: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "mnt" / "models").symlink_to(tiny_model.parent)
+    monkeypatch.setenv("FINETUNE_VOLUMES", str(tmp_path / "mnt"))
+    uri = f"pvc://models/{tiny_model.name}"
+    ended = run(tiny_model, chat_file, model={"uri": uri}, hyperparameters=FEW)
+    assert ended.code == 0, ended.log
+    assert json.loads((ended.output / "adapter_config.json").read_text())["base_model_name_or_path"] == uri
+    card = (ended.output / "README.md").read_text()
+    assert f'from_pretrained("path/to/the/base/model")  # a copy of {uri}\n' in card
+    assert str(tmp_path) not in card
+
+
 def test_inspection_finds_a_damaged_file(tiny_model: Path, chat_file: Path, run: Run) -> None:
     output = run(tiny_model, chat_file, hyperparameters=FEW).output
     (output / "history.jsonl").write_text("changed")
