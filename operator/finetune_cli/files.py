@@ -28,6 +28,7 @@ _Loader.add_implicit_resolver(
 )
 
 _UNKNOWN = re.compile(r'unknown field "([^"]+)"')
+_TYPE = re.compile(r'^Invalid value: "\w+": \S+ in body must be of type (\w+): "(\w+)"$')
 _DUPLICATE = re.compile(r'key "([^"]+)" already set')
 
 
@@ -71,7 +72,7 @@ def explain_refusal(refusal: Mapping[str, Any], kind: Kind) -> list[str]:
     """One line for each problem in a Status object of the API server: the field, what is wrong, what to do."""
     message = str(refusal.get("message", "no message"))
     if is_about_unknown_fields(refusal):
-        lines = [_explain_unknown(path, kind) for path in _UNKNOWN.findall(message)]
+        lines = [explain_unknown(path, kind) for path in _UNKNOWN.findall(message)]
         return lines + [f"{path}: is there twice; keep one" for path in _DUPLICATE.findall(message)] or [
             message
         ]
@@ -82,15 +83,30 @@ def explain_refusal(refusal: Mapping[str, Any], kind: Kind) -> list[str]:
         if field in ("", "<nil>"):
             notes.append(text.removeprefix("Invalid value: null: ").removeprefix('Invalid value: "null": '))
         else:
-            lines.append(f"{field}: {text.removeprefix('Invalid value: ')}")
+            lines.append(f"{field}: {_TYPE.sub(_say_type, text).removeprefix('Invalid value: ')}")
     return list(dict.fromkeys([*sorted(lines), *notes])) or [message]
 
 
-def _explain_unknown(path: str, kind: Kind) -> str:
+def _say_type(found: re.Match[str]) -> str:
+    wanted, given = found.groups()
+    quotes = (
+        "; write it without quotes"
+        if given == "string" and wanted in ("integer", "number", "boolean")
+        else ""
+    )
+    return f"must be of type {wanted}, not {given}{quotes}"
+
+
+def explain_unknown(path: str, kind: Kind) -> str:
+    """A field that the CRD does not have, with the one that was meant or all that there are."""
     parent, _, name = path.rpartition(".")
     known = _fields_of(parent, kind)
     plain = {re.sub("[^a-z0-9]", "", field.lower()): field for field in known}
-    close = difflib.get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, n=1, cutoff=0.6)
+    written = re.sub("[^a-z0-9]", "", name.lower())
+    # `gpu` means gpusPerWorker, although cpu has more letters in common.
+    close = [field for field in plain if field.startswith(written)]
+    if len(close) != 1:
+        close = difflib.get_close_matches(written, plain, n=1, cutoff=0.6)
     if close:
         return f"{path}: unknown field; did you mean {plain[close[0]]}?"
     if known:

@@ -6,15 +6,13 @@ import csv
 import gzip
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 import yaml
-from pydantic import ValidationError
 
-from finetune_cli import job_plans, model_files, screens, shared
+from finetune_cli import job_plans, model_files, screens, shared, specs
 from finetune_cli.job_plans import Assumptions, JobPlan
 from finetune_cli.kinds import JOB
 from finetune_fit.architectures import UnknownArchitectureError
@@ -56,8 +54,8 @@ def plan(
     table = _read_prices(prices)
     code, results = 0, []
     for one in shared.read_objects(filename, JOB):
-        name = (one.get("metadata") or {}).get("name") or ""
-        spec = _read_spec(filename, name, one)
+        name = specs.name_of(one)
+        spec = specs.read_spec(filename, JOB, FineTuneJobSpec, one)
         known = Assumptions(rows or _count_rows(spec), prices=table, accelerator=accelerator)
         try:
             planned = _plan(spec, model, known)
@@ -112,26 +110,6 @@ def _read_prices(file: Path | None) -> PriceTable | None:
         shared.fail(f"{file}: {error.strerror}", shared.NOT_FOUND)
     except (ValueError, yaml.YAMLError) as error:
         shared.fail(f"{file}: {error}", shared.NOT_FOUND)
-
-
-def _read_spec(file: str, name: str, one: dict[str, Any]) -> FineTuneJobSpec:
-    """The spec with its defaults; ends the command when types, names or bounds are wrong."""
-    try:
-        # By the names of the wire only: the API server knows no others.
-        return FineTuneJobSpec.model_validate(one.get("spec"), by_alias=True, by_name=False)
-    except ValidationError as error:
-        _refuse(file, name, [f"{_path(e['loc'])}: {e['msg']}" for e in error.errors(include_url=False)])
-
-
-def _path(location: Sequence[str | int]) -> str:
-    return "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-
-
-def _refuse(file: str, name: str, problems: Sequence[str]) -> NoReturn:
-    typer.echo(f"{file}: {JOB.name} {name}: not valid")
-    for problem in problems:
-        typer.echo(f"  {problem}")
-    raise typer.Exit(shared.INVALID)
 
 
 # ---------------------------------------------------------------- rows of local files

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
-from finetune_cli import checks, connections, rollout_plans, screens, shared
+from finetune_cli import checks, connections, rollout_plans, screens, shared, specs
 from finetune_cli.kinds import DEPLOYMENT
 from finetune_cli.rollout_plans import Assumptions
 from finetune_cli.shared import ContextOption, KubeconfigOption, NamespaceOption, Output, OutputOption
@@ -65,9 +64,9 @@ def plan(
     )
     results = []
     for one in shared.read_objects(filename, DEPLOYMENT):
-        name = (one.get("metadata") or {}).get("name") or ""
-        spec = _read_spec(filename, name, one)
-        note = _ask_cluster(filename, name, one, namespace=namespace, kubeconfig=kubeconfig, context=context)
+        name = specs.name_of(one)
+        spec = specs.read_spec(filename, DEPLOYMENT, AdapterDeploymentSpec, one)
+        note = _ask_cluster(filename, one, namespace=namespace, kubeconfig=kubeconfig, context=context)
         try:
             planned = rollout_plans.plan_rollout(spec, assumptions)
         except ValueError as error:
@@ -99,22 +98,8 @@ def _print(name: str, planned: rollout_plans.RolloutPlan, assumptions: Assumptio
         typer.echo(f"\n{note}")
 
 
-def _read_spec(file: str, name: str, one: dict[str, Any]) -> AdapterDeploymentSpec:
-    """The spec with its defaults; ends the command when types, names or bounds are wrong."""
-    try:
-        # By the names of the wire only: the API server knows no others.
-        return AdapterDeploymentSpec.model_validate(one.get("spec"), by_alias=True, by_name=False)
-    except ValidationError as error:
-        _refuse(file, name, [f"{_path(e['loc'])}: {e['msg']}" for e in error.errors(include_url=False)])
-
-
-def _path(location: Sequence[str | int]) -> str:
-    return "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-
-
 def _ask_cluster(
     file: str,
-    name: str,
     one: dict[str, Any],
     *,
     namespace: str | None,
@@ -132,15 +117,8 @@ def _ask_cluster(
     except (connections.NoClusterError, client.ApiException, HTTPError, OSError):
         return "No cluster was asked: the rules of the CRD are checked by `finetune rollout validate` and on apply."
     if problems:
-        _refuse(file, name, problems)
+        specs.refuse(file, DEPLOYMENT, one, problems)
     return ""
-
-
-def _refuse(file: str, name: str, problems: Sequence[str]) -> NoReturn:
-    typer.echo(f"{file}: {DEPLOYMENT.name} {name}: not valid")
-    for problem in problems:
-        typer.echo(f"  {problem}")
-    raise typer.Exit(shared.INVALID)
 
 
 def _numbers(texts: Sequence[str] | None, option: str) -> dict[str, float]:

@@ -57,6 +57,13 @@ def one_of(names: list[str]) -> str:
     return "[" + ", ".join(quote(name) for name in names) + "]"
 
 
+QUANTITY_MESSAGE = "must be a Kubernetes quantity such as 2, 500m or 8Gi"
+QUANTITY_TEXT = read_as(
+    r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)([KMGTPE]i|[mkMGTPE]|[eE]\+?[0-9]{1,2})?", QUANTITY_MESSAGE
+)
+"""Without what no amount within the bounds needs: a minus, nano and micro."""
+
+
 def _quantity_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -70,7 +77,7 @@ def quantity_schema(*, smallest: str, largest: str, message: str) -> WithJsonSch
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "maxLength": 32,
             **rules(
-                rule("isQuantity(string(self))", "must be a Kubernetes quantity such as 2, 500m or 8Gi"),
+                rule("isQuantity(string(self))", QUANTITY_MESSAGE),
                 rule(
                     f"!isQuantity(string(self)) || ({value}.compareTo(quantity({quote(smallest)})) >= 0 "
                     f"&& {value}.compareTo(quantity({quote(largest)})) <= 0)",
@@ -85,6 +92,7 @@ CpuQuantity = Annotated[
     str,
     BeforeValidator(_quantity_text),
     Field(max_length=32),
+    QUANTITY_TEXT,
     quantity_schema(
         smallest="10m",
         largest="1024",
@@ -95,6 +103,7 @@ MemoryQuantity = Annotated[
     str,
     BeforeValidator(_quantity_text),
     Field(max_length=32),
+    QUANTITY_TEXT,
     quantity_schema(
         smallest="64Mi",
         largest="64Ti",

@@ -61,10 +61,14 @@ def test_causes_become_one_line_each_with_notes_last() -> None:
             ("spec.objective", 'Invalid value: "PPO": was removed'),
             ("spec.model", "Required value"),
             ("spec.model", "Required value"),
+            ("spec.a", 'Invalid value: "string": spec.a in body must be of type integer: "string"'),
+            ("spec.b", 'Invalid value: "string": spec.b in body must be of type object: "string"'),
         ),
         JOB,
     )
     assert lines == [
+        "spec.a: must be of type integer, not string; write it without quotes",
+        "spec.b: must be of type object, not string",
         "spec.model: Required value",
         'spec.objective: "PPO": was removed',
         "some validation rules were not checked",
@@ -84,6 +88,8 @@ def test_refusal_without_causes_is_its_message() -> None:
         ("spec.hyperparameters.learningrate", "did you mean learningRate?"),
         ("spec.dataset.sources[0].colums", "did you mean columns?"),
         ("spec.early_stopping", "did you mean earlyStopping?"),
+        ("spec.resources.gpu", "did you mean gpusPerWorker?"),
+        ("spec.hyperparameters.max", "there are epochs"),
         ("spec.zzz", "there are checkpoint, dataset"),
         ("spec.nothing.here", "unknown field"),
     ],

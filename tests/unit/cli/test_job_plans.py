@@ -155,7 +155,36 @@ def test_broken_weights_leave_the_configuration(tmp_path: Path, model: Path) -> 
 
 def test_a_spec_that_is_not_valid_names_the_field(tmp_path: Path) -> None:
     text = run(tmp_path, document(hyperparameters={"maxLength": -5}), code=1)
-    assert "spec.hyperparameters.maxLength" in text
+    assert "spec.hyperparameters.maxLength: -5: " in text
+
+
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ({"hyperparameters": {"maxSteps": "3"}}, 'maxSteps: "3": Input should be a valid integer'),
+        ({"hyperparameters": {"packing": "true"}}, 'packing: "true": Input should be a valid boolean'),
+        (
+            {"resources": {"memory": "4GB"}},
+            'memory: "4GB": must be a Kubernetes quantity such as 2, 500m or 8Gi',
+        ),
+        ({"resources": {"gpu": 1}}, "gpu: unknown field; did you mean gpusPerWorker?"),
+    ],
+)
+def test_what_the_api_server_would_refuse_is_not_planned(
+    tmp_path: Path, model: Path, part: dict[str, Any], complaint: str
+) -> None:
+    ((field, _),) = part.items()
+    assert f"spec.{field}.{complaint}" in run(tmp_path, document(f"file://{model}", **part), code=1)
+
+
+def test_whole_numbers_may_be_written_as_kubectl_reads_them(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "job.yaml"
+    numbers = {"maxSteps": "STEPS", "epochs": 3, "learningRate": 1}
+    body = document(f"file://{model}", hyperparameters=numbers, resources={"cpu": 2, "memory": "1e11"})
+    file.write_text(yaml.safe_dump(body).replace("STEPS", "2e1"), encoding="utf-8")
+    done = CliRunner().invoke(app, ["plan", "-f", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "steps: 20\n" in done.output
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, model: Path) -> None:

@@ -183,9 +183,9 @@ def test_a_file_with_mistakes_is_not_planned(file: Path) -> None:
     bad["spec"]["progress_deadline_seconds"] = 60
     file.write_text(yaml.safe_dump(bad), encoding="utf-8")
     text = run(file, code=1)
-    assert "spec.strategy.canary.steps[0].setWeight: Input should be less than or equal to 100" in text
-    assert "spec.trafic: Extra inputs are not permitted" in text
-    assert "spec.progress_deadline_seconds: Extra inputs are not permitted" in text
+    assert "spec.strategy.canary.steps[0].setWeight: 500: Input should be less than or equal to 100" in text
+    assert "spec.trafic: unknown field; did you mean traffic?" in text
+    assert "spec.progress_deadline_seconds: unknown field; did you mean progressDeadlineSeconds?" in text
 
 
 @pytest.mark.parametrize(
