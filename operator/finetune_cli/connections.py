@@ -40,11 +40,16 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
     settings = client.Configuration()
     try:
         known, active = config.list_kube_config_contexts(config_file=file)
+        if context is not None and context not in (names := [one["name"] for one in known]):
+            raise NoClusterError(
+                f"--context: {file or 'the kubeconfig'} has no context {context!r}; there are {', '.join(names)}"
+            )
         with _complaints() as complaints:
             config.load_kube_config(config_file=file, context=context, client_configuration=settings)
     except config.ConfigException as error:
+        named = f"{file}: " if file else ""
         raise NoClusterError(
-            f"{str(error).rstrip('.')}. Set KUBECONFIG or --kubeconfig, "
+            f"{named}{str(error).rstrip('.')}. Set KUBECONFIG or --kubeconfig, "
             "or start a cluster on this machine: finetune local up"
         ) from error
     except binascii.Error as error:

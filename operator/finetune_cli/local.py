@@ -123,6 +123,8 @@ def env(state: StateOption = None) -> None:
     cluster = _cluster(state)
     with _told():
         openai_base_url = cluster.openai_base_url
+    if not cluster.kubeconfig.is_file():
+        typer.echo("There is no cluster yet; start it first: finetune local up", err=True)
     typer.echo(f"export KUBECONFIG={shlex.quote(str(cluster.kubeconfig))}")
     if openai_base_url:
         # The router wants no key here, and the official client wants one to be set.

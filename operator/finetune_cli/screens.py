@@ -136,6 +136,9 @@ def print_table(rows: Sequence[Sequence[str]], *, colours: Mapping[str, str]) ->
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPE_WIDTH)
     table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    for column, header in zip(table.columns, rows[0], strict=True):
+        if header in ("NAMESPACE", "NAME"):  # what the next command is given
+            column.min_width = max(len(row[rows[0].index(header)]) for row in rows)
     phase = rows[0].index("PHASE") if "PHASE" in rows[0] else None
     for row in rows[1:]:
         cells = [Text(cell) for cell in row]

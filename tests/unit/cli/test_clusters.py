@@ -45,6 +45,17 @@ def test_what_cannot_be_a_name_is_asked_of_no_cluster(command: str, name: str, t
     assert f"error: {name!r} is no name of a FineTuneJob; see: finetune jobs list -A" in told
 
 
+def test_a_kubeconfig_that_is_not_there_is_named(tmp_path: Path) -> None:
+    told = run("list", "--kubeconfig", str(tmp_path / "none")).replace("\n", "")
+    assert told.startswith(f"error: {tmp_path}/none: ")
+
+
+def test_a_context_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(KUBECONFIG)
+    told = run("list", "--context", "y", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
+    assert told == f"error: --context: {tmp_path}/config has no context 'y'; there are x"
+
+
 def test_a_folder_is_no_kubeconfig(tmp_path: Path) -> None:
     told = run("list", "--kubeconfig", str(tmp_path)).replace("\n", "")
     assert told == f"error: {tmp_path}: Is a directory; set KUBECONFIG or --kubeconfig to a file"

@@ -258,3 +258,14 @@ def test_table_in_a_pipe_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == list(job_views.HEADER)
     assert "s3://" + "a" * 300 in row
+
+
+def test_a_name_is_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is what the next command is given."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "50")
+    one = job(name="a-name-of-thirty-characters-xx")
+    screens.print_table(job_views.list_rows([one], NOW, namespaces=False), colours={})
+    assert "a-name-of-thirty-characters-xx" in capsys.readouterr().out

@@ -83,6 +83,12 @@ def test_names_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
     assert all(f" {part} " in done.output for part in parts.ALL)
 
 
+def test_the_environment_of_a_cluster_that_was_never_started_is_told_as_that(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["env", "--state", str(tmp_path / "state")])
+    assert done.stdout.startswith("export KUBECONFIG=")
+    assert done.stderr == "There is no cluster yet; start it first: finetune local up\n"
+
+
 def test_letters_that_the_terminal_lacks_are_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "finetune_cli", "local", "status", "--state", str(tmp_path / "für mich")],
