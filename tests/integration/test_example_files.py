@@ -1,22 +1,29 @@
-"""Every file in examples/ is applied as it lies there, to a real API server with kubectl's strictest checks."""
+"""Every file in examples/ is applied as it lies there, and every YAML in the documentation, to a real API server with
+kubectl's strictest checks."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from finetune_local.cluster import Cluster
+from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
+from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.finetunejob import FineTuneJobSpec
 from tests.clients import Kubectl
 from tests.clusters import api_server
 
 pytestmark = pytest.mark.integration
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 NO_OBJECTS = {"quickstart/tickets.yaml"}  # what tickets are made of
 GITOPS = EXAMPLES / "rollouts" / "gitops-promotion"
 
@@ -35,6 +42,37 @@ def example_files() -> list[Any]:
     return [pytest.param(path, id=name) for name, path in names.items() if name not in NO_OBJECTS]
 
 
+def minimal(kind: str, **spec: Any) -> dict[str, Any]:
+    return {"apiVersion": API_VERSION, "kind": kind, "metadata": {"name": "snippet"}, "spec": spec}
+
+
+LEAST: dict[type[BaseModel], dict[str, Any]] = {
+    FineTuneJobSpec: minimal(
+        "FineTuneJob", model={"uri": "hf://a/b"}, dataset={"sources": [{"uri": "hf://datasets/a/b/c.jsonl"}]}
+    ),
+    AdapterDeploymentSpec: minimal(
+        "AdapterDeployment", baseModelRef={"name": "b"}, adapter={"fineTuneJobRef": {"name": "j"}}
+    ),
+}
+
+
+def snippets() -> list[Any]:
+    """Objects of ours in the documentation, and pieces of a spec as part of the least that there may be."""
+    found = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(EXAMPLES.rglob("*.md"))]:
+        blocks = re.findall(
+            r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
+        for number, block in enumerate(map(yaml.safe_load, blocks)):
+            name = f"{page.relative_to(ROOT)}-{number}"
+            if block.get("apiVersion") == API_VERSION:
+                found.append(pytest.param(block, id=name))
+            for model, least in LEAST.items():
+                if block.keys() <= {field.alias for field in model.model_fields.values()}:
+                    found.append(pytest.param({**least, "spec": least["spec"] | block}, id=name))
+    return found
+
+
 def apply(kubectl: Kubectl, *arguments: str) -> list[dict[str, Any]]:
     done = json.loads(
         kubectl("apply", "--server-side", "--validate=strict", "--dry-run=server", "-o", "json", *arguments)
@@ -50,6 +88,19 @@ def test_every_example_is_taken(cluster: Cluster, path: Path) -> None:
     assert [(one["kind"], one["metadata"]["name"]) for one in taken] == [
         (one["kind"], one["metadata"]["name"]) for one in documents
     ]
+
+
+def test_the_documentation_has_snippets() -> None:
+    assert len(snippets()) >= 8
+
+
+@pytest.mark.parametrize("snippet", snippets())
+def test_every_snippet_of_the_documentation_is_taken(
+    cluster: Cluster, snippet: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "snippet.json"
+    file.write_text(json.dumps(snippet), encoding="utf-8")
+    apply(Kubectl(cluster.kubeconfig, "default"), "-f", str(file))
 
 
 def test_the_gitops_folder_is_taken_as_a_whole(cluster: Cluster) -> None:
