@@ -115,7 +115,9 @@ def _promote_full(turn: Turn) -> Answer:
 
 def _abort(turn: Turn) -> Answer:
     if not turn.underway:
-        return Refusal("no rollout is under way; `rollback` returns to the previous revision")
+        return Refusal(
+            "no rollout is under way; `rollback` (finetune rollout undo) returns to the previous revision"
+        )
     return endings.abort(turn, AbortReason.USER_ABORT, "aborted by hand"), "aborted"
 
 
