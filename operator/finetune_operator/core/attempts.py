@@ -28,6 +28,7 @@ from finetune_operator.core.facts import Observed, Plan
 KUBERAY_SECONDS = 10.0  # between two looks for an API that is missing
 FRESH_SECONDS = 60.0
 NEAR_SECONDS = 60
+NO_SUCH_COMMAND = 2  # exit code of a program that does not know its arguments (argparse)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     seen = with_news(seen, now=now)
     attempts = seen.job.status.attempts
     checks = attempts[-1].number == policies.CHECK
-    if checks and ending.inspect:
-        ending = _without_artifact(ending)
+    if checks:
+        ending = _of_a_check(ending)
     last_step = ending.step or attempts[-1].last_step  # 0: it ended before it knew where it goes on
     attempts = statuses.with_last(
         attempts,
@@ -78,9 +79,12 @@ def end(seen: Observed, ending: Ending, *, now: datetime) -> Plan:
     return Plan(status=status, requeue_after=0)
 
 
-def _without_artifact(ending: Ending) -> Ending:
-    """How a check ended of which nobody heard: it leaves nothing to look for, and its exit code says it all."""
-    if ending.exit_code == 0:
+def _of_a_check(ending: Ending) -> Ending:
+    """How a check ended. One of which nobody heard leaves nothing to look for: its exit code says it all."""
+    if ending.exit_code == NO_SUCH_COMMAND:
+        text = "nothing was checked, as the training image is of an older version, which has no check"
+        return Ending(ErrorClass.CHECKED, text, exit_code=NO_SUCH_COMMAND)
+    if ending.inspect and ending.exit_code == 0:
         return Ending(ErrorClass.CHECKED, "nothing was found that speaks against training", exit_code=0)
     return replace(ending, inspect=False)
 
@@ -180,6 +184,14 @@ def _inspect(seen: Observed, *, now: datetime) -> Plan:
         attempts=statuses.with_last(seen.job.status.attempts, inspection=name),
     )
     return Plan(status=status, requeue_after=0)
+
+
+def wait_for_spec(seen: Observed, *, now: datetime) -> Plan:
+    """An attempt is due, and what it would be is not known: during an upgrade the CRDs may be newer than we are."""
+    message = seen.job.problem or "the spec cannot be read"
+    claim = Claim(ConditionType.ACCEPTED, False, "InvalidSpec", message)
+    status = statuses.build(seen, Phase.PENDING, claim.reason, message, claims=[claim], now=now)
+    return Plan(status=status)
 
 
 def wait_for_kuberay(seen: Observed, *, now: datetime) -> Plan:

@@ -43,9 +43,11 @@ def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: 
     status, spec = seen.job.status, seen.job.spec
     if undecided:
         return inspections.wait(seen, attempt, now=now)
-    if status.next_attempt_time is None or spec is None:
+    if status.next_attempt_time is None:
         verdict = None if spec is None else attempts.judge(seen, attempt.error_class)
         return attempts.last(seen, verdict if verdict and not verdict.retry else None, now=now)
+    if spec is None:
+        return attempts.wait_for_spec(seen, now=now)
     if spec.suspend:
         return suspensions.suspended(seen, now=now)
     over = deadlines.exceeded(seen, None, now=now)
@@ -61,6 +63,8 @@ def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: 
         if status.phase is not words.phase_after(attempt) or "waits until" in (status.message or ""):
             told = _waiting_for_its_time(seen, attempt, now=now)
         return Plan(status=told, requeue_after=max(0.0, (until - now).total_seconds()))
+    if seen.job.problem is not None:
+        return attempts.wait_for_spec(seen, now=now)
     return _record_next(seen, attempt, now=now)
 
 

@@ -22,8 +22,9 @@ class JobFacts:
     uid: str
     generation: int
     spec: FineTuneJobSpec | None
-    """None where the stored spec cannot be read; `problem` then says why."""
+    """None where the stored spec cannot be read; without the fields that only a newer CRD has."""
     problem: str | None
+    """Why not all of the spec could be read: no attempt begins then, and one that runs goes on."""
     status: FineTuneJobStatus
     deleting: bool = False
     orphans: bool = False

@@ -227,10 +227,10 @@ def _before_the_first(seen: Observed, *, defaults: Defaults, now: datetime) -> P
     if _is_cancelled(seen):
         text = "cancelled by the annotation finetune.dev/action before the first attempt"
         return endings.failed(seen, str(ErrorClass.CANCELLED), text, now=now)
-    if spec is None:
-        return _wait(seen, "InvalidSpec", seen.job.problem or "the spec cannot be read", now=now)
-    if spec.suspend:
+    if spec is not None and spec.suspend:
         return suspensions.suspended(seen, now=now)
+    if spec is None or seen.job.problem is not None:
+        return attempts.wait_for_spec(seen, now=now)
     if spec.output.uri is None and defaults.output_uri is None:
         message = "spec.output.uri is not set and the operator has no default (FINETUNE_OUTPUT_URI): set one of them"
         return _wait(seen, "OutputRequired", message, now=now)
@@ -331,6 +331,8 @@ def _without_rayjob(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         return attempts.end(seen, Ending(ErrorClass.LOST, gone, inspect=inspect), now=now)
     if any(not pod.gone for pod in seen.pods):
         return _wait_for_namesake(seen, attempt, now=now)
+    if seen.job.problem is not None:
+        return attempts.wait_for_spec(seen, now=now)
     message = f"RayJob {attempt.ray_job} is being created"
     status = statuses.build(
         seen,

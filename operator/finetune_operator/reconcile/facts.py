@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -29,6 +30,8 @@ def job_facts(body: Json) -> JobFacts:
         spec = FineTuneJobSpec.model_validate(body.get("spec", {}))
     except ValidationError as error:
         problem = spec_problem(error)
+        with contextlib.suppress(ValidationError):
+            spec = FineTuneJobSpec.model_validate(body.get("spec", {}), extra="ignore")
     return JobFacts(
         namespace=metadata["namespace"],
         name=metadata["name"],

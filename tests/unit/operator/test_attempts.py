@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -42,6 +43,45 @@ def fail(story: Story, error_class: str, code: int, **more: Any) -> Plan:
 
 def condition(story: Story, kind: str) -> tuple[str, str] | None:
     return next(((c.status, c.reason) for c in story.job.status.conditions if c.type == kind), None)
+
+
+# ---------------------------------------------------------------- while the CRDs are newer than the operator
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_an_attempt_that_is_due_waits_for_an_operator_that_can_read_the_spec(readable: bool) -> None:
+    """An upgrade brings the CRDs first, and with them defaults that the operator of before does not know."""
+    story = Story(QUICK).trained()
+    story.step(rayjob=RUNNING, report=result("Storage", 74, "broken"))
+    known, due = story.job, story.job.status.next_attempt_time
+    assert due is not None
+    spec = known.spec if readable else None
+    story.job = replace(known, spec=spec, problem="spec.novelty: this field is of a newer CRD")
+    for _ in range(3):
+        status = story.step(after=60).status
+        assert (status.phase, status.reason, status.next_attempt_time) == (Phase.PENDING, "InvalidSpec", due)
+    assert "spec.novelty" in (status.message or "")
+    story.job = replace(story.job, spec=known.spec, problem=None)
+    story.step()
+    assert story.attempt.number == 2
+    assert condition(story, "Accepted") == ("True", "Accepted")
+
+
+def test_a_recorded_attempt_is_not_created_from_half_a_spec() -> None:
+    story = Story().started()
+    story.job = replace(story.job, problem="spec.novelty: this field is of a newer CRD")
+    assert list(story.step().actions) == []
+    assert story.job.status.reason == "InvalidSpec"
+    story.job = replace(story.job, problem=None)
+    assert list(story.step().actions) == [CreateRayJob("triage-a1", 1)]
+
+
+def test_an_attempt_that_fails_under_newer_crds_is_judged_by_the_budgets_that_are_known() -> None:
+    story = Story(QUICK).trained()
+    story.job = replace(story.job, problem="spec.novelty: this field is of a newer CRD")
+    fail(story, "Storage", 74)
+    assert story.job.status.next_attempt_time is not None
+    assert story.job.status.retries == Retries(infrastructure=1)
 
 
 # ---------------------------------------------------------------- classes and budgets

@@ -66,6 +66,15 @@ def test_a_spec_that_cannot_be_read_is_a_problem_with_the_fields_name() -> None:
     assert facts.job_facts(body()).problem is None
 
 
+def test_fields_of_a_newer_crd_hide_nothing_else_of_a_spec() -> None:
+    job = facts.job_facts(
+        body(spec=SPEC | {"novelty": 1, "retry": {"maxInfraRetries": 2, "novelty": "Auto"}})
+    )
+    assert job.spec is not None
+    assert job.spec.retry.max_infra_retries == 2
+    assert "spec.retry.novelty: this field is of a newer CRD" in (job.problem or "")
+
+
 SUBJECT = events.Subject("FineTuneJob", "team", "triage", "u")
 
 
