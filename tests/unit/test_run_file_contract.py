@@ -237,6 +237,21 @@ def test_a_field_that_the_trainer_does_not_know_is_refused_there() -> None:
         runfile.Lora.model_validate({"rank": 8})
 
 
+def test_only_the_check_is_told_of_the_gpu_as_older_trainers_refuse_that() -> None:
+    """A job keeps the image that it began with, also when the operator is upgraded."""
+    gpu = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4"}}
+    source = {"dataset": {"sources": [{"uri": "file:///data.jsonl"}]}}
+    spec = api.FineTuneJobSpec.model_validate({"model": {"uri": "file:///model"}, **source, **gpu})
+    places = runfiles.Places("file:///model", "file:///out", None)
+    check, first = (
+        runfiles.build_run_file(
+            namespace="team", name="job", uid="uid-1", attempt=attempt, spec=spec, places=places
+        )
+        for attempt in (0, 1)
+    )
+    assert (check.get("accelerator"), first.get("accelerator")) == ("NVIDIA-L4", None)
+
+
 def test_both_sides_number_the_classes_of_failure_alike() -> None:
     failing = [one for one in trainer_failures.EXIT_CODES if one is not trainer_failures.ErrorClass.CHECKED]
     theirs = {trainer_failures.EXIT_CODES[name]: str(name) for name in failing}

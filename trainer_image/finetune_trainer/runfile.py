@@ -276,4 +276,6 @@ def _refuse_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _describe(item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "(document)"
     shown = "" if item["type"] in ("missing", "json_invalid") else f" (got {str(item['input'])[:100]!r})"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}"
+    unknown = item["type"] == "extra_forbidden"
+    remedy = "; remove it, or use the training image of the operator's version" if unknown else ""
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}{remedy}"

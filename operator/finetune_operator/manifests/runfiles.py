@@ -87,7 +87,8 @@ def build_run_file(
         **settings,
         "output": {"uri": places.output_uri},
     }
-    if spec.resources.accelerator_type is not None:
+    if attempt == 0 and spec.resources.accelerator_type is not None:
+        # Only the check reads it, and images of before the check refuse it. A job keeps the image that it began with.
         run_file["accelerator"] = spec.resources.accelerator_type
     if places.checkpoint_uri is not None:
         run_file["checkpoint"] = _checkpoint(spec.checkpoint, places.checkpoint_uri)

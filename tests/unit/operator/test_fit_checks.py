@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import FineTuneJobSpec, Phase
+from finetune_operator.api.finetunejob import FineTuneJobSpec, Phase, Retries
 from finetune_operator.core.facts import CreateRayJob, DeleteRayJob
 from finetune_operator.manifests import rayjobs
 from finetune_operator.manifests.runfiles import Places
@@ -74,6 +74,18 @@ def test_a_check_that_did_not_say_anything_does_not_hold_the_job_up(end: Any) ->
             break
     assert story.attempt.number == 1
     assert story.job.status.attempts[0].inspection is None, "there is no artifact to look for"
+
+
+def test_an_image_of_an_older_version_which_has_no_check_trains_all_the_same() -> None:
+    story = checking()
+    log = "error: argument command: invalid choice: 'check'"
+    message = f"Job entrypoint command failed with exit code 2, last available logs (truncated …):\n{log}"
+    end = rayjob("Failed", "FAILED", name="triage-check", reason="AppFailed", message=message)
+    status = story.step(rayjob=end).status
+    assert (status.phase, status.reason, status.retries) == (Phase.PROVISIONING, "Checked", Retries())
+    assert "nothing was checked, as the training image is of an older version" in (status.message or "")
+    story.step(rayjob=end, after=2)
+    assert story.attempt.number == 1
 
 
 def test_a_check_that_is_suspended_begins_anew() -> None:
