@@ -8,11 +8,14 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+BUSY_TRIES = 4  # of a request that the server was too busy to begin with
+BUSY_SECONDS = 5  # the longest that one is held back, whatever Retry-After says
 DEFAULT_KUBECONFIG = Path("~/.kube/config")
 
 
@@ -93,10 +96,23 @@ def _complaints() -> Iterator[list[str]]:
 
 
 def _connection(settings: Any, namespace: str) -> Connection:
+    import urllib3
     from kubernetes import client
 
-    # The commands decide themselves when to try again; the client's own retries only hide for how long.
-    settings.retries = 0
+    # The commands decide themselves when to try again; the client's own retries only hide for how long. What the server
+    # was too busy to begin with, as lists of a kind whose CRD is new, every client of Kubernetes sends again.
+    settings.retries = urllib3.Retry(
+        total=None,
+        connect=0,
+        read=0,
+        redirect=0,
+        other=0,
+        status=BUSY_TRIES - 1,
+        status_forcelist=[HTTPStatus.TOO_MANY_REQUESTS],
+        allowed_methods=None,
+        retry_after_max=BUSY_SECONDS,
+        raise_on_status=False,
+    )
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     return Connection(client.ApiClient(settings), namespace, settings.host)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import socket
 import threading
 from pathlib import Path
@@ -22,9 +23,9 @@ users: [{name: u, user: {}}]
 """
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, code: int = 2) -> str:
     result = CliRunner().invoke(app, ["jobs", *arguments])
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == code, result.output
     return result.output
 
 
@@ -104,6 +105,37 @@ def test_credentials_that_have_run_out_are_told(tmp_path: Path) -> None:
         told = run("list", "--kubeconfig", str(tmp_path / "config")).replace("\n", "")
         server.shutdown()
     assert told.startswith("error: the API server refuses the credentials (401): sign in anew")
+
+
+class Busy(Refusing):
+    """As the API server answers for a second after a CRD came: 429, the storage is (re)initializing."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        if self.asked > 2:
+            body = b'{"items": []}'
+            self.send_response(200)
+        else:
+            body = b'{"kind": "Status", "code": 429}'
+            self.send_response(429)
+            self.send_header("Retry-After", "0")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_server_that_is_busy_is_asked_again(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}"
+        (tmp_path / "config").write_text(KUBECONFIG.replace("https://127.0.0.1:1", here))
+        told = run("list", "--kubeconfig", str(tmp_path / "config"), "-o", "json", code=0)
+        server.shutdown()
+    assert json.loads(told) == []
+    assert Busy.asked == 3
 
 
 def test_an_exec_plugin_that_fails_is_told(tmp_path: Path) -> None:
