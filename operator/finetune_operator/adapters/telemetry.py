@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
-from finetune_operator.api.finetunejob import FineTuneJobStatus
+from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobStatus
 
 JOB_LABELS = ("namespace", "finetunejob")
 JOB_GAUGES = {
@@ -25,6 +25,15 @@ JOB_GAUGES = {
         "Share of preferences in which the chosen answer is ahead, 0 to 1.",
     ),
 }
+INFRASTRUCTURE = (
+    ErrorClass.STORAGE,
+    ErrorClass.COLLECTIVE,
+    ErrorClass.CHECKPOINT_CORRUPT,
+    ErrorClass.LOST,
+    ErrorClass.STALLED,
+    ErrorClass.INTERNAL,
+)
+"""Classes of which a number of failed jobs is an alarm."""
 
 
 class JobSeries(Collector):
@@ -90,6 +99,8 @@ class Telemetry:
         self.loop_lag = Gauge(
             "finetune_event_loop_lag_seconds", "How late the event loop was last.", registry=registry
         )
+        self._namespaces: set[str] = set()
+        """Those that had a job since the start."""
         self._jobs = JobSeries()
         registry.register(self._jobs)
         self.rollouts = RolloutTelemetry(registry)
@@ -119,8 +130,16 @@ class Telemetry:
             "reward": metrics.reward if metrics else None,
             "accuracy": metrics.accuracy if metrics else None,
         }
+        self._begin_at_zero(namespace)
         shown = str(status.phase or "Pending"), tuple(values[name] for name in JOB_GAUGES)
         self._jobs.shown[namespace, name] = shown
+
+    def _begin_at_zero(self, namespace: str) -> None:
+        """An increase is seen between two values, and jobs that fail together may be the first one."""
+        if namespace not in self._namespaces:
+            self._namespaces.add(namespace)
+            for error_class in INFRASTRUCTURE:
+                self.jobs_finished.labels(namespace, str(error_class))
 
     def shown_jobs(self) -> set[tuple[str, str]]:
         """Namespace and name of the jobs that have series."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from prometheus_client import CollectorRegistry, generate_latest
 
-from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.adapters.telemetry import INFRASTRUCTURE, Telemetry
+from finetune_operator.core.policies import BUDGETS, Budget
 from tests.unit.operator.stories import Story
 
 
@@ -34,3 +37,13 @@ def test_the_series_of_a_job_follow_its_status_and_go_with_it() -> None:
     telemetry.forget_job("team", "unknown")
     assert lines(registry) == set()
     assert "# TYPE finetune_job_loss gauge" in generate_latest(registry).decode(), "a panel finds its name"
+
+
+def test_failures_of_the_infrastructure_are_counted_from_zero() -> None:
+    """A storage that is away ends many jobs between two scrapes: a series that is born at 30 has no increase."""
+    registry = CollectorRegistry()
+    Telemetry(registry).show_job("team", "a", Story().started().job.status)
+    text = generate_latest(registry).decode()
+    counted = re.findall(r'^finetune_jobs_finished_total\{class="(\w+)",namespace="team"\} 0.0$', text, re.M)
+    assert set(counted) == {name for name, budget in BUDGETS.items() if budget is Budget.INFRASTRUCTURE}
+    assert set(counted) == set(INFRASTRUCTURE)
