@@ -68,6 +68,8 @@ class Leadership:
         self._away_at = float("-inf")
         self._read_again = True
         self._led = False
+        self._told = ""
+        """What was wrong with the last try."""
         self._acquired = datetime.now(UTC)
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
 
@@ -139,17 +141,23 @@ class Leadership:
         limit = self._left() if self.may_act() else self._terms.renew_seconds
         try:
             async with asyncio.timeout(limit):
-                return await self._take(began)
+                taken = await self._take(began)
+            self._told = ""
+            return taken
         except ConflictError:  # somebody wrote, and be it we ourselves in a request whose answer was lost
             self._read_again = True
         except (ApiError, TimeoutError) as error:
             self._read_again = True
             if isinstance(error, UnavailableError | TimeoutError):
                 self._away_at = self._clock()
-            logger.warning(
-                "the Lease %s/%s: %s", self._namespace, self._name, str(error) or "no answer in time"
-            )
+            self._complain(str(error) or "no answer in time")
         return False
+
+    def _complain(self, trouble: str) -> None:
+        """Log it once for as long as it lasts: it is tried again every other second."""
+        if trouble != self._told:
+            logger.warning("the Lease %s/%s: %s", self._namespace, self._name, trouble)
+        self._told = trouble
 
     async def _take(self, began: float) -> bool:
         if self._read_again or not self.may_act():

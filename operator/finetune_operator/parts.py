@@ -12,7 +12,7 @@ from finetune_operator.adapters import fetching
 from finetune_operator.adapters.addresses import Resolver
 from finetune_operator.adapters.agents import Agents
 from finetune_operator.adapters.fetching import TokenFile
-from finetune_operator.adapters.kube import Kube
+from finetune_operator.adapters.kube import ApiError, Kube
 from finetune_operator.adapters.prometheus import Prometheus
 from finetune_operator.adapters.routers import Routers
 from finetune_operator.adapters.telemetry import Telemetry
@@ -112,6 +112,6 @@ async def build_rollouts(
             emergencies=emergencies,
         )
         depth = telemetry.queue_depth.labels(KIND)
-        queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, on_depth=depth.set))
+        queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, on_depth=depth.set, ordinary=ApiError))
         orphans = Orphans(publisher=publisher, agents=agents, drain_seconds=settings.drain_seconds)
         yield Rollouts(queues[0], watchlist, publisher, fleet, orphans)

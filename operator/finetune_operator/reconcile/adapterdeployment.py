@@ -99,7 +99,8 @@ class AdapterDeploymentReconciler:
                 await self.emergencies.look(key)
                 return CONFLICT_SECONDS
             except UnavailableError as error:  # routers go on with what they have, unless it does harm
-                logger.warning("%s/%s: %s", *key, error)
+                if key not in self._cut_off:
+                    logger.warning("%s/%s: %s", *key, error)
                 self._cut_off.add(key)
                 await self.emergencies.look(key)
                 return random.uniform(*UNAVAILABLE_SECONDS)  # noqa: S311 - spreads load, protects nothing

@@ -40,7 +40,7 @@ class Priority(IntEnum):
 class KeyedQueue:
     """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key.
 
-    Errors of the `ordinary` kinds are a line in the log and are tried again sooner than others."""
+    Errors of the `ordinary` kinds are a line in the log, ever more seldom, and are tried again sooner than others."""
 
     def __init__(
         self,
@@ -142,7 +142,11 @@ class KeyedQueue:
                     self._priorities.pop(key, None)
         except self._ordinary as error:
             again = self._backoff(key, most=LAST_ORDINARY_BACKOFF)
-            logger.warning("reconcile of %s/%s has to wait %.1f s: %s", *key, again, error)
+            failures = self._failures[key]
+            if (
+                failures & (failures - 1) == 0
+            ):  # the 1st, 2nd, 4th, ...: it may last for hours, and concern all keys
+                logger.warning("reconcile of %s/%s has to wait (failure %d): %s", *key, failures, error)
         except Exception:  # the border of a pass: any fault is logged, and the key comes back later
             again = self._backoff(key, most=LAST_BACKOFF)
             logger.exception("reconcile of %s/%s failed; again in %.1f s", *key, again)

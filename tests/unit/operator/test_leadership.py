@@ -134,6 +134,21 @@ async def test_the_first_leads_and_the_second_takes_over_only_after_a_lease_time
         assert server.lease["spec"]["leaseTransitions"] == 1
 
 
+async def test_an_api_server_that_stays_away_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    async with served() as (server, kube):
+        first = candidate(kube, "first", clock)
+        await first.acquire()
+        for _ in range(2):
+            clock.now += 11
+            server.status = 503
+            for _ in range(20):
+                assert not await first._try()
+            server.status = None
+            assert await first._try()
+    assert len([line for line in caplog.messages if "made up" in line]) == 2, "once for each outage"
+
+
 async def test_a_renewal_counts_from_its_beginning_and_not_from_its_answer() -> None:
     clock = Clock()
     async with served() as (server, kube):

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from finetune_operator.reconcile.queue import (
     FIRST_BACKOFF,
     LAST_ORDINARY_BACKOFF,
@@ -198,6 +200,21 @@ async def test_an_api_server_that_is_away_is_no_reason_for_long_waits() -> None:
     assert not task.done()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_outage_of_hours_is_a_few_lines_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class AwayError(Exception):
+        pass
+
+    async def worker(key: Key) -> None:
+        raise AwayError
+
+    queue = KeyedQueue(worker, ordinary=AwayError)
+    for _ in range(500):
+        await queue._serve(A)
+    assert [record.args[2] for record in caplog.records if isinstance(record.args, tuple)] == [
+        2**n for n in range(9)
+    ]
 
 
 async def test_a_pass_that_goes_on_at_once_keeps_its_turn_for_a_while() -> None:

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from finetune_operator import config, parts
-from finetune_operator.adapters.kube import Kube
+from finetune_operator.adapters.kube import ForbiddenError, Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.reconcile import adapterdeployment
 from finetune_operator.reconcile.adapterdeployment import AdapterDeploymentReconciler
@@ -30,7 +30,9 @@ class HangingKube:
             await asyncio.sleep(60)
 
 
-async def test_harm_is_looked_for_at_both_ends_of_each_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_harm_is_looked_for_at_both_ends_of_each_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     kube = HangingKube()
     looks: list[int] = []
 
@@ -48,7 +50,25 @@ async def test_harm_is_looked_for_at_both_ends_of_each_wait(monkeypatch: pytest.
         assert looks == [1]
         await reconciler(KEY)
         assert looks == [1, 1, 2]
+        assert len([line for line in caplog.messages if "team/bot" in line]) == 1, "it is tried each second"
         kube.hangs = False
         await reconciler(KEY)  # the object is gone
         await reconciler(KEY)
         assert looks == [1, 1, 2, 2], "no more once the API server answers"
+
+
+async def test_what_the_api_server_refuses_is_a_line_of_the_log_without_a_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kube = HangingKube()
+    kube.get = _refuse  # type: ignore[method-assign]
+    telemetry = Telemetry(CollectorRegistry())
+    async with parts.build_rollouts(config.load({}), kube=cast("Kube", kube), telemetry=telemetry) as made:
+        await made.queue._serve(KEY)
+    (record,) = [record for record in caplog.records if "team/bot" in record.getMessage()]
+    assert "no right" in record.getMessage()
+    assert record.exc_info is None
+
+
+async def _refuse(*_: Any) -> None:
+    raise ForbiddenError("no right")
