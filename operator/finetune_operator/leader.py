@@ -39,9 +39,9 @@ async def lead(
     reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
     queue = KeyedQueue(
         reconciler,
-        on_depth=telemetry.queue_depth.labels(finetunejob.KIND).set,
         ordinary=ApiError,  # its message says it all: a right that is missing, a job that is gone by now
     )
+    telemetry.queue_depth.labels(finetunejob.KIND).set_function(queue.depth)
     reconciler.followers.wake = queue.add
     reports = StatusServer(
         kube=kube,

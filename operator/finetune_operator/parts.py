@@ -111,7 +111,7 @@ async def build_rollouts(
             announcer=Announcer(kube=kube, errands=errands),
             emergencies=emergencies,
         )
-        depth = telemetry.queue_depth.labels(KIND)
-        queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, on_depth=depth.set, ordinary=ApiError))
+        queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, ordinary=ApiError))
+        telemetry.queue_depth.labels(KIND).set_function(queues[0].depth)
         orphans = Orphans(publisher=publisher, agents=agents, drain_seconds=settings.drain_seconds)
         yield Rollouts(queues[0], watchlist, publisher, fleet, orphans)

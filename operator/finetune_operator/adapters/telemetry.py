@@ -73,7 +73,10 @@ class Telemetry:
             registry=registry,
         )
         self.queue_depth = Gauge(
-            "finetune_queue_depth", "Keys that wait for a reconcile pass.", ["kind"], registry=registry
+            "finetune_queue_depth",
+            "Keys that are due and wait for a reconcile pass.",
+            ["kind"],
+            registry=registry,
         )
         self.reports = Counter(
             "finetune_reports_total",

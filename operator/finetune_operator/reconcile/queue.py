@@ -10,6 +10,7 @@ import heapq
 import itertools
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from enum import IntEnum
 from typing import TypeAlias
@@ -47,13 +48,11 @@ class KeyedQueue:
         worker: Worker,
         *,
         concurrency: int = CONCURRENCY,
-        on_depth: Callable[[int], None] = lambda depth: None,
         ordinary: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:
         self._worker = worker
         self._ordinary = ordinary
         self._concurrency = concurrency
-        self._on_depth = on_depth
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[Priority, float, int, Key]] = []
         self._priorities: dict[Key, Priority] = {}  # of those that are not ORDINARY
@@ -79,8 +78,12 @@ class KeyedQueue:
             self._priorities[key] = priority
         self._due[key] = when
         heapq.heappush(self._heap, (priority, when, next(self._order), key))
-        self._on_depth(len(self._due))
         self._changed.set()
+
+    def depth(self) -> int:
+        """Keys that are due and wait for their pass; those that are to be looked at later do not. For any thread."""
+        now = time.monotonic()  # what the event loop's clock is, without a loop
+        return sum(when <= now for when in list(self._due.values()))
 
     def longest_running(self) -> float:
         """Seconds since the start of the longest pass that is under way; 0 when none is."""
@@ -127,7 +130,6 @@ class KeyedQueue:
             group.create_task(self._serve(key))
         for item in blocked:
             heapq.heappush(self._heap, item)
-        self._on_depth(len(self._due))
         return delay
 
     async def _serve(self, key: Key) -> None:

@@ -174,14 +174,23 @@ async def test_a_queue_in_which_nothing_moves_says_for_how_long() -> None:
         assert queue.standing_still() == 0
 
 
-async def test_a_key_that_is_due_later_is_no_standstill() -> None:
-    async def worker(key: Key) -> None:
-        return None
+async def test_a_key_that_is_due_later_is_no_standstill_and_no_backlog() -> None:
+    """Each deployment that serves, and each job that trains, is to be looked at some time."""
+    stop = asyncio.Event()
 
-    async with running(worker) as queue:
+    async def worker(key: Key) -> None:
+        await stop.wait()
+
+    async with running(worker, concurrency=1) as queue:
         queue.add(A, after=100)
         await asyncio.sleep(0.02)
         assert queue.standing_still() == 0
+        assert await asyncio.to_thread(queue.depth) == 0
+        queue.add(B)
+        await until(lambda: queue.longest_running() > 0)
+        queue.add(("ns", "c"))
+        assert await asyncio.to_thread(queue.depth) == 1
+        stop.set()
 
 
 async def test_an_api_server_that_is_away_is_no_reason_for_long_waits() -> None:
