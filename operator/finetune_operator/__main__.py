@@ -60,7 +60,7 @@ async def run(settings: config.OperatorConfig) -> None:
     telemetry = Telemetry()
     health = Health(telemetry)
     async with contextlib.AsyncExitStack() as stack:
-        election = await _election(settings, stack)
+        election = await _election(settings, stack, telemetry)
         may_act = election.may_act if election else lambda: True
         may_push = election.may_push if election else lambda: True
         kube = await WatchedKube.connect(may_write=may_act, on_answer=telemetry.api_answered)
@@ -127,10 +127,12 @@ def _cancel_on_sigterm() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
-async def _election(settings: config.OperatorConfig, stack: contextlib.AsyncExitStack) -> Leadership | None:
+async def _election(
+    settings: config.OperatorConfig, stack: contextlib.AsyncExitStack, telemetry: Telemetry
+) -> Leadership | None:
     if not settings.leader_election:
         return None
-    kube = await Kube.connect()
+    kube = await Kube.connect(on_answer=telemetry.api_answered)
     stack.push_async_callback(kube.close)
     address = leadership.own_address(
         settings.status_port,

@@ -21,6 +21,8 @@ LABELS = ("namespace", "name")
 ROLLOUT_BUCKETS = (10, 60, 300, 900, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 3 * 86400, 7 * 86400)
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "info": ("1 for the phase and stage that the deployment is in.", ("phase", "stage")),
+    "available": ("1 while engines are known to have the stable revision; absent before the first one.", ()),
+    "paused": ("1 while the rollout waits for somebody; a pause step with a duration is none.", ()),
     "weight": ("Percent of the users on each side.", ("arm",)),
     "step_index": ("Step under way, from 0.", ()),
     "analysis_evalue": ("Evidence against the candidate by guardrail.", ("metric",)),
@@ -151,6 +153,8 @@ def _series(status: AdapterDeploymentStatus) -> Series:
     weights = status.weights
     values: dict[tuple[str, tuple[str, ...]], float | None] = {
         ("info", (str(status.phase or "Pending"), str(status.stage or "Initializing"))): 1.0,
+        ("available", ()): None if status.stable_revision is None else _holds(status, "Available") is True,
+        ("paused", ()): _awaits_somebody(status),
         ("weight", ("stable",)): weights.stable if weights else None,
         ("weight", ("candidate",)): weights.candidate if weights else None,
         ("weight", ("mirror",)): weights.mirror if weights else None,
@@ -180,6 +184,12 @@ def _holds(status: AdapterDeploymentStatus, kind: str) -> bool | None:
     """Whether a condition holds; None where it is Unknown, because nothing is compared."""
     condition = next((c for c in status.conditions if c.type == kind), None)
     return None if condition is None or condition.status == "Unknown" else condition.status == "True"
+
+
+def _awaits_somebody(status: AdapterDeploymentStatus) -> bool:
+    """Also a spec that cannot be read makes the rollout wait, without a pause condition."""
+    pauses = status.pause_conditions
+    return _holds(status, "Paused") is True and not (pauses and all(pause.is_timed for pause in pauses))
 
 
 def _seconds(start: datetime, end: datetime) -> float:

@@ -113,6 +113,11 @@ class PauseCondition(StatusModel):
     start_time: datetime
     """Since when."""
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is over after a time that the step has: nobody is waited for."""
+        return self.reason is PauseReason.CANARY_PAUSE_STEP and "until" not in self.message
+
 
 class Abort(StatusModel):
     """Why the candidate was rolled back. It stays away until spec.adapter changes or somebody says `retry`."""

@@ -129,9 +129,8 @@ def _pauses(old: AdapterDeploymentStatus, new: AdapterDeploymentStatus) -> list[
     fresh = [pause for pause in new.pause_conditions if (pause.reason, pause.start_time) not in before]
     told = []
     for pause in fresh:
-        timed = pause.reason is PauseReason.CANARY_PAUSE_STEP and "until" not in pause.message
         by_hand = pause.reason is PauseReason.USER_PAUSE
-        severity = Severity.INFO if timed or by_hand else Severity.WARN
+        severity = Severity.INFO if pause.is_timed or by_hand else Severity.WARN
         told.append(Happening(severity, str(pause.reason), pause.message))
     return told
 

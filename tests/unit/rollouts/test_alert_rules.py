@@ -34,6 +34,48 @@ ABORTED = f'adapterdeployment_completions_total{{{BOT},status="Aborted",reason="
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 # Alert, its series from minute to minute, when it fires and when it does not yet (minutes).
 CASES: dict[str, tuple[dict[str, str], int, int]] = {
+    "FineTuneOperatorAbsent": ({'finetune_queue_depth{kind="FineTuneJob"}': "0x10 _x60"}, 25, 15),
+    "FineTuneApiServerAway": (
+        {
+            'finetune_api_requests_total{method="GET",code="200",pod="a"}': "0+50x10 500x60",
+            'finetune_api_requests_total{method="GET",code="0",pod="a"}': "0x10 0+50x60",
+        },
+        30,
+        10,
+    ),
+    "FineTuneReconcileErrors": (  # one object, tried again after a minute
+        {'finetune_reconcile_errors_total{kind="AdapterDeployment"}': "0x10 0+1.3x60"},
+        40,
+        20,
+    ),
+    "FineTuneQueueBacklog": ({'finetune_queue_depth{kind="FineTuneJob"}': "0x10 900x60"}, 30, 20),
+    "FineTuneReportsRefused": (
+        {
+            'finetune_reports_total{code="200"}': "0+10x70",
+            'finetune_reports_total{code="401"}': "0x10 0+10x60",
+        },
+        40,
+        20,
+    ),
+    "FineTuneInfrastructureFailures": (
+        {'finetune_jobs_finished_total{namespace="team",class="Storage"}': "0x10 6x60"},
+        15,
+        9,
+    ),
+    "FineTuneJobsStuck": (
+        {'finetune_job_phase{namespace="team",finetunejob="a",phase="Provisioning"}': "_x10 1x120"},
+        95,
+        75,
+    ),
+    "AdapterUnavailable": ({f"adapterdeployment_available{{{BOT}}}": "1x10 0x60"}, 20, 12),
+    "AdapterRequestsFailing": (
+        {
+            'adapter_router_requests_total{alias="bot",arm="Stable",code="200",pod="r1"}': "0+90x60",
+            'adapter_router_requests_total{alias="bot",arm="Stable",code="502",pod="r1"}': "0x10 0+10x50",
+        },
+        40,
+        10,
+    ),
     "AdapterRolledBack": ({ABORTED: "0x10 1x60"}, 15, 9),
     "AdapterRolloutBlind": ({f"adapterdeployment_metrics_source_up{{{BOT}}}": "1x5 0x60"}, 20, 10),
     "AdapterRolloutStuckInStage": (
@@ -45,7 +87,7 @@ CASES: dict[str, tuple[dict[str, str], int, int]] = {
         50,
     ),
     "AdapterRolloutPausedTooLong": (
-        {f'adapterdeployment_info{{{BOT},phase="Paused",stage="Canary"}}': "1x500"},
+        {f"adapterdeployment_paused{{{BOT}}}": "1x500"},
         400,
         300,
     ),
@@ -110,9 +152,9 @@ def test_the_rules_are_rules(promtool: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_rollout_alert_is_tried_and_names_a_command_that_exists() -> None:
+def test_every_alert_is_tried_and_names_a_command_that_exists() -> None:
     rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
-    assert {rule["alert"] for rule in rules if rule["alert"].startswith("Adapter")} == set(CASES)
+    assert {rule["alert"] for rule in rules} == set(CASES)
     commands = re.findall(r"`finetune ([a-z ]+?) \{\{", RULES.read_text())
     assert commands
     for command in commands:
@@ -199,6 +241,46 @@ def test_nobody_is_alarmed_of_a_comparison_that_is_not_made() -> None:
     world.say("abort").run(20)
     assert [c.kind for c in world.status.analysis if c.kind is CheckKind.SAMPLE_RATIO], "kept to be read"
     assert shown() == {}
+
+
+@pytest.mark.parametrize(
+    ("steps", "spec", "waits"),
+    [
+        ([{"setWeight": 5}, {"pause": {"duration": "24h"}}], {}, "0.0"),
+        ([{"setWeight": 5}, {"pause": {}}], {}, "1.0"),
+        ([{"setWeight": 5}, {"pause": {"duration": "24h"}}], {"paused": True}, "1.0"),
+    ],
+    ids=["planned", "for-somebody", "by-hand"],
+)
+def test_a_pause_that_is_planned_waits_for_nobody(
+    steps: list[dict[str, Any]], spec: dict[str, Any], waits: str
+) -> None:
+    world = serving(steps=steps)
+    world.deploy("b", **spec).run(30)
+    assert world.status.phase == "Paused"
+    assert _gauge(world.status, "paused") == waits
+
+
+def test_a_deployment_is_available_while_engines_are_known_to_have_what_serves() -> None:
+    world = serving(steps=[{"setWeight": 5}])
+    assert _gauge(world.status, "available") == "1.0"
+    for condition, shown in (("Unknown", "0.0"), ("False", "0.0")):
+        conditions = [
+            c.model_copy(update={"status": condition}) if c.type == "Available" else c
+            for c in world.status.conditions
+        ]
+        status = world.status.model_copy(update={"conditions": conditions})
+        assert _gauge(status, "available") == shown
+        assert _gauge(status.model_copy(update={"stable_revision": None}), "available") is None
+
+
+def _gauge(status: AdapterDeploymentStatus, name: str) -> str | None:
+    registry = CollectorRegistry()
+    RolloutTelemetry(registry).show("team", "bot", before=status, status=status)
+    found = re.search(
+        rf"^adapterdeployment_{name}\{{.*\}} (\S+)$", generate_latest(registry).decode(), re.MULTILINE
+    )
+    return found[1] if found else None
 
 
 def test_a_revision_that_waits_for_its_unloading_is_nowhere_missing() -> None:
