@@ -218,6 +218,8 @@ class FeedbackDesk:
         self.counts: dict[tuple[str, str, str], int] = {}
         """(alias, arm, metric) -> values taken."""
         self.changed = False
+        self._told = ""
+        """What was wrong with the store at the last request."""
 
     async def take(self, data: bytes) -> Outcome:
         """Store a piece of feedback. Raises ApiError: 400 for a bad body or id, 503 when the store cannot write."""
@@ -248,10 +250,13 @@ class FeedbackDesk:
                 self._thread, self._store.put, key, ticket, feedback
             )
         except sqlite3.Error as error:
-            logger.error("feedback cannot be stored: %s", error)
+            if str(error) != self._told:  # a disk stays full for longer than one request
+                logger.error("feedback cannot be stored: %s", error)
+            self._told = str(error)
             raise ApiError(
                 503, "feedback cannot be stored now", "api_error", "store_unavailable", retry_after=5
             ) from None
+        self._told = ""
         if is_new:
             count = (ticket.alias, ticket.arm.value, feedback.metric)
             self.counts[count] = self.counts.get(count, 0) + 1

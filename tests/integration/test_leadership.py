@@ -85,6 +85,7 @@ def test_only_the_leader_acts_and_both_are_ready(
     assert writes(proxies[1], since=0) == []
     assert [operator.get("/readyz") for operator in pair] == ["ok\n", "ok\n"]
     assert not pair[1].leads()
+    assert "finetune_api_requests_total{" in pair[1].get("/metrics"), "a stand-by that is cut off must show"
 
 
 def test_after_a_kill_the_other_one_goes_on_within_the_lease(
