@@ -63,6 +63,8 @@ class RolloutTelemetry:
             registry=registry,
         )
         self._shown: dict[tuple[str, str], Series] = {}
+        self._statuses: dict[tuple[str, str], AdapterDeploymentStatus] = {}
+        """Those that were shown last."""
         self._counted: dict[tuple[str, str], set[tuple[str, str]]] = {}
         """Status and reason of the series that count a deployment's rollouts."""
         self._timed: dict[tuple[str, str], set[str]] = {}
@@ -71,12 +73,15 @@ class RolloutTelemetry:
     def show(
         self, namespace: str, name: str, *, before: AdapterDeploymentStatus, status: AdapterDeploymentStatus
     ) -> None:
-        """Set the series of one deployment by its new status; rollouts that ended since `before` are counted."""
+        """Set the series of one deployment by its new status. Rollouts that ended since it was last shown are counted:
+        a write whose answer was lost is there before it is shown. At first, since `before`."""
         series = _series(status)
         self._begin_at_zero(namespace, name)
         kept = {key: value for key, value in self._of(namespace, name).items() if key[0] == "adapter_loaded"}
         self._replace(namespace, name, {**kept, **series})
-        for ending, reason, seconds in _ended(before, status):
+        last = self._statuses.get((namespace, name), before)
+        self._statuses[namespace, name] = status
+        for ending, reason, seconds in _ended(last, status):
             self._end(namespace, name, ending, reason=reason, seconds=seconds)
 
     def show_engines(
@@ -102,6 +107,7 @@ class RolloutTelemetry:
         """Drop the series of a deployment that is gone."""
         self._replace(namespace, name, {})
         self._shown.pop((namespace, name), None)
+        self._statuses.pop((namespace, name), None)
         for status, reason in self._counted.pop((namespace, name), set()):
             self._completions.remove(namespace, name, status, reason)
         for status in self._timed.pop((namespace, name), set()):

@@ -180,6 +180,25 @@ def test_the_first_rollback_is_an_increase() -> None:
     assert _aborted(registry) == {}
 
 
+def test_a_rollback_counts_though_the_answer_to_its_write_was_lost() -> None:
+    """The pass that made it saw an API server that does not answer; the next one reads what it wrote."""
+    registry = CollectorRegistry()
+    telemetry = RolloutTelemetry(registry)
+    before = AdapterDeploymentStatus()
+    telemetry.show("team", "bot", before=before, status=before)
+    entry = HistoryEntry(
+        revision="ab", digest="sha256:x", uri="u", completion_status=CompletionStatus.ABORTED,
+        reason=AbortReason.USER_ABORT, start_time=NOW, end_time=NOW,
+    )  # fmt: skip
+    stored = AdapterDeploymentStatus(history=[entry])
+    for _ in range(2):
+        telemetry.show("team", "bot", before=stored, status=stored)
+    assert _aborted(registry)["UserAbort"] == 1.0
+    telemetry.forget("team", "bot")
+    telemetry.show("team", "bot", before=stored, status=stored)
+    assert _aborted(registry)["UserAbort"] == 0.0, "after a restart what had ended before is old"
+
+
 def _aborted(registry: CollectorRegistry) -> dict[str, float]:
     text = generate_latest(registry).decode()
     found = re.findall(
