@@ -99,9 +99,22 @@ def an_image_that_cannot_be_pulled_is_named(stage: Stage) -> None:
     delete(team, name)
 
 
+def a_pod_with_too_little_memory_gets_more(stage: Stage) -> None:
+    """Ray's memory monitor looks several times a second, and kills the trainer before the kernel does."""
+    team, name = stage.team, "cramped"
+    team.apply(job(name, resources={"cpu": CPU, "memory": "900Mi"}))
+    status = team.finished(name, seconds=2 * JOB_SECONDS)
+    stories.ended(status, "Succeeded")
+    first, second = status["attempts"]
+    assert first["class"] == "HostOutOfMemory", json.dumps(status, indent=1)
+    assert second["overrides"]["memory"] == "1800Mi"
+    delete(team, name)
+
+
 ALL = (
     a_submitter_that_hangs_holds_nothing,
     a_dashboard_that_never_answers_is_given_up,
     a_submission_that_fails_is_tried_again,
     an_image_that_cannot_be_pulled_is_named,
+    a_pod_with_too_little_memory_gets_more,
 )

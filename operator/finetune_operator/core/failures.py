@@ -53,6 +53,8 @@ ADVICE = {
 
 # Anchored: the rest of the message quotes the program's own output, which may say anything.
 _EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (-?\d{1,3})\b")
+# Ray's memory monitor, which is quicker than the kernel: it kills what started the trainer, and the trainer with it.
+_OUT_OF_MEMORY = re.compile(r"^Unexpected error occurred: .*killed due to the node running low on memory")
 _RESULT = re.compile(r"^TRAINER_RESULT (\{.*\})$", re.MULTILINE)  # the trainer's last line on standard output
 _LOG_TAIL = re.compile(r"last available logs[^:]*:\s*(.*)", re.DOTALL)
 
@@ -72,8 +74,10 @@ def class_of(exit_code: int | None) -> ErrorClass:
     return CLASS_OF_EXIT_CODE.get(exit_code, ErrorClass.INTERNAL)
 
 
-def class_by_pods(pods: Sequence[PodFacts]) -> tuple[ErrorClass, str] | None:
-    """Why a process went away that could not say so itself, as far as its pods tell."""
+def cause(rayjob: RayJobFacts, pods: Sequence[PodFacts]) -> tuple[ErrorClass, str] | None:
+    """Why a process went away that could not say so itself, as far as Ray and its pods tell."""
+    if _OUT_OF_MEMORY.match(rayjob.message):
+        return ErrorClass.HOST_OUT_OF_MEMORY, "the pod had too little memory, and Ray killed the trainer"
     for pod in pods:
         if pod.out_of_memory:
             return (

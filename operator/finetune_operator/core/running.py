@@ -99,9 +99,9 @@ def _over(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetim
     exit_code = failures.exit_code_of(rayjob.message)
     error_class, message = failures.class_of(exit_code), failures.message_of(rayjob)
     if error_class is ErrorClass.LOST:
-        by_pods = failures.class_by_pods(seen.pods)
-        if by_pods is not None:
-            error_class, message = by_pods[0], f"{by_pods[1]} ({message})"
+        cause = failures.cause(rayjob, seen.pods)
+        if cause is not None:
+            error_class, message = cause[0], f"{cause[1]} ({message})"
     begun = attempt.last_step is not None
     inspect = error_class is ErrorClass.LOST and begun and not attempts.is_far_from_its_end(seen, now=now)
     return attempts.end(seen, Ending(error_class, message, exit_code=exit_code, inspect=inspect), now=now)

@@ -21,6 +21,7 @@ PROVOKED = {
     "4": "cluster/states.a_submission_that_fails_is_tried_again",
     "6": "cluster/test_faults.a_killed_submitter_costs_one_interval_at_most",
     "7a": "test_jobs_that_cannot_start_say_why_and_end_as_they_must",
+    "7e": "cluster/states.a_pod_with_too_little_memory_gets_more",
     "8b": "test_a_ray_job_that_is_stopped_in_the_dashboard_is_cancelled",
     "10": "test_job_lifecycle.test_apply_trains_and_publishes_an_artifact",
     "11": "cluster/test_faults.a_killed_head_pod_costs_one_interval_at_most",
@@ -104,6 +105,10 @@ RUNNING = status("Running", "RUNNING")
 BACKOFF = (
     "Job submission has failed. Reason: BackoffLimitExceeded. Message: Job has reached its backoff limit"
 )
+RAY_KILLS = (
+    "Unexpected error occurred: 1 worker(s) were killed due to the node running low on memory. Memory on the node "
+    "(IP: 10.244.0.9, ID: 37d3b51e) was 0.85GB used / 0.88GB limit (0.969240)\nOOM kill reason: Memory usage exceeded"
+)
 INVALID = status(
     "ValidationFailed", "", "ValidationFailed", "RayJob name should be no more than 47 characters"
 )
@@ -158,6 +163,10 @@ EDGE_CASES = (
     EdgeCase("7d", "the loss is not finite (exit code 82)", exited(82, "loss is nan at step 12"),
              "Failed/NotFinite -> the end",
              "It would happen again; the message proposes a learning rate. The last finite checkpoint stays."),
+    EdgeCase("7e", "the pod's memory is not enough, as Ray's memory monitor sees first",
+             status("Failed", "FAILED", "AppFailed", RAY_KILLS, failed=1),
+             "Retrying/HostOutOfMemory -> attempt 2 with 8192Mi",
+             "Ray kills the trainer before the kernel does: the next attempt has twice the memory.", SEEN),
     EdgeCase("8a", "the Ray job is stopped in the dashboard", status("Complete", "STOPPED"),
              "Cancelled/Cancelled -> the end", "Somebody wanted that: neither a success nor a failure to heal."),
     EdgeCase("8b", "the same, and the trainer has said goodbye before", status("Complete", "STOPPED"),

@@ -109,9 +109,13 @@ class Play:
                 case DeleteJob():
                     self.words.append("FineTuneJob deleted")
                 case CreateRayJob(attempt=2):
-                    rows = self.story.attempt.overrides
-                    more = f" with {rows.micro_batch_size} rows per forward pass" if rows else ""
-                    self.words.append(f"attempt 2{more}")
+                    self.words.append(f"attempt 2{self._given()}")
+
+    def _given(self) -> str:
+        given = self.story.attempt.overrides
+        if given is None:
+            return ""
+        return f" with {given.memory or f'{given.micro_batch_size} rows per forward pass'}"
 
     def _is_settled(self, plan: Plan) -> bool:
         status = plan.status

@@ -50,3 +50,23 @@ def test_a_result_that_does_not_fit_the_exit_code_is_not_believed(line: str) -> 
 def test_the_colours_of_rays_log_are_not_told() -> None:
     said = told("74", "\x1b[36m(train pid=7)\x1b[0m out of\tdisk\n")[2]
     assert said == "the trainer ended with exit code 74: (train pid=7) out of disk"
+
+
+def cause(message: str) -> object:
+    return failures.cause(rayjob("Failed", "FAILED", reason="AppFailed", message=message), pods=[])
+
+
+@pytest.mark.parametrize("who", ["1 worker(s) were", "Task was"])
+def test_ray_kills_before_the_kernel_does(who: str) -> None:
+    message = (
+        f"Unexpected error occurred: {who} killed due to the node running low on memory. Memory on the node"
+    )
+    assert cause(message) == (
+        ErrorClass.HOST_OUT_OF_MEMORY,
+        "the pod had too little memory, and Ray killed the trainer",
+    )
+
+
+def test_what_a_log_tells_of_memory_is_not_rays_word() -> None:
+    log = "Unexpected error occurred: Task was killed due to the node running low on memory"
+    assert cause(f"Ray head pod not found.{LOGS}{log}") is None
