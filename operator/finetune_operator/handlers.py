@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -42,15 +43,19 @@ class CredentialsError(Exception):
 
 class Login:
     """Kopf's credentials. It asks for others when the API server has refused those that it has: a pod's token is
-    renewed in its file. Left to itself Kopf ends, where there are none, with a traceback of each watch."""
+    renewed in its file. Left to itself Kopf ends, where there are none, with a traceback of each watch.
 
-    def __init__(self) -> None:
+    `server` is where a pod finds the API server. Kopf would ask DNS for it, which may be away when it is needed."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
         self._given: kopf.ConnectionInfo | None = None
         self._refused = asyncio.Event()
 
     async def find(self, **kwargs: Any) -> kopf.ConnectionInfo | None:
         """Those of the pod's service account or the kubeconfig. Never returns the same ones again."""
-        found = kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+        account = kopf.login_with_service_account(**kwargs)
+        found = replace(account, server=self._server) if account else kopf.login_with_kubeconfig(**kwargs)
         if found is not None and found == self._given:
             self._refused.set()
             await asyncio.Event().wait()  # until Kopf is cancelled

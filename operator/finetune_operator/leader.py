@@ -62,7 +62,7 @@ async def lead(
                 queue.add(key, priority=Priority.EARLY if is_untouched else Priority.ORDINARY)
             rollouts.watchlist.job_changed(key)
 
-        stand_by, login = desk.answer, handlers.Login()
+        stand_by, login = desk.answer, handlers.Login(kube.server)
         desk.answer, health.queues = reports.answer, (queue, rollouts.queue)
         watches = handlers.watch(
             settings.namespaces,

@@ -71,6 +71,25 @@ def test_a_kuberay_that_is_away_while_a_job_ends_costs_nothing(stage: Stage) -> 
     stage.runs_once(name, 1)
 
 
+def test_a_new_leader_needs_no_dns(team: Kubectl, installed: Kubectl) -> None:
+    """It finds the API server by its address, as everything in a cluster does that must work while DNS does not."""
+    dns = team.items("deployments", "--all-namespaces")
+    found = [one["metadata"] for one in dns if one["metadata"]["name"] == "coredns"]
+    if not found:
+        pytest.skip("needs CoreDNS as a Deployment of that name")
+    coredns = "deployment/coredns", f"--namespace={found[0]['namespace']}"
+    team("scale", *coredns, "--replicas=0")
+    try:
+        before = leader(installed)
+        installed("delete", "pod", before, "--grace-period=0", "--force", "--wait=false")
+        wait_for("another leader", lambda: leader(installed) not in (before, ""), seconds=60)
+        team.apply(job("nameless", suspend=True))
+        team.wait_job("nameless", lambda s: s.get("phase") == "Suspended", seconds=60)
+    finally:
+        team("scale", *coredns, "--replicas=1")
+    team("delete", "ftj", "nameless", "--wait")
+
+
 def test_an_upgrade_leaves_what_it_generated(installed: Kubectl, settings: Settings) -> None:
     def secrets() -> dict[str, Json]:
         names = (f"{NAME}-tls", "finetune-router-secrets")

@@ -133,6 +133,11 @@ class Kube:
             ) from error
         return cls(client, may_write=may_write, on_answer=on_answer)
 
+    @property
+    def server(self) -> str:
+        """URL of the API server."""
+        return str(self._client.configuration.host)
+
     async def close(self) -> None:
         await self._client.close()
 
