@@ -106,8 +106,9 @@ def hopeless(seen: Observed, *, now: datetime) -> Ending | None:
         if reason in NEVER_PULLED or (reason in NOT_PULLED and waited):
             text = f"the image cannot be had ({told}): correct spec.resources.image or the pull secret"
             return Ending(ErrorClass.BAD_CONFIG, text, final=True)
-        if reason in CRASHING and waited:
-            return Ending(ErrorClass.INTERNAL, f"the container ends again and again ({told})")
+        if reason in CRASHING and (waited or pod.out_of_memory):
+            cause = ErrorClass.HOST_OUT_OF_MEMORY if pod.out_of_memory else ErrorClass.INTERNAL
+            return Ending(cause, f"the container ends again and again ({told})")
     return None
 
 

@@ -18,6 +18,7 @@ from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, Upstre
 from finetune_operator.manifests import naming
 
 PROBLEMS = 5  # of a spec that are named
+CRASHING = "CrashLoopBackOff"
 STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its events are asked for
 
 
@@ -221,13 +222,23 @@ def _waiting(scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any
     for container in containers:
         waiting = container.get("state", {}).get("waiting")
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            return waiting["reason"], waiting.get("message", "")
+            ended = _last_end(container) if waiting["reason"] == CRASHING else ""
+            return waiting["reason"], ended or waiting.get("message", "")
     return None, ""
+
+
+def _last_end(container: Mapping[str, Any]) -> str:
+    """How a container ended that is to be started again. The kubelet's own message tells only for how long it waits."""
+    ended = container.get("lastState", {}).get("terminated")
+    if not ended:
+        return ""
+    told = f"{ended.get('reason', 'Error')}, exit code {ended.get('exitCode')}"
+    return f"{told}: {ended['message']}" if ended.get("message") else told
 
 
 def _crashes(containers: Sequence[Mapping[str, Any]]) -> bool:
     """A pod whose container waits to be started again still counts as running."""
-    return any(c.get("state", {}).get("waiting", {}).get("reason") == "CrashLoopBackOff" for c in containers)
+    return any(c.get("state", {}).get("waiting", {}).get("reason") == CRASHING for c in containers)
 
 
 def _ended(container: Mapping[str, Any]) -> Mapping[str, Any]:

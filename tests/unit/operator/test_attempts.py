@@ -321,6 +321,16 @@ def test_a_killed_container_tells_of_its_memory_where_the_trainer_could_not() ->
     assert story.step(rayjob=lost, pods=[killed]).status.reason == "HostOutOfMemory"
 
 
+def test_a_container_whose_memory_does_not_even_let_it_start_is_not_waited_for() -> None:
+    story = Story(QUICK).started()
+    head = PodFacts("triage-a1-head", True, waiting_reason="CrashLoopBackOff", waiting_message="OOMKilled")
+    assert story.step(rayjob=rayjob("Initializing"), pods=[head]).status.reason == "CrashLoopBackOff"
+    plan = story.step(rayjob=rayjob("Initializing"), pods=[replace(head, out_of_memory=True)])
+    assert plan.status.reason == "HostOutOfMemory"
+    assert plan.status.next_overrides is not None
+    assert plan.status.next_overrides.memory == "8192Mi"
+
+
 @pytest.mark.parametrize("error_class", [("GpuOutOfMemory", 80), ("HostOutOfMemory", 81)])
 def test_out_of_memory_fails_the_job_where_the_spec_says_so(error_class: tuple[str, int]) -> None:
     story = Story({"retry": {"onOutOfMemory": "Fail"}}).trained()

@@ -149,6 +149,24 @@ def test_how_a_pod_ended_is_read_from_its_containers() -> None:
     assert facts.pod_facts(pod).waiting_reason == "CrashLoopBackOff"
 
 
+@pytest.mark.parametrize(
+    ("ended", "told"),
+    [
+        (None, "back-off 20s restarting failed container"),
+        ({"reason": "OOMKilled", "exitCode": 137}, "OOMKilled, exit code 137"),
+        (
+            {"reason": "StartError", "exitCode": 128, "message": 'exec: "/bin/bash": no such file'},
+            'StartError, exit code 128: exec: "/bin/bash": no such file',
+        ),
+    ],
+)
+def test_a_container_that_is_started_again_tells_how_it_ended(ended: Any, told: str) -> None:
+    waits = {"reason": "CrashLoopBackOff", "message": "back-off 20s restarting failed container"}
+    container = {"state": {"waiting": waits}, "lastState": {} if ended is None else {"terminated": ended}}
+    pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [container]}}
+    assert facts.pod_facts(pod).waiting_message == told
+
+
 def test_the_actions_annotation_is_read() -> None:
     body = {
         "metadata": {
