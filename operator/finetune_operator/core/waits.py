@@ -59,7 +59,7 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
     """Why the trainer of this attempt does not run yet."""
     waiting = next((pod for pod in seen.pods if pod.waiting_reason), None)
     if waiting is not None:
-        return of_pod(waiting, seen.job.spec)
+        return of_pod(waiting, _spec_of_attempt(seen))
     if rayjob.cluster_problem:
         return of_cluster(rayjob)
     old = rayjob.created is not None and (now - rayjob.created).total_seconds() >= HEED_SECONDS
@@ -77,6 +77,16 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
         where = f"pod {slow.name} starts on node {slow.node}"
         return Wait("Provisioning", f"{where}; where its image is large and new there, that takes minutes")
     return Wait("Provisioning", f"RayJob {rayjob.name} starts")
+
+
+def _spec_of_attempt(seen: Observed) -> FineTuneJobSpec | None:
+    """The spec with what the attempt was given instead."""
+    spec, attempts = seen.job.spec, seen.job.status.attempts
+    given = attempts[-1].overrides if attempts else None
+    if spec is None or given is None or given.memory is None:
+        return spec
+    resources = spec.resources.model_copy(update={"memory": given.memory})
+    return spec.model_copy(update={"resources": resources})
 
 
 def submission(seen: Observed, rayjob: RayJobFacts) -> Wait:

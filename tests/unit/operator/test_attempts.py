@@ -329,6 +329,12 @@ def test_a_container_whose_memory_does_not_even_let_it_start_is_not_waited_for()
     assert plan.status.reason == "HostOutOfMemory"
     assert plan.status.next_overrides is not None
     assert plan.status.next_overrides.memory == "8192Mi"
+    story.step()
+    full = PodFacts(
+        "triage-a2-head", False, waiting_reason="Unschedulable", waiting_message="Insufficient memory"
+    )
+    told = story.step(rayjob=replace(second(), deployment_status="Initializing"), pods=[full]).status.message
+    assert "8192Mi memory" in (told or ""), "what it asks for, and not what the spec does"
 
 
 @pytest.mark.parametrize("error_class", [("GpuOutOfMemory", 80), ("HostOutOfMemory", 81)])
