@@ -192,13 +192,17 @@ def _without_a_copy(seen: Observed, attempt: Attempt) -> Observed:
 
 
 def _ending_of(seen: Observed, attempt: Attempt, result: Result) -> Ending:
-    """How the attempt ended in the trainer's words, but for what it cannot know: that its RayJob was deleted."""
+    """How the attempt ended in the trainer's words, but for what it cannot know: that its RayJob was deleted, or why
+    its pod is taken away."""
     rayjob = seen.rayjob
     gone = attempt.uid is not None if rayjob is None else rayjob.ours and rayjob.deleting_since is not None
     if gone and result.error_class is ErrorClass.PREEMPTED:
         error_class, message = ErrorClass.LOST, f"RayJob {attempt.ray_job} was deleted before it finished"
     else:
         error_class, message = result.error_class, result.message
+    taken = next((pod.disruption for pod in seen.pods if pod.disruption), None)
+    if taken is not None and error_class is ErrorClass.PREEMPTED:
+        message = f"{message} ({taken})"
     return Ending(error_class, message, exit_code=result.exit_code, step=result.step)
 
 

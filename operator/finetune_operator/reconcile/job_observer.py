@@ -55,6 +55,9 @@ class JobObserver:
         base = self._base(key, job)
         quiet = rayjob is not None and not rayjob.is_over
         quiet = quiet and (base.report is not None or (rayjob is not None and rayjob.job_status == "RUNNING"))
+        quiet = quiet and (
+            base.report is None or base.report.result is None
+        )  # who stopped it, its pod may tell
         queued = rayjob is not None and rayjob.is_held_back and rayjob.queue is not None
         submitter, problem = await self._submitter(job, attempt, rayjob, fresh=fresh or quiet)
         pods = [] if quiet else await self._pods(job, attempt, rayjob, fresh=fresh and not unborn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,16 @@ def test_a_rayjob_that_was_deleted_is_told_though_its_trainer_calls_itself_preem
     assert (plan.status.phase, plan.status.reason) == (Phase.RETRYING, "Lost")
     assert "RayJob triage-a1 was deleted before it finished" in (plan.status.message or "")
     assert (story.attempt.exit_code, story.attempt.lost_steps) == (75, 0)
+
+
+def test_why_its_pod_was_taken_away_is_told_with_what_the_trainer_said() -> None:
+    story = Story(QUICK).trained()
+    evicted = replace(POD, disruption="EvictionByEvictionAPI: Eviction API: evicting")
+    plan = story.step(rayjob=RUNNING, pods=[evicted], report=goodbye(step=9, saved=9))
+    assert plan.status.reason == "Preempted"
+    told = story.attempt.message or ""
+    assert told.startswith("stopped by SIGTERM")
+    assert told.endswith("(EvictionByEvictionAPI: Eviction API: evicting)")
 
 
 def test_other_last_words_of_a_suspended_rayjob_count() -> None:
