@@ -86,6 +86,8 @@ class PodFacts:
     """Exit code of KubeRay's container ray-job-submitter (SidecarMode), once it has ended."""
     out_of_memory: bool = False
     """Whether the kernel killed its trainer's container for its memory."""
+    restarted: str = ""
+    """How its trainer's container ended before the kubelet started it again."""
     disruption: str | None = None
     """Why the cluster takes the pod away (condition DisruptionTarget): preemption, eviction, a node that goes."""
 

@@ -87,6 +87,9 @@ def cause(rayjob: RayJobFacts, pods: Sequence[PodFacts]) -> tuple[ErrorClass, st
     for pod in pods:
         if pod.disruption:
             return ErrorClass.PREEMPTED, f"pod {pod.name} was taken away: {pod.disruption}"
+    for pod in pods:
+        if pod.restarted:
+            return ErrorClass.LOST, f"the container of pod {pod.name} ended: {pod.restarted}"
     return None
 
 

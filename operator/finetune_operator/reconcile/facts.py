@@ -186,6 +186,9 @@ def pod_facts(body: Json, *, attempt_start: datetime | None = None, warning: Jso
         node=body.get("spec", {}).get("nodeName"),
         submitter_exit_code=_submitter_exit_code(containers),
         out_of_memory=any(_is_out_of_memory(container) for container in containers),
+        restarted=next(
+            (_last_end(one) for one in containers if one.get("name") == naming.HEAD_CONTAINER), ""
+        ),
         disruption=_disruption(disrupted),
     )
 

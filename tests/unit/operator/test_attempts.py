@@ -321,6 +321,15 @@ def test_a_killed_container_tells_of_its_memory_where_the_trainer_could_not() ->
     assert story.step(rayjob=lost, pods=[killed]).status.reason == "HostOutOfMemory"
 
 
+def test_a_container_that_ended_under_the_trainer_is_told_instead_of_a_failed_submission_alone() -> None:
+    story = Story(QUICK).trained()
+    again = PodFacts("triage-a1-head", True, restarted="Error, exit code 137")
+    story.step(rayjob=rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="x"), pods=[again])
+    assert story.attempt.error_class is ErrorClass.LOST
+    told = "the container of pod triage-a1-head ended: Error, exit code 137 (SubmissionFailed: x)"
+    assert story.attempt.message == told
+
+
 def test_a_container_whose_memory_does_not_even_let_it_start_is_not_waited_for() -> None:
     story = Story(QUICK).started()
     head = PodFacts("triage-a1-head", True, waiting_reason="CrashLoopBackOff", waiting_message="OOMKilled")

@@ -162,9 +162,11 @@ def test_how_a_pod_ended_is_read_from_its_containers() -> None:
 )
 def test_a_container_that_is_started_again_tells_how_it_ended(ended: Any, told: str) -> None:
     waits = {"reason": "CrashLoopBackOff", "message": "back-off 20s restarting failed container"}
-    container = {"state": {"waiting": waits}, "lastState": {} if ended is None else {"terminated": ended}}
+    last = {} if ended is None else {"terminated": ended}
+    container = {"name": "ray-head", "state": {"waiting": waits}, "lastState": last}
     pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [container]}}
     assert facts.pod_facts(pod).waiting_message == told
+    assert facts.pod_facts(pod).restarted == ("" if ended is None else told)
 
 
 def test_the_actions_annotation_is_read() -> None:
