@@ -66,7 +66,7 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
     if not rayjob.deployment_status and not rayjob.known_to_kuberay and not rayjob.managed_elsewhere and old:
         message = (
             f"KubeRay does not look at RayJob {rayjob.name}: see that its operator runs (kubectl get pods -A "
-            "-l app.kubernetes.io/name=kuberay-operator) and watches this namespace"
+            "-l app.kubernetes.io/component=kuberay-operator) and watches this namespace"
         )
         return Wait("KubeRayUnavailable", message)
     if rayjob.deployment_status in ("Retrying", "Waiting"):

@@ -144,6 +144,8 @@ def test_a_rayjob_that_nobody_looks_at_names_kuberay_within_15_seconds() -> None
     plan = story.step(rayjob=unseen)
     assert plan.status.reason == "KubeRayUnavailable"
     assert "see that its operator runs" in (plan.status.message or "")
+    label = "app.kubernetes.io/component=kuberay-operator"  # the same with Helm and with kustomize
+    assert label in (plan.status.message or "")
 
 
 def test_a_job_is_looked_at_only_as_often_as_time_alone_can_change_why_it_waits() -> None:
