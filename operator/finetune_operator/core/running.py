@@ -169,7 +169,11 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
             claims.append(words.checkpoint_claim(seen.with_status(saved)))
     status = statuses.build(seen, phase, reason, message, claims=claims, now=now, **updates)
     again = deadlines.next_check(seen.with_status(status), attempt, now=now, most=RESYNC_SECONDS)
-    return Plan(status=status, requeue_after=again)
+    heard = deadlines.last_heard(seen, attempt)
+    silent = heard is not None and (now - heard).total_seconds() >= RESYNC_SECONDS
+    # It may not know our authority: that was replaced since it started, and it reads the file for each report.
+    actions = (WriteRunFile(rayjob.name, attempt.number),) if silent else ()
+    return Plan(status=status, actions=actions, requeue_after=again)
 
 
 def _progress(report: Report, known: FineTuneJobStatus, *, at: datetime | None) -> Progress:

@@ -19,6 +19,7 @@ from finetune_operator.core.facts import (
     Plan,
     PodFacts,
     RayJobFacts,
+    WriteRunFile,
 )
 from finetune_operator.core.reports import Report
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
@@ -319,6 +320,15 @@ def test_a_killed_container_tells_of_its_memory_where_the_trainer_could_not() ->
     killed = PodFacts("triage-a1-head", False, out_of_memory=True)
     lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="x")
     assert story.step(rayjob=lost, pods=[killed]).status.reason == "HostOutOfMemory"
+
+
+def test_a_silent_trainer_is_given_the_authority_again_which_may_be_another_one_now() -> None:
+    story = Story(QUICK).trained()
+    heard, runs = story.now, rayjob("Running", "RUNNING")
+    plan = story.step(rayjob=runs, report=training(step=6), reported_at=heard, after=60)
+    assert plan.actions == ()
+    plan = story.step(rayjob=runs, report=training(step=6), reported_at=heard)
+    assert plan.actions == (WriteRunFile("triage-a1", 1),)
 
 
 def test_a_container_that_ended_under_the_trainer_is_told_instead_of_a_failed_submission_alone() -> None:
