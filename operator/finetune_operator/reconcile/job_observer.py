@@ -9,10 +9,11 @@ from datetime import datetime
 from finetune_operator.adapters.kube import KUEUE_VERSION, Json
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION
-from finetune_operator.api.finetunejob import KIND, Attempt
+from finetune_operator.api.finetunejob import KIND, Attempt, ErrorClass
 from finetune_operator.core import jobs, statuses, waits
 from finetune_operator.core.conditions import ConditionType
 from finetune_operator.core.facts import JobFacts, Observed, PodFacts, RayJobFacts, UpstreamFacts
+from finetune_operator.core.reports import Report
 from finetune_operator.manifests import naming
 from finetune_operator.reconcile import clocks, facts, waiting
 from finetune_operator.reconcile.followers import Followers
@@ -53,11 +54,7 @@ class JobObserver:
         if attempt.end_time is not None:
             return await self._observe_ended(key, job, attempt, rayjob, fresh=fresh)
         base = self._base(key, job)
-        quiet = rayjob is not None and not rayjob.is_over
-        quiet = quiet and (base.report is not None or (rayjob is not None and rayjob.job_status == "RUNNING"))
-        quiet = quiet and (
-            base.report is None or base.report.result is None
-        )  # who stopped it, its pod may tell
+        quiet = rayjob is not None and _is_quiet(rayjob, base.report)
         queued = rayjob is not None and rayjob.is_held_back and rayjob.queue is not None
         submitter, problem = await self._submitter(job, attempt, rayjob, fresh=fresh or quiet)
         pods = [] if quiet else await self._pods(job, attempt, rayjob, fresh=fresh and not unborn)
@@ -220,6 +217,16 @@ class JobObserver:
         attempt = job.status.attempts[-1]
         recorded = attempt.uid if name == attempt.ray_job else None
         return facts.rayjob_facts(body, owner=job.name, owner_uid=job.uid, recorded_uid=recorded)
+
+
+def _is_quiet(rayjob: RayJobFacts, report: Report | None) -> bool:
+    """Whether the trainer is heard of, so that its pods need not be asked for."""
+    if rayjob.is_over:
+        return False
+    if report is None:
+        return rayjob.job_status == "RUNNING"
+    # Who stopped it, its pod may tell.
+    return report.result is None or report.result.error_class is not ErrorClass.PREEMPTED
 
 
 def _ought_to_have_pods(rayjob: RayJobFacts | None, *, now: datetime) -> bool:

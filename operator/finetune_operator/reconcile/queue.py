@@ -145,9 +145,8 @@ class KeyedQueue:
         except self._ordinary as error:
             again = self._backoff(key, most=LAST_ORDINARY_BACKOFF)
             failures = self._failures[key]
-            if (
-                failures & (failures - 1) == 0
-            ):  # the 1st, 2nd, 4th, ...: it may last for hours, and concern all keys
+            # The 1st, 2nd, 4th, ...: it may last for hours, and concern all keys.
+            if failures.bit_count() == 1:
                 logger.warning("reconcile of %s/%s has to wait (failure %d): %s", *key, failures, error)
         except Exception:  # the border of a pass: any fault is logged, and the key comes back later
             again = self._backoff(key, most=LAST_BACKOFF)
