@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import random
@@ -27,6 +28,7 @@ _BACKTRACK_LIMIT = 10_000
 _ROUTES_AT_ONCE = 20  # about a millisecond of work
 _ROUTES_KEPT = 256  # schemas
 _CLIENTS_KEPT = 32  # schemas; of 2 MiB each at most, which anybody may send
+_SHARED = 256  # parts that routes have in common
 _CREATED = 0  # the list of models has no creation times to tell; OpenAI's field is a Unix time
 
 
@@ -74,7 +76,10 @@ class Watch:
     """The events of `outputs`."""
 
     @classmethod
+    @functools.lru_cache(maxsize=_SHARED)
     def build(cls, signals: tuple[wire.Signal, ...]) -> Self:
+        """Routes with the same signals share one: of a thousand copies, each would be cold at its next request."""
+
         def limits(event: SignalEvent) -> tuple[tuple[str, float], ...]:
             return tuple(
                 (s.name, s.threshold) for s in signals if s.event == event and s.threshold is not None
@@ -259,7 +264,7 @@ def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: Sche
         weight=route.weight,
         mirror=route.mirror,
         sticky=route.sticky,
-        keys=tuple(source for text in route.keys if (source := KeySource.parse(text)) is not None),
+        keys=_key_sources(route.keys),
         salt=route.salt.encode() + b"\0",
         pins=tuple(
             Pin(tuple((match.name.lower(), match.exact) for match in pin.headers), Arm(pin.arm))
@@ -272,6 +277,11 @@ def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: Sche
         sample=_sample(route, book),
         entry=_model_entry(route.alias),
     )
+
+
+@functools.lru_cache(maxsize=_SHARED)
+def _key_sources(texts: tuple[str, ...]) -> tuple[KeySource, ...]:
+    return tuple(source for text in texts if (source := KeySource.parse(text)) is not None)
 
 
 def _sample(route: wire.Route, book: Book) -> Sample | None:
