@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeAlias
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from finetune_operator.adapters.kube import ApiError
 from finetune_operator.adapters.telemetry import Telemetry
@@ -70,7 +70,10 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The body of a report. Raises HTTPRequestEntityTooLarge, HTTPUnsupportedMediaType and HTTPRequestTimeout."""
+    """The body of a report.
+
+    Raises HTTPRequestEntityTooLarge, HTTPUnsupportedMediaType, HTTPRequestTimeout and HTTPBadRequest.
+    """
     if "Content-Encoding" in request.headers:
         raise web.HTTPUnsupportedMediaType(text="send the report as it is, without Content-Encoding")
     if (request.content_length or 0) > MAX_BODY_BYTES:
@@ -80,6 +83,8 @@ async def read_body(request: web.Request) -> bytes:
             return await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_SECONDS:g} s") from None
+    except (ConnectionError, RequestPayloadError):  # a trainer that was killed, or chunks that are none
+        raise web.HTTPBadRequest(text="the body did not arrive whole") from None
 
 
 @contextlib.asynccontextmanager

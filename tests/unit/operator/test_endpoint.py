@@ -74,6 +74,26 @@ async def test_a_sender_that_dawdles_is_let_go(monkeypatch: pytest.MonkeyPatch) 
         writer.close()
 
 
+async def test_a_sender_that_dies_in_the_middle_is_no_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    ended = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            return await echo(request)
+        finally:
+            ended.set()
+
+    async with listening(answer) as url:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc".encode())
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+        async with asyncio.timeout(5):
+            await ended.wait()
+        assert (await post(url, data=b"x"))[0] == 200
+    assert not [record for record in caplog.records if record.exc_info], caplog.text
+
+
 async def test_a_connection_that_asks_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "CONNECTION_SECONDS", 0.2)
     monkeypatch.setattr(endpoint, "SWEEP_SECONDS", 0.05)
