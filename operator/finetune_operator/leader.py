@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 
 from finetune_operator import handlers, parts
-from finetune_operator.adapters.kube import ApiError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import AuthorityFile
 from finetune_operator.adapters.watched import WatchedKube
@@ -37,10 +36,7 @@ async def lead(
     clocks.CLOCK.begin_to_listen()  # a stand-by hears no trainer
     mailbox = Mailbox()
     reconciler = _reconciler(settings, kube=kube, mailbox=mailbox, telemetry=telemetry)
-    queue = KeyedQueue(
-        reconciler,
-        ordinary=ApiError,  # its message says it all: a right that is missing, a job that is gone by now
-    )
+    queue = KeyedQueue(reconciler, ordinary=parts.ORDINARY)
     telemetry.queue_depth.labels(finetunejob.KIND).set_function(queue.depth)
     reconciler.followers.wake = queue.add
     reports = StatusServer(

@@ -25,6 +25,7 @@ from finetune_operator.reconcile.emergencies import Emergencies
 from finetune_operator.reconcile.engines import Engines
 from finetune_operator.reconcile.errands import Errands
 from finetune_operator.reconcile.evidence import EvidenceBook
+from finetune_operator.reconcile.facts import UnreadableStatusError
 from finetune_operator.reconcile.fleet import Fleet
 from finetune_operator.reconcile.orphans import Orphans
 from finetune_operator.reconcile.queue import Key, KeyedQueue
@@ -34,6 +35,8 @@ from finetune_operator.reconcile.watchlist import Watchlist
 logger = logging.getLogger(__name__)
 
 CONCURRENCY = 16  # passes at once: they mostly wait for agents
+# Failures of a pass whose messages say it all: a right that is missing, an object that is gone by now.
+ORDINARY = (ApiError, UnreadableStatusError)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ async def build_rollouts(
             announcer=Announcer(kube=kube, errands=errands),
             emergencies=emergencies,
         )
-        queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, ordinary=ApiError))
+        queues.append(KeyedQueue(reconciler, concurrency=CONCURRENCY, ordinary=ORDINARY))
         telemetry.queue_depth.labels(KIND).set_function(queues[0].depth)
         orphans = Orphans(publisher=publisher, agents=agents, drain_seconds=settings.drain_seconds)
         yield Rollouts(queues[0], watchlist, publisher, fleet, orphans)

@@ -20,15 +20,13 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_operator import endpoint
-from finetune_operator.adapters.kube import Kube
+from finetune_operator.adapters.kube import Json, Kube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
 from finetune_operator.core import jobs
-from finetune_operator.core.facts import JobFacts
 from finetune_operator.core.rates import Limiter, Rate
 from finetune_operator.core.reports import Report
 from finetune_operator.manifests import naming
-from finetune_operator.reconcile import facts
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
 
@@ -115,25 +113,23 @@ class StatusServer:
                 text="the token is not one for this job"
             )  # without asking the API server
         async with self._reviews:
-            job = await self._job(key)
-            audience = naming.audience(job.uid)
+            uid = (await self._body(key))["metadata"]["uid"]
+            audience = naming.audience(uid)
             owner = await self._kube.review_token(token, audience=audience) if audience in audiences else None
         if owner is None or not owner.username.startswith(f"system:serviceaccount:{key[0]}:"):
             raise web.HTTPUnauthorized(text="the token is not one for this job")
-        return job.uid
+        return str(uid)
 
-    async def _job(self, key: Key) -> JobFacts:
+    async def _body(self, key: Key) -> Json:
         body = await self._kube.get(API_VERSION, KIND, *key)
         if body is None:
             raise web.HTTPNotFound(text=f"no FineTuneJob {key[1]} in namespace {key[0]}")
-        return facts.job_facts(body)
+        return body
 
     async def _is_expected(self, key: Key, *, uid: str, attempt: int) -> bool:
         """Whether such an attempt is under way, by what the watches tell, which costs no request. Not so for one that
         is not recorded yet: nothing of it would be believed. Raises HTTPConflict for one that is over."""
-        body = await self._kube.get(API_VERSION, KIND, *key)
-        if body is None:
-            raise web.HTTPNotFound(text=f"no FineTuneJob {key[1]} in namespace {key[0]}")
+        body = await self._body(key)
         status = body.get("status", {})
         current = max((one["number"] for one in status.get("attempts", [])), default=0)
         over = attempt < current or status.get("phase") in jobs.FINAL_PHASES

@@ -34,7 +34,7 @@ STEPS = ("strategy", "canary", "steps")
 
 def deployment_facts(body: Json, *, known: AdapterDeploymentSpec | None = None) -> DeploymentFacts:
     """The facts of an AdapterDeployment. A spec that an older or newer CRD let through becomes a problem, not an
-    error; `known` is the one that could be read before."""
+    error; `known` is the one that could be read before. Raises UnreadableStatusError."""
     metadata = body["metadata"]
     spec: AdapterDeploymentSpec | None = None
     problem: str | None = None
@@ -50,7 +50,7 @@ def deployment_facts(body: Json, *, known: AdapterDeploymentSpec | None = None) 
         generation=metadata.get("generation", 1),
         spec=spec,
         problem=problem,
-        status=AdapterDeploymentStatus.model_validate(body.get("status", {})),
+        status=facts.read_status(AdapterDeploymentStatus, body),
         action=metadata.get("annotations", {}).get(ACTION_ANNOTATION),
         deleting="deletionTimestamp" in metadata,
     )

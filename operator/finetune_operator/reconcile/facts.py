@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -22,8 +22,18 @@ CRASHING = "CrashLoopBackOff"
 STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its events are asked for
 
 
+Status = TypeVar("Status", bound=StatusModel)
+
+
+class UnreadableStatusError(Exception):
+    """A status that an operator of another version wrote; the message names what is not known in it."""
+
+
 def job_facts(body: Json) -> JobFacts:
-    """The facts of a FineTuneJob. A spec that an older or newer CRD let through becomes a problem, not an error."""
+    """The facts of a FineTuneJob. A spec that an older or newer CRD let through becomes a problem, not an error.
+
+    Raises UnreadableStatusError.
+    """
     metadata = body["metadata"]
     spec: FineTuneJobSpec | None = None
     problem: str | None = None
@@ -40,11 +50,23 @@ def job_facts(body: Json) -> JobFacts:
         generation=metadata.get("generation", 1),
         spec=spec,
         problem=problem,
-        status=FineTuneJobStatus.model_validate(body.get("status", {})),
+        status=read_status(FineTuneJobStatus, body),
         deleting="deletionTimestamp" in metadata,
         orphans="orphan" in metadata.get("finalizers", []),
         action=metadata.get("annotations", {}).get(ACTION_ANNOTATION),
     )
+
+
+def read_status(model: type[Status], body: Json) -> Status:
+    """The status of one of our objects. Raises UnreadableStatusError: who cannot read what was done must do nothing."""
+    try:
+        return model.model_validate(body.get("status", {}))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)[0]
+        path = ".".join(["status", *(str(part) for part in found["loc"])])
+        raise UnreadableStatusError(
+            f"{path}: {found['msg']}; an operator of another version wrote it: upgrade this one"
+        ) from None
 
 
 def spec_problem(error: ValidationError) -> str:
@@ -276,7 +298,7 @@ def upstream_facts(body: Json | None, *, name: str, waits_for: Sequence[str] = (
     """The facts of the job that another one waits for; `waits_for` are those that it waits for itself."""
     if body is None:
         return UpstreamFacts(name=name, exists=False)
-    status = FineTuneJobStatus.model_validate(body.get("status", {}))
+    status = read_status(FineTuneJobStatus, body)
     return UpstreamFacts(
         name=name,
         phase=status.phase,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
 from finetune_operator.core.facts import Event
-from finetune_operator.reconcile import events, facts
+from finetune_operator.reconcile import deployment_facts, events, facts
 from finetune_operator.reconcile.patches import merge_diff
 from tests.unit.operator.stories import SPEC, START, Story
 
@@ -73,6 +73,21 @@ def test_fields_of_a_newer_crd_hide_nothing_else_of_a_spec() -> None:
     assert job.spec is not None
     assert job.spec.retry.max_infra_retries == 2
     assert "spec.retry.novelty: this field is of a newer CRD" in (job.problem or "")
+
+
+def test_a_status_with_a_newer_operators_words_is_named_and_no_fault_of_ours() -> None:
+    """Who goes back to an older operator finds such ones; it must not act on what it half understands."""
+    attempt = {
+        "number": 0,
+        "rayJob": "triage-a0",
+        "startTime": "2026-01-01T12:00:00Z",
+        "class": "Foreseen",
+    }
+    newer = {"status": {"phase": "Running", "attempts": [attempt]}}
+    with pytest.raises(facts.UnreadableStatusError, match=r"status\.attempts\.0\.class: .*upgrade this one"):
+        facts.job_facts(body(**newer))
+    with pytest.raises(facts.UnreadableStatusError, match=r"status\.phase: "):
+        deployment_facts.deployment_facts(body(spec={}, status={"phase": "Foreseen"}))
 
 
 SUBJECT = events.Subject("FineTuneJob", "team", "triage", "u")
