@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Annotated
 
 # Ctrl-C while the modules below are loaded ends the process without a traceback.
 _on_interrupt = signal.getsignal(signal.SIGINT)
@@ -29,6 +31,22 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(rollouts.app, name="rollout")
 app.add_typer(local.app, name="local")
 app.command("plan")(job_planning.plan)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"finetune {importlib.metadata.version('finetune-operator')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

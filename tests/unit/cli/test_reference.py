@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_cli import reference
+import yaml
+from typer.testing import CliRunner
 
-PAGE = Path(__file__).parents[3] / "docs" / "reference" / reference.FILE
+from finetune_cli import reference
+from finetune_cli.__main__ import app
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "reference" / reference.FILE
 
 
 def test_committed_page_is_current() -> None:
@@ -27,3 +32,9 @@ def test_every_group_and_verb_is_on_the_page() -> None:
         for verb in verbs:
             assert f"### `finetune {group} {verb}`\n" in text
     assert "Exit code 0: the wanted adapter serves. 1: it was rolled back." in text
+
+
+def test_the_version_is_that_of_the_package_and_of_the_chart() -> None:
+    said = CliRunner().invoke(app, ["--version"])
+    chart = yaml.safe_load((ROOT / "helm" / "finetune-operator" / "Chart.yaml").read_text(encoding="utf-8"))
+    assert (said.exit_code, said.output) == (0, f"finetune {chart['appVersion']}\n")
