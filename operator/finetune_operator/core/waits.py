@@ -250,7 +250,9 @@ def refusal(what: str, problem: str) -> str:
     """The sentence for it. `what` cannot be created."""
     reason = "CountExceeded" if _COUNTED.search(problem) else reason_of_refusal(problem, otherwise="")
     remedy = REMEDIES.get(reason, "correct what the message names")
-    return f"{what} cannot be created: {_quoted(problem)}; {remedy}"
+    # What stands before it names a pod, another one at each try.
+    _, _, why_not = problem.rpartition(" is forbidden: ")
+    return f"{what} cannot be created: {_quoted(why_not)}; {remedy}"
 
 
 def _quoted(message: str) -> str:

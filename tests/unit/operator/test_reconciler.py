@@ -152,7 +152,9 @@ async def test_what_keeps_a_job_from_being_submitted_is_told_while_its_cluster_i
     stage.api.time += timedelta(seconds=31)
     await stage.passes()
     assert (stage.status["phase"], stage.status["reason"]) == ("Provisioning", reason)
-    assert "triage-a1-x" in stage.status["message"]
+    assert {"QuotaExceeded": "exceeded quota: tight", "Unschedulable": "triage-a1-x"}[reason] in stage.status[
+        "message"
+    ]
 
 
 async def test_a_right_to_read_pods_that_is_missing_is_told() -> None:
