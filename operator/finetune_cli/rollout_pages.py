@@ -147,8 +147,10 @@ def what_to_do(rollout: Rollout) -> list[str]:
     if lines := needed(rollout):
         return lines
     if phase == "Healthy":
-        return ["Nothing. To deploy another adapter, change spec.adapter. Back to the former one: "
-                f"finetune rollout undo {where}"]  # fmt: skip
+        served = [entry for entry in status.get("history") or () if entry["completionStatus"] != "Aborted"]
+        has_former = {entry["revision"] for entry in served} - {status.get("stableRevision")}
+        back = f" Back to the former one: finetune rollout undo {where}" if has_former else ""
+        return [f"Nothing. To deploy another adapter, change spec.adapter.{back}"]
     if phase == "Pending" and not status.get("message"):
         return ["If this stays: is the operator up (finetune local status, or its Deployment)?"]
     return [f"Nothing; it goes on. To follow it: finetune rollout watch {where}"]

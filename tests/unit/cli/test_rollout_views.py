@@ -33,6 +33,13 @@ def test_a_rollout_is_over_when_the_wanted_revision_serves_or_was_rolled_back() 
         assert rollout_views.exit_code(one) is None
 
 
+def test_the_way_back_is_offered_where_there_is_one() -> None:
+    one = promoted()
+    assert "undo" not in rollout_pages.what_to_do(one)[0], "the first revision has none before it"
+    one["status"]["history"].append(one["status"]["history"][0] | {"revision": "0a1b2c3d"})
+    assert "finetune rollout undo bot -n default" in rollout_pages.what_to_do(one)[0]
+
+
 def test_a_status_about_an_older_spec_ends_nothing() -> None:
     for one in (promoted(), aborted()):
         one["metadata"]["generation"] += 1
