@@ -12,23 +12,19 @@ from datetime import datetime
 
 from finetune_operator.api.finetunejob import (
     Attempt,
-    Effective,
     ErrorClass,
-    FineTuneJobSpec,
     FineTuneJobStatus,
-    FitCheck,
     LastAction,
     Phase,
 )
 from finetune_operator.core import (
     attempts,
+    beginning,
     between,
-    chains,
     costs,
     deadlines,
     endings,
     inspections,
-    policies,
     running,
     statuses,
     suspensions,
@@ -144,7 +140,10 @@ def _decide_unfinished(seen: Observed, *, defaults: Defaults, now: datetime) -> 
     if spec is not None and not spec.suspend:
         seen = suspensions.resumed(seen, now=now)
     if not known.attempts:
-        return _before_the_first(seen, defaults=defaults, now=now)
+        if _is_cancelled(seen):
+            text = "cancelled by the annotation finetune.dev/action before the first attempt"
+            return endings.failed(seen, str(ErrorClass.CANCELLED), text, now=now)
+        return beginning.decide(seen, defaults=defaults, now=now)
     attempt = known.attempts[-1]
     if attempt.end_time is not None:
         open_ended = known.next_attempt_time is not None or inspections.is_undecided(known)
@@ -221,85 +220,6 @@ def _order_to_end(seen: Observed) -> str | None:
         return None
     stopped = rayjob.job_status == "STOPPED" and attempt.error_class is ErrorClass.PREEMPTED
     return f"Ray job of {rayjob.name} was stopped" if stopped else None
-
-
-# ---------------------------------------------------------------- before anything runs
-
-
-def _before_the_first(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
-    spec = seen.job.spec
-    if _is_cancelled(seen):
-        text = "cancelled by the annotation finetune.dev/action before the first attempt"
-        return endings.failed(seen, str(ErrorClass.CANCELLED), text, now=now)
-    if spec is not None and spec.suspend:
-        return suspensions.suspended(seen, now=now)
-    if spec is None or seen.job.problem is not None:
-        return attempts.wait_for_spec(seen, now=now)
-    if spec.output.uri is None and defaults.output_uri is None:
-        message = "spec.output.uri is not set and the operator has no default (FINETUNE_OUTPUT_URI): set one of them"
-        return _wait(seen, "OutputRequired", message, now=now)
-    settled = chains.settle(
-        seen.job.name, spec, model=seen.upstream, reward=seen.reward, scripts=seen.scripts
-    )
-    match settled:
-        case chains.Waiting(reason, message, is_polled):
-            seconds = WAITING_SECONDS if is_polled else RESYNC_SECONDS
-            return _wait(seen, reason, message, now=now, accepted=True, seconds=seconds)
-        case chains.Broken(reason, message):
-            return endings.failed(seen, reason, message, now=now)
-        case chains.Ready():
-            pass
-    if not seen.kuberay_installed:
-        return attempts.wait_for_kuberay(seen, now=now)
-    return _record_first_attempt(seen, spec, settled, defaults=defaults, now=now)
-
-
-def _wait(
-    seen: Observed,
-    reason: str,
-    message: str,
-    *,
-    now: datetime,
-    accepted: bool = False,
-    seconds: float | None = None,
-) -> Plan:
-    claim = Claim(ConditionType.ACCEPTED, False, reason, message)
-    if accepted:
-        claim = Claim(ConditionType.RESOURCES_READY, False, reason, message)
-    status = statuses.build(seen, Phase.PENDING, reason, message, claims=[claim], now=now)
-    return Plan(status=status, requeue_after=seconds)
-
-
-def _record_first_attempt(
-    seen: Observed, spec: FineTuneJobSpec, settled: chains.Ready, *, defaults: Defaults, now: datetime
-) -> Plan:
-    job = seen.job
-    checks = spec.resources.fit_check is FitCheck.AUTO and spec.resources.accelerator_type is not None
-    first = Attempt(number=1, ray_job=f"{job.name}-a1", start_time=now)
-    message = f"attempt 1 starts as RayJob {first.ray_job}"
-    if checks:
-        first = Attempt(number=policies.CHECK, ray_job=f"{job.name}-check", start_time=now)
-        message = f"RayJob {first.ray_job} checks the job before it asks for a GPU"
-    output = spec.output.uri or f"{defaults.output_uri}/{job.namespace}/{job.name}-{job.uid[:8]}"
-    status = statuses.build(
-        seen,
-        Phase.PENDING,
-        "Accepted",
-        message,
-        claims=[SPEC_IS_COMPLETE],
-        now=now,
-        attempts=[first],
-        start_time=now,
-        effective=Effective(
-            model_uri=settled.model_uri,
-            adapter=settled.adapter,
-            reward=settled.reward,
-            output_uri=output,
-            checkpoint_uri=spec.checkpoint.uri or f"{output.rstrip('/')}-checkpoints",
-            image=spec.resources.image or defaults.image,
-        ),
-    )
-    return Plan(status=status, requeue_after=0)
 
 
 def _cancelled_between(seen: Observed, message: str, *, now: datetime) -> Plan:
