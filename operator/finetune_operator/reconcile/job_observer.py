@@ -15,7 +15,7 @@ from finetune_operator.core.conditions import ConditionType
 from finetune_operator.core.facts import JobFacts, Observed, PodFacts, RayJobFacts, UpstreamFacts
 from finetune_operator.core.reports import Report
 from finetune_operator.manifests import naming
-from finetune_operator.reconcile import clocks, facts, waiting
+from finetune_operator.reconcile import clocks, facts, pod_facts, waiting
 from finetune_operator.reconcile.followers import Followers
 from finetune_operator.reconcile.mailbox import Mailbox
 from finetune_operator.reconcile.queue import Key
@@ -128,7 +128,7 @@ class JobObserver:
         pods = [await self._pod(job, attempt, body) for body in bodies if _is_of(rayjob, body)]
         departed = self.kube.sightings.departed(job.namespace, labels)
         there = {pod.name for pod in pods}
-        gone = [facts.pod_facts(body) for body in departed if _is_of(rayjob, body)]
+        gone = [pod_facts.pod_facts(body) for body in departed if _is_of(rayjob, body)]
         return pods + [
             replace(pod, running=False, waiting_reason=None, submitter_exit_code=None, gone=True)
             for pod in gone

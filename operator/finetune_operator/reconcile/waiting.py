@@ -9,15 +9,15 @@ from finetune_operator.adapters.kube import KUEUE_VERSION, ApiError, ForbiddenEr
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, WorkloadFacts
 from finetune_operator.manifests import naming
-from finetune_operator.reconcile import facts
+from finetune_operator.reconcile import facts, pod_facts
 
 logger = logging.getLogger(__name__)
 
 
 async def observe_pod(kube: Kube, body: Json, *, attempt_start: datetime, now: datetime) -> PodFacts:
     """The facts of a pod. Only one that is stuck is worth a look at its events."""
-    pod = facts.pod_facts(body, attempt_start=attempt_start)
-    if not facts.is_stuck(pod, now=now):
+    pod = pod_facts.pod_facts(body, attempt_start=attempt_start)
+    if not pod_facts.is_stuck(pod, now=now):
         return pod
     metadata = body["metadata"]
     try:
@@ -25,7 +25,7 @@ async def observe_pod(kube: Kube, body: Json, *, attempt_start: datetime, now: d
     except ApiError as error:  # the reason stays unknown; the job goes on
         logger.warning("events of pod %s cannot be read: %s", metadata["name"], error)
         return pod
-    return facts.pod_facts(body, attempt_start=attempt_start, warning=facts.newest_warning(events))
+    return pod_facts.pod_facts(body, attempt_start=attempt_start, warning=pod_facts.newest_warning(events))
 
 
 async def cluster_problem(kube: Kube, rayjob: RayJobFacts, *, namespace: str) -> str:
@@ -38,7 +38,7 @@ async def cluster_problem(kube: Kube, rayjob: RayJobFacts, *, namespace: str) ->
     except ApiError as error:  # the reason stays unknown; the job goes on
         logger.warning("events of RayJob %s cannot be read: %s", rayjob.name, error)
         return ""
-    warning = facts.newest_warning(told)
+    warning = pod_facts.newest_warning(told)
     return str(warning.get("message", "")) if warning else ""
 
 
@@ -51,7 +51,7 @@ async def observe_submitter(
         found = await kube.find("v1", "Pod", namespace, labels={naming.LABEL_JOB_NAME: rayjob.name})
         if found:
             return await observe_pod(kube, found[0], attempt_start=attempt_start, now=now), ""
-        warning = facts.newest_warning(await kube.events_named(namespace, kind="Job", name=rayjob.name))
+        warning = pod_facts.newest_warning(await kube.events_named(namespace, kind="Job", name=rayjob.name))
     except ApiError as error:  # the reason stays unknown; the job goes on
         logger.warning("the submitter of RayJob %s cannot be looked up: %s", rayjob.name, error)
         return None, ""

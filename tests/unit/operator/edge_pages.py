@@ -16,7 +16,7 @@ from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import policies
 from finetune_operator.core.facts import CreateRayJob, DeleteJob, DeleteRayJob, Plan, RayJobFacts
 from finetune_operator.core.reports import Report
-from finetune_operator.reconcile import facts
+from finetune_operator.reconcile import facts, pod_facts
 from tests.patches import merged
 from tests.unit.operator.edge_cases import EDGE_CASES, PROVOKED, SEEN, EdgeCase
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
@@ -59,7 +59,7 @@ class Play:
         case = self.case
         body = copy.deepcopy(merged({**RAYJOB, "status": case.status or {}}, case.rayjob))
         found = facts.rayjob_facts(body, owner="triage", owner_uid="0123abcd-1111")
-        pods = [facts.pod_facts(pod) for pod in case.pods]
+        pods = [pod_facts.pod_facts(pod) for pod in case.pods]
         if self.story.attempt.number > 1:
             return {}
         if found.is_over and self.story.attempt.end_time is not None:

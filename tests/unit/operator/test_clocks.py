@@ -8,7 +8,7 @@ import pytest
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
 from finetune_operator.core import statuses
-from finetune_operator.reconcile import facts
+from finetune_operator.reconcile import pod_facts
 from finetune_operator.reconcile.clocks import SteadyClock
 from tests.unit.operator.stories import START, Story, rayjob, result, training
 
@@ -117,8 +117,8 @@ def test_a_kubelets_clock_does_not_make_an_image_hopeless() -> None:
     }
     story = Story().started()
     start = story.attempt.start_time
-    assert facts.pod_facts(pod, attempt_start=start).scheduled_at == start
-    plan = story.step(rayjob=rayjob("Initializing"), pods=[facts.pod_facts(pod, attempt_start=start)])
+    assert pod_facts.pod_facts(pod, attempt_start=start).scheduled_at == start
+    plan = story.step(rayjob=rayjob("Initializing"), pods=[pod_facts.pod_facts(pod, attempt_start=start)])
     assert (plan.status.phase, plan.status.reason) == (Phase.PROVISIONING, "ImagePullBackOff")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core.facts import PodFacts
-from finetune_operator.reconcile import facts
+from finetune_operator.reconcile import pod_facts
 from tests.unit.operator.stories import START, Story, rayjob
 
 QUOTA = (
@@ -195,12 +195,12 @@ CREATING = {
 
 def test_only_a_pod_that_has_a_node_and_says_nothing_is_stuck() -> None:
     later = START + timedelta(seconds=6)
-    assert facts.is_stuck(facts.pod_facts(body(CREATING)), now=later)
-    assert not facts.is_stuck(facts.pod_facts(body(CREATING)), now=START + timedelta(seconds=4))
-    assert not facts.is_stuck(facts.pod_facts(body({"conditions": []})), now=later)
-    assert not facts.is_stuck(facts.pod_facts(body({"phase": "Running"})), now=later)
+    assert pod_facts.is_stuck(pod_facts.pod_facts(body(CREATING)), now=later)
+    assert not pod_facts.is_stuck(pod_facts.pod_facts(body(CREATING)), now=START + timedelta(seconds=4))
+    assert not pod_facts.is_stuck(pod_facts.pod_facts(body({"conditions": []})), now=later)
+    assert not pod_facts.is_stuck(pod_facts.pod_facts(body({"phase": "Running"})), now=later)
     pulling = {"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}
-    assert not facts.is_stuck(facts.pod_facts(body(pulling)), now=later)
+    assert not pod_facts.is_stuck(pod_facts.pod_facts(body(pulling)), now=later)
 
 
 def test_the_newest_warning_tells_why_a_volume_is_not_there() -> None:
@@ -220,11 +220,11 @@ def test_the_newest_warning_tells_why_a_volume_is_not_there() -> None:
             "series": {"lastObservedTime": "2026-01-01T12:05:00Z"},
         },
     ]
-    pod = facts.pod_facts(body(CREATING), warning=facts.newest_warning(events))
+    pod = pod_facts.pod_facts(body(CREATING), warning=pod_facts.newest_warning(events))
     assert (pod.waiting_reason, pod.waiting_message) == ("FailedMount", "new")
-    assert facts.newest_warning([events[1]]) is None
+    assert pod_facts.newest_warning([events[1]]) is None
 
 
 def test_an_init_container_counts_too() -> None:
     waiting = {"initContainerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull", "message": "m"}}}]}
-    assert facts.pod_facts(body(waiting)).waiting_reason == "ErrImagePull"
+    assert pod_facts.pod_facts(body(waiting)).waiting_reason == "ErrImagePull"

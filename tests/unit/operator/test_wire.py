@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
 from finetune_operator.core.facts import Event
-from finetune_operator.reconcile import deployment_facts, events, facts
+from finetune_operator.reconcile import deployment_facts, events, facts, pod_facts
 from finetune_operator.reconcile.patches import merge_diff
 from tests.unit.operator.stories import SPEC, START, Story
 
@@ -113,7 +113,7 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
     ],
 )
 def test_why_a_pod_waits(status: dict[str, Any], reason: str | None) -> None:
-    pod = facts.pod_facts({"metadata": {"name": "head"}, "status": status})
+    pod = pod_facts.pod_facts({"metadata": {"name": "head"}, "status": status})
     assert pod.waiting_reason == reason
     assert pod.running == (status.get("phase") == "Running")
 
@@ -153,15 +153,15 @@ def test_a_rayjob_that_kuberay_has_never_looked_at_has_no_finalizer() -> None:
 def test_how_a_pod_ended_is_read_from_its_containers() -> None:
     killed = {"name": "ray-head", "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
     pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [killed]}}
-    assert facts.pod_facts(pod).out_of_memory
+    assert pod_facts.pod_facts(pod).out_of_memory
     proxy = {"metadata": {"name": "p"}, "status": {"containerStatuses": [killed | {"name": "istio-proxy"}]}}
-    assert not facts.pod_facts(proxy).out_of_memory, "twice the memory for the trainer is no help to it"
+    assert not pod_facts.pod_facts(proxy).out_of_memory, "twice the memory for the trainer is no help to it"
     submitter = {"name": "ray-job-submitter", "state": {"terminated": {"exitCode": 65}}}
     pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [submitter]}}
-    assert facts.pod_facts(pod).submitter_exit_code == 65
+    assert pod_facts.pod_facts(pod).submitter_exit_code == 65
     crashing = {"name": "ray-head", "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "5m0s"}}}
     pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [crashing]}}
-    assert facts.pod_facts(pod).waiting_reason == "CrashLoopBackOff"
+    assert pod_facts.pod_facts(pod).waiting_reason == "CrashLoopBackOff"
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_a_container_that_is_started_again_tells_how_it_ended(ended: Any, told: 
     last = {} if ended is None else {"terminated": ended}
     container = {"name": "ray-head", "state": {"waiting": waits}, "lastState": last}
     pod = {"metadata": {"name": "p"}, "status": {"phase": "Running", "containerStatuses": [container]}}
-    assert facts.pod_facts(pod).waiting_message == told
-    assert facts.pod_facts(pod).restarted == ("" if ended is None else told)
+    assert pod_facts.pod_facts(pod).waiting_message == told
+    assert pod_facts.pod_facts(pod).restarted == ("" if ended is None else told)
 
 
 def test_the_actions_annotation_is_read() -> None:
