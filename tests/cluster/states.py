@@ -18,17 +18,28 @@ STALL_SECONDS = 60
 
 
 def a_submission_that_fails_is_tried_again(stage: Stage) -> None:
-    """The submitter's pod is taken away before it has submitted anything."""
-    team, name = stage.team, "unsent"
+    """The submitter's pod is taken away before it has submitted anything. The kubelet leaves it two more seconds, in
+    which a quick one submits all the same: then its trainer's success counts, and another job is tried."""
+    for name in ("unsent", "unsent-2", "unsent-3"):
+        if _loses_its_submission(stage, name):
+            return
+    raise AssertionError("each of three submitters was quicker than its end")
+
+
+def _loses_its_submission(stage: Stage, name: str) -> bool:
+    team = stage.team
     team.apply(job(name))
     team("delete", "pod", submitter(stage, name), "--grace-period=0", "--force", "--wait=false")
     status = team.finished(name, seconds=2 * JOB_SECONDS)
     stories.ended(status, "Succeeded")
-    first, second = status["attempts"]
-    assert (first["class"], second["class"]) == ("Lost", "Succeeded"), json.dumps(status, indent=1)
     assert "Failed / , SubmissionFailed" in stage.watcher.shown[f"{name}-a1"], stage.watcher.shown
-    assert "SubmissionFailed" in first["message"]
     delete(team, name)
+    first, *more = status["attempts"]
+    if not more:
+        return False
+    assert (first["class"], more[0]["class"]) == ("Lost", "Succeeded"), json.dumps(status, indent=1)
+    assert "SubmissionFailed" in first["message"]
+    return True
 
 
 def a_submitter_that_hangs_holds_nothing(stage: Stage) -> None:
