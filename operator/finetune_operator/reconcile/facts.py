@@ -60,22 +60,23 @@ def read_status(model: type[Status], body: Json) -> Status:
     try:
         return model.model_validate(body.get("status", {}))
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)[0]
-        path = ".".join(["status", *(str(part) for part in found["loc"])])
+        problem = _problem("status", error.errors(include_url=False, include_input=False)[0])
         raise UnreadableStatusError(
-            f"{path}: {found['msg']}; an operator of another version wrote it: upgrade this one"
+            f"{problem}; an operator of another version wrote it: upgrade this one"
         ) from None
 
 
 def spec_problem(error: ValidationError) -> str:
     """What is wrong with a spec, field by field: the first few, for people read it and a status has its limits."""
     found = error.errors(include_url=False, include_input=False)
-    lines = [
-        f"{'.'.join(['spec', *(str(part) for part in item['loc'])])[:300]}: {_in_words(item)[:300]}"
-        for item in found[:PROBLEMS]
-    ]
+    lines = [_problem("spec", item) for item in found[:PROBLEMS]]
     more = [f"and {len(found) - PROBLEMS} more"] if len(found) > PROBLEMS else []
     return "; ".join(lines + more)
+
+
+def _problem(part: str, error: ErrorDetails) -> str:
+    path = ".".join([part, *(str(name) for name in error["loc"])])
+    return f"{path[:300]}: {_in_words(error)[:300]}"
 
 
 def _in_words(error: ErrorDetails) -> str:

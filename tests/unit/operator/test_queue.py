@@ -22,6 +22,14 @@ from tests.waiting import until
 A, B = ("ns", "a"), ("ns", "b")
 
 
+class AwayError(Exception):
+    """The API server's."""
+
+
+async def away(key: Key) -> None:
+    raise AwayError
+
+
 @asynccontextmanager
 async def running(worker: Worker, concurrency: int = 8) -> AsyncIterator[KeyedQueue]:
     queue = KeyedQueue(worker, concurrency=concurrency)
@@ -194,13 +202,7 @@ async def test_a_key_that_is_due_later_is_no_standstill_and_no_backlog() -> None
 
 
 async def test_an_api_server_that_is_away_is_no_reason_for_long_waits() -> None:
-    class AwayError(Exception):
-        pass
-
-    async def worker(key: Key) -> None:
-        raise AwayError
-
-    queue = KeyedQueue(worker, ordinary=AwayError)
+    queue = KeyedQueue(away, ordinary=AwayError)
     for _ in range(20):
         assert queue._backoff(A, most=LAST_ORDINARY_BACKOFF) <= LAST_ORDINARY_BACKOFF
     task = asyncio.create_task(queue.run())
@@ -212,13 +214,7 @@ async def test_an_api_server_that_is_away_is_no_reason_for_long_waits() -> None:
 
 
 async def test_an_outage_of_hours_is_a_few_lines_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    class AwayError(Exception):
-        pass
-
-    async def worker(key: Key) -> None:
-        raise AwayError
-
-    queue = KeyedQueue(worker, ordinary=AwayError)
+    queue = KeyedQueue(away, ordinary=AwayError)
     for _ in range(500):
         await queue._serve(A)
     assert [record.args[2] for record in caplog.records if isinstance(record.args, tuple)] == [
