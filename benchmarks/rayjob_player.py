@@ -114,8 +114,9 @@ class Player:
         owner = next((owner["uid"] for owner in metadata.get("ownerReferences", ())), "")
         self.seen.owned.setdefault((owner, metadata["name"]), set()).add(uid)
         if event["type"] == "DELETED" or "deletionTimestamp" in metadata:
-            if playing := self._playing.pop(uid, None):
-                playing.cancel()
+            playing = self._playing.pop(uid, None)
+            if playing is not None and playing.cancel():  # else it has come to its end
+                self.seen.ended += 1
             if event["type"] != "DELETED" and FINALIZER in metadata.get("finalizers", []):
                 group.create_task(self.let_go(body))
             return
@@ -200,8 +201,9 @@ class Player:
         owner = body["metadata"]["ownerReferences"][0]["uid"]
         path = f"/api/v1/namespaces/{body['metadata']['namespace']}/serviceaccounts/default/token"
         request = {"spec": {"audiences": [f"finetune.dev/jobs/{owner}"], "expirationSeconds": 3600}}
-        answer = await self._call("POST", path, request)
-        return environment["KUBEFLOW_TRAINER_SERVER_URL"], answer["status"]["token"] if answer else ""
+        while (answer := await self._call("POST", path, request)) is None:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.2)  # as a kubelet waits for the service account of a new namespace
+        return environment["KUBEFLOW_TRAINER_SERVER_URL"], answer["status"]["token"]
 
     async def _post(self, url: str, token: str, report: Json, *, tries: int) -> bool:
         """Whether the operator took it; answers of 4xx other than 429 are final, as for the trainer."""

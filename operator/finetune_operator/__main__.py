@@ -20,9 +20,9 @@ import kopf
 from aiohttp import web
 
 from finetune_operator import config, endpoint, handlers, leader, leadership
+from finetune_operator.adapters import tls
 from finetune_operator.adapters.kube import Kube, KubeconfigError
 from finetune_operator.adapters.telemetry import Telemetry
-from finetune_operator.adapters.tls import TlsFiles
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.endpoint import Desk
 from finetune_operator.forwarding import Forwarder
@@ -42,6 +42,7 @@ def main() -> None:
     kopf.configure(log_format=kopf.LogFormat.JSON if settings.json_logs else kopf.LogFormat.FULL)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per watch event otherwise
+    tls.buffer_single_records()
     try:
         asyncio.run(run(settings))
     except asyncio.CancelledError:  # a signal
@@ -146,11 +147,11 @@ async def _listen(
     settings: config.OperatorConfig, stack: contextlib.AsyncExitStack, *, desk: Desk, health: Health
 ) -> None:
     """Open the two ports that every replica has."""
-    tls = None
+    files = None
     if settings.status_certificate and settings.status_key:
         with _blamed_on("FINETUNE_TLS_CERT_FILE and FINETUNE_TLS_KEY_FILE"):
-            tls = TlsFiles(certificate=settings.status_certificate, key=settings.status_key)
-        stack.callback(health.look_after(tls.watch(), name="certificates").cancel)
+            files = tls.TlsFiles(certificate=settings.status_certificate, key=settings.status_key)
+        stack.callback(health.look_after(files.watch(), name="certificates").cancel)
     stack.callback(health.look_after(health.beat(), name="heartbeat").cancel)
     with _blamed_on("FINETUNE_STATUS_HOST and FINETUNE_STATUS_PORT"):
         await stack.enter_async_context(
@@ -158,7 +159,7 @@ async def _listen(
                 desk.application(),
                 host=settings.status_host,
                 port=settings.status_port,
-                tls=tls.context if tls else None,
+                tls=files.context if files else None,
             )
         )
     with _blamed_on("FINETUNE_METRICS_HOST and FINETUNE_METRICS_PORT"):

@@ -109,7 +109,7 @@ def check(stage: Stage, names: list[str], *, seconds: float = 90) -> None:
         status, kind = statuses[name], KINDS[kind_of(name)]
         assert status["phase"] == kind.phase, f"{name}: {status['phase']}: {status.get('message')}"
         attempts = [attempt["rayJob"] for attempt in status["attempts"]]
-        assert len(attempts) in kind.attempts, f"{name}: {attempts}"
+        assert len(attempts) in kind.attempts, f"{name}: {status['attempts']}"
         ends = [condition["type"] for condition in status["conditions"] if condition["status"] == "True"]
         assert ("Complete" in ends) != ("Failed" in ends), f"{name}: {ends}"
     ever = stage.rayjobs_ever()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import ssl
 import time
 import urllib.error
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.rayjob_player import progress
@@ -30,6 +33,8 @@ class Endpoint:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.kubectl = Kubectl(cluster.kubeconfig, "reports")
         self.kubectl("create", "namespace", "reports")
+        # Its tokens are the trainers'.
+        wait_until(lambda: self.kubectl.get("serviceaccount", "default") is not None, seconds=60)
         self.folder = folder
         certificates.ensure(folder)
         pair = certificates.pair(folder, "kube-apiserver")
@@ -147,6 +152,21 @@ def test_a_trainer_of_a_deleted_job_says_nothing_about_its_namesake(endpoint: En
     assert endpoint.post("again", endpoint.token(uid), progress(1, 4))[0] == 200
     found = endpoint.kubectl.wait_job("again", lambda s: "progress" in s, seconds=20)["status"]
     assert (found["phase"], found["progress"]["totalSteps"]) == ("Running", 4)
+
+
+def test_connections_that_anybody_may_open_are_no_danger_to_the_memory(endpoint: Endpoint) -> None:
+    """2,000 of them must fit into the chart's limit of 512 MiB."""
+    assert endpoint.operator.process is not None
+    process = psutil.Process(endpoint.operator.process.pid)
+    context = ssl.create_default_context(cafile=str(endpoint.folder / "ca.crt"))
+    address = ("127.0.0.1", endpoint.operator.ports["status"])
+    before = process.memory_info().rss
+    with contextlib.ExitStack() as stack:
+        for _ in range(400):
+            plain = stack.enter_context(socket.create_connection(address, timeout=30))
+            stack.enter_context(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+        each = (process.memory_info().rss - before) / 400
+    assert each < 180_000, "bytes of memory for each connection"
 
 
 def test_a_job_that_talks_too_much_is_told_when_to_come_back_and_others_are_not_hurt(

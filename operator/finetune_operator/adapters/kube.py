@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 FIELD_MANAGER = "finetune-operator"
 REQUEST_SECONDS = 30
-CONNECTIONS = 24  # at once, of about 300 kB each; further requests wait for their turn
+CONNECTIONS = 128  # at once, of about 100 kB each; further requests wait for their turn
 BUSY_TRIES = 4  # of a request that the server was too busy to begin with (429)
 BUSY_SECONDS = 5.0  # the longest that one is held back, whatever Retry-After says
 KUEUE_VERSION = "kueue.x-k8s.io/v1beta2"  # served since Kueue 0.15

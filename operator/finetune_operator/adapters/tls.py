@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import logging
 import ssl
 from pathlib import Path
@@ -10,8 +11,15 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 10.0
+RECORD_BYTES = 16 * 1024  # the most of a TLS record (RFC 8446, section 5.1)
 
 Stamp = tuple[tuple[int, int, int], ...]
+
+
+def buffer_single_records() -> None:
+    """Of this process, from now on. asyncio fills a buffer of 256 KiB for each TLS connection: 2,000 of them, which
+    anybody may open, would be more memory than the operator has."""
+    asyncio.sslproto.SSLProtocol.max_size = RECORD_BYTES
 
 
 class TlsFiles:

@@ -26,7 +26,8 @@ it has read and written is fresh: such passes follow each other without a turn i
 FIRST_BACKOFF = 0.5
 LAST_BACKOFF = 60.0
 LAST_ORDINARY_BACKOFF = 10.0  # an API server that is away, busy or refuses says nothing about the key
-CONCURRENCY = 24  # passes at once: with these, new jobs wait for the API server alone (docs/benchmarks.md)
+CONCURRENCY = 96  # passes at once: with fewer, new jobs wait for those who create others (docs/benchmarks.md)
+ORDINARY_CONCURRENCY = 16  # the same of those of ORDINARY priority: with more, fewer wishes are merged
 STEPS = 8  # passes over one key after which others have their turn
 
 
@@ -39,7 +40,8 @@ class Priority(IntEnum):
 
 
 class KeyedQueue:
-    """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key.
+    """Runs `worker` for every key that is added, at most `concurrency` at once and never twice at once for one key. Of
+    these, at most `ordinary_concurrency` are passes of ORDINARY priority, so that others find a place at once.
 
     Errors of the `ordinary` kinds are a line in the log, ever more seldom, and are tried again sooner than others."""
 
@@ -48,17 +50,20 @@ class KeyedQueue:
         worker: Worker,
         *,
         concurrency: int = CONCURRENCY,
+        ordinary_concurrency: int = ORDINARY_CONCURRENCY,
         ordinary: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> None:
         self._worker = worker
         self._ordinary = ordinary
         self._concurrency = concurrency
+        self._ordinary_concurrency = ordinary_concurrency
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[Priority, float, int, Key]] = []
         self._priorities: dict[Key, Priority] = {}  # of those that are not ORDINARY
         self._order = itertools.count()
         self._failures: dict[Key, int] = {}
         self._started: dict[Key, float] = {}
+        self._ordinary_passes: set[Key] = set()  # of those that are started
         self._moved = float("-inf")
         self._changed = asyncio.Event()
         self._jitter = random.Random()  # noqa: S311 - spreads load, protects nothing
@@ -113,19 +118,24 @@ class KeyedQueue:
         blocked: list[tuple[Priority, float, int, Key]] = []
         delay: float | None = None
         while self._heap and len(self._started) < self._concurrency:
-            _, when, _, key = self._heap[0]
+            priority, when, _, key = self._heap[0]
             if self._due.get(key) != when:  # replaced by an earlier wish, or one of higher priority
                 heapq.heappop(self._heap)
                 continue
             if when > now:
                 delay = when - now
                 break
+            is_ordinary = priority is Priority.ORDINARY
+            if is_ordinary and len(self._ordinary_passes) >= self._ordinary_concurrency:
+                break  # all that comes after it is ordinary too
             first = heapq.heappop(self._heap)
             if key in self._started:  # its worker wakes us when it is done
                 blocked.append(first)
                 continue
             del self._due[key]
             self._priorities.pop(key, None)
+            if is_ordinary:
+                self._ordinary_passes.add(key)
             self._started[key] = self._moved = now
             group.create_task(self._serve(key))
         for item in blocked:
@@ -155,6 +165,7 @@ class KeyedQueue:
             self._failures.pop(key, None)
         finally:
             self._started.pop(key, None)
+            self._ordinary_passes.discard(key)
             self._moved = asyncio.get_running_loop().time()
             self._changed.set()
         if again is not None:

@@ -165,6 +165,34 @@ async def test_at_most_concurrency_passes_run_at_once() -> None:
     assert most == 3
 
 
+async def test_ordinary_passes_leave_places_for_those_of_higher_priority() -> None:
+    active: set[Key] = set()
+    most, release = 0, asyncio.Event()
+    ordinary = [("ns", str(number)) for number in range(6)]
+
+    async def worker(key: Key) -> None:
+        nonlocal most
+        active.add(key)
+        most = max(most, len(active.intersection(ordinary)))
+        await release.wait()
+        active.remove(key)
+
+    queue = KeyedQueue(worker, concurrency=4, ordinary_concurrency=2)
+    task = asyncio.create_task(queue.run())
+    for key in ordinary:
+        queue.add(key)
+    await until(lambda: len(active) == 2)
+    for key in (A, B, ("ns", "c")):
+        queue.add(key, priority=Priority.EARLY)
+    await until(lambda: len(active) == 4)
+    assert active == {*ordinary[:2], A, B}, "no more than all places"
+    release.set()
+    await until(lambda: not active and queue.depth() == 0)
+    assert most == 2, "the places of the others are not for them, not even in the end"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_a_queue_in_which_nothing_moves_says_for_how_long() -> None:
     stop = asyncio.Event()
 
