@@ -21,7 +21,8 @@ from aiohttp import web
 
 from finetune_operator import config, endpoint, handlers, leader, leadership
 from finetune_operator.adapters import tls
-from finetune_operator.adapters.kube import Kube, KubeconfigError
+from finetune_operator.adapters.kube import Kube
+from finetune_operator.adapters.kubeconfig import KubeconfigError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.endpoint import Desk

@@ -10,19 +10,17 @@ import asyncio
 import contextlib
 import json
 import random
-import urllib.parse
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
 import pydantic_core
-import yaml
 from kubernetes import aio
 
+from finetune_operator.adapters import kubeconfig
+from finetune_operator.adapters.kubeconfig import KubeconfigError
 from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import API_VERSION
 
@@ -35,7 +33,6 @@ BUSY_TRIES = 4  # of a request that the server was too busy to begin with (429)
 BUSY_SECONDS = 5.0  # the longest that one is held back, whatever Retry-After says
 KUEUE_VERSION = "kueue.x-k8s.io/v1beta2"  # served since Kueue 0.15
 KUEUE_VISIBILITY = "visibility.kueue.x-k8s.io/v1beta2"
-IN_CLUSTER_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 PLURALS = {
     ("v1", "ConfigMap"): "configmaps",
     ("v1", "Event"): "events",
@@ -53,10 +50,6 @@ METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v
 
 class ApiError(Exception):
     """A request failed; `str()` is the server's own message."""
-
-
-class KubeconfigError(Exception):
-    """There is no way to an API server; the message names the kubeconfig."""
 
 
 class ConflictError(ApiError):
@@ -118,12 +111,7 @@ class Kube:
     ) -> Self:
         """A client by the pod's service account or the kubeconfig, without a request yet. `on_answer` is told the
         method and the HTTP status of each request, 0 where there was no answer. Raises KubeconfigError."""
-        configuration = aio.client.Configuration(connection_pool_maxsize=CONNECTIONS)
-        if IN_CLUSTER_TOKEN.is_file():  # noqa: ASYNC240 - once, at the start
-            aio.config.load_incluster_config(client_configuration=configuration)
-        else:
-            await _load_kubeconfig(configuration)
-        _settle_proxy(configuration)
+        configuration = await kubeconfig.find(connections=CONNECTIONS)
         configuration.client_session_kwargs = {"trust_env": False, "trace_configs": [_trace()]}
         try:
             client = aio.client.ApiClient(configuration)
@@ -337,30 +325,6 @@ class Kube:
             _fence.reset(token)
         self._on_answer(method, answer.status)
         return answer.status, data, _seconds(answer.headers.get("Retry-After"))
-
-
-async def _load_kubeconfig(configuration: aio.client.Configuration) -> None:
-    try:
-        await aio.config.load_kube_config(client_configuration=configuration)
-    # The client checks nothing: what is no YAML, no mapping or no base64 comes as what Python makes of it.
-    except (
-        aio.config.ConfigException,
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        OSError,
-    ) as error:
-        file = aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION
-        raise KubeconfigError(f"the kubeconfig {file} cannot be used: {error}") from error
-
-
-def _settle_proxy(configuration: aio.client.Configuration) -> None:
-    """The proxy that the environment names for the API server (HTTPS_PROXY, NO_PROXY), once for all requests: left to
-    itself the client asks a thread for it, and one more for .netrc, before each of them."""
-    server = urllib.parse.urlsplit(configuration.host)
-    if configuration.proxy is None and not urllib.request.proxy_bypass(server.netloc):
-        configuration.proxy = urllib.request.getproxies().get(server.scheme)
 
 
 def _trace() -> aiohttp.TraceConfig:

@@ -12,7 +12,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from finetune_operator.adapters import kube as kube_module
-from finetune_operator.adapters.kube import FencedError, Kube, KubeconfigError
+from finetune_operator.adapters.kube import FencedError, Kube
+from finetune_operator.adapters.kubeconfig import KubeconfigError
 from tests.waiting import until
 
 
