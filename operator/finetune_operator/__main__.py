@@ -16,10 +16,9 @@ _on_interrupt = signal.getsignal(signal.SIGINT)
 if _on_interrupt is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import kopf
 from aiohttp import web
 
-from finetune_operator import config, endpoint, handlers, leader, leadership
+from finetune_operator import config, endpoint, handlers, kopf_logging, leader, leadership
 from finetune_operator.adapters import tls
 from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.kubeconfig import KubeconfigError
@@ -40,9 +39,7 @@ def main() -> None:
         settings = config.load(os.environ)
     except config.ConfigurationError as error:
         sys.exit(f"finetune-operator: {error}")
-    kopf.configure(log_format=kopf.LogFormat.JSON if settings.json_logs else kopf.LogFormat.FULL)
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # one line per watch event otherwise
+    kopf_logging.configure(as_json=settings.json_logs)
     tls.buffer_single_records()
     try:
         asyncio.run(run(settings))

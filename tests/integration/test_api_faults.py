@@ -100,6 +100,9 @@ def test_the_api_server_is_away(operator: Operator, proxy: ApiProxy, stage: Stag
     stage.apply("well-meanwhile")
     time.sleep(AWAY_SECONDS)
     assert operator.get("/healthz") == "ok\n", "it is not the operator's fault"
+    log = operator.log()
+    assert "Request attempt #4/" in log, "Kopf's watches are told"
+    assert "Request attempt #5/" not in log, "and not each time"
     proxy.away.clear()
     check(stage, ["well-before", "lost-before", "well-meanwhile"], seconds=120)
 
