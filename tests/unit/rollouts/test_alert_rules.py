@@ -126,9 +126,22 @@ def promtool() -> str:
 
 @pytest.mark.parametrize("alert", CASES)
 def test_an_alert_fires_in_its_time(alert: str, promtool: str, tmp_path: Path) -> None:
-    rules = tmp_path / "alerts.yaml"
-    rules.write_text(RULES.read_text())
     series, fires, quiet = CASES[alert]
+    try_rules(promtool, tmp_path, alert, series, firing={quiet: 0, fires: 1})
+
+
+def test_a_rollback_is_no_alert_any_more_once_its_deployment_is_deleted(
+    promtool: str, tmp_path: Path
+) -> None:
+    try_rules(promtool, tmp_path, "AdapterRolledBack", {ABORTED: "0x10 1x10 _x60"}, firing={15: 1, 30: 0})
+
+
+def try_rules(
+    promtool: str, folder: Path, alert: str, series: dict[str, str], *, firing: dict[int, int]
+) -> None:
+    """`firing`: minute -> how many alerts of that name fire then."""
+    rules = folder / "alerts.yaml"
+    rules.write_text(RULES.read_text())
     test: dict[str, Any] = {
         "interval": "1m",
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
@@ -138,10 +151,10 @@ def test_an_alert_fires_in_its_time(alert: str, promtool: str, tmp_path: Path) -
                 "eval_time": f"{minute}m",
                 "exp_samples": [{"labels": "{}", "value": value}],
             }
-            for minute, value in ((quiet, 0), (fires, 1))
+            for minute, value in firing.items()
         ],
     }
-    file = tmp_path / "test.yaml"
+    file = folder / "test.yaml"
     file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "tests": [test]}))
     done = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
