@@ -53,3 +53,25 @@ FINETUNE_ALERT_PROVIDERS_FILE: {{ $files }}/alerts/providers.json
 FINETUNE_POD_DEFAULTS_FILE: {{ $files }}/settings/pod-defaults.json
 {{- end }}
 {{- end -}}
+
+{{/* Environment of the router, as a map of YAML. */}}
+{{- define "finetune.routerEnvironment" -}}
+{{- $files := "/etc/finetune-router" -}}
+FINETUNE_ROUTER_HOST: "0.0.0.0"
+FINETUNE_ROUTER_PORT: "8080"
+FINETUNE_ROUTER_ADMIN_HOST: "0.0.0.0"
+FINETUNE_ROUTER_ADMIN_PORT: "8081"
+FINETUNE_ROUTER_WORKERS: {{ .Values.router.workers | quote }}
+FINETUNE_ROUTER_STATE_DIR: /var/lib/finetune-router
+FINETUNE_ROUTER_ROUTES_FILE: {{ $files }}/routes/routes.json
+FINETUNE_ROUTER_ADMIN_TOKEN_FILE: {{ $files }}/secrets/admin-token
+FINETUNE_ROUTER_SIGNING_KEY_FILE: {{ $files }}/secrets/signing-key
+FINETUNE_ROUTER_DRAIN_DELAY: "5"
+FINETUNE_ROUTER_GRACE: {{ .Values.router.graceSeconds | quote }}
+{{- if .Values.router.apiKeysSecret }}
+FINETUNE_ROUTER_API_KEYS_FILE: {{ $files }}/clients/keys
+{{- end }}
+{{- if .Values.router.upstreamKeySecret }}
+FINETUNE_ROUTER_UPSTREAM_API_KEY_FILE: {{ $files }}/upstream/key
+{{- end }}
+{{- end -}}

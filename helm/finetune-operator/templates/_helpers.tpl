@@ -102,10 +102,14 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and $tls.existingSecret (ne $tls.mode "ExistingSecret") -}}
 {{- fail (printf "statusEndpoint.tls.existingSecret: %s is not used with statusEndpoint.tls.mode %s; set the mode to ExistingSecret or remove it" $tls.existingSecret $tls.mode) -}}
 {{- end -}}
-{{- $environment := include "finetune.operatorEnvironment" . | fromYaml -}}
-{{- range .Values.operator.extraEnv -}}
+{{- $pod := dict "FINETUNE_POD_IP" "" "FINETUNE_NAMESPACE" "" -}}
+{{- $operator := include "finetune.operatorEnvironment" . | fromYaml | merge $pod -}}
+{{- $router := include "finetune.routerEnvironment" . | fromYaml -}}
+{{- range $part, $environment := dict "operator" $operator "router" $router -}}
+{{- range (get $.Values $part).extraEnv -}}
 {{- if hasKey $environment .name -}}
-{{- fail (printf "operator.extraEnv: %s is set by the chart from another value; set that one" .name) -}}
+{{- fail (printf "%s.extraEnv: %s is set by the chart from another value; set that one" $part .name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $component := dict "root" . "component" "operator" -}}

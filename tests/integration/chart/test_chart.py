@@ -174,6 +174,14 @@ def test_a_release_whose_name_no_service_can_have_is_told_the_way_out() -> None:
             {"operator": {"extraEnv": [{"name": "FINETUNE_STATUS_PORT", "value": "1"}]}},
             "extraEnv: FINETUNE_STATUS_PORT is set by the chart",
         ),
+        (
+            {"operator": {"extraEnv": [{"name": "FINETUNE_POD_IP", "value": "10.0.0.1"}]}},
+            "operator.extraEnv: FINETUNE_POD_IP is set by the chart",
+        ),
+        (
+            {"router": {"extraEnv": [{"name": "FINETUNE_ROUTER_GRACE", "value": "60"}]}},
+            "router.extraEnv: FINETUNE_ROUTER_GRACE is set by the chart",
+        ),
         ({"operator": None}, "missing property 'operator'"),
         ({"operator": {"lease": None}}, "missing property 'lease'"),
         ({"statusEndpoint": {"tls": None}}, "missing property 'tls'"),
