@@ -58,7 +58,7 @@ bench: up ## measure refusals, and FineTuneJob beside a plain TRL script; writes
 	@$(BIN)/python -m benchmarks.overhead
 
 bench-fleet: setup ## up to 5,000 jobs at once, KubeRay as the peer and as the real one, 1,000 jobs that report; quiet machine
-	@$(BIN)/python -m benchmarks.fleet --jobs 100 1000 5000 --peer 1000 --real 200 --write
+	@$(BIN)/python -m benchmarks.fleet --jobs 1000 100 1000 5000 --peer 1000 --real 200 --write
 	@$(BIN)/python -m benchmarks.report_storm --write
 
 up: setup ## start the laptop cluster
