@@ -70,7 +70,7 @@ def test_apply_trains_and_publishes_an_artifact(kubectl: Kubectl, tiny_model: Pa
 
     reasons = [
         event["reason"]
-        for event in sorted(kubectl.events("learns"), key=lambda e: e["metadata"]["resourceVersion"])
+        for event in sorted(kubectl.events("learns"), key=lambda e: int(e["metadata"]["resourceVersion"]))
     ]
     assert reasons[0] == "Provisioning"
     assert reasons[-1] == "ArtifactPublished"
