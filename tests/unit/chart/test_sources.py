@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from finetune_operator import config
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.manifests.pods import PodDefaults
+from finetune_router.config import ENVIRONMENT_PREFIX, RouterConfig
 from tools import chart_pages
 from tools.chart_pages import CHART, ROOT
 
@@ -71,13 +73,25 @@ def test_pod_defaults_of_chart_and_operator_are_the_same() -> None:
 
 
 def test_every_variable_that_the_chart_sets_is_read_by_the_operator() -> None:
-    template = (ROOT / CHART / "templates" / "_environment.tpl").read_text(encoding="utf-8")
     deployment = (ROOT / CHART / "templates" / "operator-deployment.yaml").read_text(encoding="utf-8")
-    set_by_chart = set(re.findall(r"FINETUNE_[A-Z_]+", template + deployment))
+    set_by_chart = set(re.findall(r"FINETUNE_[A-Z_]+", _environment("operator") + deployment))
     read = _variables("config.py")
     assert set_by_chart <= read
     left_out = {"FINETUNE_STATUS_HOST", "FINETUNE_METRICS_HOST"}  # the defaults are those of a pod
     assert read - set_by_chart == left_out
+
+
+def test_every_variable_that_the_chart_sets_is_read_by_the_router() -> None:
+    set_by_chart = set(re.findall(r"FINETUNE_[A-Z_]+", _environment("router")))
+    options = {option.name.upper() for option in fields(RouterConfig)}
+    assert set_by_chart
+    assert set_by_chart <= {ENVIRONMENT_PREFIX + option for option in options}
+
+
+def _environment(part: str) -> str:
+    """The template of its variables."""
+    text = (ROOT / CHART / "templates" / "_environment.tpl").read_text(encoding="utf-8")
+    return text.partition(f'define "finetune.{part}Environment"')[2].partition("define ")[0]
 
 
 def _variables(file: str) -> set[str]:
