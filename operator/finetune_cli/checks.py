@@ -7,20 +7,26 @@ import json
 from typing import Any
 
 from finetune_cli import files, watches
+from finetune_cli.connections import Connection
 from finetune_cli.kinds import Kind
-from finetune_operator.api.base import API_VERSION, GROUP, VERSION
+from finetune_operator.api.base import GROUP, VERSION
 
 
-def find_problems(api: Any, kind: Kind, namespace: str, body: dict[str, Any]) -> list[str]:
-    """One line for each problem; empty: the object could be applied. Raises ApiException for anything but a refusal."""
-    if body.get("apiVersion") != API_VERSION:
-        return [f"apiVersion: {body.get('apiVersion')!r} is not known; write {API_VERSION}"]
-    refusal = _dry_run(api, kind, namespace, body, validation="Strict")
+def find_problems(
+    connection: Connection, kind: Kind, namespace: str | None, body: dict[str, Any]
+) -> list[str]:
+    """One line for each problem; empty: the object could be applied. Raises ApiException for anything but a refusal.
+
+    `namespace`: where it would be applied, if not where it says or the connection is."""
+    if wrong := files.explain_version(body):
+        return [wrong]
+    where = namespace or (body.get("metadata") or {}).get("namespace") or connection.namespace
+    refusal = _dry_run(connection.api, kind, where, body, validation="Strict")
     if refusal is None:
         return []
     problems = files.explain_refusal(refusal, kind)
     if files.is_about_unknown_fields(refusal):
-        values = _dry_run(api, kind, namespace, body, validation="Ignore")
+        values = _dry_run(connection.api, kind, where, body, validation="Ignore")
         problems += files.explain_refusal(values, kind) if values else []
     return problems
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from finetune_cli import screens, shared, texts, watches
+from finetune_cli import checks, screens, shared, specs, texts, watches
 from finetune_cli.connections import Connection
 from finetune_cli.kinds import Kind
 from finetune_cli.shared import (
@@ -74,6 +74,12 @@ def add_validate(app: typer.Typer, kind: Kind) -> None:
     @app.command()
     def validate(
         files: FilesOption,
+        offline: Annotated[
+            bool,
+            typer.Option(
+                "--offline", help="Ask no cluster: check against the CRDs of this version of finetune."
+            ),
+        ] = False,
         namespace: NamespaceOption = None,
         kubeconfig: KubeconfigOption = None,
         context: ContextOption = None,
@@ -82,9 +88,17 @@ def add_validate(app: typer.Typer, kind: Kind) -> None:
 
         Exit code 0: all are valid. 1: at least one is not. 2: a file cannot be read.
         """
-        valid = shared.validate_files(
-            files, kind, namespace=namespace, kubeconfig=kubeconfig, context=context
-        )
+        valid = True
+        for file in files:
+            found = shared.read_objects(file, kind)
+            if offline:
+                verdicts = [specs.find_problems(kind, one) for one in found]
+            else:
+                with shared.told(kubeconfig, context, kind) as connection:
+                    verdicts = [checks.find_problems(connection, kind, namespace, one) for one in found]
+            for one, problems in zip(found, verdicts, strict=True):
+                valid = valid and not problems
+                shared.print_verdict(file, kind, one, problems)
         raise typer.Exit(0 if valid else shared.INVALID)
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from finetune_cli.kinds import Kind
 from finetune_operator.api import crds
+from finetune_operator.api.base import API_VERSION
 
 
 class UnreadableFileError(ValueError):
@@ -61,6 +62,12 @@ def _items(document: Any) -> list[Any]:
     """The objects of a List, or the one that the document is."""
     found = document.get("items", [document]) if isinstance(document, dict) else [document]
     return found if isinstance(found, list) else []
+
+
+def explain_version(body: Mapping[str, Any]) -> str | None:
+    """What is wrong with an object's apiVersion, or None."""
+    version = body.get("apiVersion")
+    return None if version == API_VERSION else f"apiVersion: {version!r} is not known; write {API_VERSION}"
 
 
 def is_about_unknown_fields(refusal: Mapping[str, Any]) -> bool:
@@ -116,9 +123,7 @@ def explain_unknown(path: str, kind: Kind) -> str:
 
 def _fields_of(path: str, kind: Kind) -> list[str]:
     """Names of the fields of the object at `path` (such as spec.dataset.sources[0]) in the CRD."""
-    definition = next(crd for crd in crds.build_crds() if crd["spec"]["names"]["kind"] == kind.name)
-    version = definition["spec"]["versions"][0]
-    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
+    schema = crds.schema_of(kind.name)
     for part in filter(None, path.split(".")):
         schema = schema.get("properties", {}).get(part.split("[")[0], {})
         if "[" in part:

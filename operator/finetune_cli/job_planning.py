@@ -55,7 +55,7 @@ def plan(
     code, results = 0, []
     for one in shared.read_objects(filename, JOB):
         name = specs.name_of(one)
-        spec = specs.read_spec(filename, JOB, FineTuneJobSpec, one)
+        spec: FineTuneJobSpec = specs.read_spec(filename, JOB, one)
         known = Assumptions(rows or _count_rows(spec), prices=table, accelerator=accelerator)
         try:
             planned = _plan(spec, model, known)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+
 from finetune_operator.api import adapterdeployment, finetunejob
 
 
@@ -15,7 +17,14 @@ class Kind:
     plural: str
     noun: str
     listing: str
+    spec: type[BaseModel]
 
 
-JOB = Kind(finetunejob.KIND, finetunejob.PLURAL, "job", "finetune jobs list -A")
-DEPLOYMENT = Kind(adapterdeployment.KIND, adapterdeployment.PLURAL, "rollout", "finetune rollout list -A")
+JOB = Kind(finetunejob.KIND, finetunejob.PLURAL, "job", "finetune jobs list -A", finetunejob.FineTuneJobSpec)
+DEPLOYMENT = Kind(
+    adapterdeployment.KIND,
+    adapterdeployment.PLURAL,
+    "rollout",
+    "finetune rollout list -A",
+    adapterdeployment.AdapterDeploymentSpec,
+)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from finetune_cli import checks, connections, rollout_plans, screens, shared, specs
+from finetune_cli import rollout_plans, screens, shared, specs
 from finetune_cli.kinds import DEPLOYMENT
 from finetune_cli.rollout_plans import Assumptions
-from finetune_cli.shared import ContextOption, KubeconfigOption, NamespaceOption, Output, OutputOption
+from finetune_cli.shared import Output, OutputOption
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.core.durations import format_duration
 
@@ -47,11 +46,8 @@ def plan(
     feedback_share: Annotated[float, typer.Option(help="Share of the requests that get feedback.")] = 0.05,
     deviation: DeviationsOption = None,
     output: OutputOption = Output.TABLE,
-    namespace: NamespaceOption = None,
-    kubeconfig: KubeconfigOption = None,
-    context: ContextOption = None,
 ) -> None:
-    """Show the steps of a file with the requests and the time that their evidence needs. Needs no cluster.
+    """Show the steps of a file with the requests and the time that their evidence needs. Asks no cluster.
 
     Exit code 0: planned, perhaps with warnings. 1: the file is not valid. 2: it cannot be read.
     """
@@ -65,20 +61,19 @@ def plan(
     results = []
     for one in shared.read_objects(filename, DEPLOYMENT):
         name = specs.name_of(one)
-        spec = specs.read_spec(filename, DEPLOYMENT, AdapterDeploymentSpec, one)
-        note = _ask_cluster(filename, one, namespace=namespace, kubeconfig=kubeconfig, context=context)
+        spec: AdapterDeploymentSpec = specs.read_spec(filename, DEPLOYMENT, one)
         try:
             planned = rollout_plans.plan_rollout(spec, assumptions)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         results.append({"name": name, **rollout_plans.to_data(planned, assumptions)})
         if output is Output.TABLE:
-            _print(name, planned, assumptions, note)
+            _print(name, planned, assumptions)
     if output is not Output.TABLE:
         shared.echo_data(results, as_yaml=output is Output.YAML)
 
 
-def _print(name: str, planned: rollout_plans.RolloutPlan, assumptions: Assumptions, note: str) -> None:
+def _print(name: str, planned: rollout_plans.RolloutPlan, assumptions: Assumptions) -> None:
     total = format_duration(sum(one.seconds for one in planned.spans))
     length = f"{total} with a candidate" if planned.spans else "no step gives the candidate requests"
     typer.echo(f"{name}: {length}")
@@ -94,31 +89,6 @@ def _print(name: str, planned: rollout_plans.RolloutPlan, assumptions: Assumptio
         typer.echo("")
     for warning in planned.warnings:
         typer.secho(f"warning: {warning}", fg="yellow")
-    if note:
-        typer.echo(f"\n{note}")
-
-
-def _ask_cluster(
-    file: str,
-    one: dict[str, Any],
-    *,
-    namespace: str | None,
-    kubeconfig: Path | None,
-    context: str | None,
-) -> str:
-    """Have the API server check the rules of the CRD; without one, a note that they were not checked."""
-    from kubernetes import client
-    from urllib3.exceptions import HTTPError
-
-    try:
-        connection = connections.connect(kubeconfig, context)
-        where = namespace or (one.get("metadata") or {}).get("namespace") or connection.namespace
-        problems = checks.find_problems(connection.api, DEPLOYMENT, where, one)
-    except (connections.NoClusterError, client.ApiException, HTTPError, OSError):
-        return "No cluster was asked: the rules of the CRD are checked by `finetune rollout validate` and on apply."
-    if problems:
-        specs.refuse(file, DEPLOYMENT, one, problems)
-    return ""
 
 
 def _numbers(texts: Sequence[str] | None, option: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ import errno
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 
-from finetune_cli import checks, connections, files, watches
+from finetune_cli import connections, files, watches
 from finetune_cli.kinds import Kind
 from finetune_operator.api import rules
 from finetune_operator.api.base import GROUP, VERSION
@@ -144,24 +144,13 @@ def read_objects(file: str, kind: Kind) -> list[dict[str, Any]]:
         fail(f"{file}: {reason}", NOT_FOUND)
 
 
-def validate_files(
-    names: Sequence[str], kind: Kind, *, namespace: str | None, kubeconfig: Path | None, context: str | None
-) -> bool:
-    """Have the API server check files without creating anything, and print the verdicts."""
-    valid = True
-    for file in names:
-        found = read_objects(file, kind)
-        with told(kubeconfig, context, kind) as connection:
-            for one in found:
-                meta = one.get("metadata") or {}
-                where = namespace or meta.get("namespace") or connection.namespace
-                problems = checks.find_problems(connection.api, kind, where, one)
-                valid = valid and not problems
-                title = f"{file}: {kind.name} {meta.get('name') or meta.get('generateName', '')}"
-                typer.echo(f"{title}: {'not valid' if problems else 'valid'}")
-                for problem in problems:
-                    typer.echo(f"  {problem}")
-    return valid
+def print_verdict(file: str, kind: Kind, one: Mapping[str, Any], problems: Sequence[str]) -> None:
+    """Say whether an object of a file is valid, and what is wrong with it."""
+    meta = one.get("metadata") or {}
+    name = meta.get("name") or meta.get("generateName") or ""
+    typer.echo(f"{file}: {kind.name} {name}: {'not valid' if problems else 'valid'}")
+    for problem in problems:
+        typer.echo(f"  {problem}")
 
 
 @contextlib.contextmanager

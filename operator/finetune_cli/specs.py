@@ -1,41 +1,63 @@
-"""Specs of files as the planning commands read them: without a cluster, and as strictly as the API server."""
+"""Objects of files as the API server would judge them, without a cluster."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+import re
+from typing import Any
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from finetune_cli import files, shared
+from finetune_cli import crd_rules, files, shared
 from finetune_cli.kinds import Kind
 
-Spec = TypeVar("Spec", bound=BaseModel)
+
+def read_spec(file: str, kind: Kind, one: dict[str, Any]) -> Any:
+    """The spec, of the kind's model and with its defaults; ends the command where the object is not valid."""
+    if problems := find_problems(kind, one):
+        shared.print_verdict(file, kind, one, problems)
+        raise typer.Exit(shared.INVALID)
+    return kind.spec.model_validate_json(_spec_text(one), by_alias=True, by_name=False)
 
 
-def read_spec(file: str, kind: Kind, model: type[Spec], one: dict[str, Any]) -> Spec:
-    """The spec with its defaults; ends the command when types, names or bounds are wrong."""
-    # Strict JSON: "3" is no number for the API server either. By the names of the wire only: it knows no others.
-    text = json.dumps(_whole(one.get("spec")), default=str)
+def find_problems(kind: Kind, one: dict[str, Any]) -> list[str]:
+    """One line for each problem; empty: the API server would create the object, as far as the object alone can tell."""
+    if wrong := files.explain_version(one):
+        return [wrong]
+    meta = one.get("metadata") or {}
+    name = meta.get("name") or (f"{meta['generateName']}xxxxx" if meta.get("generateName") else "")
+    if not name:
+        return ["metadata.name: Required value: name or generateName is required"]
+    text, problems = _spec_text(one), []
     try:
-        return model.model_validate_json(text, strict=True, by_alias=True, by_name=False)
+        # Strict JSON: "3" is no number for the API server either. By the names of the wire only: it knows no others.
+        kind.spec.model_validate_json(text, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        refuse(file, kind, one, [_explain(problem, kind) for problem in error.errors(include_url=False)])
+        found = error.errors(include_url=False)
+        problems = [_explain(problem, kind) for problem in found]
+        # The rules take names, types and bounds for granted.
+        if any(problem["type"] != "extra_forbidden" for problem in found):
+            return problems
+    body = {"metadata": {"name": str(name)}, "spec": json.loads(text)}
+    return problems + _explain_name(str(name)) + crd_rules.broken_rules(kind, body)
 
 
-def refuse(file: str, kind: Kind, one: dict[str, Any], problems: Sequence[str]) -> NoReturn:
-    """Print what is wrong with an object, and end the command."""
-    typer.echo(f"{file}: {kind.name} {name_of(one)}: not valid")
-    for problem in problems:
-        typer.echo(f"  {problem}")
-    raise typer.Exit(shared.INVALID)
+def _explain_name(name: str) -> list[str]:
+    if re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", name):
+        return []
+    return [
+        f"metadata.name: \"{name}\": must be lower-case letters, digits, '-' and '.', as in DNS (RFC 1123)"
+    ]
 
 
 def name_of(one: dict[str, Any]) -> str:
     """The object's name, or nothing."""
     return (one.get("metadata") or {}).get("name") or ""
+
+
+def _spec_text(one: dict[str, Any]) -> str:
+    return json.dumps(_whole(one.get("spec")), default=str)
 
 
 def _whole(value: Any) -> Any:
@@ -48,7 +70,10 @@ def _whole(value: Any) -> Any:
 
 
 def _explain(problem: Any, kind: Kind) -> str:
-    path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    parts = [
+        part for part in problem["loc"] if not str(part).startswith("constrained-")
+    ]  # pydantic's, of a union
+    path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     if problem["type"] == "extra_forbidden":
         return files.explain_unknown(path, kind)
     given = problem["input"]

@@ -11,12 +11,14 @@ import pytest
 import yaml
 from kubernetes import client, config
 
+from finetune_cli.kinds import DEPLOYMENT
 from finetune_local.cluster import Cluster
 from finetune_operator.api import adapterdeployment
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.base import GROUP, VERSION
 from tests.clients import Json, Kubectl, KubectlError
 from tests.clusters import api_server
+from tests.integration import offline
 from tests.integration.bad_deployments import BAD_DEPLOYMENTS, DIGEST, GOOD, METRIC, BadDeployment
 from tests.patches import merged
 
@@ -78,6 +80,7 @@ def test_bad_deployment_is_refused_with_words_that_help(create: Create, bad: Bad
     assert "no such key" not in message, "a rule reads a field that may be absent"
     for part in bad.expected:
         assert part in message, message
+    offline.same_refusal(caught.value, DEPLOYMENT, merged(GOOD, bad.change))
 
 
 def test_least_deployment_gets_every_default(create: Create) -> None:

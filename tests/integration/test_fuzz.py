@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from finetune_cli.kinds import JOB
+from finetune_cli.specs import find_problems
 from finetune_local import kubeapi
 from finetune_local.cluster import Cluster
 from tests import specs
@@ -40,16 +42,24 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kubeapi.ApiClie
         running.down()
 
 
-def refusal(client: kubeapi.ApiClient, spec: object) -> str | None:
-    """What the API server says against it; None: it would take it."""
-    body: Json = {
+def job(spec: object) -> Json:
+    return {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
         "metadata": {"name": "fuzz", "namespace": "default"},
         "spec": spec,
     }
+
+
+def without_a_cluster(spec: object) -> list[str]:
+    """What `finetune jobs validate --offline` says against it."""
+    return find_problems(JOB, job(spec))
+
+
+def refusal(client: kubeapi.ApiClient, spec: object) -> str | None:
+    """What the API server says against it; None: it would take it."""
     try:
-        client.call("POST", PATH, body)
+        client.call("POST", PATH, job(spec))
     except kubeapi.ApiError as error:
         if error.status not in (400, 413, 422):
             raise  # no refusal, but trouble
@@ -62,6 +72,7 @@ def refusal(client: kubeapi.ApiClient, spec: object) -> str | None:
 @given(spec=specs.valid_specs())
 def test_valid_specs_are_taken(client: kubeapi.ApiClient, spec: Json) -> None:
     assert refusal(client, spec) is None, json.dumps(spec)
+    assert without_a_cluster(spec) == []
 
 
 @hypothesis.seed(SEED)
@@ -71,6 +82,7 @@ def test_broken_specs_are_refused_and_the_field_is_named(client: kubeapi.ApiClie
     message = refusal(client, broken.spec)
     assert message is not None, f"taken: {broken.how}"
     assert broken.field in message, f"{broken.how}: {message[:500]}"
+    assert without_a_cluster(broken.spec), f"taken without a cluster: {broken.how}"
 
 
 ELSEWHERE: Json = {"name": "other", "namespace": "kube-system"}

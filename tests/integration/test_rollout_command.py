@@ -237,13 +237,3 @@ def test_validate_says_spelling_and_values_at_once(rollouts: Rollouts) -> None:
     text = rollouts("validate", "-f", "-", text=json.dumps({**bad, "metadata": {"name": "b"}}), code=1)
     assert "spec.strategie: unknown field; did you mean strategy?" in text
     assert "no '--', for example support-bot" in text
-
-
-def test_plan_has_the_rules_checked_where_there_is_a_cluster(rollouts: Rollouts) -> None:
-    text = rollouts("plan", "-f", "-", "--requests-per-second", "50", text=json.dumps(BOT))
-    assert "setWeight 5%, pause 5m" in text
-    assert "No cluster was asked" not in text
-    bad = {**BOT, "spec": {**BOT["spec"], "alias": "a--b"}}
-    text = rollouts("plan", "-f", "-", text=json.dumps({**bad, "metadata": {"name": "other"}}), code=1)
-    assert "AdapterDeployment other: not valid" in text
-    assert "no '--', for example support-bot" in text

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 
 from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.base import CATEGORY, GROUP, VERSION, ApiModel
-from finetune_operator.api.structural import structural_schema
+from finetune_operator.api.structural import Schema, structural_schema
 
 Document = dict[str, Any]
 
@@ -32,6 +33,14 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^[yYnN]$"), 
 def build_crds() -> list[Document]:
     """Every CustomResourceDefinition, ready to be applied. Raises NotStructuralError if a model cannot be one."""
     return [_build_finetunejob(), _build_adapterdeployment()]
+
+
+@functools.cache
+def schema_of(kind: str) -> Schema:
+    """The schema of a kind's objects."""
+    definition = next(crd for crd in build_crds() if crd["spec"]["names"]["kind"] == kind)
+    schema: Schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    return schema
 
 
 def render_crds() -> dict[str, str]:

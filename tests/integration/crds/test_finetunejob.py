@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from kubernetes import client
 
+from finetune_cli.kinds import JOB
 from finetune_operator.api import finetunejob
+from tests.integration import offline
 from tests.integration.bad_jobs import BAD_JOBS, GOOD, QLORA, BadJob, good
 from tests.patches import merged
 
@@ -26,6 +28,7 @@ def test_bad_job_is_refused_with_words_that_help(create: Any, bad: BadJob) -> No
     message = json.loads(caught.value.body)["message"]
     for part in bad.expected:
         assert part in message, message
+    offline.same_refusal(caught.value, JOB, merged(GOOD, bad.change))
 
 
 def test_least_job_gets_every_default(create: Any) -> None:
