@@ -120,9 +120,8 @@ def test_failures_that_take_another_time_than_answers_are_no_harm_when_the_weigh
             for weight, batch in told:
                 worker.serve(Arm.STABLE, batch[0], batch[2])
                 worker.serve(Arm.CANDIDATE, batch[1], batch[3])
-                settling = weight * 100 if settles else None
                 evidence = folded(
-                    evidence, router.answer(), plan=plan, weight=weight * 100, settling=settling
+                    evidence, router.answer(), plan=plan, weight=weight * 100, is_settling=settles
                 )
             aborted[settles] += assess(evidence, plan, weight=50).guardrails[0].phase is CheckPhase.FAILED
     print(

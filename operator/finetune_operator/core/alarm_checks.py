@@ -21,10 +21,18 @@ def assess_sample_ratio(evidence: Evidence, plan: SampleRatioPlan, *, weight: fl
     """Failed is an alarm: something other than the assignment decides who is counted on which side."""
     keys = evidence.keys
     total = keys.stable + keys.candidate
+    n = PerArm(stable=keys.stable, candidate=keys.candidate)
     units = "users" if plan.sticky else "requests"
     needed = eprocesses.log_threshold(plan.alpha)
     if not total:
-        phase, message = CheckPhase.INCONCLUSIVE, f"no {units} yet"
+        n = PerArm(
+            stable=tallies.count(evidence.total(Arm.STABLE), tallies.REQUESTS),
+            candidate=tallies.count(evidence.total(Arm.CANDIDATE), tallies.REQUESTS),
+        )
+        phase, message = (
+            CheckPhase.INCONCLUSIVE,
+            f"no {units} compared yet; that begins a minute after a change of the weight",
+        )
     else:
         phase = CheckPhase.FAILED if keys.log_evidence >= needed else CheckPhase.SUCCESSFUL
         message = (
@@ -35,7 +43,7 @@ def assess_sample_ratio(evidence: Evidence, plan: SampleRatioPlan, *, weight: fl
         name=SAMPLE_RATIO,
         kind=CheckKind.SAMPLE_RATIO,
         phase=phase,
-        n=PerArm(stable=keys.stable, candidate=keys.candidate),
+        n=n,
         estimate=rounded(keys.candidate / total) if total else None,
         e_value=rounded(e_value(keys.log_evidence)),
         threshold=rounded(math.exp(needed)),

@@ -60,6 +60,8 @@ class Evidence:
     """`Route.comparison` of the latest poll."""
     weight: float = 0.0
     """Weight of the latest poll."""
+    highest_share: float = 0.0
+    """Highest intended share of the candidate's answers, copies included, of which requests may be under way."""
     is_sample_pure: bool = True
     """Whether the weight has been the same since the comparison's name changed, and with it the routers' samples."""
     epochs: Epochs = field(default_factory=Epochs)
@@ -88,7 +90,8 @@ def fold(
     weight: float,
     comparison: str = "",
     rollout: str = "",
-    settling: float | None = None,
+    share: float | None = None,
+    is_settling: bool = False,
 ) -> Evidence:
     """The evidence after one poll; routers that did not answer are left out of `counters`.
 
@@ -98,10 +101,11 @@ def fold(
     then is its starting line and no evidence, so fold once before the candidate gets its first request. Folding the
     same answers again changes nothing.
 
-    `settling` is the candidate's intended share of the answers (percent) for as long as requests of a former weight may
-    be under way; None afterwards.
+    `share` is the candidate's intended share of the answers (percent), copies of a mirror included; the weight where
+    there are none. `is_settling` for as long as requests of a former share may be under way.
     """
-    new = Evidence(alias, stable_revision, candidate_revision, rollout, comparison, weight)
+    share = weight if share is None else share
+    new = Evidence(alias, stable_revision, candidate_revision, rollout, comparison, weight, share)
     if evidence is None or _identity(evidence) != _identity(new):
         evidence = new
     epochs = evidence.epochs
@@ -117,11 +121,16 @@ def fold(
         epochs = epochs.with_instance(router.instance)
     gained = {arm: tallies.add_all(gain.get(arm, {}) for gain in gains) for arm in Arm}
     evidence = _without_strangers(evidence, plan)
-    evidence = _with_keys(evidence, gained, samples, plan=plan, latest=new)
-    asked_for = _asked_for(gained, plan, is_settling=settling is not None)
-    evidence = _with_strata(replace(evidence, epochs=epochs.pruned()), asked_for)
-    least = 0.0 if settling is None else max(settling, *(s.weight for s in evidence.strata[-2:]), 0.0)
-    return _with_block(evidence, gained, plan, least_share=least / 100.0)
+    evidence = _with_keys(evidence, gained, samples, plan=plan, latest=new, is_settling=is_settling)
+    evidence = replace(
+        evidence,
+        epochs=epochs.pruned(),
+        highest_share=max(evidence.highest_share, share) if is_settling else share,
+    )
+    evidence = _with_strata(evidence, _asked_for(gained, plan, is_settling=is_settling))
+    return _with_block(
+        evidence, gained, plan, least_share=evidence.highest_share / 100.0 if is_settling else 0.0
+    )
 
 
 def _identity(evidence: Evidence) -> tuple[str, ...]:
@@ -146,8 +155,13 @@ def _with_keys(
     *,
     plan: AnalysisPlan,
     latest: Evidence,
+    is_settling: bool,
 ) -> Evidence:
-    """The evidence with what this poll tells of the shares, and with the weight and the comparison of `latest`."""
+    """The evidence with what this poll tells of the shares, and with the weight and the comparison of `latest`.
+
+    While the weight settles, answers of the faster side come in first, and those of requests that were given out by
+    the former weight. Keys are counted afterwards, requests not at all.
+    """
     renamed, reweighted = latest.comparison != evidence.comparison, latest.weight != evidence.weight
     is_pure = renamed or (evidence.is_sample_pure and not reweighted)
     keys = evidence.keys
@@ -158,9 +172,13 @@ def _with_keys(
             stable.update(sample.stable)
             candidate.update(sample.candidate)
         keys = keys.after(
-            stable, candidate, weight=latest.weight, only_new=not is_pure, counted=renamed or not reweighted
+            stable,
+            candidate,
+            weight=latest.weight,
+            only_new=not is_pure,
+            counted=(renamed or not reweighted) and not is_settling,
         )
-    elif not reweighted:  # of the first requests after a change, some were assigned before it
+    elif not reweighted and not is_settling:
         stable_n, candidate_n = (
             tallies.count(gained.get(arm, {}), REQUESTS) for arm in (Arm.STABLE, Arm.CANDIDATE)
         )

@@ -27,7 +27,7 @@ def to_json(evidence: Evidence) -> str:
             "stable": evidence.stable_revision,
             "candidate": evidence.candidate_revision,
             "rollout": evidence.rollout,
-            "latest": [evidence.comparison, evidence.weight, evidence.is_sample_pure],
+            "latest": [evidence.comparison, evidence.weight, evidence.is_sample_pure, evidence.highest_share],
             "harm": {
                 name: [process.blocks, *process.log_evidence, process.log_peak]
                 for name, process in evidence.harm.items()
@@ -57,6 +57,8 @@ def from_json(text: str) -> Evidence:
             comparison=stored["latest"][0],
             weight=stored["latest"][1],
             is_sample_pure=stored["latest"][2],
+            # Older operators stored the weight only.
+            highest_share=(*stored["latest"], stored["latest"][1])[3],
             harm={name: _harm_in(numbers) for name, numbers in stored["harm"].items()},
             block=Block(stable=stored["block"][0], exposed=stored["block"][1]),
             strata=tuple(Stratum(weight, _arms_in(arms)) for weight, arms in stored["strata"]),

@@ -195,7 +195,8 @@ class EvidenceBook:
             weight=route.weight,
             comparison=route.comparison,
             rollout=comparison.rollout,
-            settling=comparison.share if comparison.is_settling else None,
+            share=comparison.share,
+            is_settling=comparison.is_settling,
         )
 
     async def _store(self, deployment: DeploymentFacts, evidence: statistics.Evidence, page: Page) -> str:

@@ -132,7 +132,8 @@ def folded(
     weight: float = 10.0,
     comparison: str = COMPARISON,
     rollout: str = "",
-    settling: float | None = None,
+    share: float | None = None,
+    is_settling: bool = False,
 ) -> Evidence:
     """`fold` with the names of this module."""
     return fold(
@@ -145,7 +146,8 @@ def folded(
         weight=weight,
         comparison=comparison,
         rollout=rollout,
-        settling=settling,
+        share=share,
+        is_settling=is_settling,
     )
 
 

@@ -144,12 +144,35 @@ def test_what_depends_on_the_length_of_answers_is_not_compared_while_the_weight_
         )
         return answer(*arms)
 
-    evidence = folded(folded(None, told(0)), told(100), settling=50.0)
+    evidence = folded(folded(None, told(0)), told(100), is_settling=True)
     assert counted(evidence) == {Arm.STABLE: (100, 10), Arm.CANDIDATE: (100, 10)}
     assert not [name for name in evidence.total(Arm.CANDIDATE) if name.startswith(("seconds/", "lengths/"))]
     evidence = folded(evidence, told(150))
     total = evidence.total(Arm.CANDIDATE)
     assert (total["requests"], total["seconds/n"], total["lengths/2"]) == (150, 50, 50)
+
+
+def test_failures_of_a_higher_share_that_come_late_are_no_harm() -> None:
+    """A mirror of all requests (half of the answers are the candidate's) ends, and 1 percent of the users follow; the
+    mirror's timeouts come in as late as the stable revision's, beside answers of the new weight."""
+
+    def told(stable: int, failed: int) -> RouterCounters:
+        return answer(
+            arm_counters(Arm.STABLE, requests=stable, errors=failed),
+            arm_counters(Arm.SHADOW, requests=failed, errors=failed),
+        )
+
+    mirrored = folded(folded(None, NOTHING, weight=0, share=50), told(10, 0), weight=0, share=50)
+    evidence = from_json(to_json(mirrored))
+    for step in (1, 2, 3):  # the weight changes again before it has settled
+        evidence = folded(
+            evidence, told(step * 100, step * 4), weight=step, comparison=str(step), is_settling=True
+        )
+    assert evidence.highest_share == 50
+    assert evidence.harm[ERRORS].log_peak < 1
+    settled = folded(evidence, told(300, 12), weight=3, comparison="3")
+    assert settled.highest_share == 3
+    assert folded(settled, told(400, 16), weight=3, comparison="3").harm[ERRORS].log_peak > 3
 
 
 def test_another_rollout_begins_anew_and_another_weight_does_not() -> None:

@@ -60,7 +60,7 @@ def test_nobody_yet_is_inconclusive() -> None:
     assert (check.phase, check.e_value, check.message) == (
         CheckPhase.INCONCLUSIVE,
         1.0,
-        "no users yet",
+        "no users compared yet; that begins a minute after a change of the weight",
     )
 
 
@@ -73,3 +73,30 @@ def test_of_requests_just_after_a_change_of_the_weight_nobody_knows_when_they_we
         )
         evidence = folded(evidence, told, plan=plan, weight=50.0)
     assert evidence.keys.coins == {0.5: (500, 500)}
+
+
+def test_the_side_that_answers_sooner_has_no_more_users() -> None:
+    """Of a candidate that takes half as long, the first users come in alone; they are counted with the others."""
+    fast = answer(
+        arm_counters(Arm.CANDIDATE, requests=90), samples=[key_sample([], range(90), comparison="50")]
+    )
+    evidence = folded(folded(None, answer()), fast, weight=50, comparison="50", is_settling=True)
+    check = assess(evidence, AnalysisPlan(), weight=50).sample_ratio
+    assert check.phase is CheckPhase.INCONCLUSIVE
+    assert check.n is not None
+    # Answers: they tell that the candidate has users at all.
+    assert (check.n.stable, check.n.candidate) == (0, 90)
+    told = answer(samples=[key_sample(range(100, 200), range(110), comparison="50")])
+    evidence = folded(evidence, told, weight=50, comparison="50")
+    assert evidence.keys.coins == {0.5: (90, 100)}
+
+
+def test_answers_to_requests_of_the_former_weight_are_no_coins_of_the_new_one() -> None:
+    plan = AnalysisPlan(sample_ratio=SampleRatioPlan(sticky=False))
+    evidence = folded(None, answer(), plan=plan, weight=5)
+    for polls in (1, 2, 3):  # answers take 15 s, so three polls tell of requests that were begun at 5 percent
+        told = answer(
+            arm_counters(Arm.STABLE, requests=95 * polls), arm_counters(Arm.CANDIDATE, requests=5 * polls)
+        )
+        evidence = folded(evidence, told, plan=plan, weight=50, is_settling=True)
+    assert evidence.keys.coins == {}
