@@ -17,7 +17,7 @@ from finetune_operator.core.eprocesses import BLOCK_REQUESTS, HarmProcess
 from finetune_operator.core.key_places import KeyPlaces
 from finetune_operator.core.tallies import REQUESTS, Tally
 
-MAX_STRATA = 12  # spans of one weight that are told apart; of more, the oldest two become one
+MAX_STRATA = 12  # spans of one weight that are told apart; of more, the two most alike become one
 EXPOSED = (Arm.CANDIDATE, Arm.SHADOW)  # both are answers of the candidate revision
 
 
@@ -243,10 +243,15 @@ def _with_strata(evidence: Evidence, gained: Mapping[Arm, Tally]) -> Evidence:
     if not strata or strata[-1].weight != evidence.weight:
         strata = (*strata, Stratum(weight=evidence.weight))
     strata = (*strata[:-1], Stratum(evidence.weight, _joined(strata[-1].arms, gained)))
-    if len(strata) > MAX_STRATA:
-        first, second = strata[:2]
-        strata = (Stratum(second.weight, _joined(first.arms, second.arms)), *strata[2:])
-    return replace(evidence, strata=strata)
+    return replace(evidence, strata=strata if len(strata) <= MAX_STRATA else _with_two_joined(strata))
+
+
+def _with_two_joined(strata: tuple[Stratum, ...]) -> tuple[Stratum, ...]:
+    """Neighbours of nearly the same weight are nearly one span; the last one is still being counted."""
+    index = min(range(len(strata) - 2), key=lambda i: abs(strata[i].weight - strata[i + 1].weight))
+    first, second = strata[index : index + 2]
+    both = Stratum((first.weight + second.weight) / 2.0, _joined(first.arms, second.arms))
+    return (*strata[:index], both, *strata[index + 2 :])
 
 
 def _joined(first: Mapping[Arm, Tally], second: Mapping[Arm, Tally]) -> dict[Arm, Tally]:

@@ -227,6 +227,26 @@ def test_an_objective_waits_for_its_least_samples() -> None:
     assert feedback(votes(0.9, 5_000), votes(0.1, 200), HELPFUL).phase is CheckPhase.FAILED
 
 
+def test_a_mean_that_moves_over_many_steps_is_no_effect() -> None:
+    """32 steps of 3 percent each, while votes fall from 0.9 to 0.7 on both sides alike: more spans than are kept."""
+    plan = AnalysisPlan(objectives=(ObjectivePlan(name="thumbs", metric="helpful"),))
+    votes = dict.fromkeys((Arm.STABLE, Arm.CANDIDATE), (0, 0.0))
+    evidence = folded(None, START, plan=plan)
+    for step in range(1, 33):
+        weight = 3 * step
+        for arm, given in ((Arm.STABLE, 100 - weight), (Arm.CANDIDATE, weight)):
+            n, total = votes[arm]
+            votes[arm] = n + 10 * given, total + 10 * given * (0.9 - step / 160)
+        told = answer(
+            *(
+                arm_counters(arm, scores={"helpful": Moments(n=n, sum=total, sum_squares=total)})
+                for arm, (n, total) in votes.items()
+            )
+        )
+        evidence = folded(evidence, told, plan=plan, weight=weight)
+    assert assess(evidence, plan, weight=96).objectives[0].estimate == pytest.approx(0, abs=0.005)
+
+
 def test_latency_of_the_router_is_an_objective() -> None:
     rng = np.random.default_rng(51)
     stable, same = rng.lognormal(0, 0.5, 20_000).tolist(), rng.lognormal(0, 0.5, 20_000).tolist()
