@@ -49,16 +49,16 @@ def from_json(text: str) -> Evidence:
         stored = json.loads(text)
         if stored["version"] != VERSION:
             raise ValueError(f"its version is {stored['version']!r}, this operator reads {VERSION!r}")
+        comparison, weight, is_sample_pure, *share = stored["latest"]
         return Evidence(
             alias=stored["alias"],
             stable_revision=stored["stable"],
             candidate_revision=stored["candidate"],
             rollout=stored["rollout"],
-            comparison=stored["latest"][0],
-            weight=stored["latest"][1],
-            is_sample_pure=stored["latest"][2],
-            # Older operators stored the weight only.
-            highest_share=(*stored["latest"], stored["latest"][1])[3],
+            comparison=comparison,
+            weight=weight,
+            is_sample_pure=is_sample_pure,
+            highest_share=share[0] if share else weight,  # older operators stored no share
             harm={name: _harm_in(numbers) for name, numbers in stored["harm"].items()},
             block=Block(stable=stored["block"][0], exposed=stored["block"][1]),
             strata=tuple(Stratum(weight, _arms_in(arms)) for weight, arms in stored["strata"]),
