@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import ErrorClass, Phase, Retries
+from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobStatus, Phase, Retries
 from finetune_operator.core import (
     accounts,
     conditions,
@@ -168,22 +168,23 @@ def last(seen: Observed, verdict: policies.Verdict | None, *, now: datetime) -> 
 
 
 def _inspect(seen: Observed, *, now: datetime) -> Plan:
-    attempt = seen.job.status.attempts[-1]
-    name = f"{seen.job.name}-i{attempt.number}"
-    message = f"{words.told(attempt)}; RayJob {name} looks for a committed artifact"
-    status = statuses.build(
-        seen,
-        Phase.EVALUATING,
-        "Inspecting",
-        message,
-        claims=[
-            _released("Inspecting", message),
-            Claim(ConditionType.TRAINING, False, "Inspecting", message),
-        ],
-        now=now,
-        attempts=statuses.with_last(seen.job.status.attempts, inspection=name),
+    name = f"{seen.job.name}-i{seen.job.status.attempts[-1].number}"
+    status = inspecting(seen, name, now=now)
+    found = statuses.with_last(seen.job.status.attempts, inspection=name)
+    return Plan(status=status.model_copy(update={"attempts": found}), requeue_after=0)
+
+
+def inspecting(seen: Observed, name: str, *, now: datetime) -> FineTuneJobStatus:
+    """Nothing of the attempt runs any more, and the RayJob of that name looks for what it left."""
+    held = " once spec.suspend is false" if seen.job.spec is not None and seen.job.spec.suspend else ""
+    message = (
+        f"{words.told(seen.job.status.attempts[-1])}; RayJob {name} looks for a committed artifact{held}"
     )
-    return Plan(status=status, requeue_after=0)
+    claims = [
+        _released("Inspecting", message),
+        Claim(ConditionType.TRAINING, False, "Inspecting", message),
+    ]
+    return statuses.build(seen, Phase.EVALUATING, "Inspecting", message, claims=claims, now=now)
 
 
 def wait_for_spec(seen: Observed, *, now: datetime) -> Plan:

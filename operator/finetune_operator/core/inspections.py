@@ -35,7 +35,7 @@ def wait(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         found = result.message if result is not None else "its inspection found none"
         return none_found(seen, found, now=now)
     if inspection is None:
-        return _begin(seen, attempt)
+        return _begin(seen, attempt, now=now)
     age = now - inspection.created if inspection.created else timedelta()
     if inspection.deleting_since or (result is None and not inspection.is_over and age <= LIMIT):
         return Plan(status=seen.job.status, requeue_after=INTERVAL_SECONDS)
@@ -57,12 +57,13 @@ def _has_looked(inspection: RayJobFacts | None, result: reports.Result | None) -
     return exit_code is not None and failures.class_of(exit_code) not in UNSEEN
 
 
-def _begin(seen: Observed, attempt: Attempt) -> Plan:
-    """Its RayJob, unless nothing may run now."""
+def _begin(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
+    """Its RayJob, unless nothing may run now. The status may still tell of what had to be gone first."""
     held = seen.job.spec is not None and seen.job.spec.suspend
-    missing = not held and seen.kuberay_installed and attempt.inspection is not None
-    actions = [CreateRayJob(attempt.inspection or "", attempt.number, inspect=True)] if missing else []
-    return Plan(status=seen.job.status, actions=actions, requeue_after=INTERVAL_SECONDS)
+    name = attempt.inspection or ""
+    actions = [] if held or not seen.kuberay_installed else [CreateRayJob(name, attempt.number, inspect=True)]
+    status = attempts.inspecting(seen, name, now=now)
+    return Plan(status=status, actions=actions, requeue_after=INTERVAL_SECONDS)
 
 
 def _is_of_an_earlier_inspection(seen: Observed) -> bool:

@@ -266,8 +266,12 @@ def test_a_fence_that_took_long_leaves_time_for_the_inspection() -> None:
     lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
     story.step(rayjob=lost)
     pod = PodFacts("triage-a1-head", running=False, terminating=True, node="n1")
-    assert not story.step(rayjob=lost, pods=[pod], after=3600).actions
-    assert list(story.step(rayjob=lost).actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
+    plan = story.step(rayjob=lost, pods=[pod], after=3600)
+    assert not plan.actions
+    assert "waits until pod triage-a1-head is gone" in (plan.status.message or "")
+    plan = story.step(rayjob=lost)
+    assert list(plan.actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
+    assert (plan.status.message or "").endswith("RayJob triage-i1 looks for a committed artifact")
 
 
 def test_a_trainer_that_is_heard_in_the_end_says_how_it_ended_and_no_inspection_is_needed() -> None:
@@ -322,7 +326,9 @@ def test_no_inspection_begins_while_the_job_is_suspended() -> None:
     over = rayjob("Complete", "SUCCEEDED")
     story.step(rayjob=over)
     story.change(suspend=True)
-    assert list(story.step(rayjob=over).actions) == []
+    plan = story.step(rayjob=over)
+    assert not plan.actions
+    assert (plan.status.message or "").endswith("looks for a committed artifact once spec.suspend is false")
     story.change(suspend=False)
     assert list(story.step(rayjob=over).actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
 
