@@ -72,6 +72,10 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
     if rayjob.deployment_status in ("Retrying", "Waiting"):
         message = f"KubeRay starts RayJob {rayjob.name} again by itself: its backoffLimit was changed"
         return Wait("RayJobRetrying", message)
+    again = next((pod for pod in seen.pods if pod.restarted and not pod.gone), None)
+    if again is not None:
+        ended = f"its container ended ({again.restarted}); kubectl logs --previous {again.name}"
+        return Wait("Provisioning", f"pod {again.name} starts again: {ended}")
     slow = next((pod for pod in seen.pods if _is_slow(pod, now=now)), None)
     if slow is not None:
         where = f"pod {slow.name} starts on node {slow.node}"

@@ -171,6 +171,14 @@ def test_a_pod_that_is_quick_costs_no_status_of_its_own() -> None:
     )
 
 
+def test_a_pod_whose_container_was_started_again_says_how_it_ended() -> None:
+    """In between, the kubelet says CrashLoopBackOff; as Ray starts for the second time, the pod is as any other."""
+    pod = PodFacts("triage-a1-head", running=True, restarted="Error, exit code 1")
+    status = Story().started().step(rayjob=rayjob("Initializing"), pods=[pod]).status
+    assert status.phase is Phase.PROVISIONING
+    assert "its container ended (Error, exit code 1); kubectl logs --previous" in (status.message or "")
+
+
 def test_a_very_long_message_is_cut() -> None:
     _, text = told(pod("Unschedulable", NODES + "Insufficient cpu " * 5000))
     assert len(text) < 1200
