@@ -88,7 +88,8 @@ def cause(rayjob: RayJobFacts, pods: Sequence[PodFacts]) -> tuple[ErrorClass, st
         if pod.disruption:
             return ErrorClass.PREEMPTED, f"pod {pod.name} was taken away: {pod.disruption}"
     for pod in pods:
-        if pod.restarted:
+        # Where Ray lived to tell the exit code, the container ended before: as Ray started, for example.
+        if pod.restarted and exit_code_of(rayjob.message) is None:
             return ErrorClass.LOST, f"the container of pod {pod.name} ended: {pod.restarted}"
     return None
 

@@ -340,6 +340,14 @@ def test_a_container_that_ended_under_the_trainer_is_told_instead_of_a_failed_su
     assert story.attempt.message == told
 
 
+def test_a_container_that_ended_before_the_trainer_began_is_not_why_the_trainer_was_killed() -> None:
+    story = Story(QUICK).trained()
+    again = PodFacts("triage-a1-head", True, restarted="Error, exit code 1")
+    killed = "Job entrypoint command failed with exit code 137, last available logs: x"
+    story.step(rayjob=rayjob("Failed", "FAILED", reason="AppFailed", message=killed), pods=[again])
+    assert story.attempt.message == "the trainer was killed by SIGKILL"
+
+
 def test_a_container_whose_memory_does_not_even_let_it_start_is_not_waited_for() -> None:
     story = Story(QUICK).started()
     head = PodFacts("triage-a1-head", True, waiting_reason="CrashLoopBackOff", waiting_message="OOMKilled")
