@@ -121,6 +121,8 @@ def _hung_sidecar(seen: Observed, pod: PodFacts, *, now: datetime) -> Plan:
     """SidecarMode: a submitter that has ended makes the head pod unready for ever, and KubeRay waits for it."""
     exit_code = pod.submitter_exit_code
     text = f"the trainer ended with exit code {exit_code} before the cluster was ready (pod {pod.name})"
+    if exit_code == 1:  # also the submitter's own, where Ray does not take the job
+        text = f"Ray did not take the job, or {text}"
     if exit_code == 0:
         return attempts.end(seen, Ending(ErrorClass.INTERNAL, text, exit_code=0, inspect=True), now=now)
     return attempts.end(seen, Ending(failures.class_of(exit_code), text, exit_code=exit_code), now=now)

@@ -359,6 +359,15 @@ def test_a_sidecar_that_ended_well_before_the_cluster_was_ready_is_looked_into()
     assert (status.reason, status.attempts[-1].inspection) == ("Inspecting", "triage-i1")
 
 
+def test_a_sidecar_that_ended_with_1_may_never_have_got_its_job_taken() -> None:
+    """Ray starts slowly, and answers the submitter with 500: the trainer is not even there."""
+    story = Story().started()
+    pod = PodFacts("triage-a1-head", running=True, submitter_exit_code=1)
+    story.step(rayjob=rayjob("Initializing"), pods=[pod])
+    told = "Ray did not take the job, or the trainer ended with exit code 1 before the cluster was ready"
+    assert told in (story.attempt.message or "")
+
+
 def test_a_deleted_rayjob_is_lost_and_never_created_again_once_the_job_has_failed() -> None:
     story = Story(NO_RETRIES).started()
     story.step(rayjob=rayjob("Running", "RUNNING"))
