@@ -12,6 +12,7 @@ from finetune_operator.manifests import naming
 from finetune_operator.reconcile.facts import to_time
 
 CRASHING = "CrashLoopBackOff"
+SCHEDULING = frozenset({"FailedScheduling", "FailedScaleUp"})  # reasons of Events before a pod has its node
 STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its events are asked for
 
 
@@ -55,8 +56,10 @@ def is_stuck(pod: PodFacts, *, now: datetime) -> bool:
 
 
 def newest_warning(events: Sequence[Json]) -> Json | None:
-    """The latest Event that tells of trouble."""
-    warnings = [event for event in events if event.get("type") == "Warning"]
+    """The latest Event that tells of trouble. A pod that is asked about has its node: what kept it from one is past."""
+    warnings = [
+        event for event in events if event.get("type") == "Warning" and event.get("reason") not in SCHEDULING
+    ]
     return max(warnings, key=_event_time, default=None)
 
 

@@ -233,6 +233,13 @@ def test_the_newest_warning_tells_why_a_volume_is_not_there() -> None:
     assert pod_facts.newest_warning([events[1]]) is None
 
 
+def test_a_pod_that_found_no_node_at_first_and_has_one_now_does_not_wait_for_one() -> None:
+    """A cluster that grows: the node comes, and what takes minutes from then on is the image."""
+    event = {"type": "Warning", "reason": "FailedScheduling", "message": NODES + "1 Insufficient cpu."}
+    pod = pod_facts.pod_facts(body(CREATING), warning=pod_facts.newest_warning([event]))
+    assert pod.waiting_reason is None
+
+
 def test_an_init_container_counts_too() -> None:
     waiting = {"initContainerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull", "message": "m"}}}]}
     assert pod_facts.pod_facts(body(waiting)).waiting_reason == "ErrImagePull"
