@@ -47,7 +47,7 @@ def render_live(rollout: Rollout, now: datetime, trouble: str | None = None) -> 
     parts: list[RenderableType] = [tree]
     if trouble:
         parts.append(Text(trouble, "yellow"))
-    if not status:
+    if not status.get("phase"):
         parts.append(Text("waits for the operator", "dim"))
     return Group(*parts)
 

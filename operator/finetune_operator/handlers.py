@@ -147,7 +147,8 @@ def build_registry(
     ) -> None:
         body = event["object"]
         is_news = notice(event["type"], body)
-        job_changed((namespace or "", name or ""), is_news, is_untouched=not body.get("status"))
+        is_untouched = body.get("status", {}).keys() <= {"observedGeneration"}  # the CRD's default
+        job_changed((namespace or "", name or ""), is_news, is_untouched=is_untouched)
 
     @kopf.on.event(GROUP, VERSION, adapterdeployment.PLURAL, registry=registry)
     async def adapterdeployment_changed(namespace: str | None, name: str | None, **_: Any) -> None:

@@ -125,7 +125,7 @@ def test_a_job_applied_while_the_operator_is_away_is_not_lost(
     os.kill(pid_of(whole, "operator"), signal.SIGKILL)
     kubectl.apply(finetunejob("patient", tiny_model, tiny_rows))
     time.sleep(1)
-    assert "status" not in kubectl.job("patient")
+    assert kubectl.job("patient")["status"] == {"observedGeneration": -1}
     whole.up(parts.TRAINING)
     assert kubectl.finished("patient")["phase"] == "Succeeded"
 

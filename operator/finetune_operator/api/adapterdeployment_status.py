@@ -296,7 +296,7 @@ class AdapterDeploymentStatus(StatusModel):
     """What serves, what is under way, and why."""
 
     observed_generation: int | None = None
-    """Generation of the spec that this status is about."""
+    """Generation of the spec that this status is about; -1 until the operator has seen the object."""
     phase: RolloutPhase | None = None
     """Summary for people, with the words of Argo Rollouts."""
     stage: Stage | None = None
@@ -358,4 +358,4 @@ class AdapterDeploymentStatus(StatusModel):
         Field(default_factory=list)
     )
     """Available, Progressing, Paused, Promoted, AdaptersLoaded, TrafficRouted, MetricsAvailable, AnalysisPassing,
-    SampleRatioOK, BaseModelCompatible, CapacityOK, RoutesStored, InvalidSpec."""
+    SampleRatioOK, BaseModelCompatible, CapacityOK, RoutesStored, InvalidSpec, and Reconciling and Stalled (kstatus)."""

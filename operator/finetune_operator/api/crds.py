@@ -148,11 +148,13 @@ def _root_schema(resource: type[ApiModel], spec_model: type[ApiModel], descripti
         # `name` is declared so that rules can point at it
         "metadata": {"type": "object", "properties": {"name": {"type": "string"}}},
     }
+    # Without it, tools that compare generations (Flux, Helm) take an object that nobody has seen for one that is ready.
+    status = {**root["properties"]["status"], "default": {"observedGeneration": -1}}
     documented = {"description": root["properties"]["spec"]["description"]}
     return {
         **root,
         "description": description,
-        "properties": {**meta, "spec": {**spec, **documented}, "status": root["properties"]["status"]},
+        "properties": {**meta, "spec": {**spec, **documented}, "status": status},
     }
 
 

@@ -269,7 +269,7 @@ class FineTuneJobStatus(StatusModel):
     """What happened so far. Written by the operator."""
 
     observed_generation: int | None = None
-    """Generation of the spec that this status is about."""
+    """Generation of the spec that this status is about; -1 until the operator has seen the object."""
     phase: Phase | None = None
     """Summary for people. Programs read the conditions."""
     reason: Annotated[str, Field(max_length=64)] | None = None
@@ -280,7 +280,7 @@ class FineTuneJobStatus(StatusModel):
         Field(default_factory=list)
     )
     """Accepted, QuotaReserved (with a queue), ResourcesReady, Training, CheckpointAvailable, Suspended,
-    ArtifactPublished, and at the end Complete or Failed."""
+    ArtifactPublished, Reconciling and Stalled (kstatus), and at the end Complete or Failed."""
     progress: Progress | None = None
     """How far training is; at most one write in 10 seconds."""
     metrics: Metrics | None = None

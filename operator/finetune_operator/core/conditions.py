@@ -23,6 +23,13 @@ class ConditionType(StrEnum):
     FAILED = "Failed"  # as batch/v1 Job and TrainJob: ended badly
 
 
+class KStatus(StrEnum):
+    """What Flux, Helm and kpt wait for (kstatus): neither is the case once an object is as its spec wants it."""
+
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+
+
 @dataclass(frozen=True)
 class Claim:
     """What is to be said of one condition now."""
@@ -36,6 +43,14 @@ class Claim:
 
 
 SPEC_IS_COMPLETE = Claim(ConditionType.ACCEPTED, True, "Accepted", "the spec is complete")
+
+
+def kstatus(*, reconciling: bool, stalled: bool, reason: str, message: str) -> list[Claim]:
+    """Both conditions, by what the phase says."""
+    held = {KStatus.RECONCILING: reconciling, KStatus.STALLED: stalled}
+    return [Claim(kind, holds, reason, message) for kind, holds in held.items()]
+
+
 STATUS_WORDS = {True: "True", False: "False", None: "Unknown"}
 
 

@@ -40,7 +40,22 @@ def sum_up(turn: Turn) -> Turn:
         claim = rollout.invalid_spec(turn)
         reason, message = claim.reason, claim.message
         phase = _standing(turn.status) if phase is not RolloutPhase.DEGRADED else phase
-    return turn.update(phase=phase, reason=reason, message=message[: texts.LONGEST])
+    turn = turn.update(phase=phase, reason=reason, message=message[: texts.LONGEST])
+    return _claimed(turn, _kstatus(turn.status))
+
+
+def _kstatus(status: AdapterDeploymentStatus) -> list[Claim]:
+    """Stalled: nothing goes on by itself. Degraded without a rollback heals, and goes on."""
+    degraded = status.phase is RolloutPhase.DEGRADED
+    rolled_back = degraded and status.abort is not None and status.stage is not Stage.ABORTING
+    invalid = any((c.type, c.status) == (RolloutCondition.INVALID_SPEC, "True") for c in status.conditions)
+    stalled = rolled_back or invalid
+    return conditions.kstatus(
+        reconciling=not stalled and status.phase is not RolloutPhase.HEALTHY,
+        stalled=stalled,
+        reason=status.reason or "",
+        message=status.message or "",
+    )
 
 
 def _step(turn: Turn) -> str | None:
@@ -169,7 +184,7 @@ def _invalid(
     elif phase is RolloutPhase.PAUSED:
         claims.append(Claim(RolloutCondition.PROGRESSING, False, reason, message))
         claims.append(Claim(RolloutCondition.PAUSED, True, reason, message))
-    return known.model_copy(
+    status = known.model_copy(
         update={
             "observed_generation": generation,
             "phase": phase,
@@ -178,3 +193,5 @@ def _invalid(
             "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
         }
     )
+    merged = conditions.merge(status.conditions, _kstatus(status), now=now, generation=generation)
+    return status.model_copy(update={"conditions": merged})

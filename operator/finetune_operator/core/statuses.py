@@ -12,6 +12,7 @@ from finetune_operator.core import conditions, texts
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Event, Observed
 
+RESTING = frozenset({Phase.SUSPENDED, Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
 UNTOLD = frozenset({"Accepted", "Submitting"})  # what follows within moments tells the same
 QUIET = frozenset(
     {
@@ -40,14 +41,20 @@ def build(
 ) -> FineTuneJobStatus:
     """The known status with what changes. `phase` None: it stays."""
     known, generation = seen.job.status, seen.job.generation
+    phase = phase or known.phase
+    summary = conditions.kstatus(
+        reconciling=phase not in RESTING, stalled=phase is Phase.FAILED, reason=reason, message=message
+    )
     return known.model_copy(
         update={
             "observed_generation": generation,
-            "phase": phase or known.phase,
+            "phase": phase,
             "reason": reason,
             "message": message[: texts.LONGEST],
             "queue": None,  # whoever has a place in one says so
-            "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
+            "conditions": conditions.merge(
+                known.conditions, [*claims, *summary], now=now, generation=generation
+            ),
             **updates,
         }
     )

@@ -21,6 +21,7 @@ NOW = "2026-01-01T00:00:00Z"
 
 def started(number: int = 1) -> dict[str, Any]:
     return {
+        "observedGeneration": 1,
         "phase": "Running",
         "reason": "Training",
         "progress": {"percent": 45, "summary": "45%", "step": 45, "totalSteps": 100, "eta": "3m20s"},
@@ -99,7 +100,7 @@ def test_status_is_a_subresource_of_its_own(
     api: client.CustomObjectsApi, namespace: str, create: Any
 ) -> None:
     created = create({**GOOD, "status": started()}, dry_run=False)
-    assert "status" not in created
+    assert created["status"] == {"observedGeneration": -1}
     answer = patch(api, namespace, {"status": started(), "spec": {"objective": "PPO"}}, status=True)
     assert answer["spec"]["objective"] == "SFT"
     assert answer["status"] == started()  # nothing pruned, no defaults that nobody wrote

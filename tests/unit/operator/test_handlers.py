@@ -13,7 +13,14 @@ from finetune_operator.reconcile.queue import Key
 
 @pytest.mark.parametrize(
     ("status", "is_untouched"),
-    [(None, True), ({}, True), ({"phase": "Pending"}, False), ({"attempts": []}, False)],
+    [
+        (None, True),
+        ({}, True),
+        ({"observedGeneration": -1}, True),
+        ({"observedGeneration": 1, "phase": "Pending"}, False),
+        ({"phase": "Pending"}, False),
+        ({"attempts": []}, False),
+    ],
 )
 async def test_a_job_of_which_nothing_is_recorded_is_told_apart(status: Any, is_untouched: bool) -> None:
     told: list[tuple[Key, bool, bool]] = []

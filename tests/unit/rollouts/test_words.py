@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.adapterdeployment_status import AbortReason, PauseReason, RolloutPhase, Stage
+from finetune_operator.core.conditions import KStatus
 from finetune_operator.core.rollout_conditions import RolloutCondition
 from finetune_operator.core.rollout_endings import ADVICE
 from tests.unit.rollouts.world import World, reached, revision, serving
@@ -32,12 +33,13 @@ def test_the_message_has_the_step_and_the_numbers() -> None:
 def test_all_conditions_are_there_with_their_generation() -> None:
     world = canary()
     found = {condition.type: condition for condition in world.status.conditions}
-    assert set(found) == {str(kind) for kind in RolloutCondition}
+    assert set(found) == {*RolloutCondition, *KStatus}
     assert {condition.observed_generation for condition in found.values()} == {world.generation}
     assert {kind for kind, condition in found.items() if condition.status == "False"} == {
         "Progressing",
         "Promoted",
         "InvalidSpec",
+        "Stalled",
     }
     assert world.condition("Paused") == ("True", "CanaryPauseStep")
     assert world.condition("AnalysisPassing")[0] == "True"
