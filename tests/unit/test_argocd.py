@@ -12,11 +12,15 @@ from lupa import lua51
 
 from finetune_operator.api.adapterdeployment_status import RolloutPhase
 from finetune_operator.api.base import ACTION_ANNOTATION
+from finetune_operator.api.finetunejob import Phase
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "examples" / "rollouts" / "gitops-promotion" / "argocd" / "argocd-cm.yaml"
 SCRIPTS: dict[str, str] = yaml.safe_load(FILE.read_text(encoding="utf-8"))["data"]
-ACTIONS = yaml.safe_load(SCRIPTS["resource.customizations.actions.finetune.dev_AdapterDeployment"])
+ACTIONS, JOB_ACTIONS = (
+    yaml.safe_load(SCRIPTS[f"resource.customizations.actions.finetune.dev_{kind}"])
+    for kind in ("AdapterDeployment", "FineTuneJob")
+)
 
 
 def call(script: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +93,18 @@ def test_actions_are_offered_where_they_make_sense(body: dict[str, Any], offered
     assert {name for name, action in found.items() if not action["disabled"]} == offered
 
 
-@pytest.mark.parametrize("definition", ACTIONS["definitions"], ids=lambda definition: str(definition["name"]))
+@pytest.mark.parametrize("phase", [None, *Phase])
+def test_a_job_can_be_cancelled_until_it_has_ended(phase: Phase | None) -> None:
+    found = call(JOB_ACTIONS["discovery.lua"], deployment(phase) if phase else {"metadata": {}})
+    ended = phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+    assert {name: action["disabled"] for name, action in found.items()} == {"cancel": ended}
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [*ACTIONS["definitions"], *JOB_ACTIONS["definitions"]],
+    ids=lambda definition: str(definition["name"]),
+)
 @pytest.mark.parametrize("annotations", [{}, {"annotations": {"team": "a"}}], ids=["none", "some"])
 def test_an_action_sets_the_annotation_and_nothing_else(
     definition: dict[str, str], annotations: dict[str, Any]
