@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from finetune_local.cluster import Cluster
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.base import API_VERSION
+from finetune_operator.api.crds import build_crds
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from tests.clients import Kubectl
 from tests.clusters import api_server
@@ -24,7 +26,10 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-NO_OBJECTS = {"quickstart/tickets.yaml"}  # what tickets are made of
+NO_OBJECTS = {
+    "quickstart/tickets.yaml",  # what tickets are made of
+    "rollouts/gitops-promotion/kustomizeconfig.yaml",
+}
 GITOPS = EXAMPLES / "rollouts" / "gitops-promotion"
 
 
@@ -128,6 +133,54 @@ def test_a_promotion_is_one_changed_line(cluster: Cluster, tmp_path: Path) -> No
     assert before["spec"].pop("adapter") == {"fineTuneJobRef": {"name": "support-2026-11-03"}}
     assert after["spec"] == before["spec"]
     assert after["metadata"]["generation"] == before["metadata"]["generation"] + 1
+
+
+def references(schema: dict[str, Any], path: str) -> Iterator[str]:
+    """Where a spec names another object, as kustomize writes paths: it goes through lists by itself."""
+    for name, child in schema.get("properties", {}).items():
+        inner = child.get("items", child)
+        if name in ("fineTuneJobRef", "secretRef", "configMapRef"):
+            yield f"{path}/{name}/name"
+        yield from references(inner, f"{path}/{name}")
+
+
+def test_kustomize_is_told_every_reference() -> None:
+    known = yaml.safe_load((GITOPS / "kustomizeconfig.yaml").read_text(encoding="utf-8"))["nameReference"]
+    for crd in build_crds():
+        kind = crd["spec"]["names"]["kind"]
+        spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+        told = [field["path"] for one in known for field in one["fieldSpecs"] if field["kind"] == kind]
+        assert sorted(told) == sorted(references(spec, "spec"))
+
+
+def test_kustomize_follows_references(cluster: Cluster, tmp_path: Path) -> None:
+    function = {"configMapRef": {"name": "rewards", "key": "reward.py"}, "entry": "reward"}
+    documents = [
+        minimal("FineTuneJob", model={"uri": "hf://a/b", "secretRef": {"name": "token"}}),
+        minimal("FineTuneJob", model={"fineTuneJobRef": {"name": "first"}}, reward={"functions": [function]}),
+        minimal("AdapterDeployment", adapter={"fineTuneJobRef": {"name": "second"}}),
+    ]
+    for name, document in zip(("first", "second", "bot"), documents, strict=True):
+        document["metadata"]["name"] = name
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(documents), encoding="utf-8")
+    shutil.copy(GITOPS / "kustomizeconfig.yaml", tmp_path)
+    kustomization = {
+        "namePrefix": "team-",
+        "resources": ["all.yaml"],
+        "configurations": ["kustomizeconfig.yaml"],
+        "secretGenerator": [{"name": "token", "literals": ["HF_TOKEN=hf_x"]}],
+        "configMapGenerator": [{"name": "rewards", "literals": ["reward.py=pass"]}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
+    made = list(yaml.safe_load_all(Kubectl(cluster.kubeconfig, "default")("kustomize", str(tmp_path))))
+    names = {one["kind"]: one["metadata"]["name"] for one in made}
+    specs = {one["metadata"]["name"]: one["spec"] for one in made if "spec" in one}
+    assert names["Secret"].startswith("team-token-")
+    assert specs["team-first"]["model"]["secretRef"]["name"] == names["Secret"]
+    assert specs["team-second"]["model"]["fineTuneJobRef"]["name"] == "team-first"
+    followed = specs["team-second"]["reward"]["functions"][0]["configMapRef"]
+    assert followed == {"name": names["ConfigMap"], "key": "reward.py"}
+    assert specs["team-bot"]["adapter"]["fineTuneJobRef"]["name"] == "team-second"
 
 
 def test_a_patch_that_argo_cd_writes_is_one_that_the_operator_reads(cluster: Cluster) -> None:
