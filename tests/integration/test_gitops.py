@@ -10,7 +10,8 @@ import pytest
 from benchmarks.rayjob_player import Ending, Story
 from finetune_local.cluster import Cluster
 from tests.clients import FINAL, Json
-from tests.integration.operators import Operator, Stage
+from tests.integration.api_proxy import ApiProxy, Fault, Kind
+from tests.integration.operators import Operator, Stage, small_job
 from tests.integration.rollout_operator import Serving, deployment
 from tests.kstatus import computed
 from tests.unit.test_argocd import health
@@ -93,3 +94,23 @@ def test_a_rollout_is_waited_for_from_the_first_moment(operator: Operator, stage
     wait_for(*bot, "Paused")
     kubectl("annotate", "adep", "bot", "finetune.dev/action=abort")
     wait_for(*bot, "Degraded")
+
+
+def test_a_job_is_started_though_a_deployment_has_read_it_first(
+    proxy: ApiProxy, stage: Stage, serving: Serving, tmp_path: Path
+) -> None:
+    """Applied together, the deployment's pass may look at the job before the watch tells of it."""
+    stage.kubectl.apply(small_job("earlier"))
+    environment = serving.operator_environment()
+    running = Operator(tmp_path / "o", proxy.kubeconfig, stage.kubectl.namespace, **environment)
+    running.start()
+    try:
+        stage.finished("earlier", seconds=120)  # the watches are open
+        held = proxy.add(Fault(Kind.HOLD, r"GET .*/finetunejobs\?.*watch", seconds=5))
+        stage.kubectl.apply(small_job("later"))
+        stage.kubectl.apply(deployment("bot", "a" * 8, adapter={"fineTuneJobRef": {"name": "later"}}))
+        wait_for(running, stage, "AdapterDeployment", "bot", "Pending")
+        assert held.hits
+        stage.finished("later", seconds=60)
+    finally:
+        running.kill()

@@ -52,6 +52,9 @@ class _Known:
     heard: float
     sure: float = float("-inf")
     """When the API server answered a write of ours with this version, or one before it."""
+    read: bool = False
+    """Whether a read alone has told of this version. Whoever read it may have asked for another object's sake, so the
+    watch event that follows is still news to the object's own pass."""
 
     def body(self) -> Json:
         parsed: Json = pydantic_core.from_json(zlib.decompress(self.text))
@@ -99,9 +102,16 @@ class Sightings:
 
     def note(self, body: Mapping[str, Any], *, written: bool) -> None:
         """Take note of what the API server answered to a read, or to a write of ours."""
-        self._take("MODIFIED", body, sure=self._clock() if written else float("-inf"))
+        self._take("MODIFIED", body, sure=self._clock() if written else float("-inf"), read=not written)
 
-    def _take(self, event_type: str | None, body: Mapping[str, Any], *, sure: float = float("-inf")) -> bool:
+    def _take(
+        self,
+        event_type: str | None,
+        body: Mapping[str, Any],
+        *,
+        sure: float = float("-inf"),
+        read: bool = False,
+    ) -> bool:
         self._drop_old()
         name, uid = _name(body), body["metadata"]["uid"]
         place = self._place(body)
@@ -115,16 +125,16 @@ class Sightings:
                 del self._pods[_job_of(body)]
             return True
         version = _version(body)
-        is_news = known is None or known.uid != uid or not 0 <= version <= known.version
+        is_newer = known is None or known.uid != uid or not 0 <= version <= known.version
         if known is not None and known.uid == uid:
             sure = max(sure, known.sure)
-        if is_news or known is None:
-            place[name] = _Known(uid, version, _text(body), self._clock(), sure)
+        if is_newer or known is None:
+            place[name] = _Known(uid, version, _text(body), self._clock(), sure, read)
         elif version == known.version:
-            place[name] = replace(known, heard=self._clock(), sure=sure)
+            place[name] = replace(known, heard=self._clock(), sure=sure, read=known.read and read)
         if place is self._known:
             self._known.move_to_end(name)
-        return is_news
+        return is_newer or (known is not None and known.read)
 
     def forget(self, name: Name) -> None:
         self._known.pop(name, None)

@@ -50,6 +50,25 @@ def test_our_own_write_is_no_news_when_it_comes_back() -> None:
     assert "managedFields" not in found["metadata"]
 
 
+def test_what_somebody_has_read_is_news_when_the_watch_tells_it() -> None:
+    """A deployment or another job that reads a job says nothing to the job's own pass."""
+    seen = Sightings()
+    seen.note(job(5), written=False)
+    assert seen.notice("ADDED", job(5))
+    assert not seen.notice("ADDED", job(5))
+    seen.note(job(5), written=False)
+    assert not seen.notice(None, job(5)), "it has been told"
+    seen.note(job(7, spec={"suspend": False}), written=False)
+    assert seen.notice("MODIFIED", job(6))
+    assert seen.get(JOB) == job(7, spec={"suspend": False}) | {
+        "metadata": {"namespace": "ns", "name": "a", "uid": "u", "resourceVersion": "7"}
+    }
+    assert seen.notice("MODIFIED", job(7))
+    seen.note(job(8), written=True)
+    seen.note(job(8), written=False)
+    assert not seen.notice("MODIFIED", job(8))
+
+
 def test_another_object_of_the_name_is_news_whatever_its_version() -> None:
     seen = Sightings()
     seen.notice(None, job(9))
