@@ -49,6 +49,14 @@ def test_every_phase_has_a_health(phase: RolloutPhase) -> None:
     assert health(deployment(phase)) == {"status": expected.get(phase, phase), "message": "so it is"}
 
 
+@pytest.mark.parametrize("stalled", ["True", "False"])
+def test_a_spec_that_cannot_be_acted_on_is_not_waited_for(stalled: str) -> None:
+    """For example one whose alias another deployment has: it stays Pending until somebody changes it."""
+    conditions = [{"type": "Reconciling", "status": "False"}, {"type": "Stalled", "status": stalled}]
+    expected = "Degraded" if stalled == "True" else "Progressing"
+    assert health(deployment("Pending", conditions=conditions))["status"] == expected
+
+
 @pytest.mark.parametrize(
     "body",
     [
