@@ -34,9 +34,9 @@ PLAYED = """\
 FineTuneJobs created at once; each goes through one attempt with every status that KubeRay was seen to
 write, one report of progress and one of the result. Latencies are from the answer to the creation of the
 FineTuneJob to the watch event of its RayJob. Requests and CPU time are the operator's for a whole job,
-memory its peak. Where a number of jobs comes twice, the first run is on an API server that has just started: each of its
-watches holds ten changes then (later up to a hundred), so that on two busy cores its cache of FineTuneJobs lags behind
-etcd, for everybody who watches, and it closes watches. The number of passes makes no difference to that.
+memory its peak. Where a number of jobs comes twice, the first run is on an API server that has just started: each of
+its watches holds ten changes then (later up to a hundred), so that on two busy cores its cache of FineTuneJobs lags
+behind etcd, for everybody who watches, and it closes watches. The number of passes makes no difference to that.
 
 | jobs at once | create → RayJob, p50 | p99 | API requests per job | CPU per job | peak RSS | all ended after \
 | jobs | load before |
