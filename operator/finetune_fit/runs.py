@@ -26,8 +26,8 @@ class Disk:
     """Base model, as it is downloaded."""
 
 
-def disk(model: Architecture, work: Workload, *, keep: int, bytes_per_parameter: float = 2.0) -> Disk:
-    """What training writes. `bytes_per_parameter` is that of the base model's files."""
+def disk(model: Architecture, work: Workload, *, keep: int) -> Disk:
+    """What training writes, and the base model's files, which have two bytes per parameter."""
     trained = trained_parameters(model, work)
     # The trainer saves float32 adapters, and Full weights in the type that they are trained in.
     weights = 4 * trained
@@ -37,7 +37,7 @@ def disk(model: Architecture, work: Workload, *, keep: int, bytes_per_parameter:
         artifact=weights + FEW,
         checkpoint=checkpoint,
         checkpoints=(keep + 1) * checkpoint,
-        model=int(bytes_per_parameter * model.parameters) + FEW,
+        model=2 * model.parameters + FEW,
     )
 
 

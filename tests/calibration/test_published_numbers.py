@@ -5,6 +5,7 @@ Each expected number is the one of the design notes; the tolerances are three st
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -26,7 +27,8 @@ def test_a_threshold_gate_aborts_a_healthy_candidate(window: int, expected: floa
     rollouts = 1_000
     aborted = 0
     for results in (rng.binomial(window, 0.97, (rollouts, 20)) / window).tolist():
-        tally = thresholds.count_all(thresholds.measure(result, success=success)[0] for result in results)
+        phases = (thresholds.measure(result, success=success)[0] for result in results)
+        tally = functools.reduce(thresholds.count, phases, thresholds.Tally())
         aborted += thresholds.judge(tally, limits) is CheckPhase.FAILED
     print(f"seed 31, windows of {window}: {aborted / rollouts:.3f} falsely aborted, expected {expected}")
     assert aborted / rollouts == pytest.approx(expected, abs=0.05)

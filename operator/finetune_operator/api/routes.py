@@ -21,8 +21,7 @@ COUNTERS_VERSION: Literal["counters/v1"] = "counters/v1"
 ROUTES_PATH = "/admin/v1/routes"
 COUNTERS_PATH = "/admin/v1/counters"
 
-# Headers that clients may send, and that every answer carries.
-KEY_HEADER = "x-adapter-key"
+# Headers that every answer carries. A client that sends the revision asks for it.
 ARM_HEADER = "x-adapter-arm"
 REVISION_HEADER = "x-adapter-revision"
 FALLBACK_HEADER = "x-adapter-fallback"

@@ -57,12 +57,13 @@ _EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (-?\d{1,
 _OUT_OF_MEMORY = re.compile(r"^Unexpected error occurred: .*killed due to the node running low on memory")
 _RESULT = re.compile(r"^TRAINER_RESULT (\{.*\})$", re.MULTILINE)  # the trainer's last line on standard output
 _LOG_TAIL = re.compile(r"last available logs[^:]*:\s*(.*)", re.DOTALL)
+MOST_QUOTED = 500  # characters of a line of the trainer
 
 
-def exit_code_of(message: str | None) -> int | None:
+def exit_code_of(message: str) -> int | None:
     """The entrypoint's exit code in a RayJob's status.message, or None where it does not start with one. A process
     that a signal killed has 128 and the signal's number, as in a shell; Ray says -9 for 137."""
-    match = _EXIT_CODE.match(message or "")
+    match = _EXIT_CODE.match(message)
     code = int(match.group(1)) if match else None
     return 128 - code if code is not None and code < 0 else code
 
@@ -106,7 +107,7 @@ def _message_of(rayjob: RayJobFacts) -> str:
         return f"{rayjob.reason or 'failed'}: {first}"
     if exit_code > 128:
         return f"the trainer was killed by {_signal_name(exit_code - 128)}"
-    line = _told_by_result(rayjob.message, exit_code) or last_log_line(rayjob.message)
+    line = _told_by_result(rayjob.message, exit_code) or _last_log_line(rayjob.message)
     return f"the trainer ended with exit code {exit_code}" + (f": {line}" if line else "")
 
 
@@ -117,7 +118,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _told_by_result(message: str, exit_code: int, *, limit: int = 500) -> str | None:
+def _told_by_result(message: str, exit_code: int) -> str | None:
     """What the trainer said last of itself, where it could not report; believed only where it fits the exit code."""
     for found in reversed(_RESULT.findall(message)):
         try:
@@ -125,15 +126,15 @@ def _told_by_result(message: str, exit_code: int, *, limit: int = 500) -> str | 
         except ValueError:  # cut off, or somebody else's line
             continue
         if isinstance(result, dict) and result.get("exitCode") == exit_code and result.get("message"):
-            return str(result["message"]).splitlines()[0][:limit]
+            return str(result["message"]).splitlines()[0][:MOST_QUOTED]
     return None
 
 
-def last_log_line(message: str | None, *, limit: int = 500) -> str | None:
-    """The last line of the program's output that KubeRay quotes, cut to `limit` characters."""
-    match = _LOG_TAIL.search(message or "")
+def _last_log_line(message: str) -> str | None:
+    """The last line of the program's output that KubeRay quotes."""
+    match = _LOG_TAIL.search(message)
     lines = [line.strip() for line in match.group(1).splitlines() if line.strip()] if match else []
-    return lines[-1][:limit] if lines else None
+    return lines[-1][:MOST_QUOTED] if lines else None
 
 
 def with_advice(error_class: ErrorClass, message: str) -> str:

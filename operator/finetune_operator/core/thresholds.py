@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune_operator.api.adapterdeployment_status import CheckPhase
@@ -96,14 +96,6 @@ def count(tally: Tally, phase: CheckPhase) -> Tally:
         error=tally.error + errs,
         consecutive_errors=tally.consecutive_errors + 1 if errs else 0,
     )
-
-
-def count_all(phases: Iterable[CheckPhase]) -> Tally:
-    """The tally of measurements in the order in which they were made."""
-    tally = Tally()
-    for phase in phases:
-        tally = count(tally, phase)
-    return tally
 
 
 def judge(tally: Tally, limits: Limits) -> CheckPhase | None:

@@ -188,9 +188,6 @@ class Stage:
     def status(self) -> Json:
         return dict(self.job.get("status", {}))
 
-    def true_conditions(self) -> set[str]:
-        return {one["type"] for one in self.status.get("conditions", []) if one["status"] == "True"}
-
     async def passes(self, number: int = 1, *, after: float = 1) -> None:
         """So many passes; `after` seconds go by after each."""
         for _ in range(number):

@@ -52,6 +52,27 @@ def test_the_colours_of_rays_log_are_not_told() -> None:
     assert said == "the trainer ended with exit code 74: (train pid=7) out of disk"
 
 
+def test_a_log_without_a_last_word_and_a_failure_without_a_message() -> None:
+    assert told("74", "out of disk\n  \n")[2] == "the trainer ended with exit code 74: out of disk"
+    assert told("74", "")[2] == "the trainer ended with exit code 74"
+    assert failures.message_of(rayjob("Failed")) == "failed: no message"
+    assert failures.message_of(rayjob("Failed", reason="AppFailed", message="a\nb")) == "AppFailed: a"
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("no disk", "no disk. Raise the deadline and create the job again."),
+        ("no disk. ", "no disk. Raise the deadline and create the job again."),
+        ("late. Raise the deadline and create the job again.", "late. Raise the deadline and create the job again."),
+        ("too late: create the job again.", "too late: create the job again."),
+    ],
+)  # fmt: skip
+def test_advice_is_given_once(message: str, told: str) -> None:
+    assert failures.with_advice(ErrorClass.DEADLINE_EXCEEDED, message) == told
+    assert failures.with_advice(ErrorClass.SUSPENDED, message) == message
+
+
 def cause(message: str) -> object:
     return failures.cause(rayjob("Failed", "FAILED", reason="AppFailed", message=message), pods=[])
 

@@ -72,6 +72,11 @@ def test_strata_without_one_of_the_arms_say_nothing() -> None:
     assert sequences.compare([(of([1, 2, 3]), Moments()), (Moments(), of([1, 2, 3]))]) is None
     assert sequences.compare([]) is None
     assert sequences.compare([(of([1]), of([1]))]) is None
+    assert sequences.compare([(of([1, 2]), of([1])), (of([1, 2]), of([1]))]) is None
+    both = (of([1, 2, 3, 2]), of([2, 4]))
+    assert sequences.compare([(of([7, 8]), Moments()), both, (Moments(), of([7]))]) == sequences.compare(
+        [both]
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, 1.0, 1234.5])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 
 from finetune_operator.api.adapterdeployment_status import CheckPhase
 from finetune_operator.core import thresholds
-from finetune_operator.core.thresholds import Limits
+from finetune_operator.core.thresholds import Limits, Tally
 
 GOOD, BAD, OPEN, ERROR = (
     CheckPhase.SUCCESSFUL, CheckPhase.FAILED, CheckPhase.INCONCLUSIVE, CheckPhase.ERROR,
@@ -44,25 +45,30 @@ def test_conditions_that_cannot_be_read_name_the_part_and_show_how(text: str) ->
         thresholds.parse_condition(text)
 
 
+NO_DATA = (OPEN, "NoData: the query gave nothing, or no finite number")
+
+
 @pytest.mark.parametrize(
     ("result", "alone", "with_failure"),
     [
-        (1.0, GOOD, GOOD),
-        (1.5, BAD, OPEN),
-        (3.0, BAD, BAD),
-        (math.inf, BAD, BAD),
-        (math.nan, OPEN, OPEN),
-        (None, OPEN, OPEN),
+        (1.0, (GOOD, "1 meets the success condition"), (GOOD, "1 meets the success condition")),
+        (1.5, (BAD, "1.5 does not meet the success condition"), (OPEN, "1.5 meets neither condition")),
+        (3.0, (BAD, "3 does not meet the success condition"), (BAD, "3 meets the failure condition")),
+        (
+            math.inf,
+            (BAD, "inf does not meet the success condition"),
+            (BAD, "inf meets the failure condition"),
+        ),
+        (math.nan, NO_DATA, NO_DATA),
+        (None, NO_DATA, NO_DATA),
     ],
 )
 def test_a_measurement_is_judged_and_no_data_is_no_failure(
-    result: float | None, alone: CheckPhase, with_failure: CheckPhase
+    result: float | None, alone: tuple[CheckPhase, str], with_failure: tuple[CheckPhase, str]
 ) -> None:
     success, failure = thresholds.parse_condition("result <= 1.2"), thresholds.parse_condition("result > 2")
-    assert thresholds.measure(result, success=success)[0] is alone
-    phase, why = thresholds.measure(result, success=success, failure=failure)
-    assert phase is with_failure
-    assert why.startswith("NoData") is (result is None or math.isnan(result))
+    assert thresholds.measure(result, success=success) == alone
+    assert thresholds.measure(result, success=success, failure=failure) == with_failure
 
 
 @pytest.mark.parametrize(
@@ -73,6 +79,7 @@ def test_a_measurement_is_judged_and_no_data_is_no_failure(
         ([GOOD] * 3, GOOD),
         ([BAD] * 2, None),
         ([GOOD, BAD, GOOD, BAD, GOOD, BAD], BAD),
+        ([OPEN] * 2, None),
         ([OPEN] * 3, OPEN),
         ([ERROR] * 2, None),
         ([ERROR] * 3, ERROR),
@@ -85,4 +92,4 @@ def test_a_measurement_is_judged_and_no_data_is_no_failure(
 )
 def test_one_more_than_is_borne_decides(phases: list[CheckPhase], verdict: CheckPhase | None) -> None:
     limits = Limits(failure_limit=2, inconclusive_limit=2, consecutive_error_limit=2, count=3)
-    assert thresholds.judge(thresholds.count_all(phases), limits) is verdict
+    assert thresholds.judge(functools.reduce(thresholds.count, phases, Tally()), limits) is verdict
