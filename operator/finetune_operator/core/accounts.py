@@ -59,12 +59,9 @@ def _saved(seen: Observed, told: int | None) -> int:
 
 def lost_steps(seen: Observed, *, last_step: int | None) -> int | None:
     """Steps of the attempt that ends now which no checkpoint holds; None where it did no step."""
-    attempt = seen.job.status.attempts[-1]
-    last = last_step if last_step is not None else attempt.last_step
-    if last is None:
+    if last_step is None:
         return None
-    told = seen.report.finetune.checkpoint if seen.report else None
-    return (attempt.lost_steps or 0) + max(0, last - _saved(seen, told.step if told else None))
+    return (seen.job.status.attempts[-1].lost_steps or 0) + max(0, last_step - _saved(seen, None))
 
 
 def end_of_attempt(seen: Observed, *, now: datetime) -> datetime:

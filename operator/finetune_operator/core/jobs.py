@@ -113,8 +113,8 @@ def _is_at_rest(seen: Observed, rayjob: RayJobFacts) -> bool:
 
 def _with_action(seen: Observed) -> Observed:
     """The facts with the annotation's verb taken note of; an unknown one is refused once."""
-    value, known = seen.job.action, seen.job.status.last_action
-    if value is None or (known is not None and known.value == value[:128]):
+    value = seen.job.action
+    if value is None:
         return seen
     refused = verb_of(value) != CANCEL
     message = f"{value[:60]!r} is no action of a FineTuneJob; there is {CANCEL}" if refused else "cancelled"

@@ -166,7 +166,7 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
             "attempts": accounts.with_report(seen, report),
             "checkpoint": checkpoint,
         }
-        if checkpoint != known.checkpoint or checkpoint is not None:
+        if checkpoint != known.checkpoint:
             saved = known.model_copy(update={"checkpoint": checkpoint})
             claims.append(words.checkpoint_claim(seen.with_status(saved)))
     status = statuses.build(seen, phase, reason, message, claims=claims, now=now, **updates)

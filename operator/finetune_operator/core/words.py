@@ -23,7 +23,7 @@ def from_where(seen: Observed) -> str:
     """Where the next attempt goes on, as the end of a sentence; empty where it begins at the beginning."""
     checkpoint, spec = seen.job.status.checkpoint, seen.job.spec
     never = spec is not None and spec.checkpoint.resume is ResumePolicy.NEVER
-    if not seen.job.status.attempts or never or checkpoint is None:
+    if never or checkpoint is None:
         return ""
     return f", from the checkpoint of step {checkpoint.step}"
 

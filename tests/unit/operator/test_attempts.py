@@ -25,6 +25,7 @@ from finetune_operator.core.reports import Report
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
 
 QUICK: dict[str, Any] = {"retry": {"backoffSeconds": {"min": 0, "max": 0}}}
+GPU: dict[str, Any] = {"resources": {"gpusPerWorker": 1}}
 RUNNING = rayjob("Running", "RUNNING")
 OLD_POD = PodFacts("triage-a1-head", True, node="node-7")
 
@@ -33,6 +34,13 @@ def second(deployment: str = "Running", job: str = "RUNNING", **more: Any) -> Ra
     """The RayJob of attempt 2."""
     facts: dict[str, Any] = {"name": "triage-a2", "uid": "ray-uid-2", "ours": True} | more
     return RayJobFacts(deployment_status=deployment, job_status=job, **facts)
+
+
+def current(story: Story) -> RayJobFacts:
+    """The RayJob of the last attempt, whose trainer runs."""
+    number = story.attempt.number
+    uid = story.attempt.uid or f"ray-uid-{number}"
+    return RayJobFacts(f"triage-a{number}", uid, True, "Running", "RUNNING")
 
 
 def fail(story: Story, error_class: str, code: int, **more: Any) -> Plan:
@@ -61,6 +69,7 @@ def test_an_attempt_that_is_due_waits_for_an_operator_that_can_read_the_spec(rea
     for _ in range(3):
         status = story.step(after=60).status
         assert (status.phase, status.reason, status.next_attempt_time) == (Phase.PENDING, "InvalidSpec", due)
+        assert condition(story, "Accepted") == ("False", "InvalidSpec")
     assert "spec.novelty" in (status.message or "")
     story.job = replace(story.job, spec=known.spec, problem=None)
     story.step()
@@ -133,6 +142,11 @@ def test_preemptions_are_unlimited_unless_a_number_says_otherwise() -> None:
     plan = fail(story, "Preempted", 75)
     assert plan.status.phase is Phase.FAILED
     assert "spec.retry.preemptions" in (plan.status.message or "")
+    story = Story(QUICK).trained()
+    for number in range(1, 7):
+        plan = story.step(rayjob=current(story), report=result("Preempted", 75, "taken away"))
+        assert f"(preemption retry {number})" in (plan.status.message or "")
+        story.step()
 
 
 def test_every_class_has_a_policy() -> None:
@@ -163,6 +177,9 @@ def test_the_time_of_the_next_attempt_is_stored_and_does_not_move() -> None:
     plan = story.step(rayjob=RUNNING, report=result("Storage", 74, "away"))
     when = plan.status.next_attempt_time
     assert when is not None
+    wait = policies.backoff(BackoffSpec(), retry=1, uid=story.job.uid, attempt=1)
+    assert 0 <= (when - story.now).total_seconds() + 1 - wait < 1
+    assert when.microsecond == 0, "as times are stored"
     over = rayjob("Failed", "FAILED")
     for _ in range(3):
         waiting = story.step(rayjob=over)
@@ -210,14 +227,15 @@ def test_a_pod_on_a_node_that_is_gone_is_named_with_what_to_do() -> None:
 
 
 def test_a_success_that_is_told_late_counts_while_the_next_attempt_is_due() -> None:
-    story = Story().trained()
+    story = Story(GPU).trained()
     story.step(rayjob=rayjob("Failed", "RUNNING", reason="SubmissionFailed"), report=training(step=6))
     assert story.job.status.phase is Phase.RETRYING
+    lost = story.attempt
+    assert (lost.lost_steps, lost.gpu_seconds) == (6, 1)
     plan = story.step(rayjob=None, pods=[OLD_POD], report=result("Succeeded", 0, "done", artifact=ARTIFACT))
-    assert (plan.status.phase, plan.status.attempts[-1].error_class) == (
-        Phase.SUCCEEDED,
-        ErrorClass.SUCCEEDED,
-    )
+    attempt = plan.status.attempts[-1]
+    assert (plan.status.phase, attempt.error_class) == (Phase.SUCCEEDED, ErrorClass.SUCCEEDED)
+    assert (attempt.end_time, attempt.lost_steps, attempt.gpu_seconds) == (lost.end_time, None, 1)
     assert plan.status.next_attempt_time is None
     assert plan.actions == ()
 
@@ -251,7 +269,7 @@ def test_a_restart_within_an_attempt_is_counted() -> None:
 
 
 def test_gpu_seconds_are_those_in_which_the_pod_ran() -> None:
-    story = Story({**QUICK, "resources": {"gpusPerWorker": 1}}).started()
+    story = Story(QUICK | GPU).started()
     story.step(rayjob=rayjob("Initializing"), after=600)
     story.step(rayjob=RUNNING, after=100)
     story.step(rayjob=RUNNING, report=result("Storage", 74, "away"))
@@ -275,9 +293,8 @@ def test_too_little_gpu_memory_halves_the_micro_batch_until_it_is_one(
 ) -> None:
     story = Story({**QUICK, "hyperparameters": hyper}).trained()
     tried: list[int] = []
-    for number in range(1, 9):
-        current = RayJobFacts(f"triage-a{number}", f"u{number}", True, "Running", "RUNNING")
-        plan = story.step(rayjob=current, report=result("GpuOutOfMemory", 80, "out of memory"))
+    for _ in range(8):
+        plan = story.step(rayjob=current(story), report=result("GpuOutOfMemory", 80, "out of memory"))
         if plan.status.phase is Phase.FAILED:
             break
         story.step(rayjob=None)
@@ -294,15 +311,24 @@ def test_too_little_gpu_memory_halves_the_micro_batch_until_it_is_one(
     assert "1 row per forward pass" in (story.job.status.message or "")
 
 
-def test_a_smaller_batch_stays_for_the_attempts_that_follow() -> None:
+def test_what_was_changed_for_lack_of_memory_stays_for_the_attempts_that_follow() -> None:
     story = Story(QUICK).trained()
-    fail(story, "GpuOutOfMemory", 80)
-    story.step()
-    story.step(rayjob=second(), report=result("Storage", 74, "away"))
-    story.step(rayjob=None)
-    assert story.attempt.number == 3
-    assert story.attempt.overrides is not None
-    assert story.attempt.overrides.micro_batch_size == 4
+    had = []
+    for error_class, code in (
+        ("HostOutOfMemory", 81), ("GpuOutOfMemory", 80), ("GpuOutOfMemory", 80), ("Storage", 74), ("Suspended", 0),
+    ):  # fmt: skip
+        if error_class == "Suspended":
+            story.change(suspend=True)
+            story.step(rayjob=current(story))
+            story.step()
+            story.change(suspend=False)
+        else:
+            story.step(rayjob=current(story), report=result(error_class, code, "broken"))
+        story.step()
+        assert story.attempt.overrides is not None
+        had.append((story.attempt.overrides.memory, story.attempt.overrides.micro_batch_size))
+    assert story.attempt.number == 6
+    assert had == [("8192Mi", None), ("8192Mi", 4), ("8192Mi", 2), ("8192Mi", 2), ("8192Mi", 2)]
 
 
 def test_too_little_memory_of_the_pod_is_doubled_once() -> None:
@@ -434,7 +460,10 @@ def test_cancel_ends_a_job_in_every_phase() -> None:
     assert running.step(pods=[OLD_POD]).status.phase is not Phase.CANCELLED
     assert running.step().status.phase is Phase.CANCELLED
     assert running.job.status.last_action is not None
-    assert not running.job.status.last_action.refused
+    assert (running.job.status.last_action.refused, running.job.status.last_action.message) == (
+        False,
+        "cancelled",
+    )
     due = Story().trained()
     fail(due, "Storage", 74)
     due.act("cancel")
@@ -511,7 +540,11 @@ def test_a_namesakes_rayjob_is_waited_for_and_a_strangers_is_not() -> None:
     story = Story().started()
     former = RayJobFacts("triage-a1", "old", ours=False, of_a_namesake=True)
     plan = story.step(rayjob=former)
-    assert (plan.status.reason, plan.actions) == ("NameTaken", ())
+    assert (plan.status.reason, plan.actions, plan.requeue_after) == ("NameTaken", (), 2)
+    assert condition(story, "ResourcesReady") == ("False", "NameTaken")
+    assert plan.status.message == "waits until RayJob triage-a1 of an earlier job of this name is gone"
+    plan = story.step(pods=[PodFacts("triage-a1-a", True, gone=True), PodFacts("triage-a1-b", True)])
+    assert plan.status.message == "waits until pod triage-a1-b of an earlier job of this name is gone"
     assert list(story.step(rayjob=None).actions) == [CreateRayJob("triage-a1", 1)]
 
 

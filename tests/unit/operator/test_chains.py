@@ -30,8 +30,8 @@ def test_a_job_waits_for_its_model_and_says_so(upstream: UpstreamFacts, reason: 
     assert (plan.status.phase, plan.status.reason) == (Phase.PENDING, reason)
     assert "base" in (plan.status.message or "")
     assert plan.status.attempts == []
-    assert plan.requeue_after is not None
-    assert plan.requeue_after <= 60  # events wake it; this is for one that was lost
+    assert plan.requeue_after == 60  # events wake it; this is for one that was lost
+    assert [(c.type, c.status) for c in plan.status.conditions] == [("ResourcesReady", "False")]
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,6 @@ def test_a_missing_reward_function_is_waited_for_before_a_pod_hangs_at_it(
     story = Story({"objective": "GRPO", "reward": {"functions": functions}})
     plan = story.step(scripts=scripts)
     assert (plan.status.phase, plan.status.reason) == (Phase.PENDING, "ConfigMapNotFound")
+    assert plan.requeue_after == 10, "nobody watches ConfigMaps"
     assert word in (plan.status.message or "")
     assert story.step(scripts={"rewards": ["r.py", "other.py"]}).status.attempts

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import ErrorClass, Phase
-from finetune_operator.core import jobs, refusals
+from finetune_operator.api.finetunejob import Effective, ErrorClass, FineTuneJobStatus, Phase
+from finetune_operator.core import jobs, refusals, statuses
 from finetune_operator.core.facts import (
     CreateRayJob,
     Defaults,
     DeleteRayJob,
+    Event,
     Observed,
     Plan,
     PodFacts,
@@ -74,6 +75,36 @@ def test_a_run_from_apply_to_artifact() -> None:
     assert status.completion_time is not None
 
 
+def test_a_success_tells_all_of_the_artifacts_making() -> None:
+    story = Story({"resources": {"gpusPerWorker": 1}}).started()
+    story.step(rayjob=rayjob("Running", "RUNNING"), report=training(step=5, saved=5), after=100)
+    assert condition(story, "CheckpointAvailable") == ("True", "CheckpointSaved")
+    last = training(step=9, saved=5, loss="0.5")
+    done = result("Succeeded", 0, step=10, artifact=ARTIFACT).finetune.result
+    told = last.finetune.model_copy(update={"result": done, "effective": Effective(micro_batch_size=4)})
+    report = last.model_copy(update={"finetune": told})
+    status = story.step(rayjob=rayjob("Running", "RUNNING"), report=report).status
+    progress, metrics, effective = status.progress, status.metrics, status.effective
+    assert progress is not None
+    assert metrics is not None
+    assert effective is not None
+    assert (progress.percent, progress.summary, progress.step) == (100, "100%", 9)
+    assert (progress.estimated_remaining_seconds, progress.eta) == (0, "0s")
+    assert (metrics.loss, effective.micro_batch_size, status.checkpoint) == (0.5, 4, None)
+    assert effective.output_uri == "file:///artifacts/team/triage-0123abcd"
+    attempt = status.attempts[-1]
+    assert (attempt.last_step, attempt.gpu_seconds, attempt.message) == (10, 100, status.message)
+    assert status.message == f"artifact sha256:{'a' * 12} is at {ARTIFACT['uri']}"
+    assert {c.type: (c.status, c.reason) for c in status.conditions} == {
+        "Accepted": ("True", "Accepted"),
+        "ResourcesReady": ("False", "Released"),
+        "Training": ("False", "Finished"),
+        "CheckpointAvailable": ("False", "ArtifactPublished"),
+        "ArtifactPublished": ("True", "ManifestCommitted"),
+        "Complete": ("True", "ArtifactPublished"),
+    }
+
+
 def test_progress_is_told_in_numbers_and_for_printing() -> None:
     story = Story().trained()
     progress, metrics = story.job.status.progress, story.job.status.metrics
@@ -126,11 +157,12 @@ def test_a_reported_failure_ends_the_job_with_class_code_and_advice(
     error_class: str, exit_code: int, advice: str
 ) -> None:
     story = Story(NO_RETRIES).started()
-    plan = story.step(rayjob=rayjob("Running", "RUNNING"), report=result(error_class, exit_code, "line 17"))
+    told = result(error_class, exit_code, "line 17", step=7)
+    plan = story.step(rayjob=rayjob("Running", "RUNNING"), report=told)
     attempt = plan.status.attempts[-1]
     assert plan.status.phase is Phase.FAILED
     assert plan.status.reason == error_class
-    assert (attempt.error_class, attempt.exit_code) == (error_class, exit_code)
+    assert (attempt.error_class, attempt.exit_code, attempt.last_step) == (error_class, exit_code, 7)
     assert "line 17" in (plan.status.message or "")
     assert advice in (plan.status.message or "")
     assert condition(story, "Failed") == ("True", error_class)
@@ -165,13 +197,33 @@ def test_a_stopped_ray_job_is_cancelled_and_not_failed_for_a_reason_of_its_own()
 
 
 def test_a_rayjob_that_kuberay_refuses_is_a_bad_config() -> None:
-    story = Story().started()
+    story = Story({"retry": {"maxUserRetries": 3}}).started()
     refused = rayjob("ValidationFailed", message="name too long")
     story.step(rayjob=refused)
     assert list(story.step(rayjob=refused).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
     status = story.step().status
     assert status.phase is Phase.FAILED
     assert (status.reason, "name too long" in (status.message or "")) == ("BadConfig", True)
+
+
+@pytest.mark.parametrize(
+    ("before", "job"),
+    [
+        ({"rayjob": rayjob("Initializing")}, "RUNNING"),
+        ({"rayjob": rayjob("Running", "RUNNING")}, ""),
+        ({"rayjob": rayjob("Initializing"), "report": training(step=5)}, ""),
+    ],
+)
+def test_a_rayjob_that_is_invalid_after_it_ran_was_changed_by_somebody(
+    before: dict[str, Any], job: str
+) -> None:
+    story = Story().started()
+    story.step(**before)
+    status = story.step(rayjob=rayjob("ValidationFailed", job, message="entrypoint is\nempty")).status
+    assert (status.phase, status.attempts[-1].error_class) == (Phase.RETRYING, ErrorClass.LOST)
+    assert status.attempts[-1].message == (
+        "RayJob triage-a1 was changed while it ran, and KubeRay refuses it now: entrypoint is empty"
+    )
 
 
 def test_success_without_a_report_is_believed_only_after_an_inspection() -> None:
@@ -378,11 +430,12 @@ def test_a_deleted_rayjob_is_lost_and_never_created_again_once_the_job_has_faile
 
 
 def test_a_rayjob_of_somebody_else_is_left_alone() -> None:
-    story = Story()
+    story = Story({"retry": {"maxUserRetries": 3}})
     story.step()
     plan = story.step(rayjob=rayjob("Running", "RUNNING", ours=False))
     assert plan.actions == ()
     assert (plan.status.reason, plan.status.attempts[-1].uid) == ("BadConfig", None)
+    assert (plan.status.message or "").startswith("RayJob triage-a1 exists and belongs to someone else")
 
 
 def test_a_finished_job_is_never_touched_again() -> None:
@@ -440,6 +493,37 @@ def test_one_event_per_transition() -> None:
         e.reason for step in (1, 2, 3) for e in story.step(**running, report=training(step=step)).events
     ]
     assert names == ["Provisioning", "Training"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason", "warning"),
+    [
+        (Phase.PENDING, "Accepted", None),
+        (Phase.PROVISIONING, "Submitting", None),
+        (Phase.PENDING, None, None),
+        (Phase.PENDING, "KubeRayUnavailable", True),
+        (Phase.PROVISIONING, "ImagePullBackOff", True),
+        (Phase.QUEUED, "Inadmissible", True),
+        (Phase.PENDING, "WaitingForModel", False),
+        (Phase.PROVISIONING, "Provisioning", False),
+        (Phase.QUEUED, "Queued", False),
+        (Phase.RUNNING, "Training", False),
+        (Phase.RETRYING, "Storage", True),
+        (Phase.RETRYING, "Preempted", False),
+        (Phase.RETRYING, "Suspended", False),
+        (Phase.RETRYING, "Starting", False),
+        (Phase.FAILED, "BadData", True),
+        (Phase.CANCELLED, "Cancelled", False),
+        (Phase.SUCCEEDED, "ArtifactPublished", False),
+    ],
+)
+def test_what_a_user_must_look_at_is_a_warning(
+    phase: Phase, reason: str | None, warning: bool | None
+) -> None:
+    new = FineTuneJobStatus(phase=phase, reason=reason, message="told")
+    events = [] if warning is None or reason is None else [Event(warning, reason, "told")]
+    assert statuses.events(FineTuneJobStatus(), new) == events
+    assert statuses.events(new, new.model_copy(update={"message": "other words"})) == []
 
 
 def test_a_transition_time_moves_only_with_the_status_of_its_condition() -> None:

@@ -60,20 +60,28 @@ def test_what_the_check_finds_ends_the_job_whatever_retries_a_user_allows(told: 
 
 
 @pytest.mark.parametrize(
-    "end",
+    ("end", "left"),
     [
-        rayjob("Failed", "FAILED", reason="AppFailed", message="Ray head pod not found."),
-        rayjob("Complete", "SUCCEEDED"),
+        (
+            rayjob("Failed", "FAILED", reason="AppFailed", message="Ray head pod not found."),
+            ("Lost", None, "AppFailed: Ray head pod not found."),
+        ),
+        (
+            rayjob("Complete", "SUCCEEDED"),
+            ("Checked", 0, "nothing was found that speaks against training"),
+        ),
     ],
 )
-def test_a_check_that_did_not_say_anything_does_not_hold_the_job_up(end: Any) -> None:
+def test_a_check_that_did_not_say_anything_does_not_hold_the_job_up(end: Any, left: Any) -> None:
     story = checking({"retry": {"backoffSeconds": {"min": 0, "max": 0}}})
     for _ in range(4):
         story.step(rayjob=end, after=2)
         if story.attempt.number == 1:
             break
     assert story.attempt.number == 1
-    assert story.job.status.attempts[0].inspection is None, "there is no artifact to look for"
+    check = story.job.status.attempts[0]
+    assert (check.error_class, check.exit_code, check.message) == left
+    assert check.inspection is None, "there is no artifact to look for"
 
 
 def test_an_image_of_an_older_version_which_has_no_check_trains_all_the_same() -> None:
@@ -84,6 +92,7 @@ def test_an_image_of_an_older_version_which_has_no_check_trains_all_the_same() -
     status = story.step(rayjob=end).status
     assert (status.phase, status.reason, status.retries) == (Phase.PROVISIONING, "Checked", Retries())
     assert "nothing was checked, as the training image is of an older version" in (status.message or "")
+    assert (story.attempt.error_class, story.attempt.exit_code) == ("Checked", 2)
     story.step(rayjob=end, after=2)
     assert story.attempt.number == 1
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
-from finetune_operator.core.facts import DeleteRayJob, PodFacts
+from finetune_operator.core.facts import DeleteRayJob, PodFacts, RayJobFacts
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import Story, rayjob, result, training
+from tests.unit.operator.stories import START, Story, rayjob, result, training
 
 QUICK: dict[str, Any] = {"retry": {"backoffSeconds": {"min": 0, "max": 0}}}
 RUNNING = rayjob("Running", "RUNNING")
@@ -24,6 +24,10 @@ def goodbye(*, step: int, saved: int | None) -> Report:
     if saved is not None:
         body["finetune"]["checkpoint"] = {"step": saved, "uri": f"file:///c/checkpoint-{saved}"}
     return Report.model_validate(body)
+
+
+def condition(story: Story, kind: str) -> str:
+    return next(c.message for c in story.job.status.conditions if c.type == kind and c.status == "False")
 
 
 def test_what_a_suspended_trainer_saves_on_its_way_out_is_not_lost() -> None:
@@ -68,6 +72,7 @@ def test_never_resume_loses_all_that_was_done() -> None:
     story.step(rayjob=None)
     story.step(pods=[POD], report=goodbye(step=18, saved=18))
     assert story.attempt.lost_steps == 18
+    assert "from the checkpoint" not in (story.job.status.message or "")
 
 
 def test_a_rayjob_that_others_suspend_stays_the_same_attempt_though_its_trainer_says_goodbye() -> None:
@@ -102,11 +107,15 @@ def test_a_rayjob_that_was_deleted_is_told_though_its_trainer_calls_itself_preem
 def test_why_its_pod_was_taken_away_is_told_with_what_the_trainer_said() -> None:
     story = Story(QUICK).trained()
     evicted = replace(POD, disruption="EvictionByEvictionAPI: Eviction API: evicting")
-    plan = story.step(rayjob=RUNNING, pods=[evicted], report=goodbye(step=9, saved=9))
+    worker = PodFacts("triage-a1-worker", True)
+    plan = story.step(rayjob=RUNNING, pods=[worker, evicted], report=goodbye(step=9, saved=9))
     assert plan.status.reason == "Preempted"
-    told = story.attempt.message or ""
-    assert told.startswith("stopped by SIGTERM")
-    assert told.endswith("(EvictionByEvictionAPI: Eviction API: evicting)")
+    told = "stopped by SIGTERM (EvictionByEvictionAPI: Eviction API: evicting)"
+    assert story.attempt.message == told
+    assert (condition(story, "Training"), condition(story, "ResourcesReady")) == (told, told)
+    failed = Story(QUICK).trained()
+    failed.step(rayjob=RUNNING, pods=[evicted], report=result("BadData", 65, "line 17"))
+    assert failed.attempt.message == "line 17"
 
 
 def test_other_last_words_of_a_suspended_rayjob_count() -> None:
@@ -125,6 +134,22 @@ def test_a_ray_job_that_a_person_stopped_is_cancelled_though_its_trainer_calls_i
     assert (status.phase, status.reason) == (Phase.CANCELLED, "Cancelled")
     assert "Ray job of triage-a1 was stopped" in (status.message or "")
     assert story.attempt.number == 1
+
+
+@pytest.mark.parametrize(
+    ("last_word", "stopped"),
+    [
+        (goodbye(step=9, saved=9), rayjob("Running", "STOPPED", deleting_since=START)),  # by our own deletion
+        (goodbye(step=9, saved=9), rayjob("Complete", "STOPPED", ours=False)),
+        (result("Storage", 74, "away"), rayjob("Complete", "STOPPED")),
+    ],
+)
+def test_a_ray_job_that_stopped_for_another_reason_is_tried_again(
+    last_word: Report, stopped: RayJobFacts
+) -> None:
+    story = Story(QUICK).trained()
+    story.step(rayjob=RUNNING, report=last_word)
+    assert story.step(rayjob=stopped, pods=[POD], report=last_word).status.phase is Phase.RETRYING
 
 
 @pytest.mark.parametrize("job", ["RUNNING", "PENDING", ""])

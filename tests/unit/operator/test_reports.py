@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from pydantic import ValidationError
@@ -34,13 +34,27 @@ def test_a_plain_hugging_face_trainer_is_understood() -> None:
                     {"name": "total_steps", "value": "10"},
                     {"name": "current_epoch", "value": "0.3"},
                 ],
-                "lastUpdatedTime": "2026-01-01T00:00:00.123+00:00",
+                "lastUpdatedTime": "2026-01-01T02:00:00.123+02:00",
             }
         }
     )
+    assert report.trainer_status.last_updated_time == datetime(2026, 1, 1, microsecond=123_000, tzinfo=UTC)
     progress = reports.progress_of(report, at=None)
     assert reports.phase_of(report) is Phase.RUNNING
     assert (progress.step, progress.total_steps, progress.epoch, progress.eta) == (3, 10, 0.3, "1m1s")
+
+
+def test_our_own_numbers_count_before_a_plain_trainers_and_are_rounded() -> None:
+    theirs = [{"name": f"current_{name}", "value": "99"} for name in ("step", "epoch")]
+    report = reports.Report.model_validate(
+        {
+            "trainerStatus": {"metrics": [*theirs, {"name": "total_steps", "value": "99"}]},
+            "finetune": {"step": 0, "totalSteps": 0, "epoch": 1.23456, "tokensPerSecond": 98.765},
+        }
+    )
+    progress = reports.progress_of(report, at=START)
+    assert (progress.percent, progress.step, progress.total_steps, progress.epoch) == (0, 0, None, 1.235)
+    assert (progress.tokens_per_second, progress.eta, progress.last_report_time) == (98.77, None, START)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "abc", ""])
