@@ -61,7 +61,7 @@ def _without_workload(seen: Observed, rayjob: RayJobFacts, name: str, *, now: da
             f"spec.scheduling.queueName is {name}, and Kueue is not installed (no API group kueue.x-k8s.io): install "
             "it, or create the job again without queueName"
         )
-        return Place("KueueUnavailable", message, Queue(name=name, reason="KueueUnavailable", message=""))
+        return Place("KueueUnavailable", message, Queue(name=name, reason="KueueUnavailable"))
     old = rayjob.created is not None and (now - rayjob.created).total_seconds() >= WORKLOAD_SECONDS
     message = f"waits in queue {name} until there is room"
     if old:
@@ -69,8 +69,8 @@ def _without_workload(seen: Observed, rayjob: RayJobFacts, name: str, *, now: da
             f"Kueue has made no Workload for RayJob {rayjob.name}: see that its operator runs and that its "
             "configuration lists the integration ray.io/rayjob"
         )
-        return Place("KueueUnavailable", message, Queue(name=name, reason="KueueUnavailable", message=""))
-    return Place("Queued", message, Queue(name=name, reason="Waiting", message=""))
+        return Place("KueueUnavailable", message, Queue(name=name, reason="KueueUnavailable"))
+    return Place("Queued", message, Queue(name=name, reason="Waiting"))
 
 
 def _why(workload: WorkloadFacts, name: str, namespace: str) -> tuple[str, str]:

@@ -192,6 +192,31 @@ def test_the_time_of_the_next_attempt_is_stored_and_does_not_move() -> None:
     assert story.job.status.next_attempt_time is None
 
 
+def test_when_the_next_attempt_starts_is_told_once_nothing_is_waited_for() -> None:
+    story = Story().trained()
+    story.step(rayjob=RUNNING, report=result("Storage", 74, "away."))
+    over = rayjob("Failed", "FAILED")
+    assert "waits until" in (story.step(rayjob=over, pods=[OLD_POD]).status.message or "")
+    told = story.step(rayjob=over).status
+    at = f"{told.next_attempt_time:%H:%M:%S}"
+    assert (told.phase, told.reason) == (Phase.RETRYING, "Storage")
+    assert told.message == f"attempt 1 ended: away. Attempt 2 starts at {at} UTC"
+    assert story.step(rayjob=over).status == told
+
+
+def test_a_job_that_had_to_be_stopped_still_tells_that_its_retries_are_used() -> None:
+    story = Story({"retry": {"maxInfraRetries": 1, **QUICK["retry"]}}).trained()
+    fail(story, "Storage", 74)
+    story.step()
+    going = second("Initializing", "")
+    plan = story.step(rayjob=going, report=result("Storage", 74, "away"))
+    assert (plan.status.phase, plan.status.reason) == (Phase.PROVISIONING, "Stopping")
+    assert list(story.step(rayjob=going).actions) == [DeleteRayJob("triage-a2", "ray-uid-2")]
+    status = story.step().status
+    assert status.phase is Phase.FAILED
+    assert "away; all retries are used (spec.retry.maxInfraRetries is 1)" in (status.message or "")
+
+
 # ---------------------------------------------------------------- the fence
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from finetune_fit.prices import PriceTable
@@ -68,6 +70,23 @@ def test_work_that_no_checkpoint_holds_is_lost_in_proportion() -> None:
     story.step(rayjob=running, report=training(step=10, saved=6, resumed=0), after=100)
     story.step(rayjob=LOST)
     assert cost(story) == (200, 80)
+
+
+def test_what_the_attempts_before_had_saved_is_not_lost_again() -> None:
+    story = Story(
+        GPU, Defaults("file:///artifacts", "trainer:1", PriceTable("EUR", {"other": 1.0}))
+    ).started()
+    running = rayjob("Running", "RUNNING")
+    story.step(rayjob=running, report=training(step=6, saved=6, resumed=0), after=100)
+    story.step(rayjob=LOST, report=training(step=6, saved=6, resumed=0), after=0)
+    story.step()
+    story.step(after=0)
+    second = replace(running, name="triage-a2", uid="second")
+    story.step(rayjob=second, report=training(step=10, saved=8, resumed=6), after=50)
+    story.step(rayjob=replace(LOST, name="triage-a2", uid="second"))
+    assert cost(story) == (150, 25), "two of four steps"
+    assert story.job.status.cost is not None
+    assert (story.job.status.cost.estimated, story.job.status.cost.currency) == (None, None)
 
 
 def test_an_attempt_that_did_no_step_is_lost_as_a_whole() -> None:

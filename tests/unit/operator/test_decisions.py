@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.finetunejob import Effective, ErrorClass, FineTuneJobStatus, Phase
-from finetune_operator.core import jobs, refusals, statuses
+from finetune_operator.core import attempts, jobs, refusals, statuses
+from finetune_operator.core.attempts import Ending
 from finetune_operator.core.facts import (
     CreateRayJob,
     Defaults,
@@ -20,6 +21,7 @@ from finetune_operator.core.facts import (
     PodFacts,
     RayJobFacts,
 )
+from finetune_operator.core.reports import Report
 from tests.unit.operator.stories import ARTIFACT, Story, inspected, rayjob, result, training
 
 NO_RETRIES = {"retry": {"maxInfraRetries": 0}}
@@ -260,6 +262,69 @@ def test_a_process_that_was_heard_at_work_a_moment_ago_needs_no_inspection() -> 
     lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="submitter died")
     status = story.step(rayjob=lost, report=training(step=6)).status
     assert (status.phase, status.reason) == (Phase.RETRYING, "Lost")
+
+
+@pytest.mark.parametrize(
+    ("phase", "age", "remaining", "far"),
+    [
+        ("Training", 60, 61, True),
+        ("Training", 60, None, True),
+        ("Validating", 0, 61, True),
+        ("Training", 61, 61, False),
+        ("Training", 0, 60, False),
+        ("Evaluating", 0, 61, False),
+        ("Exporting", 0, 61, False),
+    ],
+)
+def test_only_who_was_heard_lately_and_has_much_to_do_can_have_left_no_artifact(
+    phase: str, age: int, remaining: int | None, far: bool
+) -> None:
+    story = Story().trained()
+    told = {"trainerStatus": {"estimatedRemainingSeconds": remaining}, "finetune": {"phase": phase}}
+    seen = Observed(job=story.job, report=Report.model_validate(told), reported_at=story.now)
+    assert attempts.is_far_from_its_end(seen, now=story.now + timedelta(seconds=age)) is far
+    assert not attempts.is_far_from_its_end(replace(seen, report=None), now=story.now)
+
+
+@pytest.mark.parametrize(
+    ("error_class", "exit_code", "heard", "looks"),
+    [
+        (ErrorClass.LOST, None, True, True),
+        (ErrorClass.LOST, 137, True, True),
+        (ErrorClass.STALLED, None, True, True),
+        (ErrorClass.PREEMPTED, None, True, True),
+        (ErrorClass.PREEMPTED, 75, True, False),
+        (ErrorClass.INTERNAL, None, True, False),
+        (ErrorClass.LOST, None, False, False),
+    ],
+)
+def test_before_a_job_is_given_up_the_artifact_of_a_silent_attempt_is_looked_for(
+    error_class: ErrorClass, exit_code: int | None, heard: bool, looks: bool
+) -> None:
+    spec = {"retry": {"maxInfraRetries": 0, "preemptions": 0}}
+    story = Story(spec).trained() if heard else Story(spec).started()
+    ending = Ending(error_class, "gone", exit_code=exit_code)
+    status = attempts.end(Observed(job=story.job), ending, now=story.now).status
+    assert (status.phase is Phase.EVALUATING, status.attempts[-1].inspection is not None) == (looks, looks)
+
+
+@pytest.mark.parametrize(
+    ("log", "over"),
+    [
+        ("Job entrypoint command failed with exit code 1, last available logs: no manifest.json", True),
+        ("Job entrypoint command failed with exit code 74, last available logs: away", False),
+        ("Job entrypoint command failed with exit code 75, last available logs: x", False),
+        ("Job entrypoint command failed with exit code 137, last available logs: x", False),
+        ("Ray head pod not found.", False),
+    ],
+)
+def test_an_inspection_that_could_not_look_is_made_again(log: str, over: bool) -> None:
+    story = Story(NO_RETRIES).trained()
+    end = rayjob("Complete", "SUCCEEDED")
+    story.step(rayjob=end)
+    assert story.step(rayjob=end, kuberay_installed=False).actions == []
+    look = rayjob("Failed", "FAILED", message=log, created=story.now)
+    assert (story.step(rayjob=end, inspection=look).status.phase is Phase.FAILED) is over
 
 
 def test_a_lost_process_without_an_artifact_is_lost() -> None:

@@ -150,6 +150,59 @@ def test_what_the_queue_says_is_in_the_status(
     assert plan.actions == ()
 
 
+@pytest.mark.parametrize(
+    ("found", "reason", "reserved", "text"),
+    [
+        (
+            WorkloadFacts("w", active=False),
+            "Deactivated",
+            "False",
+            "Workload w was taken out of queue team-a: spec.active is false; to let it in again: kubectl patch "
+            "workload w -n team --type=merge -p '{\"spec\":{\"active\":true}}'",
+        ),
+        (
+            WorkloadFacts("w", quota_reserved=True),
+            "AdmissionChecks",
+            "True",
+            "queue team-a has reserved the quota and waits for its admission checks",
+        ),
+        (
+            WorkloadFacts("w", quota_reserved=True, evicted="Preempted", evicted_message="for another", message="old"),
+            "Preempted",
+            "False",
+            "queue team-a took the room away (Preempted): for another; it goes on when there is room again",
+        ),
+        (
+            WorkloadFacts("w", reason="Inadmissible", message="ClusterQueue gpus is Stopped."),
+            "QueueInactive",
+            "False",
+            "queue team-a lets nobody in: ClusterQueue gpus is Stopped; have its ClusterQueue put right",
+        ),
+        (
+            WorkloadFacts("w", reason="Waiting", message="nothing yet", position=7),
+            "Queued",
+            "False",
+            "waits in queue team-a until there is room (position 7)",
+        ),
+        (WorkloadFacts("w"), "Queued", "False", "waits in queue team-a until there is room"),
+    ],
+)  # fmt: skip
+def test_what_a_workload_says_is_told_in_these_words(
+    found: WorkloadFacts, reason: str, reserved: str, text: str
+) -> None:
+    plan = Story(QUEUED).started().step(rayjob=held(), workload=found)
+    assert (plan.status.reason, plan.status.message) == (reason, text)
+    assert plan.status.queue is not None
+    assert plan.status.queue.message == (found.evicted_message or found.message)
+    assert conditions(plan) == {
+        "Accepted": ("True", "Accepted"),
+        "QuotaReserved": (reserved, reason),
+        "ResourcesReady": ("False", reason),
+        "Training": ("False", reason),
+    }
+    assert plan.requeue_after == 30 + (found.position or 0)
+
+
 def test_far_back_in_a_queue_the_position_is_asked_for_less_often() -> None:
     waits = [queues.next_look(WorkloadFacts(name="w", position=position)) for position in (None, 0, 100, 900)]
     assert waits == [30, 30, 130, 300]

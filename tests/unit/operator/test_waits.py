@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import Phase
-from finetune_operator.core.facts import PodFacts
+from finetune_operator.api.finetunejob import ErrorClass, Phase
+from finetune_operator.core import waits
+from finetune_operator.core.facts import Observed, PodFacts
 from finetune_operator.reconcile import pod_facts
 from tests.unit.operator.stories import START, Story, rayjob
 
@@ -161,6 +163,50 @@ def test_a_job_is_looked_at_only_as_often_as_time_alone_can_change_why_it_waits(
     assert story.step(rayjob=rayjob("Initializing", created=START), pods=[runs]).requeue_after == 60
 
 
+POD = PodFacts("triage-a1-head", False, scheduled_at=START, node="n1")
+CRASHES = replace(POD, waiting_reason="CrashLoopBackOff")
+
+
+@pytest.mark.parametrize(
+    ("pod", "minutes", "end"),
+    [
+        (replace(POD, waiting_reason="InvalidImageName"), 0, (ErrorClass.BAD_CONFIG, True)),
+        (replace(POD, waiting_reason="ErrImagePull"), 9, None),
+        (replace(POD, waiting_reason="ErrImagePull"), 10, (ErrorClass.BAD_CONFIG, True)),
+        (CRASHES, 9, None),
+        (CRASHES, 10, (ErrorClass.INTERNAL, False)),
+        (replace(CRASHES, out_of_memory=True), 0, (ErrorClass.HOST_OUT_OF_MEMORY, False)),
+        (replace(POD, waiting_reason="ContainerCreating"), 99, None),
+        (replace(POD, out_of_memory=True), 99, None),
+    ],
+)  # fmt: skip
+def test_what_is_not_waited_for_any_longer(
+    pod: PodFacts, minutes: int, end: tuple[ErrorClass, bool] | None
+) -> None:
+    now = START + timedelta(minutes=minutes)
+    found = waits.hopeless(Observed(job=Story().job, pods=[pod]), now=now)
+    assert (None if found is None else (found.error_class, found.final)) == end
+    assert found is None or f"(pod triage-a1-head: {pod.waiting_reason})" in found.message
+
+
+@pytest.mark.parametrize(
+    ("facts", "pods", "age", "podless"),
+    [
+        ({}, [], 12, True),
+        ({}, [], 11, False),
+        ({}, [POD], 99, False),
+        ({"cluster_problem": QUOTA}, [], 99, False),
+        ({"deployment": "Running"}, [], 99, False),
+        ({"created": None}, [], 99, False),
+    ],
+)
+def test_kubernetes_is_asked_why_there_is_no_pod_where_there_should_be_one(
+    facts: dict[str, Any], pods: list[PodFacts], age: int, podless: bool
+) -> None:
+    known: dict[str, Any] = {"deployment": "Initializing", "created": START}
+    assert waits.is_podless(rayjob(**known | facts), pods, now=START + timedelta(seconds=age)) is podless
+
+
 def test_a_pod_that_is_quick_costs_no_status_of_its_own() -> None:
     story = Story().started()
     slow = PodFacts("triage-a1-head", False, scheduled_at=story.now, node="n1")
@@ -169,6 +215,10 @@ def test_a_pod_that_is_quick_costs_no_status_of_its_own() -> None:
     assert "starts on node n1" in (
         story.step(rayjob=rayjob("Initializing"), pods=[slow]).status.message or ""
     )
+    for quick in (replace(slow, running=True), replace(slow, gone=True), replace(slow, scheduled_at=None)):
+        assert "starts on node" not in (
+            story.step(rayjob=rayjob("Initializing"), pods=[quick]).status.message or ""
+        )
 
 
 def test_a_pod_whose_container_was_started_again_says_how_it_ended() -> None:
