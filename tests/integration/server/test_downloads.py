@@ -45,10 +45,12 @@ def test_another_digest_or_a_changed_file_is_refused_and_leaves_nothing(
     cache = tmp_path / "cache"
     with pytest.raises(downloads.DigestMismatch, match=digest):
         downloads.fetch(f"file://{folder}", "sha256:" + "0" * 64, cache)
-    with (folder / "adapter_model.safetensors").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(downloads.DigestMismatch, match=r"adapter_model\.safetensors differs"):
-        downloads.fetch(f"file://{folder}", digest, cache)
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for other in (whole + b"x", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        weights.write_bytes(other)
+        with pytest.raises(downloads.DigestMismatch, match=r"adapter_model\.safetensors differs"):
+            downloads.fetch(f"file://{folder}", digest, cache)
     assert list(cache.iterdir()) == []
 
 
