@@ -33,6 +33,13 @@ def test_nobody_at_zero_and_everybody_at_hundred(salt: str, key: str) -> None:
     assert not assignment.is_candidate(1.0, 0)  # 2^64 - 1 over 2^64 rounds to 1
 
 
+def test_the_weight_is_percent_of_the_line() -> None:
+    assert assignment.is_candidate(0.0, 100)
+    assert assignment.is_candidate(0.5, 50)
+    assert not assignment.is_candidate(0.4999, 50)
+    assert not assignment.is_candidate(0.9899, 1)
+
+
 @pytest.mark.parametrize("weight", [1, 5, 25, 50])
 def test_the_share_of_keys_is_the_weight(weight: float) -> None:
     users = 20_000
