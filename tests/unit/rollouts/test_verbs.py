@@ -128,6 +128,9 @@ def test_promote_full_leaves_out_all_steps() -> None:
 def test_promote_full_while_loading_waits_for_the_engines_only() -> None:
     world = serving(steps=WAITING).deploy("b")
     world.run(5, until=reached(Stage.LOADING))
+    world.say("promote").run(1)
+    assert taken(world).refused
+    assert "no step to leave in stage Loading; `promote-full` leaves all" in (taken(world).message or "")
     world.say("promote-full").run(20)
     assert world.everybody_gets() == revision("b")
     assert world.history()[0] == ("b", "FastPromoted")

@@ -62,6 +62,19 @@ def test_harm_leaves_the_route_and_is_recorded_when_that_is_possible() -> None:
     assert world.routing.version == version, "the route that is recorded is the one that is published"
 
 
+def test_nothing_is_withdrawn_from_a_route_that_is_not_ours_to_change() -> None:
+    world = canary()
+    world.evidence.bad = {revision("b")}
+    world.advance(20)
+    seen = from_memory(world)
+    for other in (
+        replace(seen, deployment=replace(seen.deployment, deleting=True)),
+        replace(seen, deployment=replace(seen.deployment, spec=None)),
+        replace(seen, routing=replace(seen.routing, alias_taken_by="team/other")),
+    ):
+        assert rollouts.withdraw(other, now=world.now) is None
+
+
 def test_a_withdrawal_is_of_one_rollout_only() -> None:
     world = canary()
     world.evidence.bad = {revision("b")}
