@@ -13,6 +13,7 @@ import pytest
 
 from finetune_trainer import lifecycle, signals
 from tests import tiny
+from tests.buckets import serve_bucket
 
 OLD_RULE, NEW_RULE = 0, 2  # shifts of the rule in tiny.answer; the second contradicts the first in every row
 
@@ -30,6 +31,15 @@ class Ended:
 
 
 Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a real S3 server on this machine."""
+    with serve_bucket("training") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield "s3://training"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,14 +297,6 @@ def test_no_other_runs_checkpoint_is_taken(
     assert again.code == 0, again.log
     assert "resuming" not in again.log
     assert len(losses(again)) == STEPS
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with serve_bucket("training") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield "s3://training"
 
 
 def test_checkpoints_live_in_s3(

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 
 from finetune_trainer import lifecycle, storage
 from tests import tiny
-from tests.buckets import serve_bucket
 from tests.integration.trainer.conftest import Run
 
 pytestmark = pytest.mark.integration
@@ -168,15 +166,6 @@ def test_progress_and_result_reach_the_operator(
     assert last["effective"]["precision"] == "Float32"
     assert last["effective"]["device"].startswith("cpu")
     assert all("result" not in body["finetune"] for body in server.bodies[:-1])
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a real S3 server on this machine."""
-    with serve_bucket("training") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield "s3://training"
 
 
 def test_model_data_and_artifact_may_live_in_s3(

@@ -78,6 +78,10 @@ class Story:
         return self
 
 
+def condition(story: Story, kind: str) -> tuple[str, str] | None:
+    return next(((c.status, c.reason) for c in story.job.status.conditions if c.type == kind), None)
+
+
 def rayjob(deployment: str = "", job: str = "", **more: Any) -> RayJobFacts:
     known = {"name": "triage-a1", "uid": "ray-uid", "ours": True}
     return RayJobFacts(**{**known, "deployment_status": deployment, "job_status": job, **more})

@@ -22,7 +22,7 @@ from finetune_operator.core.facts import (
     WriteRunFile,
 )
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
+from tests.unit.operator.stories import ARTIFACT, Story, condition, rayjob, result, training
 
 QUICK: dict[str, Any] = {"retry": {"backoffSeconds": {"min": 0, "max": 0}}}
 GPU: dict[str, Any] = {"resources": {"gpusPerWorker": 1}}
@@ -48,10 +48,6 @@ def fail(story: Story, error_class: str, code: int, **more: Any) -> Plan:
     plan = story.step(rayjob=RUNNING, report=result(error_class, code, "broken", **more))
     story.step(rayjob=rayjob("Failed", "FAILED"))
     return plan
-
-
-def condition(story: Story, kind: str) -> tuple[str, str] | None:
-    return next(((c.status, c.reason) for c in story.job.status.conditions if c.type == kind), None)
 
 
 # ---------------------------------------------------------------- while the CRDs are newer than the operator

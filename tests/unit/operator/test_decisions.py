@@ -22,13 +22,9 @@ from finetune_operator.core.facts import (
     RayJobFacts,
 )
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import ARTIFACT, Story, inspected, rayjob, result, training
+from tests.unit.operator.stories import ARTIFACT, Story, condition, inspected, rayjob, result, training
 
 NO_RETRIES = {"retry": {"maxInfraRetries": 0}}
-
-
-def condition(story: Story, kind: str) -> tuple[str, str] | None:
-    return next(((c.status, c.reason) for c in story.job.status.conditions if c.type == kind), None)
 
 
 def test_the_attempt_is_recorded_before_anything_is_created() -> None:

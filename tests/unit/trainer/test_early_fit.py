@@ -28,11 +28,6 @@ LARGE = {  # Llama 3.1 70B
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def run_file(folder: Path, model: str, **parts: Any) -> runfile.RunFile:
     data = tiny.write_jsonl(folder / "chat.jsonl", tiny.chat_rows())
     document = tiny.run_document(
@@ -41,24 +36,24 @@ def run_file(folder: Path, model: str, **parts: Any) -> runfile.RunFile:
     return runfile.parse(json.dumps(document | {"model": {"uri": model}}))
 
 
-def test_a_small_model_fits_and_the_numbers_are_told(model: Path, tmp_path: Path) -> None:
-    found = early_fit.check(run_file(tmp_path, f"file://{model}"), tmp_path)
+def test_a_small_model_fits_and_the_numbers_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    found = early_fit.check(run_file(tmp_path, f"file://{tiny_model}"), tmp_path)
     assert "NVIDIA-L4 has 22.5 GiB" in found
     assert not (tmp_path / "out").exists(), "nothing is claimed"
 
 
-def test_a_gpu_that_is_not_in_the_table_is_said_to_be_so(model: Path, tmp_path: Path) -> None:
-    found = early_fit.check(run_file(tmp_path, f"file://{model}", accelerator="Acme-9000"), tmp_path)
+def test_a_gpu_that_is_not_in_the_table_is_said_to_be_so(tiny_model: Path, tmp_path: Path) -> None:
+    found = early_fit.check(run_file(tmp_path, f"file://{tiny_model}", accelerator="Acme-9000"), tmp_path)
     assert "the memory of GPU Acme-9000 is not known" in found
 
 
-def test_where_no_gpu_is_named_that_is_said(model: Path, tmp_path: Path) -> None:
-    found = early_fit.check(run_file(tmp_path, f"file://{model}", accelerator=None), tmp_path)
+def test_where_no_gpu_is_named_that_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    found = early_fit.check(run_file(tmp_path, f"file://{tiny_model}", accelerator=None), tmp_path)
     assert "no GPU is named, so that was compared with nothing" in found
 
 
-def test_data_and_model_are_checked_too(model: Path, tmp_path: Path) -> None:
-    run = run_file(tmp_path, f"file://{model}")
+def test_data_and_model_are_checked_too(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_file(tmp_path, f"file://{tiny_model}")
     (tmp_path / "chat.jsonl").write_text('{"messages": 1}\n')
     with pytest.raises(BadData, match="line 1"):
         early_fit.check(run, tmp_path)
@@ -94,9 +89,11 @@ def test_a_family_that_is_not_known_is_no_reason_to_refuse(
     assert "not estimated" in found
 
 
-def test_the_command_says_what_it_found_and_imports_no_torch(model: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_found_and_imports_no_torch(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    file.write_text(run_file(tmp_path, f"file://{model}").model_dump_json(by_alias=True, exclude_none=True))
+    file.write_text(
+        run_file(tmp_path, f"file://{tiny_model}").model_dump_json(by_alias=True, exclude_none=True)
+    )
     program = (
         "import sys; from finetune_trainer import __main__ as m; code = m.main(sys.argv[1:]); "
         "print('torch' in sys.modules); sys.exit(code)"

@@ -4,20 +4,18 @@ shows."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client, config
+from kubernetes import client
 
 from finetune_cli.kinds import DEPLOYMENT
-from finetune_local.cluster import Cluster
 from finetune_operator.api import adapterdeployment
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.base import GROUP, VERSION
 from tests.clients import Json, Kubectl, KubectlError
-from tests.clusters import api_server
 from tests.integration import offline
 from tests.integration.bad_deployments import BAD_DEPLOYMENTS, DIGEST, GOOD, METRIC, BadDeployment
 from tests.patches import merged
@@ -34,18 +32,6 @@ STEPS = [
     {"setWeight": 50},
     {"pause": {"duration": "5m"}},
 ]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """An API server without the operator: here the tests are the ones who write statuses."""
-    with api_server(tmp_path_factory.mktemp("api-server")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def api(cluster: Cluster) -> client.CustomObjectsApi:
-    return client.CustomObjectsApi(config.new_client_from_config(str(cluster.kubeconfig)))
 
 
 @pytest.fixture
