@@ -149,7 +149,9 @@ def test_a_ray_job_that_stopped_for_another_reason_is_tried_again(
 ) -> None:
     story = Story(QUICK).trained()
     story.step(rayjob=RUNNING, report=last_word)
+    known = story.attempt.error_class
     assert story.step(rayjob=stopped, pods=[POD], report=last_word).status.phase is Phase.RETRYING
+    assert story.attempt.error_class is known, "it is not cancelled"
 
 
 @pytest.mark.parametrize("job", ["RUNNING", "PENDING", ""])

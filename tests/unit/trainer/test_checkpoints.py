@@ -50,6 +50,16 @@ def found(store: Store, digest: str = DIGEST) -> list[int]:
     return [checkpoint.step for checkpoint in store.find(digest)]
 
 
+def test_half_of_a_checkpoint_takes_no_whole_ones_place(store: Store, root: Path) -> None:
+    save(store, 5, 10)
+    for step in (7, 12):  # killed in mid save
+        (root / f"checkpoint-{step}").mkdir()
+        (root / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"half")
+    store.prune(12, keep=2)
+    assert found(store) == [10, 5]
+    assert not (root / "checkpoint-12").exists()
+
+
 def test_a_checkpoint_says_what_it_holds_and_complete_vouches_for_it(store: Store, root: Path) -> None:
     save(store, 7)
     folder = root / "checkpoint-7"
