@@ -27,6 +27,7 @@ JOBS = "/apis/finetune.dev/v1alpha1/namespaces/{}/finetunejobs"
 PODS = "/api/v1/namespaces/{}/pods?labelSelector=" + naming.LABEL_JOB.replace("/", "%2F")
 LOOK_SECONDS = 0.5  # between two looks at the processes
 AUDIENCE = naming.audience("")
+UNSEEN = {"observedGeneration": -1}  # the status that the CRD gives to what the operator has not seen
 Pod = tuple[str, str | None, str]
 """Job, its UID where the pod tells it, and attempt."""
 
@@ -60,11 +61,14 @@ class Observer:
         return _without_repetitions([status.get("reason", "") for status in self.histories[job]])
 
     def note_job(self, event: str, body: Json) -> None:
-        name, status = body["metadata"]["name"], body.get("status", {})
+        name = body["metadata"]["name"]
         before = self._jobs.get(name)
         if event == "DELETED":
             self._jobs.pop(name, None)
             return
+        if body.get("status") == UNSEEN:
+            body = {key: part for key, part in body.items() if key != "status"}
+        status = body.get("status", {})
         uid = body["metadata"]["uid"]
         self._jobs[name] = self.last_seen[uid] = body
         known = before is not None and before["metadata"]["uid"] == uid
