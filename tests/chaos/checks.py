@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,11 @@ def wrong_budgets(job: Json) -> list[str]:
     return wrong
 
 
-def wrong_artifact(status: Json) -> list[str]:
-    """The files of an artifact beside its manifest, and the manifest beside the digest that the status tells."""
+def wrong_artifact(status: Json, volume: Path = Path("/")) -> list[str]:
+    """The files of an artifact beside its manifest, and the manifest beside the digest that the status tells. `volume`:
+    where the claim of a pvc:// URI lies."""
     artifact = status["artifact"]
-    folder = Path(artifact["uri"].removeprefix("file://"))
+    folder = volume / re.sub("^(file:///|pvc://[^/]+/)", "", artifact["uri"])
     content = (folder / "manifest.json").read_bytes()
     files: list[dict[str, Any]] = json.loads(content)["files"]
     wrong = [] if artifact["digest"] == _digest(content) else ["manifest.json is not what the status says"]

@@ -36,10 +36,8 @@ RELEASED = '{"spec":{"suspend":false}}'
 class Fleet:
     """`size` jobs at any time; one that has ended is replaced until `closed`."""
 
-    def __init__(self, cluster: Cluster, kubectl: Kubectl, parts: Sequence[str], *, size: int) -> None:
-        self.cluster = cluster
+    def __init__(self, kubectl: Kubectl, *, size: int) -> None:
         self.kubectl = kubectl
-        self.parts = tuple(parts)
         self.size = size
         self.names: list[str] = []
         self.excused: set[str] = set()
@@ -128,19 +126,6 @@ class Fleet:
         self.kubectl("patch", "rayjob", choose(held, pick), "--type=merge", "-p", RELEASED)
         return choose(held, pick)
 
-    def operator_killed(self, pick: float) -> str:
-        return self._kill("operator")
-
-    def operator_stands_still(self, pick: float) -> str:
-        pid = pid_of(self.cluster, "operator")
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(1 + 3 * pick)
-        os.kill(pid, signal.SIGCONT)
-        return "operator"
-
-    def apiserver_killed(self, pick: float) -> str:
-        return self._kill("kube-apiserver")
-
     def heal(self) -> None:
         """Nobody holds anything any more."""
         for body in self.jobs():
@@ -159,6 +144,28 @@ class Fleet:
 
     def _names_of(self, kind: str) -> list[str]:
         return [body["metadata"]["name"] for body in self.kubectl.items(kind, "-l", naming.LABEL_JOB)]
+
+
+class LocalFleet(Fleet):
+    """On the laptop cluster, whose parts are processes."""
+
+    def __init__(self, cluster: Cluster, kubectl: Kubectl, parts: Sequence[str], *, size: int) -> None:
+        super().__init__(kubectl, size=size)
+        self.cluster = cluster
+        self.parts = tuple(parts)
+
+    def operator_killed(self, pick: float) -> str:
+        return self._kill("operator")
+
+    def operator_stands_still(self, pick: float) -> str:
+        pid = pid_of(self.cluster, "operator")
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1 + 3 * pick)
+        os.kill(pid, signal.SIGCONT)
+        return "operator"
+
+    def apiserver_killed(self, pick: float) -> str:
+        return self._kill("kube-apiserver")
 
     def _kill(self, part: str) -> str:
         os.kill(pid_of(self.cluster, part), signal.SIGKILL)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import aiohttp
 
 from finetune_local import kubeaio, kubeapi
-from tests.chaos.fleets import Fleet
+from tests.chaos.fleets import LocalFleet
 from tests.chaos.played_trainers import Process
 from tests.chaos.player import Player
 from tests.chaos.replicas import Replicas
@@ -23,7 +23,7 @@ from tests.clients import Json, finetunejob
 Result = TypeVar("Result")
 
 
-class PlayedFleet(Fleet):
+class PlayedFleet(LocalFleet):
     """Real API server, garbage collection and KWOK; KubeRay and the trainers are played in a thread.
 
     Beside it, the same operators lead two rollouts.

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests import trainers
-from tests.chaos.fleets import Fleet, choose
+from tests.chaos.fleets import LocalFleet, choose
 from tests.clients import Json, finetunejob
 
 INTERVAL = 25  # steps between checkpoints
 
 
-class RealFleet(Fleet):
+class RealFleet(LocalFleet):
     """Real KubeRay, Ray and trainers of the tiny model."""
 
     WEIGHTS: ClassVar[dict[str, float]] = {

@@ -192,6 +192,12 @@ def head_pod(kubectl: Kubectl, name: str) -> Json:
     return pod
 
 
+def at_work(kubectl: Kubectl) -> list[str]:
+    """Pods that have not ended. KubeRay keeps submitters, which have, for their logs."""
+    ended = ("Succeeded", "Failed")
+    return [pod["metadata"]["name"] for pod in kubectl.items("pods") if pod["status"]["phase"] not in ended]
+
+
 def left(kubectl: Kubectl, job: str) -> list[str]:
     """What is in the cluster of a job that was deleted."""
     names = kubectl("get", KINDS, "-o", "name").split()

@@ -14,7 +14,17 @@ import pytest
 from finetune_operator.manifests import naming
 from tests.clients import Json, Kubectl
 from tests.cluster import stories
-from tests.cluster.objects import JOB_SECONDS, LONG, head_pod, job, leader, run_in_head, run_pod, wait_for
+from tests.cluster.objects import (
+    JOB_SECONDS,
+    LONG,
+    at_work,
+    head_pod,
+    job,
+    leader,
+    run_in_head,
+    run_pod,
+    wait_for,
+)
 from tests.cluster.stories import Stage
 
 NAME = "succeeds"
@@ -124,11 +134,4 @@ def test_nothing_tells_the_secret(stage: Stage, seen: Json, installed: Kubectl) 
 
 
 def test_what_it_leaves_to_read_does_not_run(stage: Stage) -> None:
-    """KubeRay keeps the submitter's pod, which has ended, for its log."""
-
-    def at_work() -> list[str]:
-        pods = stage.team.items("pods")
-        ended = ("Succeeded", "Failed")
-        return [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] not in ended]
-
-    wait_for("no pod runs", lambda: not at_work(), seconds=90)
+    wait_for("no pod runs", lambda: not at_work(stage.team), seconds=90)
