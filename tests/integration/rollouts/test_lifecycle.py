@@ -294,7 +294,10 @@ def test_a_deployment_of_a_job_begins_when_the_job_has_succeeded(lab: Lab) -> No
         "baseModel": "m",
         "rank": 8,
     }
-    succeeded = {"status": {"phase": "Succeeded", "artifact": artifact}}
+    # With its time, or else the operator takes the phase back.
+    succeeded = {
+        "status": {"phase": "Succeeded", "completionTime": "2026-11-01T12:00:00Z", "artifact": artifact}
+    }
     lab.kubectl(
         "patch", "ftj", "tickets", "--subresource=status", "--type=merge", "-p", json.dumps(succeeded)
     )

@@ -31,7 +31,11 @@ def test_a_job_waits_for_its_model_and_says_so(upstream: UpstreamFacts, reason: 
     assert "base" in (plan.status.message or "")
     assert plan.status.attempts == []
     assert plan.requeue_after == 60  # events wake it; this is for one that was lost
-    assert [(c.type, c.status) for c in plan.status.conditions] == [("ResourcesReady", "False")]
+    assert {c.type: c.status for c in plan.status.conditions} == {
+        "ResourcesReady": "False",
+        "Reconciling": "True",
+        "Stalled": "False",
+    }
 
 
 @pytest.mark.parametrize(

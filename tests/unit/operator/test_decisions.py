@@ -100,6 +100,8 @@ def test_a_success_tells_all_of_the_artifacts_making() -> None:
         "CheckpointAvailable": ("False", "ArtifactPublished"),
         "ArtifactPublished": ("True", "ManifestCommitted"),
         "Complete": ("True", "ArtifactPublished"),
+        "Reconciling": ("False", "ArtifactPublished"),
+        "Stalled": ("False", "ArtifactPublished"),
     }
 
 

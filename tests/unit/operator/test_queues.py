@@ -198,6 +198,8 @@ def test_what_a_workload_says_is_told_in_these_words(
         "Accepted": ("True", "Accepted"),
         "QuotaReserved": (reserved, reason),
         "ResourcesReady": ("False", reason),
+        "Reconciling": ("True", reason),
+        "Stalled": ("False", reason),
         "Training": ("False", reason),
     }
     assert plan.requeue_after == 30 + (found.position or 0)
