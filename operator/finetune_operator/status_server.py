@@ -23,7 +23,7 @@ from finetune_operator import endpoint
 from finetune_operator.adapters.kube import Json, Kube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
-from finetune_operator.core import jobs
+from finetune_operator.core import statuses
 from finetune_operator.core.rates import Limiter, Rate
 from finetune_operator.core.reports import Report
 from finetune_operator.manifests import naming
@@ -132,7 +132,7 @@ class StatusServer:
         body = await self._body(key)
         status = body.get("status", {})
         current = max((one["number"] for one in status.get("attempts", [])), default=0)
-        over = attempt < current or status.get("phase") in jobs.FINAL_PHASES
+        over = attempt < current or status.get("phase") in statuses.FINAL_PHASES
         if body["metadata"]["uid"] != uid or over:
             raise web.HTTPConflict(text=f"attempt {attempt} is over")
         return attempt == current

@@ -48,7 +48,6 @@ WAITING_SECONDS = running.WAITING_SECONDS
 RESYNC_SECONDS = running.RESYNC_SECONDS
 NAMESAKE_SECONDS = 2.0
 CLEANUP_WINDOW_SECONDS = 900.0  # after its end, a job's RayJob is looked at for this long
-FINAL_PHASES = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
 CANCEL = "cancel"
 
 
@@ -67,7 +66,7 @@ def decide(seen: Observed, *, defaults: Defaults, now: datetime) -> Plan:
 def is_finished(status: FineTuneJobStatus) -> bool:
     """Whether the job has ended. A final phase that somebody wrote by hand, without the time that stands beside ours,
     ends nothing."""
-    return status.phase in FINAL_PHASES and status.completion_time is not None
+    return status.phase in statuses.FINAL_PHASES and status.completion_time is not None
 
 
 def has_cleanup_left(status: FineTuneJobStatus, *, now: datetime) -> bool:

@@ -12,7 +12,7 @@ from finetune_operator.core import conditions, texts
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Event, Observed
 
-RESTING = frozenset({Phase.SUSPENDED, Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
+FINAL_PHASES = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
 UNTOLD = frozenset({"Accepted", "Submitting"})  # what follows within moments tells the same
 QUIET = frozenset(
     {
@@ -42,8 +42,9 @@ def build(
     """The known status with what changes. `phase` None: it stays."""
     known, generation = seen.job.status, seen.job.generation
     phase = phase or known.phase
+    at_rest = phase in FINAL_PHASES or phase is Phase.SUSPENDED
     summary = conditions.kstatus(
-        reconciling=phase not in RESTING, stalled=phase is Phase.FAILED, reason=reason, message=message
+        reconciling=not at_rest, stalled=phase is Phase.FAILED, reason=reason, message=message
     )
     return known.model_copy(
         update={
