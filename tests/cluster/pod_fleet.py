@@ -13,13 +13,12 @@ from tests import trainers
 from tests.chaos.fleets import Fleet, choose
 from tests.clients import Json, Kubectl
 from tests.cluster.conftest import install
-from tests.cluster.objects import LONG, SYSTEM, Settings, job
+from tests.cluster.objects import LONG, Settings, job
 
 INTERVAL = 20  # steps between checkpoints
 STEPS = 120
 AWAY_SECONDS = 20  # less than what makes a node NotReady
 FROZEN_SECONDS = 10
-OPERATORS = "app.kubernetes.io/component=operator"
 
 
 class PodFleet(Fleet):
@@ -36,7 +35,6 @@ class PodFleet(Fleet):
         super().__init__(kubectl, size=size)
         self.settings = settings
         self.volume = volume
-        self.system = Kubectl(settings.kubeconfig, SYSTEM)
         self.mode = "K8sJobMode"
 
     def body(self, name: str) -> Json:
@@ -112,28 +110,20 @@ class PodFleet(Fleet):
 
     def operator_killed(self, pick: float) -> str:
         """The one that leads, or the one that stands by."""
-        names = [pod["metadata"]["name"] for pod in self.system.items("pods", "-l", OPERATORS)]
-        name = choose(names, pick)
-        self.system("delete", "pod", name, "--grace-period=0", "--force", "--wait=false")
-        return name
+        return self._kill_elsewhere("finetune-operator", pick)
 
     def kuberay_killed(self, pick: float) -> str:
-        return self._delete_elsewhere("kuberay-operator", pick)
+        return self._kill_elsewhere("kuberay-operator", pick)
 
     def coredns_deleted(self, pick: float) -> str:
-        return self._delete_elsewhere("coredns", pick)
+        return self._kill_elsewhere("coredns", pick)
 
-    def _delete_elsewhere(self, beginning: str, pick: float) -> str:
-        pods = self.kubectl.items("pods", "--all-namespaces")
-        found = {
-            pod["metadata"]["name"]: pod for pod in pods if pod["metadata"]["name"].startswith(beginning)
-        }
+    def _kill_elsewhere(self, beginning: str, pick: float) -> str:
+        """A pod of the platform, by how its name begins."""
+        everywhere = [pod["metadata"] for pod in self.kubectl.items("pods", "--all-namespaces")]
+        found = {pod["name"]: pod["namespace"] for pod in everywhere if pod["name"].startswith(beginning)}
         name = choose(list(found), pick)
-        namespace = found[name]["metadata"]["namespace"]
-        self.kubectl(
-            "delete", "pod", name, f"--namespace={namespace}", "--grace-period=0", "--force", "--wait=false"
-        )
-        return name
+        return self._delete_pod(name, f"--namespace={found[name]}", "--grace-period=0", "--force")
 
     def kubelet_away(self, pick: float) -> str:
         return self._stand_still("kubelet", AWAY_SECONDS)
