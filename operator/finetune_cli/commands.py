@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,14 +92,15 @@ def add_validate(app: typer.Typer, kind: Kind) -> None:
         valid = True
         for file in files:
             found = shared.read_objects(file, kind)
-            if offline:
-                verdicts = [specs.find_problems(kind, one) for one in found]
-            else:
-                with shared.told(kubeconfig, context, kind) as connection:
-                    verdicts = [checks.find_problems(connection, kind, namespace, one) for one in found]
-            for one, problems in zip(found, verdicts, strict=True):
-                valid = valid and not problems
-                shared.print_verdict(file, kind, one, problems)
+            with nullcontext() if offline else shared.told(kubeconfig, context, kind) as connection:
+                for one in found:
+                    problems = (
+                        specs.find_problems(kind, one)
+                        if connection is None
+                        else checks.find_problems(connection, kind, namespace, one)
+                    )
+                    valid = valid and not problems
+                    shared.print_verdict(file, kind, one, problems)
         raise typer.Exit(0 if valid else shared.INVALID)
 
 

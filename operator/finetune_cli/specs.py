@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from finetune_cli import crd_rules, files, shared
 from finetune_cli.kinds import Kind
@@ -18,7 +18,13 @@ def read_spec(file: str, kind: Kind, one: dict[str, Any]) -> Any:
     if problems := find_problems(kind, one):
         shared.print_verdict(file, kind, one, problems)
         raise typer.Exit(shared.INVALID)
-    return kind.spec.model_validate_json(_spec_text(one), by_alias=True, by_name=False)
+    return parse(kind, one.get("spec"))
+
+
+def parse(kind: Kind, spec: Any) -> BaseModel:
+    """A spec as strictly as the API server reads it. Raises pydantic.ValidationError."""
+    # Strict JSON: "3" is no number for the API server either. By the names of the wire only: it knows no others.
+    return kind.spec.model_validate_json(_json(spec), strict=True, by_alias=True, by_name=False)
 
 
 def find_problems(kind: Kind, one: dict[str, Any]) -> list[str]:
@@ -29,17 +35,16 @@ def find_problems(kind: Kind, one: dict[str, Any]) -> list[str]:
     name = meta.get("name") or (f"{meta['generateName']}xxxxx" if meta.get("generateName") else "")
     if not name:
         return ["metadata.name: Required value: name or generateName is required"]
-    text, problems = _spec_text(one), []
+    spec, problems = one.get("spec"), []
     try:
-        # Strict JSON: "3" is no number for the API server either. By the names of the wire only: it knows no others.
-        kind.spec.model_validate_json(text, strict=True, by_alias=True, by_name=False)
+        parse(kind, spec)
     except ValidationError as error:
         found = error.errors(include_url=False)
         problems = [_explain(problem, kind) for problem in found]
         # The rules take names, types and bounds for granted.
         if any(problem["type"] != "extra_forbidden" for problem in found):
             return problems
-    body = {"metadata": {"name": str(name)}, "spec": json.loads(text)}
+    body = {"metadata": {"name": str(name)}, "spec": json.loads(_json(spec))}
     return problems + _explain_name(str(name)) + crd_rules.broken_rules(kind, body)
 
 
@@ -56,8 +61,8 @@ def name_of(one: dict[str, Any]) -> str:
     return (one.get("metadata") or {}).get("name") or ""
 
 
-def _spec_text(one: dict[str, Any]) -> str:
-    return json.dumps(_whole(one.get("spec")), default=str)
+def _json(spec: Any) -> str:
+    return json.dumps(_whole(spec), default=str)
 
 
 def _whole(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Files checked without a cluster. That the words are the API server's: tests/integration/offline.py."""
+"""Files checked without a cluster. That the words are the API server's: tests/integration/crds/offline.py."""
 
 from __future__ import annotations
 
