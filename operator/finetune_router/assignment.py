@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Self
 
+from finetune_operator.api.routes import GROUPS
+
 _WHOLE = 2.0**64
 _SAMPLE_SHIFT = 11  # 64 bit to 53 bit, which every JSON reader keeps exactly
 
@@ -76,6 +78,11 @@ def draw(salt: bytes, key: str) -> Draw:
     return Draw(
         int.from_bytes(digest[:8], "big") / _WHOLE, int.from_bytes(digest[8:16], "big") >> _SAMPLE_SHIFT
     )
+
+
+def group_of(sample_hash: int) -> int:
+    """The group of keys that a key is in, whatever its place; of a request without a key, one at random."""
+    return sample_hash % GROUPS
 
 
 def draw_at_random() -> Draw:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from finetune_operator.api.routes import Arm, Route
+from finetune_operator.api.routes import GROUPS, Arm, Route
 
 SAMPLE_LIMIT = 1024
 LENGTH_BINS = 16
@@ -34,22 +34,30 @@ MetricsKey = tuple[str, str, str]
 
 
 class RunningMoments:
-    """Count, sum and sum of squares."""
+    """Count, sum and sum of squares; count and sum by group of keys from the first value that tells its group."""
 
-    __slots__ = ("n", "sum", "sum_squares")
+    __slots__ = ("groups", "n", "sum", "sum_squares")
 
     def __init__(self) -> None:
         self.n = 0
         self.sum = 0.0
         self.sum_squares = 0.0
+        self.groups: list[list[float]] = []
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, group: int | None = None) -> None:
         self.n += 1
         self.sum += value
         self.sum_squares += value * value
+        if group is not None:
+            if not self.groups:
+                self.groups = [[0, 0.0] for _ in range(GROUPS)]
+            sums = self.groups[group]
+            sums[0] += 1
+            sums[1] += value
 
     def wire(self) -> Wire:
-        return {"n": self.n, "sum": self.sum, "sumSquares": self.sum_squares}
+        plain: Wire = {"n": self.n, "sum": self.sum, "sumSquares": self.sum_squares}
+        return plain | {"groups": self.groups} if self.groups else plain
 
 
 class ArmState:
@@ -75,8 +83,8 @@ class ArmState:
         for name in names:
             self.events[name] = self.events.get(name, 0) + 1
 
-    def add_tokens(self, count: int) -> None:
-        self.tokens.add(count)
+    def add_tokens(self, count: int, group: int | None = None) -> None:
+        self.tokens.add(count, group)
         self.lengths[min(count.bit_length(), LENGTH_BINS - 1)] += 1
 
     def wire(self) -> Wire:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -23,9 +24,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
-from finetune_operator.api.routes import Arm, ArmCounters, EpochCounters, Moments
+from finetune_operator.api.routes import GROUPS, Arm, ArmCounters, EpochCounters, Moments
 from finetune_router import errors
 from finetune_router.errors import ApiError
+from finetune_router.tables import Table
 from finetune_router.tickets import BadTicketError, Ticket, TicketOffice
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ CREATE TABLE IF NOT EXISTS sums (
     alias TEXT NOT NULL, arm TEXT NOT NULL, revision TEXT NOT NULL, metric TEXT NOT NULL,
     n INTEGER NOT NULL, sum REAL NOT NULL, sum_squares REAL NOT NULL,
     PRIMARY KEY (alias, arm, revision, metric)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS group_sums (
+    alias TEXT NOT NULL, arm TEXT NOT NULL, revision TEXT NOT NULL, metric TEXT NOT NULL, key_group INTEGER NOT NULL,
+    n INTEGER NOT NULL, sum REAL NOT NULL,
+    PRIMARY KEY (alias, arm, revision, metric, key_group)
 ) WITHOUT ROWID;
 """
 
@@ -91,8 +98,8 @@ class FeedbackStore:
             self._put_aside()
             self._prepare()
 
-    def put(self, ticket_text: str, ticket: Ticket, feedback: Feedback) -> bool:
-        """Store a value; whether the response had none for the metric.
+    def put(self, ticket_text: str, ticket: Ticket, feedback: Feedback, *, is_grouped: bool) -> bool:
+        """Store a value; whether the response had none for the metric. `is_grouped`: sum it by group of keys as well.
 
         Raises ApiError when the alias has too many metrics already.
         """
@@ -117,7 +124,7 @@ class FeedbackStore:
                 ),
             )  # fmt: skip
             old = None if former is None else float(former[0])
-            self._add(database, ticket, feedback.metric, value, old)
+            self._add(database, ticket, feedback.metric, value, old, is_grouped=is_grouped)
         return former is None
 
     def sums(self) -> EpochCounters:
@@ -125,11 +132,17 @@ class FeedbackStore:
         database = self._database()
         epoch = database.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()[0]
         scores: dict[tuple[str, str, str], dict[str, Moments]] = {}
+        groups: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+        for *key, group, n, total in database.execute("SELECT * FROM group_sums"):
+            groups.setdefault(tuple(key), [(0, 0.0)] * GROUPS)[group] = (n, total)
         for alias, arm, revision, metric, n, total, squares in database.execute(
             "SELECT * FROM sums WHERE n > 0"
         ):
             scores.setdefault((alias, arm, revision), {})[metric] = Moments(
-                n=n, sum=total, sum_squares=squares
+                n=n,
+                sum=total,
+                sum_squares=squares,
+                groups=tuple(groups.get((alias, arm, revision, metric), ())),
             )
         return EpochCounters(
             epoch=f"feedback-{epoch}",
@@ -173,16 +186,30 @@ class FeedbackStore:
             )
 
     def _add(
-        self, database: sqlite3.Connection, ticket: Ticket, metric: str, value: float, old: float | None
+        self,
+        database: sqlite3.Connection,
+        ticket: Ticket,
+        metric: str,
+        value: float,
+        old: float | None,
+        *,
+        is_grouped: bool,
     ) -> None:
         change = (1, value, value * value) if old is None else (0, value - old, value * value - old * old)
         if not ticket.counted:
             change = (0, 0.0, 0.0)  # its metric takes up room all the same
+        key = (ticket.alias, ticket.arm.value, ticket.revision, metric)
         database.execute(
             "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n,"
             " sum = sum + excluded.sum, sum_squares = sum_squares + excluded.sum_squares",
-            (ticket.alias, ticket.arm.value, ticket.revision, metric, *change),
+            (*key, *change),
         )
+        if is_grouped and ticket.counted:
+            database.execute(
+                "INSERT INTO group_sums VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+                " n = n + excluded.n, sum = sum + excluded.sum",
+                (*key, ticket.group, *change[:2]),
+            )
 
     def _database(self) -> sqlite3.Connection:
         """This thread's connection."""
@@ -221,8 +248,11 @@ class FeedbackDesk:
         self._told = ""
         """What was wrong with the store at the last request."""
 
-    async def take(self, data: bytes) -> Outcome:
-        """Store a piece of feedback. Raises ApiError: 400 for a bad body or id, 503 when the store cannot write."""
+    async def take(self, data: bytes, table: Table) -> Outcome:
+        """Store a piece of feedback; the table says what is summed by group.
+
+        Raises ApiError: 400 for a bad body or id, 503 when the store cannot write.
+        """
         try:
             feedback = Feedback.model_validate_json(data)
         except ValidationError as error:
@@ -245,10 +275,11 @@ class FeedbackDesk:
                 code="expired_response_id",
             )
         key = self._tickets.normalise(text)
+        route = table.find(ticket.alias)
+        is_grouped = route is not None and f"scores/{feedback.metric}" in route.grouped
+        put = functools.partial(self._store.put, key, ticket, feedback, is_grouped=is_grouped)
         try:
-            is_new = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._store.put, key, ticket, feedback
-            )
+            is_new = await asyncio.get_running_loop().run_in_executor(self._thread, put)
         except sqlite3.Error as error:
             if str(error) != self._told:  # a disk stays full for longer than one request
                 logger.error("feedback cannot be stored: %s", error)

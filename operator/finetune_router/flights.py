@@ -11,6 +11,7 @@ from aiohttp import HttpVersion11, web
 
 from finetune_operator.api.routes import ARM_HEADER, FALLBACK_HEADER, REVISION_HEADER, Arm
 from finetune_router import errors
+from finetune_router.assignment import group_of
 from finetune_router.bodies import Body
 from finetune_router.choices import Choice
 from finetune_router.connections import UpstreamError, UpstreamTimeoutError
@@ -124,7 +125,13 @@ class Flight:
     async def _ask(self, arm: Arm, leg: Leg, seen: Observation, *, fell_back: bool) -> Answer:
         """Send the request to a revision under an id that names it."""
         tools, arrival = self._tools, self._arrival
-        ticket = tools.tickets.mint(arrival.route.alias_bytes, arm, leg.revision_bytes, counted=seen.counted)
+        ticket = tools.tickets.mint(
+            arrival.route.alias_bytes,
+            arm,
+            leg.revision_bytes,
+            group=0 if seen.sample_hash is None else group_of(seen.sample_hash),
+            counted=seen.counted,
+        )
         patience = self._deadline
         if arm is Arm.CANDIDATE and arrival.route.stable is not None and arrival.route.retry_stable:
             now = time.perf_counter()

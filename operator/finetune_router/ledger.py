@@ -25,7 +25,7 @@ from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, Sample
 logger = logging.getLogger(__name__)
 
 MOST_ENDED = 64  # ended epochs that are kept for a reader who has not seen their last counts
-MOST_ENDED_ARMS = 20_000  # of all ended epochs together, about 10 MB; the oldest epochs go first
+MOST_ENDED_ARMS = 20_000  # of all ended epochs together, 10 to 20 MB; the oldest epochs go first
 _SAMPLES_EPOCH = "samples"  # has no counts
 _FILE_NAME = "epochs.json"
 
@@ -144,10 +144,18 @@ class Ledger:
             sample.take_news()
 
     def _forget_oldest(self) -> None:
-        arms = sum(len(epoch.arms) for epoch in self._ended.values())
+        arms = sum(_room(epoch) for epoch in self._ended.values())
         while len(self._ended) > MOST_ENDED or (arms > MOST_ENDED_ARMS and len(self._ended) > 1):
             _, epoch = self._ended.popitem(last=False)
-            arms -= len(epoch.arms)
+            arms -= _room(epoch)
+
+
+def _room(epoch: Epoch) -> int:
+    """In arms. A quantity that is summed by group of keys takes as much as another arm."""
+    quantities = ("seconds", "ttftSeconds", "completionTokens")
+    return sum(
+        1 + sum(bool(arm[quantity].get("groups")) for quantity in quantities) for arm in epoch.arms.values()
+    )
 
 
 def _key(arm: dict[str, Any]) -> tuple[str, str, str]:

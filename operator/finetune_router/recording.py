@@ -18,6 +18,7 @@ import jsonschema_rs
 
 from finetune_operator.api.routes import Arm, SignalEvent
 from finetune_router import outputs, schemas
+from finetune_router.assignment import group_of
 from finetune_router.bodies import Body
 from finetune_router.counters import CANDIDATE_BIT, STABLE_BIT, ArmMetrics, ArmState, Book
 from finetune_router.forwarding import Attempt
@@ -101,6 +102,12 @@ class Observation:
     def set_unit(self, sample_hash: int, arm: Arm) -> None:
         self.sample_hash = sample_hash
         self.sample_bit = CANDIDATE_BIT if arm is Arm.CANDIDATE else STABLE_BIT
+
+    def group(self, quantity: str) -> int | None:
+        """The key's group, where the quantity is summed by group."""
+        if quantity not in self.route.grouped or self.sample_hash is None:
+            return None
+        return group_of(self.sample_hash)
 
     def late(self, now: float) -> tuple[str, ...]:
         """Names of the signals whose limit has passed by then."""
@@ -303,11 +310,11 @@ class Recorder:
         if seen.end is End.ERROR:
             names += watch.errors
         else:
-            state.seconds.add(seen.answered_at - seen.started_at)
+            state.seconds.add(seen.answered_at - seen.started_at, seen.group("seconds"))
             if seen.first_byte_at:
-                state.ttft.add(seen.first_byte_at - seen.started_at)
+                state.ttft.add(seen.first_byte_at - seen.started_at, seen.group("ttft_seconds"))
             if tokens is not None:
-                state.add_tokens(tokens)
+                state.add_tokens(tokens, seen.group("completion_tokens"))
         if fired:
             names += tuple(name for name, event in watch.outputs if event in fired)
         self._count_request(seen, state, names)

@@ -220,7 +220,7 @@ class Service:
         finally:
             self.buffered -= room.held
         try:
-            outcome = await self.desk.take(data)
+            outcome = await self.desk.take(data, self.table)
         except ApiError as error:
             raise self._outside_error(error) from None
         return web.Response(body=outcome.body, status=201 if outcome.is_new else 200, content_type=_JSON)

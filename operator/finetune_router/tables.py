@@ -123,6 +123,8 @@ class Route:
     retry_stable: bool = True
     watch: Watch = Watch()
     validator: jsonschema_rs.Validator | None = None
+    grouped: frozenset[str] = frozenset()
+    """Quantities that are also summed by group of keys."""
     sample: Sample | None = None
     """None where nothing is compared."""
     is_base: bool = False
@@ -274,6 +276,7 @@ def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: Sche
         retry_stable=route.retry_stable,
         watch=Watch.build(route.signals),
         validator=None if route.output_schema is None else schemas.get(route.output_schema),
+        grouped=frozenset(route.grouped),
         sample=_sample(route, book),
         entry=_model_entry(route.alias),
     )

@@ -16,11 +16,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_operator.api.routes import Arm
+from finetune_operator.api.routes import GROUPS, Arm
 from finetune_router import storage
 
 _VERSION = 1
-_HEAD = struct.Struct(">BBI6s8s")  # version, arm and flags, time in seconds, nonce, revision
+_HEAD = struct.Struct(">BBI6s8s")  # version, arm and flags, time in seconds, nonce with group, revision
+_NONCES = 1 << 48
 _SIGNATURE_BYTES = 16
 _KEY_BYTES = 32
 _SHORTEST_KEY = 16  # bytes
@@ -43,6 +44,8 @@ class Ticket:
     revision: str
     minted_at: int
     """Unix time in seconds."""
+    group: int
+    """Of keys. It is a part of the nonce, so routers that know none can read the id."""
     counted: bool
     """False for pinned requests and for answers of a fallback: they are no part of the comparison."""
 
@@ -53,14 +56,13 @@ class TicketOffice:
     def __init__(self, key: bytes) -> None:
         self._key = key
         # One read of the kernel's generator per process, then a counter: ids must differ, not be secret.
-        self._nonce = int.from_bytes(os.urandom(6), "big")
+        self._number = int.from_bytes(os.urandom(6), "big")
 
-    def mint(self, alias: bytes, arm: Arm, revision: bytes, *, counted: bool) -> str:
-        self._nonce = (self._nonce + 1) & 0xFFFFFFFFFFFF
+    def mint(self, alias: bytes, arm: Arm, revision: bytes, *, counted: bool, group: int = 0) -> str:
+        self._number += 1
+        nonce = (self._number * GROUPS + group) % _NONCES
         flags = _ARMS.index(arm) | (0 if counted else _UNCOUNTED)
-        head = _HEAD.pack(
-            _VERSION, flags, int(time.time()) & 0xFFFFFFFF, self._nonce.to_bytes(6, "big"), revision
-        )
+        head = _HEAD.pack(_VERSION, flags, int(time.time()) & 0xFFFFFFFF, nonce.to_bytes(6, "big"), revision)
         payload = head + alias
         signature = hmac.digest(self._key, payload, "sha256")[:_SIGNATURE_BYTES]
         return _encoded(payload + signature)
@@ -89,7 +91,7 @@ class TicketOffice:
         expected = hmac.digest(self._key, payload, "sha256")[:_SIGNATURE_BYTES]
         if len(payload) <= _HEAD.size or not hmac.compare_digest(signature, expected):
             raise BadTicketError("not an id of this router, or signed with another key")
-        version, flags, minted_at, _, revision = _HEAD.unpack(payload[: _HEAD.size])
+        version, flags, minted_at, nonce, revision = _HEAD.unpack(payload[: _HEAD.size])
         arm = flags & ~_UNCOUNTED
         if version != _VERSION or arm >= len(_ARMS):
             raise BadTicketError("an id of another version of the router")
@@ -98,6 +100,7 @@ class TicketOffice:
             arm=_ARMS[arm],
             revision=revision.rstrip(b"\0").decode(),
             minted_at=minted_at,
+            group=int.from_bytes(nonce, "big") % GROUPS,
             counted=not flags & _UNCOUNTED,
         )
 

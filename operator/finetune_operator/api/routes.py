@@ -21,6 +21,8 @@ COUNTERS_VERSION: Literal["counters/v1"] = "counters/v1"
 ROUTES_PATH = "/admin/v1/routes"
 COUNTERS_PATH = "/admin/v1/counters"
 
+GROUPS = 32  # of keys, by hash; what is summed by group shows how much the values of one user are alike
+
 # Headers that every answer carries. A client that sends the revision asks for it.
 ARM_HEADER = "x-adapter-arm"
 REVISION_HEADER = "x-adapter-revision"
@@ -116,6 +118,9 @@ class Route(RouteModel):
     signals: tuple[Signal, ...] = ()
     output_schema: dict[str, object] | None = None
     """JSON schema of the answer's text, for schema_invalid."""
+    grouped: tuple[str, ...] = ()
+    """Quantities that are also summed by group of keys, for the objectives: `seconds`, `ttft_seconds`,
+    `completion_tokens`, or `scores/<metric>`."""
     comparison: str = ""
     """Identity of the comparison under way. The distinct-key sample starts anew when it changes."""
 
@@ -143,6 +148,8 @@ class Moments(RouteModel):
     n: int = 0
     sum: float = 0.0
     sum_squares: float = 0.0
+    groups: tuple[tuple[int, float], ...] = ()
+    """Count and sum of each of the `GROUPS` groups of keys, where the route asks for them: of the values since then."""
 
 
 class ArmCounters(RouteModel):

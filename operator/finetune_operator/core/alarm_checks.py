@@ -14,7 +14,7 @@ from finetune_operator.core.reports import rounded
 
 SAMPLE_RATIO = "sample-ratio"
 DRIFT = "drift"
-DRIFT_KEYS = 30  # distinct users of the candidate at least (none where only the shadow answers)
+LENGTHS = "completion_tokens"
 
 
 def assess_sample_ratio(evidence: Evidence, plan: SampleRatioPlan, *, weight: float) -> Check:
@@ -65,26 +65,14 @@ def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
             message=f"{n.stable} answers of stable and {n.candidate} of the candidate; "
             f"each side needs {plan.min_samples_per_arm}",
         )
-    users = evidence.keys.candidate_users
-    if 0 < users < DRIFT_KEYS:
-        return Check(
-            name=DRIFT,
-            kind=CheckKind.DRIFT,
-            phase=CheckPhase.INCONCLUSIVE,
-            n=n,
-            threshold=plan.max_psi,
-            message=f"the candidate's answers went to {users} users; their own styles would look like drift below "
-            f"{DRIFT_KEYS}",
-        )
+    effect = min(_design_effect(evidence), n.candidate)
     stable, candidate = drift.standardize(both)
     index = drift.stability_index(stable, candidate)
     bins = sum(bool(s or c) for s, c in zip(stable, candidate, strict=True))
-    limit = max(
-        plan.max_psi,
-        drift.chance_index(bins, stable_n=sum(stable), candidate_n=sum(candidate), alpha=plan.alpha),
-    )
+    chance = drift.chance_index(bins, stable_n=sum(stable), candidate_n=sum(candidate), alpha=plan.alpha)
+    limit = max(plan.max_psi, chance * effect)
     found = [f"other lengths (index {index:.3g}, {limit:.3g} is the limit)"] if index > limit else []
-    found += [text for name in plan.signals if (text := _share_change(evidence, name, plan))]
+    found += [text for name in plan.signals if (text := _share_change(evidence, name, plan, effect=effect))]
     return Check(
         name=DRIFT,
         kind=CheckKind.DRIFT,
@@ -98,7 +86,22 @@ def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
     )
 
 
-def _share_change(evidence: Evidence, signal: str, plan: DriftPlan) -> str | None:
+def _design_effect(evidence: Evidence) -> float:
+    """Of the mean length. Users have styles of their own, and a few who ask most would look like drift. To divide a
+    chi-square by a design effect: Rao and Scott 1984, "On chi-squared tests for multiway contingency tables with cell
+    proportions estimated from survey data", Annals of Statistics 12. A shadow has the stable revision's users, and no
+    part in it.
+    """
+    found = sequences.compare(
+        [
+            (tallies.moments(s.arm(Arm.STABLE), LENGTHS), tallies.moments(s.arm(Arm.CANDIDATE), LENGTHS))
+            for s in evidence.strata
+        ]
+    )
+    return 1.0 if found is None else found.design_effect
+
+
+def _share_change(evidence: Evidence, signal: str, plan: DriftPlan, *, effect: float) -> str | None:
     """What is to be said of a signal whose share has changed by more than chance and by more than matters."""
     strata = []
     for stratum in evidence.strata:
@@ -111,7 +114,8 @@ def _share_change(evidence: Evidence, signal: str, plan: DriftPlan) -> str | Non
     found = sequences.compare(strata)
     if found is None or min(found.stable_n, found.candidate_n) < plan.min_samples_per_arm:
         return None
-    half = sequences.radius(found.standard_error, n=found.effective_n, alpha=plan.alpha)
+    error = found.standard_error * math.sqrt(effect)
+    half = sequences.radius(error, n=found.effective_n / effect, alpha=plan.alpha)
     if abs(found.estimate) < max(plan.max_share_change, half):
         return None
     name = signal.partition(":")[0]

@@ -51,6 +51,11 @@ class ObjectivePlan:
     alpha: float = 0.05
     min_samples_per_arm: int = 200
 
+    @property
+    def quantity(self) -> str:
+        """Name under which routers and evidence sum it."""
+        return f"scores/{self.metric}" if self.source is ObjectiveSource.FEEDBACK else self.metric
+
 
 @dataclass(frozen=True)
 class SampleRatioPlan:
@@ -90,6 +95,12 @@ class AnalysisPlan:
         """Names of everything that is counted by answers."""
         drifting = self.drift.signals if self.drift else ()
         return tuple(dict.fromkeys([*(guardrail.signal for guardrail in self.guardrails), *drifting]))
+
+    @property
+    def grouped(self) -> tuple[str, ...]:
+        """Quantities that routers sum by group of keys as well."""
+        lengths = ["completion_tokens"] if self.drift else []
+        return tuple(dict.fromkeys([*(objective.quantity for objective in self.objectives), *lengths]))
 
 
 def plan_analysis(spec: AnalysisSpec, *, sticky: bool = True) -> AnalysisPlan:

@@ -10,7 +10,8 @@ from finetune_operator.api.routes import Arm
 from finetune_operator.core import tallies
 from finetune_operator.core.tallies import Tally
 
-MAX_EPOCHS = 200  # remembered in full; the evidence has to fit into a ConfigMap
+MAX_EPOCHS = 200  # remembered in full
+MAX_NUMBERS = 50_000  # of these epochs together; about 400 kB, and the evidence has to fit into a ConfigMap
 MAX_RETIRED = 1500  # remembered by a fingerprint of their last word
 MAX_INSTANCES = 500
 # Answers with growing but too small counts after which they are believed to begin anew, and not to be late.
@@ -75,10 +76,10 @@ class Epochs:
 
     def pruned(self) -> Epochs:
         """Without the last words of epochs that did not change for the longest time, where there are too many."""
-        excess = len(self.told) - MAX_EPOCHS
+        names = list(self.told)
+        excess = len(names) - self._latest_that_fit()
         if excess <= 0:
             return self
-        names = list(self.told)
         retired = {**self.retired, **{name: fingerprint(self.told[name].arms) for name in names[:excess]}}
         return replace(
             self,
@@ -86,6 +87,14 @@ class Epochs:
             retired=dict(list(retired.items())[-MAX_RETIRED:]),
             forgetful=self.forgetful or len(retired) > MAX_RETIRED,
         )
+
+    def _latest_that_fit(self) -> int:
+        numbers = 0
+        for kept, told in enumerate(reversed(list(self.told.values()))):
+            numbers += sum(len(tally) for arms in (told.arms, told.behind or {}) for tally in arms.values())
+            if kept == MAX_EPOCHS or numbers > MAX_NUMBERS:
+                return kept
+        return len(self.told)
 
 
 def short_name(name: str) -> str:

@@ -196,14 +196,14 @@ def _asked_for(gained: Mapping[Arm, Tally], plan: AnalysisPlan, *, is_settling: 
     still do. What depends on the length is not compared until they have ended.
     """
     signals = tuple(guardrail.signal for guardrail in plan.guardrails) if is_settling else plan.signals
-    scores = {f"scores/{objective.metric}" for objective in plan.objectives}
+    quantities = tuple(f"{objective.quantity}/" for objective in plan.objectives)
     events = {tallies.event(signal) for signal in signals}
     found: dict[Arm, Tally] = {}
     for arm, tally in gained.items():
         kept = {
             name: number
             for name, number in tally.items()
-            if (not name.startswith("scores/") or name.rpartition("/")[0] in scores)
+            if (not name.startswith("scores/") or name.startswith(quantities))
             and (not name.startswith("events/") or name in events)
             and not (is_settling and name.startswith(tallies.BY_LENGTH))
         }

@@ -1,4 +1,4 @@
-"""The stored form of evidence: one compact JSON text, for a ConfigMap (1 MiB) and well below 100 kB."""
+"""The stored form of evidence: one compact JSON text, for a ConfigMap (1 MiB)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def to_json(evidence: Evidence) -> str:
                 for name, process in evidence.harm.items()
             },
             "block": [evidence.block.stable, evidence.block.exposed],
-            "strata": [[stratum.weight, stratum.arms] for stratum in evidence.strata],
+            "strata": _packed([[stratum.weight, stratum.arms] for stratum in evidence.strata]),
             "keys": {
                 f"{low!r}/{high!r}": _pack(raw) for (low, high), raw in _places_out(evidence.keys).items()
             },
             "coins": [[chance, *outcomes] for chance, outcomes in evidence.keys.coins.items()],
-            "epochs": _pack(zlib.compress(_dump(_epochs_out(evidence.epochs)).encode(), 6)),
+            "epochs": _packed(_epochs_out(evidence.epochs)),
         }
     )
 
@@ -61,12 +61,12 @@ def from_json(text: str) -> Evidence:
             highest_share=share[0] if share else weight,  # older operators stored no share
             harm={name: _harm_in(numbers) for name, numbers in stored["harm"].items()},
             block=Block(stable=stored["block"][0], exposed=stored["block"][1]),
-            strata=tuple(Stratum(weight, _arms_in(arms)) for weight, arms in stored["strata"]),
+            strata=tuple(Stratum(weight, _arms_in(arms)) for weight, arms in _unpacked(stored["strata"])),
             keys=KeyPlaces(
                 _places_in(stored["keys"]),
                 {chance: (stable, candidate) for chance, stable, candidate in stored["coins"]},
             ),
-            epochs=_epochs_in(json.loads(zlib.decompress(base64.b64decode(stored["epochs"])))),
+            epochs=_epochs_in(_unpacked(stored["epochs"])),
         )
     except (KeyError, TypeError, IndexError, ValueError, zlib.error) as error:
         raise ValueError(
@@ -135,6 +135,15 @@ def _harm_in(numbers: list[float]) -> HarmProcess:
 
 def _names_in(joined: str) -> tuple[str, ...]:
     return tuple(joined[i : i + 8] for i in range(0, len(joined), 8))
+
+
+def _packed(value: object) -> str:
+    return _pack(zlib.compress(_dump(value).encode(), 6))
+
+
+def _unpacked(text: Any) -> Any:
+    """What was packed; older operators stored the strata as they are."""
+    return json.loads(zlib.decompress(base64.b64decode(text))) if isinstance(text, str) else text
 
 
 def _pack(raw: bytes) -> str:

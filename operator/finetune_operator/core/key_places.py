@@ -88,11 +88,6 @@ class KeyPlaces:
         return math.fsum(chance * sum(outcomes) for chance, outcomes in self.coins.items())
 
     @property
-    def candidate_users(self) -> int:
-        """Known keys that were seen on the candidate's side."""
-        return sum(low > 0.0 for low, _ in self.places.values())
-
-    @property
     def log_evidence(self) -> float:
         """Log e-value of the coins having other chances than they should."""
         return math.fsum(

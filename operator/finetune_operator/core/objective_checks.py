@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from finetune_operator.api.adapterdeployment_analysis import Direction, ObjectiveSource, ObjectiveTest
+import math
+
+from finetune_operator.api.adapterdeployment_analysis import Direction, ObjectiveTest
 from finetune_operator.api.adapterdeployment_status import Check, CheckKind, CheckPhase, Interval, PerArm
 from finetune_operator.api.routes import Arm
 from finetune_operator.core import sequences, tallies
@@ -10,11 +12,16 @@ from finetune_operator.core.analysis_plans import ObjectivePlan
 from finetune_operator.core.evidence import Evidence
 from finetune_operator.core.reports import rounded
 
+# Design effect from which on a verdict tells of it. Chance alone makes it 1.5 at times, with 32 groups.
+NOTABLE_EFFECT = 2.0
+
 
 def assess_objective(evidence: Evidence, plan: ObjectivePlan, *, dry_run: bool | None) -> Check:
-    quantity = f"scores/{plan.metric}" if plan.source is ObjectiveSource.FEEDBACK else plan.metric
     strata = [
-        (tallies.moments(s.arm(Arm.STABLE), quantity), tallies.moments(s.arm(Arm.CANDIDATE), quantity))
+        (
+            tallies.moments(s.arm(Arm.STABLE), plan.quantity),
+            tallies.moments(s.arm(Arm.CANDIDATE), plan.quantity),
+        )
         for s in evidence.strata
     ]
     plain = sequences.compare(strata)
@@ -22,19 +29,25 @@ def assess_objective(evidence: Evidence, plan: ObjectivePlan, *, dry_run: bool |
         stable=plain.stable_n if plain else sum(stable.n for stable, _ in strata),
         candidate=plain.candidate_n if plain else sum(candidate.n for _, candidate in strata),
     )
-    missing = plan.min_samples_per_arm - min(n.stable, n.candidate)
-    if plain is None or missing > 0:
+    lacking = None
+    if plain is None or min(n.stable, n.candidate) < plan.min_samples_per_arm:
+        lacking = f"each side needs {plan.min_samples_per_arm}"
+    elif math.isinf(plain.design_effect):
+        lacking = "on one side a single user, or very few, gave all of them: nothing tells users and revisions apart"
+    if plain is None or lacking:
         return Check(
             name=plan.name,
             kind=CheckKind.OBJECTIVE,
             phase=CheckPhase.INCONCLUSIVE,
             n=n,
             dry_run=dry_run,
-            message=f"{plan.metric} has {n.stable} values of stable and {n.candidate} of the candidate; "
-            f"each side needs {plan.min_samples_per_arm}",
+            message=f"{plan.metric} has {n.stable} values of stable and {n.candidate} of the candidate; {lacking}",
         )
     half = sequences.radius(plain.standard_error, n=plain.effective_n, alpha=plan.alpha)
     phase, message = _verdict(plan, plain, strata)
+    if plain.design_effect >= NOTABLE_EFFECT:
+        independent = round((n.stable + n.candidate) / plain.design_effect)
+        message += f"; values of one user are alike, and these say as much as {independent} independent ones"
     return Check(
         name=plan.name,
         kind=CheckKind.OBJECTIVE,

@@ -13,7 +13,7 @@ from finetune_operator.api.adapterdeployment_traffic import (
 )
 from finetune_operator.api.routes import HeaderMatch, Pin, Route, Signal, SignalEvent, Target
 from finetune_operator.core import rollout_adapters as adapters
-from finetune_operator.core.analysis_plans import plan_analysis
+from finetune_operator.core.analysis_plans import AnalysisPlan, plan_analysis
 from finetune_operator.core.rollout_facts import Observed
 from finetune_operator.core.rollout_turns import OVER, Turn
 
@@ -33,6 +33,7 @@ def build(turn: Turn) -> Route | None:
         candidate = _target(turn.seen, turn.candidate)
     if candidate is not None and not candidate.upstreams:
         candidate = None
+    plan = plan_analysis(spec.analysis)
     weights = turn.weights
     weight = weights.candidate if candidate else 0.0
     return Route(
@@ -47,8 +48,9 @@ def build(turn: Turn) -> Route | None:
         salt=_salt(turn),
         pins=tuple(_pin(match) for match in spec.traffic.match),
         retry_stable=spec.traffic.fallback.on_candidate_error is OnCandidateError.RETRY_STABLE,
-        signals=_signals(turn),
+        signals=_signals(plan),
         output_schema=spec.traffic.output_schema,
+        grouped=plan.grouped,
         comparison=_comparison(turn, weight),
     )
 
@@ -83,9 +85,8 @@ def _salt(turn: Turn) -> str:
     return f"{turn.seen.deployment.uid}:{revision}"
 
 
-def _signals(turn: Turn) -> tuple[Signal, ...]:
+def _signals(plan: AnalysisPlan) -> tuple[Signal, ...]:
     """What the routers count: for the guardrails, and what drift compares beside them."""
-    plan = plan_analysis(turn.spec.analysis)
     signals = [
         Signal(name=guardrail.signal, event=guardrail.event, threshold=guardrail.threshold)
         for guardrail in plan.guardrails

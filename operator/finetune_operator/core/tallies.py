@@ -8,9 +8,9 @@ from finetune_operator.api import routes
 from finetune_operator.core.sequences import Moments
 
 # Names: `requests`, `fallbacks`, `events/<signal>`, `watched/<signal>` (requests while that signal was counted; only in
-# evidence), `lengths/<bin>`, and for each quantity `<quantity>/n`,
-# `<quantity>/sum`, `<quantity>/squares`. A quantity is `seconds`, `ttft_seconds`, `completion_tokens` or
-# `scores/<metric>`.
+# evidence), `lengths/<bin>`, and for each quantity `<quantity>/n`, `<quantity>/sum`, `<quantity>/squares`, and, of each
+# group of keys, `<quantity>/<group>/n` and `<quantity>/<group>/sum`. A quantity is `seconds`, `ttft_seconds`,
+# `completion_tokens` or `scores/<metric>`.
 Tally = Mapping[str, float]
 
 REQUESTS = "requests"
@@ -49,6 +49,9 @@ def tally_of(arm: routes.ArmCounters) -> dict[str, float]:
         numbers[f"{name}/n"] = moments.n
         numbers[f"{name}/sum"] = _rounded(moments.sum)
         numbers[f"{name}/squares"] = _rounded(moments.sum_squares)
+        for group, (n, total) in enumerate(moments.groups):
+            numbers[f"{name}/{group}/n"] = n
+            numbers[f"{name}/{group}/sum"] = _rounded(total)
     return {name: number for name, number in numbers.items() if number}
 
 
@@ -81,6 +84,10 @@ def moments(tally: Tally, quantity: str) -> Moments:
         n=int(tally.get(f"{quantity}/n", 0)),
         total=tally.get(f"{quantity}/sum", 0.0),
         squares=tally.get(f"{quantity}/squares", 0.0),
+        groups=tuple(
+            (int(tally.get(f"{quantity}/{group}/n", 0)), tally.get(f"{quantity}/{group}/sum", 0.0))
+            for group in range(routes.GROUPS)
+        ),
     )
 
 

@@ -22,11 +22,13 @@ from finetune_operator.api.routes import (
     ROUTES_PATH,
     Arm,
     BaseModelRoute,
+    Moments,
     RoutesApplied,
     Signal,
     SignalEvent,
     Snapshot,
 )
+from finetune_router import assignment
 from finetune_router.config import RouterConfig
 from finetune_router.exposition import MetricsBoard
 from finetune_router.feedback import FILE_NAME
@@ -439,6 +441,49 @@ async def test_tokens_latency_lengths_and_keys_are_counted(
     samples = [sample for epoch in counters.epochs for sample in epoch.samples if sample.alias == alias]
     assert {sample.comparison for sample in samples} == {"mine"}
     assert len({value for sample in samples for value in sample.stable}) == 3
+
+
+async def test_what_objectives_compare_is_summed_by_group_of_users_also_feedback_and_after_a_restart(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    """A user's values are in one group, whichever worker answers and whoever tells them later."""
+    router = await start(own_router(workers=2))
+    asked = ("seconds", "completion_tokens", "scores/helpful")
+    candidate = target(CANDIDATE, engine.url)
+    await router.push(route(alias, target("base", engine.url), candidate, weight=50, grouped=asked))
+    engine.behaviours["base-model"] = engine.behaviours[candidate.served_name] = Behaviour(text="two words")
+    expected: dict[tuple[str, int], int] = {}
+    users = [f"user-{number}" for number in range(20)]
+    for user in users * 3:
+        async with session.post(
+            router.url + CHAT, json=chat(alias, user), headers={"Connection": "close"}
+        ) as response:
+            reply, arm = await response.json(), response.headers["x-adapter-arm"]
+        group = assignment.group_of(assignment.draw(b"salt\0", user).sample_hash)
+        expected[arm, group] = expected.get((arm, group), 0) + 1
+        vote = {"response_id": reply["id"], "metric": "helpful", "value": group}
+        async with session.post(router.url + "/v1/feedback", json=vote) as response:
+            assert response.status == 201
+
+    async def told(quantity: str) -> dict[tuple[str, int], tuple[int, float]]:
+        sums: dict[tuple[str, int], tuple[int, float]] = {}
+        for epoch in (await router.counters()).epochs:
+            for arm in epoch.arms:
+                groups = arm.scores.get(quantity, getattr(arm, quantity, Moments())).groups
+                for number, (n, total) in enumerate(groups):
+                    before = sums.get((arm.arm, number), (0, 0.0))
+                    sums[arm.arm, number] = (before[0] + n, before[1] + total)
+        return {key: value for key, value in sums.items() if value[0]}
+
+    for quantity in ("seconds", "completion_tokens", "helpful"):
+        assert {key: n for key, (n, _) in (await told(quantity)).items()} == expected
+    votes = await told("helpful")
+    assert all(total == group * n for (_, group), (n, total) in votes.items())
+    assert await told("ttft_seconds") == {}, "no objective asks for it"
+    assert await asyncio.to_thread(router.stop) == 0
+    await asyncio.to_thread(router.start)
+    assert await told("helpful") == votes
+    assert {key: n for key, (n, _) in (await told("seconds")).items()} == expected
 
 
 async def test_no_text_of_users_or_models_in_logs_metrics_or_state(

@@ -116,6 +116,17 @@ def test_a_guardrail_with_another_threshold_is_another_signal_for_the_routers() 
     assert signals() == {"slow:ttft_over:60": 60.0, "truncated": None, "refusal": None}
 
 
+def test_the_routers_sum_by_group_what_objectives_compare() -> None:
+    objectives = [
+        {"name": "liked", "metric": "helpful"},
+        {"name": "much-liked", "metric": "helpful", "margin": 0.2},
+        {"name": "fast", "source": "router", "metric": "seconds", "direction": "Decrease"},
+    ]
+    world = canary(analysis={"objectives": objectives}, steps=[{"setWeight": 10}, {"pause": {}}])
+    assert world.routing.route is not None
+    assert world.routing.route.grouped == ("scores/helpful", "seconds")
+
+
 # ---------------------------------------------------------------- alarms
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api import routes as wire
-from finetune_operator.api.routes import Arm, Signal, SignalEvent
+from finetune_operator.api.routes import GROUPS, Arm, Signal, SignalEvent
 from finetune_router import bodies, outputs
 from finetune_router.counters import ArmState, Book
 from finetune_router.forwarding import Attempt
@@ -275,3 +275,19 @@ async def test_the_schema_of_the_request_goes_before_the_routes(
     desk = Desk(await build_route(output_schema=COUNT))
     desk.finish(desk.begin(ago=0.1, format=format), End.ANSWERED, text=text)
     assert desk.counted == (1, {} if valid else {"invalid": 1})
+
+
+async def test_quantities_that_the_route_names_are_summed_by_group_of_keys() -> None:
+    desk = Desk(await build_route(grouped=("seconds", "completion_tokens")))
+    desk.finish(desk.begin(ago=2.0), End.ANSWERED)
+    other = desk.begin(ago=2.0)
+    other.set_unit(3 + 5 * GROUPS, Arm.CANDIDATE)
+    desk.finish(other, End.ANSWERED)
+    unasked = desk.begin(ago=2.0)
+    unasked.sample_hash = None  # pinned
+    desk.finish(unasked, End.ANSWERED)
+    state = desk.state
+    assert state.seconds.n == 3
+    assert [number for number, (n, _) in enumerate(state.seconds.groups) if n] == [3, 7]
+    assert state.seconds.groups[7][1] == pytest.approx(2.0, abs=0.5)
+    assert state.ttft.groups == []

@@ -9,24 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.api.routes import Arm
+from finetune_operator.api.routes import GROUPS, Arm
 from finetune_router import tickets
 from finetune_router.tickets import BadTicketError, TicketOffice
 
 OFFICE = TicketOffice(b"0123456789abcdef")
 
 
-@given(st.text(min_size=1, max_size=63), st.sampled_from(list(Arm)), st.booleans())
-def test_what_was_minted_is_read(alias: str, arm: Arm, counted: bool) -> None:
+@given(
+    st.text(min_size=1, max_size=63), st.sampled_from(list(Arm)), st.booleans(), st.integers(0, GROUPS - 1)
+)
+def test_what_was_minted_is_read(alias: str, arm: Arm, counted: bool, group: int) -> None:
     try:
         name = alias.encode()
     except UnicodeEncodeError:
         return
-    text = OFFICE.mint(name, arm, b"ab12cd34", counted=counted)
+    text = OFFICE.mint(name, arm, b"ab12cd34", counted=counted, group=group)
     for prefix in ("", "chatcmpl-", "cmpl-", "embd-", "rerank-", "score-", "classify-", "pool-"):
         ticket = OFFICE.read(prefix + text)
         assert (ticket.alias, ticket.arm, ticket.revision) == (alias, arm, "ab12cd34")
-        assert ticket.counted is counted
+        assert (ticket.counted, ticket.group) == (counted, group)
 
 
 def test_a_base_revision_is_read_as_it_is() -> None:

@@ -6,13 +6,15 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from finetune_operator.api.adapterdeployment_status import Check, CheckPhase
-from finetune_operator.api.routes import Arm
+from finetune_operator.api.routes import GROUPS, Arm, ArmCounters, Moments
 from finetune_operator.core import drift
 from finetune_operator.core.statistics import AnalysisPlan, DriftPlan, assess
-from tests.unit.statistics.fleets import answer, arm_counters, folded, key_sample
+from tests.unit.statistics.fleets import ALIAS, REVISIONS, answer, arm_counters, folded
 
+Ints = NDArray[np.int64]
 PLAN = AnalysisPlan(drift=DriftPlan())
 
 
@@ -29,13 +31,11 @@ def check_of(
     *,
     events: tuple[dict[str, int], dict[str, int]] = ({}, {}),
     arm: Arm = Arm.CANDIDATE,
-    keys: int = 0,
 ) -> Check:
     evidence = folded(None, answer(), plan=PLAN)
     told = answer(
         arm_counters(Arm.STABLE, requests=sum(stable), lengths=stable, events=events[0]),
         arm_counters(arm, requests=sum(candidate), lengths=candidate, events=events[1]),
-        samples=[key_sample(range(10_000, 10_000 + keys), range(keys))] if keys else [],
     )
     check = assess(folded(evidence, told, plan=PLAN), PLAN, weight=10.0).drift
     assert check is not None
@@ -101,17 +101,63 @@ def test_other_shares_of_refusals_raise_the_alarm_and_small_changes_do_not() -> 
     )
 
 
-def test_too_few_answers_or_users_say_nothing() -> None:
+def test_too_few_answers_say_nothing() -> None:
     rng = np.random.default_rng(45)
     few = check_of(lengths(rng, 5_000), lengths(rng, 400, mean=6.0))
     assert (few.phase, few.message) == (
         CheckPhase.INCONCLUSIVE,
         "5000 answers of stable and 400 of the candidate; each side needs 500",
     )
-    users = check_of(lengths(rng, 5_000), lengths(rng, 600, mean=6.0), keys=12)
-    assert users.phase is CheckPhase.INCONCLUSIVE
-    assert users.message is not None
-    assert "12 users" in users.message
+
+
+@pytest.mark.parametrize(
+    ("seed", "users", "exponent", "shorter", "alarms"),
+    [(47, 200, 1.2, 1.0, (0, 1)), (48, 12, 0.0, 1.0, (0, 1)), (49, 2_000, 0.0, 0.5, (20, 20))],
+    ids=["few ask most", "a dozen", "half as long"],
+)
+def test_styles_of_users_are_no_drift(
+    seed: int, users: int, exponent: float, shorter: float, alarms: tuple[int, int]
+) -> None:
+    """Means per user that differ by 0.5 on the log scale; without sums by group, chance would look like drift."""
+    rng, rollouts, requests = np.random.default_rng(seed), 20, 10_000
+    found = dict.fromkeys((GROUPS, 1), 0)
+    frequencies = 1.0 / np.arange(1, users + 1) ** exponent
+    for _ in range(rollouts):
+        who = rng.choice(users, requests, p=frequencies / frequencies.sum())
+        is_candidate = (rng.random(users) < 0.25)[who]
+        lasting = rng.lognormal(5.0, 0.5, users)[who] * rng.lognormal(0.0, 0.5, requests)
+        tokens = np.where(is_candidate, lasting * shorter, lasting).astype(int) + 1
+        for groups in found:
+            arms = (
+                answers_of(arm, tokens[part], who[part] % groups if groups > 1 else None)
+                for arm, part in ((Arm.STABLE, ~is_candidate), (Arm.CANDIDATE, is_candidate))
+            )
+            evidence = folded(folded(None, answer(), plan=PLAN), answer(*arms), plan=PLAN)
+            check = assess(evidence, PLAN, weight=25.0).drift
+            assert check is not None
+            found[groups] += check.phase is CheckPhase.FAILED
+    print(f"seed {seed}: {found[GROUPS]} alarms in {rollouts} rollouts, {found[1]} without sums by group")
+    least, most = alarms
+    assert least <= found[GROUPS] <= most
+    assert found[1] >= 3
+
+
+def answers_of(arm: Arm, tokens: Ints, groups: Ints | None) -> ArmCounters:
+    bins = [min(int(count).bit_length(), 15) for count in tokens.tolist()]
+    sums = [] if groups is None else [tokens[groups == group] for group in range(GROUPS)]
+    return ArmCounters(
+        alias=ALIAS,
+        arm=arm,
+        revision=REVISIONS[arm],
+        requests=len(tokens),
+        length_histogram=tuple(bins.count(index) for index in range(16)),
+        completion_tokens=Moments(
+            n=len(tokens),
+            sum=int(tokens.sum()),
+            sum_squares=int((tokens**2).sum()),
+            groups=tuple((len(part), float(part.sum())) for part in sums),
+        ),
+    )
 
 
 def test_lengths_that_change_with_the_hour_are_no_drift() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finetune_operator.api.routes import Arm, Moments, RouterCounters
+from finetune_operator.api.routes import GROUPS, Arm, Moments, RouterCounters
 from finetune_operator.core.epochs import MAX_EPOCHS, RESET_SIGHTINGS
 from finetune_operator.core.evidence import MAX_STRATA
 from finetune_operator.core.key_places import MAX_KEYS
@@ -212,12 +212,20 @@ def test_stored_evidence_that_cannot_be_read_says_what_to_do(text: str) -> None:
         from_json(text)
 
 
-def test_a_thousand_epochs_leave_less_than_100_kb_and_no_double_count() -> None:
+@pytest.mark.parametrize(
+    ("objectives", "lives", "kept", "most"),
+    [(0, 1_000, MAX_EPOCHS, 100_000), (1, 1_000, MAX_EPOCHS, 400_000), (5, 300, 69, 600_000)],
+)
+def test_many_epochs_fit_into_a_config_map_and_leave_no_double_count(
+    objectives: int, lives: int, kept: int, most: int
+) -> None:
     rng = random.Random(11)
+    metrics = [f"metric-{number}" for number in range(objectives)]
+    plan = AnalysisPlan(objectives=tuple(ObjectivePlan(metric, metric) for metric in metrics))
     router = Router(workers=[])
-    evidence = folded(None, router.answer())
+    evidence = folded(None, router.answer(), plan=plan)
     requests = 0
-    for life in range(1_000):
+    for life in range(lives):
         told = answer(
             *(
                 arm_counters(
@@ -228,9 +236,7 @@ def test_a_thousand_epochs_leave_less_than_100_kb_and_no_double_count() -> None:
                         n=rng.randrange(10**5), sum=rng.random() * 1e5, sum_squares=rng.random() * 1e6
                     ),
                     lengths=[rng.randrange(10_000) for _ in range(16)],
-                    scores={
-                        "helpful": Moments(n=rng.randrange(10**4), sum=rng.randrange(10**4), sum_squares=5.0)
-                    },
+                    scores={metric: grouped_at_random(rng) for metric in metrics},
                 )
                 for arm in (Arm.STABLE, Arm.CANDIDATE)
             ),
@@ -239,17 +245,28 @@ def test_a_thousand_epochs_leave_less_than_100_kb_and_no_double_count() -> None:
             samples=[key_sample([rng.getrandbits(53) for _ in range(5)], [rng.getrandbits(53)])],
         )
         requests += sum(arm.requests for arm in told.epochs[0].arms)
-        evidence = folded(evidence, told)
-        if life == 700:
+        evidence = folded(evidence, told, plan=plan, weight=weight_at(life, lives))
+        if life == lives // 2:
             old = told
     size = len(to_json(evidence).encode())
-    print(f"1,000 epochs: {size} bytes stored")
-    assert size < 100_000
-    assert len(evidence.epochs.told) == MAX_EPOCHS
-    assert len(evidence.keys.places) == MAX_KEYS
+    print(f"{lives} epochs, {objectives} objectives: {size} bytes stored")
+    assert size < most
+    assert len(evidence.epochs.told) == kept
+    assert len(evidence.keys.places) == min(MAX_KEYS, 6 * lives)
     assert sum(numbers[0] for numbers in counted(evidence).values()) == requests
-    assert folded(evidence, old) == evidence, "an epoch that ended long ago is told again, and is known"
+    again = folded(evidence, old, plan=plan, weight=weight_at(lives - 1, lives))
+    assert again == evidence, "an epoch that ended long ago is told again, and is known"
     assert from_json(to_json(evidence)) == evidence
+
+
+def weight_at(life: int, lives: int) -> float:
+    """Twelve steps."""
+    return 8.0 * (life * 12 // lives + 1)
+
+
+def grouped_at_random(rng: random.Random) -> Moments:
+    groups = tuple((rng.randrange(10**4), rng.random() * 1e4) for _ in range(GROUPS))
+    return Moments(n=sum(n for n, _ in groups), sum=rng.randrange(10**4), sum_squares=5.0, groups=groups)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -17,7 +17,7 @@ def test_a_key_counts_once_per_weight_and_with_the_chance_that_it_still_has() ->
     evidence = folded(evidence, told, weight=50.0, comparison="b")
     assert evidence.keys.coins == {0.25: (4, 1), 0.333333: (1, 2)}
     assert {key: evidence.keys.places[key] for key in (1, 2, 4)} == {1: (0, 50), 2: (50, 75), 4: (75, 100)}
-    assert (evidence.keys.candidate_users, evidence.keys.candidate) == (3, 3)
+    assert evidence.keys.candidate == 3
 
 
 def test_keys_that_came_first_at_weight_0_are_coins_later() -> None:

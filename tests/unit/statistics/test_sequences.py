@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from finetune_operator.api.routes import GROUPS
 from finetune_operator.core import sequences
 from finetune_operator.core.sequences import Moments
+from tests.unit.statistics.traffic import Flags, Floats
+
+Ints = NDArray[np.int64]
 
 ALPHA = 0.05
 
@@ -77,6 +83,88 @@ def test_strata_without_one_of_the_arms_say_nothing() -> None:
     assert sequences.compare([(of([7, 8]), Moments()), both, (Moments(), of([7]))]) == sequences.compare(
         [both]
     )
+
+
+def grouped(values: Floats, who: Ints) -> Moments:
+    """Values of users, whose groups are their numbers modulo GROUPS."""
+    sums = [values[who % GROUPS == group] for group in range(GROUPS)]
+    return Moments(
+        len(values),
+        float(values.sum()),
+        float((values**2).sum()),
+        groups=tuple((len(part), float(part.sum())) for part in sums),
+    )
+
+
+def effect_of(values: Floats, who: Ints, candidate: Flags) -> float:
+    found = sequences.compare(
+        [(grouped(values[~candidate], who[~candidate]), grouped(values[candidate], who[candidate]))]
+    )
+    assert found is not None
+    return found.design_effect
+
+
+def test_the_design_effect_is_that_of_clusters() -> None:
+    """Of m values per user with correlation rho it is 1 + (m - 1) rho (Kish 1965)."""
+    rng = np.random.default_rng(31)
+    users, each = 4_000, 10
+    who = np.repeat(np.arange(users), each)
+    candidate = rng.random(users)[who] < 0.5
+    own, fresh = rng.normal(0, 1, users)[who], rng.normal(0, 2, users * each)
+    assert effect_of(fresh, who, candidate) < 2
+    assert effect_of(own + fresh, who, candidate) == pytest.approx(1 + 9 * 1 / 5, rel=0.4)
+    assert effect_of(own, who, candidate) == pytest.approx(10, rel=0.4)
+    assert effect_of(own, who, rng.random(users * each) < 0.5) < 2, "each request is assigned anew"
+
+
+def test_the_design_effect_widens_the_interval_and_slows_the_clock() -> None:
+    rng = np.random.default_rng(32)
+    who = np.repeat(np.arange(400), 20)
+    values, candidate = rng.normal(5, 1, 400)[who], who % 2 == 1
+    stable, other = grouped(values[~candidate], who[~candidate]), grouped(values[candidate], who[candidate])
+    found = sequences.compare([(stable, other)])
+    plain = sequences.compare([(replace(stable, groups=()), replace(other, groups=()))])
+    assert plain is not None
+    assert found is not None
+    effect = found.design_effect
+    assert (plain.design_effect, plain.estimate) == (1.0, found.estimate)
+    assert found.standard_error == pytest.approx(plain.standard_error * effect**0.5)
+    assert found.effective_n == pytest.approx(plain.effective_n / effect)
+    assert effect > 8
+
+
+def test_a_user_who_changes_sides_leaves_both_at_once() -> None:
+    """At 10 percent a heavy user was stable's, at 50 the candidate's: what is wrong twice cancels out."""
+    rng = np.random.default_rng(33)
+    who = rng.integers(0, 64, 8_000)
+    values = rng.normal(0, 1, 8_000) + np.where(who == 0, 10.0, 0.0)
+    low, high = (grouped(values[part], who[part]) for part in (who < 32, who >= 32))
+    changed, kept = sequences.compare([(low, high), (high, low)]), sequences.compare([(low, high)] * 2)
+    assert changed is not None
+    assert kept is not None
+    assert changed.design_effect < 2
+    assert kept.design_effect > 100
+
+
+def test_values_of_one_group_of_users_are_no_comparison() -> None:
+    values = np.tile([1.0, 2.0], 100)
+    many, one = np.arange(200), np.full(200, 5)
+    found = sequences.compare([(grouped(values, many), grouped(values, one))])
+    assert found is not None
+    assert math.isinf(found.design_effect)
+
+
+def test_values_whose_groups_are_not_known_change_no_design_effect() -> None:
+    """A rollout that was under way when its routers or its objectives became younger."""
+    rng = np.random.default_rng(34)
+    who = np.repeat(np.arange(400), 20)
+    values, candidate = rng.normal(5, 1, 400)[who], who % 2 == 1
+    pair = (grouped(values[~candidate], who[~candidate]), grouped(values[candidate], who[candidate]))
+    older = (Moments(500, 2_500.0, 13_000.0), Moments(500, 2_500.0, 13_000.0))
+    whole, partial = sequences.compare([pair]), sequences.compare([older, pair])
+    assert whole is not None
+    assert partial is not None
+    assert partial.design_effect == pytest.approx(whole.design_effect, rel=0.1)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, 1.0, 1234.5])

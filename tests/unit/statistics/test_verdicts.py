@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from finetune_operator.api.adapterdeployment_analysis import (
     ObjectiveTest,
 )
 from finetune_operator.api.adapterdeployment_status import Check, CheckPhase, PerArm
-from finetune_operator.api.routes import Arm, Moments, RouterCounters, SignalEvent
+from finetune_operator.api.routes import GROUPS, Arm, Moments, RouterCounters, SignalEvent
 from finetune_operator.core import analysis_plans
 from finetune_operator.core.statistics import (
     AnalysisPlan,
@@ -225,6 +226,67 @@ def test_an_objective_waits_for_its_least_samples() -> None:
         "helpful has 5000 values of stable and 199 of the candidate; each side needs 200",
     )
     assert feedback(votes(0.9, 5_000), votes(0.1, 200), HELPFUL).phase is CheckPhase.FAILED
+
+
+def by_users(rates: Sequence[float], groups: Sequence[int], *, each: int) -> Moments:
+    """Yes-or-no votes, `each` of a user, of whom each has a rate and a group."""
+    sums = [[0, 0.0] for _ in range(GROUPS)]
+    for rate, group in zip(rates, groups, strict=True):
+        sums[group][0] += each
+        sums[group][1] += round(rate * each)
+    total = sum(yes for _, yes in sums)
+    return Moments(
+        n=each * len(rates),
+        sum=total,
+        sum_squares=total,
+        groups=tuple((int(n), yes) for n, yes in sums),
+    )
+
+
+def test_many_votes_of_few_users_prove_little_and_the_message_says_why() -> None:
+    """Each of 32 users on each side likes everything or nothing; four more of the candidate's like nothing."""
+    stable, candidate = [1.0, 0.0] * 16, [1.0, 1.0, 0.0, 0.0] * 7 + [0.0] * 4
+
+    def check(groups: bool) -> Check:
+        moments = [by_users(rates, range(32), each=500) for rates in (stable, candidate)]
+        if not groups:
+            moments = [each.model_copy(update={"groups": ()}) for each in moments]
+        plan = AnalysisPlan(objectives=(HELPFUL,))
+        told = answer(
+            arm_counters(Arm.STABLE, scores={"helpful": moments[0]}),
+            arm_counters(Arm.CANDIDATE, scores={"helpful": moments[1]}),
+        )
+        evidence = folded(folded(None, START, plan=plan), told, plan=plan)
+        assert from_json(to_json(evidence)) == evidence
+        return assess(evidence, plan, weight=10.0).objectives[0]
+
+    assert check(groups=False).phase is CheckPhase.FAILED
+    found = check(groups=True)
+    assert found.phase is CheckPhase.INCONCLUSIVE
+    assert found.n == PerArm(stable=16_000, candidate=16_000)
+    assert found.message is not None
+    said = re.search(
+        r"too early to say .*; values of one user are alike, and these say as much as (\d+) independent ones$",
+        found.message,
+    )
+    assert said
+    assert int(said[1]) == pytest.approx(64, rel=0.1), "as many as there are users"
+
+
+def test_values_of_a_single_user_prove_nothing() -> None:
+    plan = AnalysisPlan(objectives=(HELPFUL,))
+    told = answer(
+        arm_counters(Arm.STABLE, scores={"helpful": by_users([0.9, 0.8] * 16, range(32), each=500)}),
+        arm_counters(Arm.CANDIDATE, scores={"helpful": by_users([0.2], [5], each=500)}),
+    )
+    evidence = folded(folded(None, START, plan=plan), told, plan=plan)
+    check = assess(evidence, plan, weight=10.0).objectives[0]
+    assert (check.phase, check.interval, check.message) == (
+        CheckPhase.INCONCLUSIVE,
+        None,
+        "helpful has 16000 values of stable and 500 of the candidate; on one side a single user, or very few, gave all "
+        "of them: nothing tells users and revisions apart",
+    )
 
 
 def test_a_mean_that_moves_over_many_steps_is_no_effect() -> None:
