@@ -9,7 +9,7 @@ import heapq
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -65,6 +65,7 @@ class ArmState:
 
     __slots__ = (
         "alias", "arm", "events", "fallbacks", "lengths", "requests", "revision", "seconds", "tokens", "ttft",
+        "watched",
     )  # fmt: skip
 
     def __init__(self, alias: str, arm: Arm, revision: str) -> None:
@@ -73,14 +74,18 @@ class ArmState:
         self.revision = revision
         self.requests = 0
         self.events: dict[str, int] = {}
+        self.watched: dict[str, int] = {}
         self.seconds = RunningMoments()
         self.ttft = RunningMoments()
         self.tokens = RunningMoments()
         self.lengths = [0] * LENGTH_BINS
         self.fallbacks = 0
 
-    def add_events(self, names: tuple[str, ...]) -> None:
-        for name in names:
+    def add_signals(self, fired: Collection[str], watched: Collection[str]) -> None:
+        """`watched`: signals of which it is known now whether the request has them; the fired ones are among them."""
+        for name in watched:
+            self.watched[name] = self.watched.get(name, 0) + 1
+        for name in fired:
             self.events[name] = self.events.get(name, 0) + 1
 
     def add_tokens(self, count: int, group: int | None = None) -> None:
@@ -95,6 +100,7 @@ class ArmState:
             "revision": self.revision,
             "requests": self.requests,
             "events": self.events,
+            "watched": self.watched,
             "seconds": self.seconds.wire(),
             "ttftSeconds": self.ttft.wire(),
             "completionTokens": self.tokens.wire(),

@@ -153,7 +153,7 @@ class Recorder:
             if now > seen.alarm_at and seen.state is not None:
                 seen.set_alarm(now)
                 if names := seen.late(now):
-                    self._count_request(seen, seen.state, names)
+                    self._count_request(seen, seen.state, names, watched=names)
 
     def forget(self, seen: Observation) -> None:
         """The engine's part is over: nothing that comes now is its delay."""
@@ -305,7 +305,7 @@ class Recorder:
         names = seen.late(seen.answered_at)
         if seen.end is End.GONE:
             if names:
-                self._count_request(seen, state, names)
+                self._count_request(seen, state, names, watched=names)
             return
         if seen.end is End.ERROR:
             names += watch.errors
@@ -317,10 +317,16 @@ class Recorder:
                 state.add_tokens(tokens, seen.group("completion_tokens"))
         if fired:
             names += tuple(name for name, event in watch.outputs if event in fired)
-        self._count_request(seen, state, names)
+        self._count_request(seen, state, names, watched=watch.names)
 
-    def _count_request(self, seen: Observation, state: ArmState, names: tuple[str, ...]) -> None:
-        """Count signals of a request, and with the first call the request itself."""
+    def _count_request(
+        self, seen: Observation, state: ArmState, names: tuple[str, ...], *, watched: tuple[str, ...]
+    ) -> None:
+        """Count signals of a request, and with the first call the request itself.
+
+        Of a request that is late, nobody knows yet whether it will fail. If it counted among those that did not, and
+        its error later among others, another share of the candidate's among those would look like harm.
+        """
         if not seen.is_counted:
             seen.is_counted = True
             state.requests += 1
@@ -331,9 +337,11 @@ class Recorder:
                 and sample.add(seen.sample_hash, seen.sample_bit)
             ):
                 self._book.changed_samples.add(sample)
-        if names:
-            state.add_events(tuple(name for name in names if name not in seen.fired))
-            seen.fired += names
+        known = seen.fired
+        state.add_signals(
+            [name for name in names if name not in known], [name for name in watched if name not in known]
+        )
+        seen.fired += names
         self._book.changed_states.add(state)
 
     def _validator(self, seen: Observation) -> jsonschema_rs.Validator | None:

@@ -66,6 +66,8 @@ class Leg:
 class Watch:
     """Signals of a route, by what makes them fire."""
 
+    names: tuple[str, ...] = ()
+    """All of them."""
     errors: tuple[str, ...] = ()
     ttft: tuple[tuple[str, float], ...] = ()
     latency: tuple[tuple[str, float], ...] = ()
@@ -89,6 +91,7 @@ class Watch:
         outputs = tuple((s.name, s.event) for s in signals if s.event not in others)
         ttft, latency = limits(SignalEvent.TTFT_OVER), limits(SignalEvent.LATENCY_OVER)
         return cls(
+            names=tuple(s.name for s in signals),
             errors=tuple(s.name for s in signals if s.event == SignalEvent.ERROR),
             ttft=ttft,
             latency=latency,

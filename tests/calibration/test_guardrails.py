@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from finetune_operator.api.adapterdeployment_status import CheckPhase
-from finetune_operator.api.routes import Arm
+from finetune_operator.api.routes import Arm, SignalEvent
 from finetune_operator.core import eprocesses, power
 from finetune_operator.core.power import Harm
 from finetune_operator.core.statistics import AnalysisPlan, GuardrailPlan, assess
 from tests.calibration.shares import evidence_with_share, observed_share
 from tests.unit.statistics import traffic
-from tests.unit.statistics.fleets import Router, Worker, folded
-from tests.unit.statistics.traffic import Floats
+from tests.unit.statistics.fleets import ERRORS, Router, Worker, answer, arm_counters, folded
+from tests.unit.statistics.traffic import Flags, Floats
 
 ROLLOUTS = 2_000
 STEPS = (0.05, 0.25, 0.5, 0.1)  # the weight falls in the end, as after an abort that somebody resumed
@@ -128,6 +128,44 @@ def test_failures_that_take_another_time_than_answers_are_no_harm_when_the_weigh
         f"seed {seed}: {aborted[False]} of {rollouts} good candidates aborted, with settling {aborted[True]}"
     )
     assert aborted[False] / rollouts > 10 * alpha
+    assert aborted[True] / rollouts <= alpha
+
+
+def test_an_outage_of_both_sides_in_which_answers_are_late_and_then_fail_is_no_harm() -> None:
+    """Null rollouts at 5 percent, 20 requests/s; for 120 s everything hangs and fails after 60. A request that is late
+    is counted at that moment, and its error later: among the requests that end with it, as routers tell by `watched`.
+    """
+    seed, rollouts, alpha, every = 13, 60, 0.05, 5.0
+    rng = np.random.default_rng(seed)
+    late = GuardrailPlan(name="late", event=SignalEvent.TTFT_OVER, threshold=2.0, alpha=alpha)
+    plan = AnalysisPlan(guardrails=(GuardrailPlan(name="errors", alpha=alpha), late))
+    aborted = {True: 0, False: 0}
+    for _ in range(rollouts):
+        begun = np.sort(rng.random(10_000) * 500.0)
+        hangs = (begun > 100.0) & (begun < 220.0)
+        ended = begun + np.where(hangs, 60.0, rng.lognormal(math.log(0.5), 0.5, len(begun)))
+        failed = hangs | (rng.random(len(begun)) < 0.01)
+        counted = np.where(hangs, begun + 2.0, ended)
+        candidate = rng.random(len(begun)) < 0.05
+        for tells in aborted:
+            evidence = folded(None, answer(), plan=plan)
+            for now in np.arange(every, 600.0, every):
+
+                def count(which: Flags, at: Floats, now: float = now) -> int:
+                    return int((which & (at <= now)).sum())
+
+                arms = []
+                for arm, side in ((Arm.STABLE, ~candidate), (Arm.CANDIDATE, candidate)):
+                    requests = count(side, counted)
+                    watched = {ERRORS: count(side, ended), late.signal: requests}
+                    events = {ERRORS: count(side & failed, ended), late.signal: count(side & hangs, counted)}
+                    known = watched if tells else None
+                    arms.append(arm_counters(arm, requests=requests, events=events, watched=known))
+                evidence = folded(evidence, answer(*arms), plan=plan, weight=5.0)
+            checks = assess(evidence, plan, weight=5.0).guardrails
+            aborted[tells] += any(check.phase is CheckPhase.FAILED for check in checks)
+    print(f"seed {seed}: {aborted[True]} of {rollouts} good candidates aborted, {aborted[False]} untold")
+    assert aborted[False] / rollouts > 2 * alpha
     assert aborted[True] / rollouts <= alpha
 
 

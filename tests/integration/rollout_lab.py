@@ -206,6 +206,7 @@ class Engine(Server):
 class Tally:
     requests: int = 0
     events: dict[str, int] = field(default_factory=dict)
+    watched: dict[str, int] = field(default_factory=dict)
 
 
 class Router(Server):
@@ -270,6 +271,8 @@ class Router(Server):
         with self._lock:
             tally = self._tallies.setdefault((alias, arm, target.revision), Tally())
             tally.requests += 1
+            for signal in route.signals:
+                tally.watched[signal.name] = tally.watched.get(signal.name, 0) + 1
             if fails(target.revision):
                 for signal in route.signals:
                     if signal.event == "error":
@@ -305,7 +308,12 @@ class Router(Server):
         with self._lock:
             arms = tuple(
                 ArmCounters(
-                    alias=alias, arm=arm, revision=revision, requests=t.requests, events=dict(t.events)
+                    alias=alias,
+                    arm=arm,
+                    revision=revision,
+                    requests=t.requests,
+                    events=dict(t.events),
+                    watched=dict(t.watched),
                 )
                 for (alias, arm, revision), t in self._tallies.items()
             )

@@ -94,9 +94,17 @@ class Routers:
 
 def _is_plausible(arm: ArmCounters) -> bool:
     moments = (arm.seconds, arm.ttft_seconds, arm.completion_tokens, *arm.scores.values())
-    counts = (arm.requests, arm.fallbacks, *arm.events.values(), *arm.length_histogram)
+    counts = (
+        arm.requests,
+        arm.fallbacks,
+        *arm.events.values(),
+        *arm.watched.values(),
+        *arm.length_histogram,
+    )
     return all(count >= 0 for count in counts) and all(_is_finite(item) for item in moments)
 
 
 def _is_finite(moments: Moments) -> bool:
-    return moments.n >= 0 and math.isfinite(moments.sum) and math.isfinite(moments.sum_squares)
+    sums = (moments.sum, moments.sum_squares, *(total for _, total in moments.groups))
+    counts = (moments.n, *(n for n, _ in moments.groups))
+    return all(n >= 0 for n in counts) and all(math.isfinite(number) for number in sums)

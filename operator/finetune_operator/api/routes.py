@@ -162,6 +162,8 @@ class ArmCounters(RouteModel):
     """Answered or failed; neither the client's own 4xx nor its disconnects."""
     events: dict[str, int] = Field(default_factory=dict)
     """Signal name -> responses that had it."""
+    watched: dict[str, int] = Field(default_factory=dict)
+    """Signal name -> responses of which it is known whether they have it: from its event on, else from their end on."""
     seconds: Moments = Moments()
     """Time to the last byte, in seconds."""
     ttft_seconds: Moments = Moments()

@@ -35,16 +35,22 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Block:
-    """Requests that wait until there are enough of them to be judged together."""
+    """Requests that were watched for a guardrail, until there are enough of them to be judged together."""
 
-    stable: Mapping[str, int] = field(default_factory=dict)
-    """`requests`, and `events/<signal>`."""
-    exposed: Mapping[str, int] = field(default_factory=dict)
-    """The same for the candidate's answers, shadow included."""
+    requests: int = 0
+    exposed: int = 0
+    """Of them the candidate's, shadow included."""
+    failures: int = 0
+    exposed_failures: int = 0
 
-    @property
-    def requests(self) -> int:
-        return self.stable.get(REQUESTS, 0) + self.exposed.get(REQUESTS, 0)
+    def plus(self, stable: Tally, exposed: Tally, *, signal: str) -> Block:
+        watched, event = tallies.watched(signal), tallies.event(signal)
+        return Block(
+            self.requests + tallies.count(stable, watched) + tallies.count(exposed, watched),
+            self.exposed + tallies.count(exposed, watched),
+            self.failures + tallies.count(stable, event) + tallies.count(exposed, event),
+            self.exposed_failures + tallies.count(exposed, event),
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class Evidence:
     """Oldest first."""
     keys: KeyPlaces = field(default_factory=KeyPlaces)
     """For the sample ratio."""
-    block: Block = Block()
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    """By signal of a guardrail: what waits."""
     harm: Mapping[str, HarmProcess] = field(default_factory=dict)
     """By signal of a guardrail."""
 
@@ -116,7 +123,7 @@ def fold(
         for epoch in router.epochs:
             arms = _arms_of(epoch, evidence)
             epochs, gain = epochs.after(epoch.epoch, arms, counts_from_zero=known_router)
-            gains.append(gain)
+            gains.append({arm: _watched_in(tally, plan) for arm, tally in gain.items()})
             samples += [s for s in epoch.samples if s.alias == alias and s.comparison == comparison]
         epochs = epochs.with_instance(router.instance)
     gained = {arm: tallies.add_all(gain.get(arm, {}) for gain in gains) for arm in Arm}
@@ -128,7 +135,7 @@ def fold(
         highest_share=max(evidence.highest_share, share) if is_settling else share,
     )
     evidence = _with_strata(evidence, _asked_for(gained, plan, is_settling=is_settling))
-    return _with_block(
+    return _with_harm(
         evidence, gained, plan, least_share=evidence.highest_share / 100.0 if is_settling else 0.0
     )
 
@@ -146,6 +153,15 @@ def _arms_of(epoch: EpochCounters, evidence: Evidence) -> dict[Arm, Tally]:
     }
     found = (arm for arm in epoch.arms if arm.alias == evidence.alias and arm.revision == revisions[arm.arm])
     return {arm.arm: tally for arm in found if (tally := tallies.tally_of(arm))}
+
+
+def _watched_in(gain: Tally, plan: AnalysisPlan) -> Tally:
+    """The gain with what was watched for each signal; older routers do not tell, and watch all requests from the first
+    event or the end on."""
+    requests = gain.get(REQUESTS, 0)
+    if not requests or any(name.startswith(tallies.WATCHED) for name in gain):
+        return gain
+    return {**gain, **{tallies.watched(signal): requests for signal in plan.signals}}
 
 
 def _with_keys(
@@ -189,27 +205,24 @@ def _with_keys(
 
 
 def _asked_for(gained: Mapping[Arm, Tally], plan: AnalysisPlan, *, is_settling: bool) -> dict[Arm, Tally]:
-    """The gains without what the plan does not ask for: clients choose the names of feedback, and room is scarce. With
-    the answers during which each signal was counted, because a guardrail may be younger than the rollout.
+    """The gains without what the plan does not ask for: clients choose the names of feedback, and room is scarce.
 
     After a change of the weight, short answers of the side that grew come in first, and long ones of the other side
     still do. What depends on the length is not compared until they have ended.
     """
     signals = tuple(guardrail.signal for guardrail in plan.guardrails) if is_settling else plan.signals
     quantities = tuple(f"{objective.quantity}/" for objective in plan.objectives)
-    events = {tallies.event(signal) for signal in signals}
-    found: dict[Arm, Tally] = {}
-    for arm, tally in gained.items():
-        kept = {
+    wanted = {name for signal in signals for name in (tallies.event(signal), tallies.watched(signal))}
+    return {
+        arm: {
             name: number
             for name, number in tally.items()
             if (not name.startswith("scores/") or name.startswith(quantities))
-            and (not name.startswith("events/") or name in events)
+            and (not name.startswith(tallies.BY_SIGNAL) or name in wanted)
             and not (is_settling and name.startswith(tallies.BY_LENGTH))
         }
-        requests = tally.get(REQUESTS, 0)
-        found[arm] = kept | ({tallies.watched(signal): requests for signal in signals} if requests else {})
-    return found
+        for arm, tally in gained.items()
+    }
 
 
 def _without_strangers(evidence: Evidence, plan: AnalysisPlan) -> Evidence:
@@ -231,8 +244,8 @@ def _without_strangers(evidence: Evidence, plan: AnalysisPlan) -> Evidence:
         for stratum in evidence.strata
     )
     harm = {signal: process for signal, process in evidence.harm.items() if signal in signals}
-    # What waits to be judged together was counted by the former plan, too.
-    return replace(evidence, strata=strata, harm=harm, block=Block())
+    blocks = {signal: block for signal, block in evidence.blocks.items() if signal in signals}
+    return replace(evidence, strata=strata, harm=harm, blocks=blocks)
 
 
 def _with_strata(evidence: Evidence, gained: Mapping[Arm, Tally]) -> Evidence:
@@ -259,35 +272,29 @@ def _joined(first: Mapping[Arm, Tally], second: Mapping[Arm, Tally]) -> dict[Arm
     return {arm: tally for arm, tally in sums.items() if tally}
 
 
-def _with_block(
+def _with_harm(
     evidence: Evidence, gained: Mapping[Arm, Tally], plan: AnalysisPlan, *, least_share: float
 ) -> Evidence:
-    """The guardrails' processes after the gains, which are judged as soon as enough requests are together.
+    """The guardrails' processes after the gains, each judged as soon as enough requests are together.
 
     Answers are counted when they end, and failures may end sooner or later than others. So after a change of the weight
     the failures have the share of one weight while the block still has that of the other; the higher one counts.
     """
-    names = [guardrail.signal for guardrail in plan.guardrails]
-    counted = [REQUESTS, *(tallies.event(name) for name in names)]
     exposed = tallies.add_all(gained.get(arm, {}) for arm in EXPOSED)
-    block = Block(
-        stable=_sums(evidence.block.stable, gained.get(Arm.STABLE, {}), names=counted),
-        exposed=_sums(evidence.block.exposed, exposed, names=counted),
-    )
-    harm = {name: evidence.harm.get(name, HarmProcess()) for name in names}
-    if block.requests < BLOCK_REQUESTS:
-        return replace(evidence, block=block, harm=harm)
-    share = max(block.exposed.get(REQUESTS, 0) / block.requests, least_share)
-    for name in names:
-        failures = block.exposed.get(tallies.event(name), 0)
+    blocks: dict[str, Block] = {}
+    harm: dict[str, HarmProcess] = {}
+    for guardrail in plan.guardrails:
+        name = guardrail.signal
+        harm[name] = evidence.harm.get(name, HarmProcess())
+        block = evidence.blocks.get(name, Block()).plus(gained.get(Arm.STABLE, {}), exposed, signal=name)
+        if block.requests < BLOCK_REQUESTS:
+            blocks[name] = block
+            continue
         harm[name] = harm[name].after(
-            failures=failures + block.stable.get(tallies.event(name), 0),
-            exposed_failures=failures,
-            share=share,
+            failures=block.failures,
+            exposed_failures=block.exposed_failures,
+            share=max(block.exposed / block.requests, least_share),
         )
-    return replace(evidence, block=Block(), harm=harm)
-
-
-def _sums(old: Mapping[str, int], gained: Tally, *, names: Iterable[str]) -> dict[str, int]:
-    sums = {name: old.get(name, 0) + tallies.count(gained, name) for name in names}
-    return {name: number for name, number in sums.items() if number}
+    return replace(
+        evidence, blocks={name: block for name, block in blocks.items() if block != Block()}, harm=harm
+    )

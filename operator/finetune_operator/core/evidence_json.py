@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import zlib
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ def to_json(evidence: Evidence) -> str:
                 name: [process.blocks, *process.log_evidence, process.log_peak]
                 for name, process in evidence.harm.items()
             },
-            "block": [evidence.block.stable, evidence.block.exposed],
+            "blocks": {name: dataclasses.astuple(block) for name, block in evidence.blocks.items()},
             "strata": _packed([[stratum.weight, stratum.arms] for stratum in evidence.strata]),
             "keys": {
                 f"{low!r}/{high!r}": _pack(raw) for (low, high), raw in _places_out(evidence.keys).items()
@@ -60,7 +61,8 @@ def from_json(text: str) -> Evidence:
             is_sample_pure=is_sample_pure,
             highest_share=share[0] if share else weight,  # older operators stored no share
             harm={name: _harm_in(numbers) for name, numbers in stored["harm"].items()},
-            block=Block(stable=stored["block"][0], exposed=stored["block"][1]),
+            # Older operators stored one for all guardrails, of less than ten requests.
+            blocks={name: Block(*numbers) for name, numbers in stored.get("blocks", {}).items()},
             strata=tuple(Stratum(weight, _arms_in(arms)) for weight, arms in _unpacked(stored["strata"])),
             keys=KeyPlaces(
                 _places_in(stored["keys"]),

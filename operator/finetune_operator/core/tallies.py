@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from finetune_operator.api import routes
 from finetune_operator.core.sequences import Moments
 
-# Names: `requests`, `fallbacks`, `events/<signal>`, `watched/<signal>` (requests while that signal was counted; only in
-# evidence), `lengths/<bin>`, and for each quantity `<quantity>/n`, `<quantity>/sum`, `<quantity>/squares`, and, of each
+# Names: `requests`, `fallbacks`, `events/<signal>`, `watched/<signal>` (requests of which it is known whether they have
+# it), `lengths/<bin>`, and for each quantity `<quantity>/n`, `<quantity>/sum`, `<quantity>/squares`, and, of each
 # group of keys, `<quantity>/<group>/n` and `<quantity>/<group>/sum`. A quantity is `seconds`, `ttft_seconds`,
 # `completion_tokens` or `scores/<metric>`.
 Tally = Mapping[str, float]
@@ -20,7 +20,8 @@ SUM_DIGITS = 10
 SIGNED = ("/sum", "/squares")  # may shrink: a later feedback value replaces the former
 
 
-BY_SIGNAL = ("events/", "watched/")
+WATCHED = "watched/"
+BY_SIGNAL = ("events/", WATCHED)
 BY_LENGTH = ("lengths/", "seconds/", "ttft_seconds/", "completion_tokens/")  # longer answers have more
 
 
@@ -30,14 +31,15 @@ def event(signal: str) -> str:
 
 
 def watched(signal: str) -> str:
-    """Where answers are counted that were looked at for the signal."""
-    return f"watched/{signal}"
+    """Where requests are counted of which it is known whether they have the signal."""
+    return f"{WATCHED}{signal}"
 
 
 def tally_of(arm: routes.ArmCounters) -> dict[str, float]:
     """The arm's counters as a tally; zeros are left out."""
     numbers: dict[str, float] = {REQUESTS: arm.requests, "fallbacks": arm.fallbacks}
     numbers.update({event(name): count for name, count in arm.events.items()})
+    numbers.update({watched(name): count for name, count in arm.watched.items()})
     numbers.update({f"lengths/{index}": count for index, count in enumerate(arm.length_histogram)})
     quantities = {
         "seconds": arm.seconds,

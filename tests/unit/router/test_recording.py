@@ -108,10 +108,21 @@ async def test_what_hangs_is_counted_when_the_limit_passes_and_only_once(desk: D
     seen.alarm_at -= 9.0
     desk.recorder.sweep()
     assert desk.counted == (1, {"slow": 1, "long": 1})
+    assert desk.state.watched == {"slow": 1, "long": 1}, "whether it fails is not known yet"
     desk.finish(seen, End.ERROR, 504)
     assert desk.counted == (1, {"slow": 1, "long": 1, "errors": 1})
+    assert desk.state.watched == dict.fromkeys(("slow", "long", "errors", "invalid"), 1)
     desk.recorder.sweep()
     assert desk.counted == (1, {"slow": 1, "long": 1, "errors": 1})
+
+
+async def test_of_a_user_who_left_in_time_nothing_is_known_and_of_a_late_one_only_that(desk: Desk) -> None:
+    desk.finish(desk.begin(ago=0.5), End.GONE)
+    assert (desk.counted, desk.state.watched) == ((0, {}), {})
+    desk.finish(desk.begin(ago=2.0), End.GONE)
+    assert (desk.counted, desk.state.watched) == ((1, {"slow": 1}), {"slow": 1})
+    desk.finish(desk.begin(ago=0.1), End.ANSWERED)
+    assert desk.state.watched == {"slow": 2, "long": 1, "errors": 1, "invalid": 1}
 
 
 async def test_a_first_byte_in_time_is_not_late_however_long_the_rest_takes(desk: Desk) -> None:
