@@ -9,6 +9,7 @@ import ssl
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohappyeyeballs
@@ -59,6 +60,7 @@ class Upstream:
         self.address = address
         self._context = _client_context() if address.secure else None
         self._idle: deque[Connection] = deque()
+        self._lookup: asyncio.Future[list[Any]] | None = None
         self.outstanding = 0
         self.down_until = 0.0
         self.is_suspect = False
@@ -94,7 +96,7 @@ class Upstream:
         try:
             async with asyncio.timeout(within):
                 host = self.address.host
-                found = await loop.getaddrinfo(host, self.address.port, type=socket.SOCK_STREAM)
+                found = await asyncio.shield(self._look_up(loop))
                 # uvloop itself would wait for a dead address until nothing of the time is left for the next one.
                 sock = await aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=_NEXT_SECONDS)
                 _, connection = await loop.create_connection(
@@ -110,6 +112,16 @@ class Upstream:
         self.is_suspect = False
         self.down_until = 0.0
         return connection
+
+    def _look_up(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[list[Any]]:
+        """The name's addresses; one lookup for all who wait. While no name server answers, each keeps a thread for
+        half a minute, whoever gave it up, and connections to other engines need those threads as well."""
+        if self._lookup is None or self._lookup.done():
+            address = self.address
+            self._lookup = asyncio.ensure_future(
+                loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+            )
+        return self._lookup
 
     def give_back(self, connection: Connection) -> None:
         """End an exchange; the connection is kept when it is whole."""

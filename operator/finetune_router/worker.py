@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -44,6 +45,9 @@ _YOUNG_OBJECTS = 20_000
 _KEEP_ALIVE = 75.0  # seconds that an idle client connection is kept, as in nginx
 _MIRROR_SHARE = 0.25  # of the room for bodies, which mirrors may hold beside it
 _HEAD_LIMIT = 16 * 1024  # bytes of one header line
+# libuv lends half of its threads to lookups of names, and uvloop makes one for each connection, also to an IP address:
+# with the usual four, two names whose server is silent kept every engine from being reached.
+_LIBUV_THREADS = "64"
 
 
 @dataclass
@@ -266,6 +270,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_file_limit()
+    os.environ.setdefault("UV_THREADPOOL_SIZE", _LIBUV_THREADS)
     control = socket.socket(fileno=int(sys.argv[1]))
     listener = socket.socket(fileno=int(sys.argv[2]))
     control.setblocking(False)

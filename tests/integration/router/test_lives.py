@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 
 from finetune_operator.api.routes import (
@@ -190,6 +191,17 @@ async def test_a_worker_that_hangs_is_replaced(
     os.kill(pid, signal.SIGSTOP)
     assert await status(session, router, alias) == 200  # by the successor, after about ten seconds
     assert await worker_pids(router) != [pid]
+
+
+async def test_a_worker_has_threads_for_many_names_whose_server_is_silent(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    """Each such name keeps one, and each connection needs one, also to an IP address."""
+    router = await start(own_router())
+    await router.push(route(alias, target("base", engine.url)))
+    assert await status(session, router, alias) == 200
+    (pid,) = await worker_pids(router)
+    assert psutil.Process(pid).num_threads() > 32
 
 
 async def test_a_worker_that_cannot_be_started_is_tried_again(

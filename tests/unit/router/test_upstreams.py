@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -115,6 +116,36 @@ async def test_an_answer_without_a_body_has_an_end_all_the_same() -> None:
 async def test_a_host_name_that_can_be_none_is_not_reached() -> None:
     with pytest.raises(ConnectFailedError):
         await Upstream(parse_address("http://a..b:8000")).connect(within=5)
+
+
+async def test_a_name_is_looked_up_once_for_all_who_wait_and_anew_for_those_who_come_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    answer = threading.Event()
+
+    def look_up(host: str, *_: object) -> list[object]:
+        asked.append(host)
+        answer.wait(10)
+        raise socket.gaierror(socket.EAI_AGAIN, "no name server answers")
+
+    upstream = Upstream(parse_address("http://silent.test"))
+
+    async def give_up() -> None:
+        with pytest.raises(ConnectFailedError):
+            await upstream.connect(within=0.02)
+
+    with monkeypatch.context() as names:
+        names.setattr(socket, "getaddrinfo", look_up)
+        for _ in range(3):
+            await asyncio.gather(give_up(), give_up())
+        assert asked == ["silent.test"]
+        answer.set()
+        with pytest.raises(ConnectFailedError, match="no name server answers"):
+            await upstream.connect(within=5)
+        with pytest.raises(ConnectFailedError, match="no name server answers"):
+            await upstream.connect(within=5)
+    assert asked == ["silent.test"] * 2
 
 
 async def test_the_next_address_of_a_name_is_tried_while_the_first_one_is_silent(
