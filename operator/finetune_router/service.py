@@ -81,6 +81,14 @@ class Service:
             response.force_close()
         return response
 
+    def refuse_unread(self, reason: str) -> web.Response:
+        """The answer to a request that cannot be read; the connection ends with it."""
+        error = errors.bad_request(f"the request cannot be read: {reason}", code="invalid_request")
+        response = self._refusal(self._outside_error(error))
+        response.headers["Server"] = SERVER
+        response.force_close()
+        return response
+
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         target = request.raw_path
         if target.startswith(("http://", "https://")):  # a whole URL is as good (RFC 9112, section 3.2.2)

@@ -28,6 +28,7 @@ from finetune_router.forwarding import Forwarder, Limits
 from finetune_router.headers import HeaderPolicy
 from finetune_router.proxy import Proxy
 from finetune_router.recording import Recorder
+from finetune_router.server import DataServer
 from finetune_router.service import Service
 from finetune_router.tables import Change, SchemaCache, TableBuilder
 from finetune_router.tickets import TicketOffice
@@ -42,9 +43,7 @@ _TEND_SECONDS = 2.0
 # Objects that may be made and still be there before the garbage collector looks at them. Requests leave no cycles, and
 # those under way are no garbage: at the usual 700, a burst of ten had it run in their midst.
 _YOUNG_OBJECTS = 20_000
-_KEEP_ALIVE = 75.0  # seconds that an idle client connection is kept, as in nginx
 _MIRROR_SHARE = 0.25  # of the room for bodies, which mirrors may hold beside it
-_HEAD_LIMIT = 16 * 1024  # bytes of one header line
 # libuv lends half of its threads to lookups of names, and uvloop makes one for each connection, also to an IP address:
 # with the usual four, two names whose server is silent kept every engine from being reached.
 _LIBUV_THREADS = "64"
@@ -70,7 +69,7 @@ class Worker:
             asyncio.create_task(self._report_forever()),
             asyncio.create_task(self._tend_forever()),
         ]
-        runner = web.ServerRunner(self._server(), shutdown_timeout=config.grace)
+        runner = web.ServerRunner(DataServer(self.service), shutdown_timeout=config.grace)
         try:
             if await self._obey_until_serving():
                 await runner.setup()
@@ -87,17 +86,6 @@ class Worker:
             with contextlib.suppress(ConnectionError):
                 await self.channel.drain()
             self.channel.close()
-
-    def _server(self) -> web.Server:
-        return web.Server(
-            self.service.handle,
-            handler_cancellation=True,
-            keepalive_timeout=_KEEP_ALIVE,
-            access_log=None,
-            max_line_size=_HEAD_LIMIT,
-            max_field_size=_HEAD_LIMIT,
-            lingering_time=2.0,
-        )
 
     async def _obey_until_serving(self) -> bool:
         """Apply what comes until the parent says serve; False when it is gone."""

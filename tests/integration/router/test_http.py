@@ -6,11 +6,13 @@ import asyncio
 import gzip
 import itertools
 import json
+import re
 import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
+import openai
 import pytest
 
 from finetune_operator.api.routes import Arm
@@ -373,6 +375,38 @@ async def test_requests_with_two_meanings_are_refused(ready: Router, engine: Eng
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400"))
     assert answer.count(b"HTTP/1.1 ") <= 1
     assert not engine.seen
+
+
+async def test_what_cannot_be_read_is_400_in_openais_shape_too(ready: Router, alias: str) -> None:
+    before = unread(await ready.metrics())
+    for line, reason in (
+        ("Host x", "Invalid header token"),
+        (f"X-Long: {'a' * 20_000}", "Got more than 16384 bytes"),
+        ("Transfer-Encoding: chunked\r\n\r\nZZ", "Invalid character in chunk size"),
+        ("Content-Encoding: br", "its Content-Encoding is none of gzip, deflate"),
+    ):
+        answer = await raw(ready, f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{line}\r\n\r\n".encode())
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert b" 400 " in head
+        assert b"x-request-id: " in head
+        assert b"aiohttp" not in head
+        error = json.loads(body)["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+        assert error["message"].startswith(f"the request cannot be read: {reason}")
+    assert unread(await ready.metrics()) == before + 4
+
+    client = openai.AsyncOpenAI(base_url=f"{ready.url}/v1", api_key="k", max_retries=0)
+    with pytest.raises(openai.BadRequestError, match="Content-Encoding is none of gzip, deflate"):
+        await client.chat.completions.create(
+            model=alias, messages=[], extra_headers={"Content-Encoding": "br"}
+        )
+    await client.close()
+
+
+def unread(metrics: str) -> float:
+    """How many answers of the router itself were 400."""
+    found = re.search(r'requests_total\{alias="",arm="",code="400",revision=""\} (\S+)', metrics)
+    return float(found[1]) if found else 0.0
 
 
 async def test_requests_in_a_row_on_one_connection(ready: Router, engine: Engine, alias: str) -> None:
