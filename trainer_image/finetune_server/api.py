@@ -140,8 +140,13 @@ class Api:
         self._check_model(asked.model)
         logprobs = asked.logprob_count()
         template = self.engine.registry.template(asked.model)
+        base = self.engine.base
         prompt = await asyncio.to_thread(
-            prompts.encode_chat, asked, self.engine.base.tokenizer, template=template
+            prompts.encode_chat,
+            asked,
+            base.tokenizer,
+            template=template,
+            max_characters=base.max_characters,
         )
         wanted = asked.max_completion_tokens or asked.max_tokens
         return await self._answer(
@@ -151,9 +156,13 @@ class Api:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         asked = wire.parse(await request.read(), wire.CompletionRequest)
         self._check_model(asked.model)
-        vocabulary = int(self.engine.base.model.get_input_embeddings().num_embeddings)
+        base = self.engine.base
         found = await asyncio.to_thread(
-            prompts.encode_completion, asked, self.engine.base.tokenizer, vocabulary=vocabulary
+            prompts.encode_completion,
+            asked,
+            base.tokenizer,
+            vocabulary=int(base.model.get_input_embeddings().num_embeddings),
+            max_characters=base.max_characters,
         )
         return await self._answer(
             request,

@@ -30,6 +30,7 @@ class Base:
     path: Path
     uri: str
     max_length: int
+    max_characters: int  # a longer text has more tokens than that, whatever it says
     ends: frozenset[int]
 
 
@@ -111,7 +112,8 @@ def load_base(path: Path, *, uri: str, device: str, dtype: str, max_length: int 
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(f"--model: {uri} cannot be loaded ({_first_line(error)})") from error
     model_files.check_loaded(found, field="--model", uri=uri)
-    return Base(model.eval(), tokenizer, path, uri, length, _end_tokens(model, tokenizer))
+    characters = length * max(map(len, tokenizer.get_vocab()))
+    return Base(model.eval(), tokenizer, path, uri, length, characters, _end_tokens(model, tokenizer))
 
 
 def _first_line(error: BaseException) -> str:

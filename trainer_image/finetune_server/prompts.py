@@ -17,7 +17,9 @@ from finetune_server.wire import ChatRequest, CompletionRequest
 RENDER_SECONDS = 10.0  # a long conversation takes a tenth of a second
 
 
-def encode_chat(request: ChatRequest, tokenizer: Any, *, template: str | None) -> list[int]:
+def encode_chat(
+    request: ChatRequest, tokenizer: Any, *, template: str | None, max_characters: int
+) -> list[int]:
     """Returns the prompt's tokens. `template` is the adapter's own. Raises BadRequest, which names the field."""
     if template is None and tokenizer.chat_template is None:
         raise BadRequest(
@@ -39,7 +41,7 @@ def encode_chat(request: ChatRequest, tokenizer: Any, *, template: str | None) -
         raise BadRequest(
             f"messages: the chat template refuses them ({type(error).__name__}: {error})", "messages"
         ) from None
-    return _encode(text, tokenizer, field="messages", special=False)
+    return _encode(text, tokenizer, field="messages", special=False, max_characters=max_characters)
 
 
 @contextlib.contextmanager
@@ -62,12 +64,20 @@ def _ended_in_time() -> Iterator[None]:
         sys.settrace(before)
 
 
-def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary: int) -> list[list[int]]:
+def encode_completion(
+    request: CompletionRequest, tokenizer: Any, *, vocabulary: int, max_characters: int
+) -> list[list[int]]:
     """Returns the tokens of every prompt. Raises BadRequest, which names the field."""
     found = []
     for prompt in request.prompts():
         if isinstance(prompt, str):
-            tokens = _encode(prompt, tokenizer, field="prompt", special=request.add_special_tokens)
+            tokens = _encode(
+                prompt,
+                tokenizer,
+                field="prompt",
+                special=request.add_special_tokens,
+                max_characters=max_characters,
+            )
         else:
             tokens = prompt
             if not all(0 <= token < vocabulary for token in tokens):
@@ -78,7 +88,14 @@ def encode_completion(request: CompletionRequest, tokenizer: Any, *, vocabulary:
     return found
 
 
-def _encode(text: str, tokenizer: Any, *, field: str, special: bool) -> list[int]:
+def _encode(text: str, tokenizer: Any, *, field: str, special: bool, max_characters: int) -> list[int]:
+    # Eight texts of 8 MB at once took 8 GB, and a minute in which no other prompt was encoded.
+    if len(text) > max_characters:
+        raise BadRequest(
+            f"{field}: the model's maximum context length holds {max_characters} characters at most, and the prompt "
+            f"has {len(text)}. Please reduce the length of the prompt.",
+            field,
+        )
     if not is_whole(text):
         raise BadRequest(f"{field}: the text holds half a character (a lone surrogate)", field)
     # The backend itself: the wrapper around it sets its options at each call, and threads would meet there. As a batch
