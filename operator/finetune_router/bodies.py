@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import orjson
@@ -17,6 +19,8 @@ from finetune_router import scanner
 from finetune_router.scanner import BrokenBodyError
 
 PARSE_UP_TO = 16 * 1024  # bytes; above, json.loads costs more than the scan
+PACKINGS = frozenset(("gzip", "x-gzip", "deflate"))
+_PIECE = 64 * 1024  # bytes that are unpacked at once
 _BOM = b"\xef\xbb\xbf"
 _MODEL_KEY = b'"model"'
 _MODEL = re.compile(rb'"model"[ \t\n\r]*+:[ \t\n\r]*+("[^"\\]*+")')
@@ -48,6 +52,26 @@ class Body(NamedTuple):
             position = end
         pieces.append(self.data[position:])
         return b"".join(pieces)
+
+
+def unpack(data: bytes, encoding: str) -> Iterator[bytes]:
+    """The content of a body packed in one of PACKINGS, piece by piece: a kilobyte may hold a megabyte.
+
+    Raises BrokenBodyError.
+    """
+    is_bare = (
+        encoding == "deflate" and data[:1] != b"" and data[0] & 0x0F != zlib.DEFLATED
+    )  # some clients do so
+    unpacking = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
+    while not unpacking.eof:
+        try:
+            piece = unpacking.decompress(data, _PIECE)
+        except zlib.error as error:
+            raise BrokenBodyError(f"the body is not {encoding}: {error}") from None
+        data = unpacking.unconsumed_tail
+        if not piece and not data:
+            raise BrokenBodyError(f"the body is not {encoding}: it is cut off")
+        yield piece
 
 
 async def scan_body(data: bytes, wanted: frozenset[str]) -> Body:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 
 from aiohttp import web
-from aiohttp.http_exceptions import ContentEncodingError
 
 from finetune_router.service import Service
 
@@ -29,6 +28,8 @@ class DataServer(web.Server):
             loop=asyncio.get_running_loop(),
             keepalive_timeout=_KEEP_ALIVE,
             access_log=None,
+            # It would unpack without end, and without a pause, also what belongs to a request that was refused already.
+            auto_decompress=False,
             max_line_size=_HEAD_LIMIT,
             max_field_size=_HEAD_LIMIT,
             lingering_time=2.0,
@@ -53,6 +54,4 @@ class DataProtocol(web.RequestHandler):
         if message is None:  # not of the parser
             return plain
         reason = message.partition("\n")[0].rstrip(":")[:_LONGEST_REASON]
-        if isinstance(exc, ContentEncodingError):
-            reason = "its Content-Encoding is none of gzip, deflate"
         return self._service.refuse_unread(reason)

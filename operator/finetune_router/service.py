@@ -151,10 +151,27 @@ class Service:
             raise self._outside_error(errors.bad_request(str(error))) from None
 
     async def _read(self, request: web.BaseRequest, limit: int, room: Room) -> bytes:
-        """The body, decompressed where it was compressed. Raises ApiError 400, 408, 413, 417, 429.
+        """The body, unpacked where it was packed. Raises ApiError 400, 408, 413, 417, 429.
 
         The caller gives back the room, also when this raises.
         """
+        data = await self._receive(request, limit, room)
+        encoding = request.headers.get("Content-Encoding", "").strip().lower()
+        if encoding not in bodies.PACKINGS:  # clients name their charset there too
+            return data
+        self._reserve(room, -len(data), limit)
+        pieces = []
+        try:
+            for piece in bodies.unpack(data, encoding):
+                self._reserve(room, len(piece), limit)
+                pieces.append(piece)
+                await asyncio.sleep(0)
+        except BrokenBodyError as error:
+            raise self._outside_error(errors.bad_request(str(error))) from None
+        return b"".join(pieces)
+
+    async def _receive(self, request: web.BaseRequest, limit: int, room: Room) -> bytes:
+        """The body as it comes. Raises what `_read` raises."""
         length = request.content_length
         if length is not None and length > limit:
             raise self._outside_error(errors.too_large(limit))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -185,3 +188,21 @@ def test_the_response_format_comes_along() -> None:
     for body in (bodies.parse_body(data, WANTED), scanned(data)):
         assert body.response_format is not None
         assert json.loads(body.response_format) == shape
+
+
+def bare(data: bytes) -> bytes:
+    return zlib.compress(data)[2:-4]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"),
+    [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", bare)],
+)
+def test_a_packed_body_is_unpacked_piece_by_piece(encoding: str, pack: Callable[[bytes], bytes]) -> None:
+    data = bytes(1_000_000) + b"end"
+    pieces = list(bodies.unpack(pack(data), encoding))
+    assert b"".join(pieces) == data
+    assert max(map(len, pieces)) < 100_000, "it would hold up everybody else"
+    for broken in (pack(data)[:-20], b"", b"\x1f\x8bno", b'{"model": "x"}'):
+        with pytest.raises(BrokenBodyError, match=f"the body is not {encoding}: "):
+            list(bodies.unpack(broken, encoding))
