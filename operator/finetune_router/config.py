@@ -43,7 +43,7 @@ class RouterConfig:
     extra_paths: str = _option("", "further POST paths that carry a model, comma separated")
     max_body_bytes: int = _option(16 * 1024 * 1024, "largest request body; more is answered with 413")
     max_buffered_bytes: int = _option(
-        512 * 1024 * 1024, "request bodies in memory, also those still coming, per worker; more is 429"
+        256 * 1024 * 1024, "request bodies in memory, also those still coming, per worker; more is 429"
     )
     max_concurrency: int = _option(2048, "requests under way, per worker; more is 429")
     max_mirrors: int = _option(64, "mirrored requests under way, per worker; more are left out")
