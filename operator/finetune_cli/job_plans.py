@@ -107,7 +107,7 @@ def describe(spec: FineTuneJobSpec, accelerator: Accelerator | None, *, limit: i
     lora, quantization = method.lora, method.quantization
     return Workload(
         method=Method(str(method.type)),
-        rows=hyper.micro_batch_size or runs.automatic_rows(hyper.global_batch_size),
+        rows=hyper.micro_batch_size or runs.micro_batch_size(hyper.global_batch_size),
         length=min(hyper.max_length, limit) if isinstance(limit, int) and limit > 0 else hyper.max_length,
         bfloat16=not precise,
         checkpointing=hyper.gradient_checkpointing,

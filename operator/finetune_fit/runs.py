@@ -10,6 +10,7 @@ from finetune_fit.architectures import Architecture
 from finetune_fit.memory import Method, Workload, trained_parameters
 
 UTILIZATION = 0.35  # share of the peak that training with transformers reaches on one GPU, by experience
+MOST_AUTOMATIC_ROWS = 8  # rows; a safe start for a small GPU, and more gains nothing on a CPU
 FEW = 2**20  # files beside the weights: tokenizer, manifest, model card
 
 
@@ -41,8 +42,8 @@ def disk(model: Architecture, work: Workload, *, keep: int) -> Disk:
     )
 
 
-def automatic_rows(global_batch: int, *, most: int = 8) -> int:
-    """Rows per forward pass where the spec names none: as the trainer chooses them."""
+def micro_batch_size(global_batch: int, *, most: int = MOST_AUTOMATIC_ROWS) -> int:
+    """Rows per forward pass where the spec names none: the largest divisor of the global batch up to `most`."""
     return next(rows for rows in range(min(global_batch, most), 0, -1) if global_batch % rows == 0)
 
 

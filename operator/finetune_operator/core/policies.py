@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 
+from finetune_fit import runs
 from finetune_operator.api.finetunejob import (
     UNLIMITED,
     BackoffSpec,
@@ -21,7 +22,6 @@ from finetune_operator.api.finetunejob import (
     Retries,
 )
 
-MOST_AUTOMATIC_ROWS = 8  # rows per forward pass that the trainer takes where the spec names none
 MEMORY_FACTOR = 2
 CHECK = 0  # the number of the attempt that only checks
 
@@ -164,16 +164,12 @@ def micro_batch_size(spec: FineTuneJobSpec, status: FineTuneJobStatus) -> int:
         return spec.hyperparameters.micro_batch_size
     if effective and effective.micro_batch_size:
         return effective.micro_batch_size
-    return _largest_divisor(spec.hyperparameters.global_batch_size, MOST_AUTOMATIC_ROWS)
+    return runs.micro_batch_size(spec.hyperparameters.global_batch_size)
 
 
 def halved(rows: int, global_batch_size: int) -> int | None:
     """The largest divisor of the global batch that is at most half of `rows`; None where `rows` is 1."""
-    return _largest_divisor(global_batch_size, rows // 2) if rows > 1 else None
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    return next(candidate for candidate in range(min(number, most), 0, -1) if number % candidate == 0)
+    return runs.micro_batch_size(global_batch_size, most=rows // 2) if rows > 1 else None
 
 
 _PREFIXES = "kMGTPE"

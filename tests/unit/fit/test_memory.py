@@ -171,7 +171,7 @@ def test_disk_of_an_adapter_is_small_and_of_full_training_large() -> None:
 def test_steps_and_time() -> None:
     assert runs.steps(rows=100, global_batch=16, epochs=3) == 21
     assert runs.steps(rows=1, global_batch=16, epochs=0.1) == 1
-    assert [runs.automatic_rows(batch) for batch in (16, 7, 9, 1, 11)] == [8, 7, 3, 1, 1]
+    assert [runs.micro_batch_size(batch) for batch in (16, 7, 9, 1, 11)] == [8, 7, 3, 1, 1]
     model, h100 = architectures.read(models.LLAMA_3_8B), accelerators.find("H100")
     assert h100 is not None
     lora = replace(SMALL, length=2048, checkpointing=False)

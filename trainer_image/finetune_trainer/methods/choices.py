@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from finetune_fit import runs
 from finetune_trainer import machine
 from finetune_trainer.failures import BadConfig
 from finetune_trainer.progress import say
@@ -21,7 +22,6 @@ LEARNING_RATES = {
     Objective.GRPO: (5e-5, 1e-6),
 }
 KL_PENALTIES = {Objective.RLOO: 0.05, Objective.GRPO: 0.0}
-LARGEST_MICRO_BATCH = 8  # rows; a safe start for a small GPU, and more gains nothing on a CPU
 EVALUATIONS = 10  # per run
 LOGGED_STEPS = 400  # log lines of a run at most, so that a long run's log stays readable
 
@@ -60,15 +60,13 @@ def choose_micro_batch(hyper: Hyperparameters, *, override: int | None = None) -
     """
     total = hyper.global_batch_size
     if override is not None:
-        return Choice(_largest_divisor(total, limit=override), f"override, at most {override}")
+        return Choice(runs.micro_batch_size(total, most=override), f"override, at most {override}")
     if hyper.micro_batch_size is not None:
         return Choice(hyper.micro_batch_size, "as given")
-    value = _largest_divisor(total, limit=LARGEST_MICRO_BATCH)
-    return Choice(value, f"largest divisor of globalBatchSize {total} up to {LARGEST_MICRO_BATCH}")
-
-
-def _largest_divisor(total: int, *, limit: int) -> int:
-    return max(size for size in range(1, min(limit, total) + 1) if total % size == 0)
+    return Choice(
+        runs.micro_batch_size(total),
+        f"largest divisor of globalBatchSize {total} up to {runs.MOST_AUTOMATIC_ROWS}",
+    )
 
 
 def choose_precision(asked: Precision, *, device: str, gpu_has_bfloat16: bool) -> Choice[Precision]:
