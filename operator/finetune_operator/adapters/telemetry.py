@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
-from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobStatus
+from finetune_operator.api.finetunejob import INFRASTRUCTURE, FineTuneJobStatus
 
 JOB_LABELS = ("namespace", "finetunejob")
 JOB_GAUGES = {
@@ -25,15 +25,6 @@ JOB_GAUGES = {
         "Share of preferences in which the chosen answer is ahead, 0 to 1.",
     ),
 }
-INFRASTRUCTURE = (
-    ErrorClass.STORAGE,
-    ErrorClass.COLLECTIVE,
-    ErrorClass.CHECKPOINT_CORRUPT,
-    ErrorClass.LOST,
-    ErrorClass.STALLED,
-    ErrorClass.INTERNAL,
-)
-"""Classes of which a number of failed jobs is an alarm."""
 
 
 class JobSeries(Collector):

@@ -48,6 +48,7 @@ from finetune_operator.api.finetunejob_objectives import (
     objective_rules,
 )
 from finetune_operator.api.finetunejob_status import (
+    INFRASTRUCTURE,
     Artifact,
     Attempt,
     Checkpoint,
@@ -80,6 +81,7 @@ from finetune_operator.api.rules import FORBIDDEN, rule, rules
 
 __all__ = [
     "DESCRIPTION",
+    "INFRASTRUCTURE",
     "KIND",
     "MAX_NAME_LENGTH",
     "PLURAL",

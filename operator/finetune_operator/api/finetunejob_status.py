@@ -54,6 +54,17 @@ class ErrorClass(StrEnum):
     INTERNAL = "Internal"
 
 
+INFRASTRUCTURE = (
+    ErrorClass.STORAGE,
+    ErrorClass.COLLECTIVE,
+    ErrorClass.CHECKPOINT_CORRUPT,
+    ErrorClass.LOST,
+    ErrorClass.STALLED,
+    ErrorClass.INTERNAL,
+)
+"""Nobody's mistake: they have retries of their own, and a number of jobs that failed so is an alarm."""
+
+
 class Progress(StatusModel):
     """How far training is."""
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from finetune_fit import runs
 from finetune_operator.api.finetunejob import (
+    INFRASTRUCTURE,
     UNLIMITED,
     BackoffSpec,
     ErrorClass,
@@ -46,12 +47,7 @@ BUDGETS = {
     ErrorClass.BAD_DATA: Budget.USER,
     ErrorClass.MODEL_NOT_FOUND: Budget.USER,
     ErrorClass.NOT_FINITE: Budget.USER,
-    ErrorClass.STORAGE: Budget.INFRASTRUCTURE,
-    ErrorClass.COLLECTIVE: Budget.INFRASTRUCTURE,
-    ErrorClass.CHECKPOINT_CORRUPT: Budget.INFRASTRUCTURE,
-    ErrorClass.LOST: Budget.INFRASTRUCTURE,
-    ErrorClass.STALLED: Budget.INFRASTRUCTURE,
-    ErrorClass.INTERNAL: Budget.INFRASTRUCTURE,
+    **dict.fromkeys(INFRASTRUCTURE, Budget.INFRASTRUCTURE),
     ErrorClass.PREEMPTED: Budget.PREEMPTION,
     ErrorClass.GPU_OUT_OF_MEMORY: Budget.GPU_MEMORY,
     ErrorClass.HOST_OUT_OF_MEMORY: Budget.HOST_MEMORY,

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from finetune_local.pods import parse_quantity
 from finetune_operator import config
 from finetune_operator.adapters.telemetry import Telemetry
+from finetune_operator.api.finetunejob import INFRASTRUCTURE
 from finetune_operator.manifests.pods import PodDefaults
 from finetune_router.config import ENVIRONMENT_PREFIX, RouterConfig
 from tools import chart_pages
@@ -110,6 +111,11 @@ def test_alerts_and_dashboard_ask_for_series_that_exist(file: str) -> None:
     assert asked
     for name in asked:
         assert re.sub(r"_(total|bucket|sum|count)$", "", name) in known, name
+
+
+def test_the_alert_on_failures_names_the_classes_that_are_counted_from_zero() -> None:
+    text = (ROOT / CHART / "files" / "alerts.yaml").read_text(encoding="utf-8")
+    assert f'finetune_jobs_finished_total{{class=~"{"|".join(INFRASTRUCTURE)}"}}' in text
 
 
 def test_the_laptop_has_the_identity_that_the_chart_gives() -> None:
