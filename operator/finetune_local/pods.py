@@ -7,10 +7,13 @@ value that points at or below a mount is rewritten to match.
 from __future__ import annotations
 
 import dataclasses
+import math
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from kubernetes.utils.quantity import parse_quantity
 
 from finetune_local import objects
 
@@ -176,7 +179,7 @@ def gpus_of(pod: Object) -> int:
 def cores_of(pod: Object) -> int:
     """Whole cores of the container's CPU limit, at least 1; 0 without a limit."""
     limit = container_of(pod).get("resources", {}).get("limits", {}).get("cpu")
-    return 0 if limit is None else max(1, int(parse_quantity(str(limit))))
+    return 0 if limit is None else max(1, int(parse_quantity(limit)))
 
 
 def pick_items(data: Mapping[str, str], source: Object, what: str) -> dict[str, str]:
@@ -237,23 +240,8 @@ def _value_from(pod: Object, name: str, source: Object, references: References) 
     raise PodError(f"the variable {name} has a source that the laptop cluster does not support")
 
 
-_UNITS = {
-    "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
-    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
-}  # fmt: skip
-
-
-def parse_quantity(text: str) -> float:
-    """A Kubernetes quantity, for example 500m or 2Gi. Raises PodError."""
-    match = re.match(r"^([0-9.]+)(m|k|M|G|T|Ki|Mi|Gi|Ti|)$", str(text))
-    if match is None:
-        raise PodError(f"{text} is not a quantity that the laptop cluster understands")
-    return float(match[1]) * _UNITS[match[2]]
-
-
 def _resource(pod: Object, reference: Object) -> str:
     section, _, resource = reference["resource"].partition(".")
     amount = container_of(pod).get("resources", {}).get(section, {}).get(resource)
-    divisor = parse_quantity(reference.get("divisor") or "1") or 1.0
-    value = parse_quantity(amount or "0") / divisor
-    return str(-int(-value // 1))  # rounded up, as a kubelet does
+    divisor = parse_quantity(reference.get("divisor") or 1) or 1
+    return str(math.ceil(parse_quantity(amount or 0) / divisor))  # rounded up, as a kubelet does
