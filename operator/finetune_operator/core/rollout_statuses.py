@@ -19,8 +19,6 @@ from finetune_operator.core.rollout_conditions import RolloutCondition
 from finetune_operator.core.rollout_facts import Observed
 from finetune_operator.core.rollout_turns import OVER, UNDERWAY, Turn, clock, engines
 
-INVALID_SPEC = rollout.UNREADABLE
-
 
 def traffic(turn: Turn) -> Turn:
     """What stops the clocks of steps, as of the facts and before anything is decided."""
@@ -161,7 +159,7 @@ def unreadable(turn: Turn) -> AdapterDeploymentStatus:
     back."""
     deployment = turn.seen.deployment
     message = f"{deployment.problem or 'the spec cannot be read'}; correct it, and until then everything stays as it is"
-    return _invalid(turn.status, INVALID_SPEC, message, now=turn.now, generation=deployment.generation)
+    return _invalid(turn.status, rollout.UNREADABLE, message, now=turn.now, generation=deployment.generation)
 
 
 def alias_taken(seen: Observed, message: str, *, now: datetime) -> AdapterDeploymentStatus:
@@ -184,7 +182,8 @@ def _invalid(
     elif phase is RolloutPhase.PAUSED:
         claims.append(Claim(RolloutCondition.PROGRESSING, False, reason, message))
         claims.append(Claim(RolloutCondition.PAUSED, True, reason, message))
-    status = known.model_copy(
+    claims += conditions.kstatus(reconciling=False, stalled=True, reason=reason, message=message)
+    return known.model_copy(
         update={
             "observed_generation": generation,
             "phase": phase,
@@ -193,5 +192,3 @@ def _invalid(
             "conditions": conditions.merge(known.conditions, claims, now=now, generation=generation),
         }
     )
-    merged = conditions.merge(status.conditions, _kstatus(status), now=now, generation=generation)
-    return status.model_copy(update={"conditions": merged})
