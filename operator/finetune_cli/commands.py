@@ -1,10 +1,10 @@
-"""The commands that jobs and rollouts have in common: `list`, `watch` and `validate`."""
+"""The commands that jobs and rollouts have in common: `list`, `watch`, `describe` and `validate`."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,8 @@ class Group:
     exit_code: Callable[[Mapping[str, Any]], int | None]
     """Of `watch`; None while the object has not come to its end."""
     final_lines: Callable[[Mapping[str, Any]], list[str]]
+    page: Callable[[Object, Sequence[Object], datetime], str]
+    """Of `describe`: the object, its Event objects, and now."""
     complete: Callable[[Connection, Iterator[Object]], Iterator[Object]] = lambda connection, changes: changes
     """Adds to each object what a watch shows and the object does not hold."""
 
@@ -67,6 +69,24 @@ def add_list(app: typer.Typer, group: Group, text: str) -> None:
         else:
             rows = group.list_rows(found, datetime.now(UTC), namespaces=everywhere)
             screens.print_table(rows, colours=group.colours)
+
+
+def add_describe(app: typer.Typer, group: Group, text: str) -> None:
+    """Add `describe` to the commands of a group; `text` is its help."""
+    argument = typer.Argument(metavar="NAME", help=f"Name of the {group.kind.name}.")
+
+    @app.command(help=text)
+    def describe(
+        name: str = argument,
+        namespace: NamespaceOption = None,
+        kubeconfig: KubeconfigOption = None,
+        context: ContextOption = None,
+    ) -> None:
+        with shared.told(kubeconfig, context, group.kind) as connection:
+            where = namespace or connection.namespace
+            one = watches.get_object(connection.api, group.kind, where, name)
+            events = shared.list_events(connection, one)
+        typer.echo(group.page(one, events, datetime.now(UTC)))
 
 
 def add_validate(app: typer.Typer, kind: Kind) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
-from finetune_cli import commands, job_pages, job_screens, job_views, shared, watches
+from finetune_cli import commands, job_pages, job_screens, job_views
 from finetune_cli.kinds import JOB
 from finetune_cli.shared import (
     ContextOption,
@@ -27,6 +26,7 @@ GROUP = commands.Group(
     list_rows=job_views.list_rows,
     exit_code=job_views.exit_code,
     final_lines=job_views.final_lines,
+    page=job_pages.describe,
 )
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.")]
 
@@ -58,18 +58,5 @@ def watch(
     )
 
 
-@app.command()
-def describe(
-    name: NameArgument,
-    namespace: NamespaceOption = None,
-    kubeconfig: KubeconfigOption = None,
-    context: ContextOption = None,
-) -> None:
-    """One page on a job: what it is, why it is where it is, and what to do."""
-    with shared.told(kubeconfig, context, JOB) as connection:
-        job = watches.get_object(connection.api, JOB, namespace or connection.namespace, name)
-        events = shared.list_events(connection, job)
-    typer.echo(job_pages.describe(job, events, datetime.now(UTC)))
-
-
+commands.add_describe(app, GROUP, "One page on a job: what it is, why it is where it is, and what to do.")
 commands.add_validate(app, JOB)

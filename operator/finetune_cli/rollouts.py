@@ -68,6 +68,7 @@ GROUP = commands.Group(
     list_rows=rollout_views.list_rows,
     exit_code=rollout_views.exit_code,
     final_lines=rollout_views.final_lines,
+    page=rollout_pages.describe,
     complete=_with_events,
 )
 
@@ -103,18 +104,9 @@ def watch(
     )
 
 
-@app.command()
-def describe(
-    name: NameArgument,
-    namespace: NamespaceOption = None,
-    kubeconfig: KubeconfigOption = None,
-    context: ContextOption = None,
-) -> None:
-    """One page on a deployment: what serves, why the rollout is where it is, and what to do."""
-    with shared.told(kubeconfig, context, DEPLOYMENT) as connection:
-        rollout = watches.get_object(connection.api, DEPLOYMENT, namespace or connection.namespace, name)
-        events = shared.list_events(connection, rollout)
-    typer.echo(rollout_pages.describe(rollout, events, datetime.now(UTC)))
+commands.add_describe(
+    app, GROUP, "One page on a deployment: what serves, why the rollout is where it is, and what to do."
+)
 
 
 @app.command()
