@@ -17,7 +17,7 @@ from typing import TypeAlias
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
-from finetune_operator.adapters.kube import ApiError
+from finetune_operator.adapters.api_errors import ApiError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.manifests import naming
 

@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from finetune_operator.adapters import elapsed
-from finetune_operator.adapters.kube import ApiError, ConflictError, Kube, UnavailableError
+from finetune_operator.adapters.api_errors import ApiError, ConflictError, UnavailableError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.core import elections
 from finetune_operator.core.elections import LeaseFacts, Terms
 

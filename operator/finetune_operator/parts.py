@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from finetune_operator.adapters import fetching
 from finetune_operator.adapters.addresses import Resolver
 from finetune_operator.adapters.agents import Agents
+from finetune_operator.adapters.api_errors import ApiError
 from finetune_operator.adapters.fetching import TokenFile
-from finetune_operator.adapters.kube import ApiError, Kube
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.prometheus import Prometheus
 from finetune_operator.adapters.routers import Routers
 from finetune_operator.adapters.telemetry import Telemetry

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from finetune_operator.adapters.agents import Agents, Unheard
-from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
+from finetune_operator.adapters.api_errors import ApiError, ConflictError, UnavailableError
+from finetune_operator.adapters.kube import Json, Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api import adapterdeployment, finetunejob
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, Json, Kube, UnavailableError
+from finetune_operator.adapters.api_errors import ApiError, ConflictError, UnavailableError
+from finetune_operator.adapters.kube import Json, Kube
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, Announcement
 from finetune_operator.api.adapterdeployment_strategy import Severity, WebhookType
 from finetune_operator.core.facts import Event

@@ -10,7 +10,8 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 
-from finetune_operator.adapters.kube import ApiError, Kube
+from finetune_operator.adapters.api_errors import ApiError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
 from finetune_operator.reconcile.queue import Key

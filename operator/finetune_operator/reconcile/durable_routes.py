@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from finetune_operator.adapters.kube import ApiError, Kube, UnavailableError
+from finetune_operator.adapters.api_errors import ApiError, UnavailableError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.api.routes import Snapshot
 from finetune_operator.manifests import routes as manifests
 

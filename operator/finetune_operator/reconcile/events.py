@@ -9,7 +9,8 @@ from collections import deque
 from datetime import datetime
 from typing import NamedTuple, Self
 
-from finetune_operator.adapters.kube import ApiError, Json, Kube
+from finetune_operator.adapters.api_errors import ApiError
+from finetune_operator.adapters.kube import Json, Kube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.core.facts import Event
 from finetune_operator.manifests import naming

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from finetune_operator.adapters.kube import ConflictError, Kube
+from finetune_operator.adapters.api_errors import ConflictError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus
 from finetune_operator.api.adapterdeployment_traffic import StickinessType

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from finetune_operator.adapters.kube import (
+from finetune_operator.adapters.api_errors import (
     ConflictError,
     FencedError,
     ForbiddenError,
     InvalidError,
-    Json,
     UnavailableError,
 )
+from finetune_operator.adapters.kube import Json
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api.base import API_VERSION

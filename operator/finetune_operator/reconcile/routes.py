@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from finetune_operator.adapters.kube import ApiError, ConflictError, Kube, UnavailableError
+from finetune_operator.adapters.api_errors import ApiError, ConflictError, UnavailableError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.api.adapterdeployment import KIND
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.routes import Route, Snapshot

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from datetime import datetime
 
-from finetune_operator.adapters.kube import KUEUE_VERSION, ApiError, ForbiddenError, Json, Kube
+from finetune_operator.adapters.api_errors import ApiError, ForbiddenError
+from finetune_operator.adapters.kube import KUEUE_VERSION, Json, Kube
 from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.core.facts import JobFacts, PodFacts, RayJobFacts, WorkloadFacts
 from finetune_operator.manifests import naming

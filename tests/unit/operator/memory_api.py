@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from finetune_operator.adapters import kube
+from finetune_operator.adapters.api_errors import ApiError, ConflictError
 from finetune_operator.adapters.kube import Json
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
@@ -92,7 +93,7 @@ class MemoryApi(WatchedKube):
         if (error := self.after(method, path)) is not None:
             raise error
         if answer is None and not missing_ok:
-            raise kube.ApiError(f"{method} {path}: not found")
+            raise ApiError(f"{method} {path}: not found")
         return copy.deepcopy(answer)
 
     def _answer(self, method: str, path: str, body: Any, query: dict[str, str]) -> Json | None:
@@ -114,14 +115,14 @@ class MemoryApi(WatchedKube):
                 return dict(body)
             name = body["metadata"]["name"]
             if (plural, name) in self.objects:
-                raise kube.ConflictError(f"{plural} {name} already exists")
+                raise ConflictError(f"{plural} {name} already exists")
             return self.put({"apiVersion": version, "kind": kind, **body}, told=False)
         stored = self.objects.get((plural, name or ""))
         if method == "GET" or stored is None:
             return stored
         if method == "DELETE":
             if stored["metadata"]["uid"] != body["preconditions"]["uid"]:
-                raise kube.ConflictError("another UID")
+                raise ConflictError("another UID")
             del self.objects[plural, name or ""]
             return {}
         return self._patch(stored, body, is_status=path.endswith("/status"))
@@ -129,7 +130,7 @@ class MemoryApi(WatchedKube):
     def _patch(self, stored: Json, body: Json, *, is_status: bool) -> Json:
         expected = body["metadata"].get("resourceVersion", stored["metadata"]["resourceVersion"])
         if expected != stored["metadata"]["resourceVersion"]:
-            raise kube.ConflictError("the object has been modified")
+            raise ConflictError("the object has been modified")
         if is_status:
             before = copy.deepcopy(stored)
             status = {name: value for name, value in body["status"].items() if name not in self.pruned}

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from finetune_operator.adapters.kube import ApiError
-from finetune_operator.adapters.watched import Sightings
+from finetune_operator.adapters.api_errors import ApiError
+from finetune_operator.adapters.sightings import Sightings
 from finetune_operator.reconcile import departures
 from finetune_operator.reconcile.departures import Departures
 from finetune_operator.reconcile.queue import Key

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.adapters.kube import ApiError, Json
+from finetune_operator.adapters.api_errors import ApiError
+from finetune_operator.adapters.kube import Json
 from finetune_operator.core.facts import Event
 from finetune_operator.reconcile import events
 from finetune_operator.reconcile.events import Recorder

@@ -11,8 +11,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from finetune_operator.adapters import kube as kube_module
-from finetune_operator.adapters.kube import FencedError, Kube
+from finetune_operator.adapters import api_client
+from finetune_operator.adapters.api_errors import FencedError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.kubeconfig import KubeconfigError
 from tests.waiting import until
 
@@ -115,7 +116,7 @@ async def test_no_proxy_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 async def test_a_write_that_waited_for_its_connection_is_not_sent_by_one_that_leads_no_more(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kube_module, "CONNECTIONS", 1)
+    monkeypatch.setattr(api_client, "CONNECTIONS", 1)
     heard: list[str] = []
     said: list[bool] = []
     go_on = asyncio.Event()

@@ -16,7 +16,8 @@ from kubernetes import aio
 from prometheus_client import CollectorRegistry
 
 from finetune_operator import __main__, config, handlers
-from finetune_operator.adapters.kube import FencedError, Kube
+from finetune_operator.adapters.api_errors import FencedError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.core import elections
 from finetune_operator.core.elections import LeaseFacts, Terms

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.adapters.kube import ConflictError, ForbiddenError, InvalidError, UnavailableError
+from finetune_operator.adapters.api_errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    UnavailableError,
+)
 from finetune_operator.core.reports import Report
 from tests.unit.operator.memory_api import KEY, Fault, Stage, waiting
 from tests.unit.operator.stories import ARTIFACT, result, training

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from finetune_operator.adapters.kube import ApiError, Kube, UnavailableError
+from finetune_operator.adapters.api_errors import ApiError, UnavailableError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.routers import Refused, Routers
 from finetune_operator.api.routes import Route, RouterCounters, RoutesApplied
 from finetune_operator.reconcile import durable_routes

@@ -9,7 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from finetune_operator import config, parts
-from finetune_operator.adapters.kube import ForbiddenError, Kube
+from finetune_operator.adapters.api_errors import ForbiddenError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.reconcile import adapterdeployment
 from finetune_operator.reconcile.adapterdeployment import AdapterDeploymentReconciler

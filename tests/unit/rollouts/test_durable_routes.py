@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from finetune_operator.adapters.kube import ApiError, Kube, UnavailableError
+from finetune_operator.adapters.api_errors import ApiError, UnavailableError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.reconcile.durable_routes import Contents, DurableCopy
 
 

@@ -10,7 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from finetune_operator import config, parts
-from finetune_operator.adapters.kube import ConflictError, Kube
+from finetune_operator.adapters.api_errors import ConflictError
+from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.reconcile.adapterdeployment import CONFLICT_SECONDS, AdapterDeploymentReconciler
 from finetune_operator.reconcile.emergencies import Emergencies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.adapters.watched import (
+from finetune_operator.adapters.sightings import (
     BELIEF_SECONDS,
     LISTING_SECONDS,
     LONGEST_BELIEF_SECONDS,
