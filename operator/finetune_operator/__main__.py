@@ -28,6 +28,7 @@ from finetune_operator.endpoint import Desk
 from finetune_operator.forwarding import Forwarder
 from finetune_operator.health import Health
 from finetune_operator.leadership import Leadership, LeadershipLostError
+from finetune_operator.variables import ConfigurationError
 
 signal.signal(signal.SIGINT, _on_interrupt)
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     try:
         settings = config.load(os.environ)
-    except config.ConfigurationError as error:
+    except ConfigurationError as error:
         sys.exit(f"finetune-operator: {error}")
     kopf_logging.configure(as_json=settings.json_logs)
     tls.buffer_single_records()
@@ -45,7 +46,7 @@ def main() -> None:
         asyncio.run(run(settings))
     except asyncio.CancelledError:  # a signal
         return
-    except (config.ConfigurationError, KubeconfigError, handlers.CredentialsError) as error:
+    except (ConfigurationError, KubeconfigError, handlers.CredentialsError) as error:
         logger.critical("the operator ends: %s", error)
         sys.exit(1)
     except Exception:  # the border of the process: what ends it is a line of its log, and no success
@@ -172,7 +173,7 @@ def _blamed_on(variables: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise config.ConfigurationError(f"{variables}: {error}") from error
+        raise ConfigurationError(f"{variables}: {error}") from error
 
 
 @contextlib.asynccontextmanager

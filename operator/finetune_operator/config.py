@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ValidationError
@@ -20,13 +18,10 @@ from finetune_operator.core import endpoints
 from finetune_operator.core.elections import Terms
 from finetune_operator.core.endpoints import AllowList
 from finetune_operator.manifests.pods import LABEL_NAME, PodDefaults
+from finetune_operator.variables import ConfigurationError, Variables, is_url
 
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "finetune-system"
-
-
-class ConfigurationError(Exception):
-    """A variable of the environment is missing or wrong; the message names it and says what it may be."""
 
 
 @dataclass(frozen=True)
@@ -86,59 +81,10 @@ class OperatorConfig:
     """Address under which other replicas reach this one; None: what the host name means."""
 
 
-def _number(environ: Mapping[str, str], name: str, default: float, *, low: float, high: float) -> float:
-    text = environ.get(name, "").strip()
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        raise ConfigurationError(f"{name}={text!r}: must be a number from {low:g} to {high:g}")
-    return value
-
-
-def _whole(environ: Mapping[str, str], name: str, default: int, *, low: int, high: int) -> int:
-    value = _number(environ, name, default, low=low, high=high)
-    if value != int(value):
-        raise ConfigurationError(f"{name}={environ[name].strip()!r}: must be a whole number")
-    return int(value)
-
-
-def _choice(environ: Mapping[str, str], name: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = environ.get(name) or default
-    if value not in allowed:
-        raise ConfigurationError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
-    return value
-
-
-def _text(environ: Mapping[str, str], name: str, default: str, *, pattern: str, what: str) -> str:
-    text = environ.get(name) or default
-    if not re.fullmatch(pattern, text, re.ASCII):
-        raise ConfigurationError(f"{name}={text!r}: must be {what}")
-    return text
-
-
-def _address(environ: Mapping[str, str], name: str) -> str | None:
-    text = environ.get(name) or None
-    try:
-        return text and str(ipaddress.ip_address(text))
-    except ValueError:
-        raise ConfigurationError(f"{name}={text!r}: must be an IP address such as 10.0.0.7") from None
-
-
-def _file(environ: Mapping[str, str], name: str) -> Path | None:
-    text = environ.get(name)
-    if not text:
-        return None
-    if not Path(text).is_file():
-        raise ConfigurationError(f"{name}={text!r}: no such file")
-    return Path(text)
-
-
-def _authority(environ: Mapping[str, str], name: str) -> Path | None:
+def _authority(variables: Variables, name: str) -> Path | None:
     """Certificates that pods get: with others no trainer could report. An empty file stands for an authority that
     everybody knows."""
-    file = _file(environ, name)
+    file = variables.file(name)
     try:
         if file is not None and file.stat().st_size:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
@@ -149,8 +95,8 @@ def _authority(environ: Mapping[str, str], name: str) -> Path | None:
     return file
 
 
-def _pod_defaults(environ: Mapping[str, str], name: str) -> PodDefaults:
-    file = _file(environ, name)
+def _pod_defaults(variables: Variables, name: str) -> PodDefaults:
+    file = variables.file(name)
     if file is None:
         return PodDefaults()
     try:
@@ -163,8 +109,8 @@ def _pod_defaults(environ: Mapping[str, str], name: str) -> PodDefaults:
         raise ConfigurationError(f"{name}={str(file)!r}: {error}") from error
 
 
-def _prices(environ: Mapping[str, str], name: str) -> PriceTable | None:
-    file = _file(environ, name)
+def _prices(variables: Variables, name: str) -> PriceTable | None:
+    file = variables.file(name)
     if file is None:
         return None
     try:
@@ -173,9 +119,9 @@ def _prices(environ: Mapping[str, str], name: str) -> PriceTable | None:
         raise ConfigurationError(f"{name}={str(file)!r}: {error}") from error
 
 
-def _alert_providers(environ: Mapping[str, str], name: str) -> Path | None:
+def _alert_providers(variables: Variables, name: str) -> Path | None:
     """The file itself: it is read at each alert. Its URLs are secrets, which no message holds."""
-    file = _file(environ, name)
+    file = variables.file(name)
     if file is None:
         return None
     try:
@@ -185,69 +131,44 @@ def _alert_providers(environ: Mapping[str, str], name: str) -> Path | None:
     if not isinstance(found, dict):
         raise ConfigurationError(f"{name}={str(file)!r}: must be a JSON object {{name: URL}}")
     for provider, url in found.items():
-        if not _is_url(url):
+        if not is_url(url):
             raise ConfigurationError(
                 f"{name}={str(file)!r}: {provider}: must be a URL that begins with https://"
             )
     return file
 
 
-def _is_url(url: object) -> bool:
-    if not isinstance(url, str) or re.search(r"\s", url):
-        return False
+def _engine_endpoints(variables: Variables, name: str, *, configured: Sequence[str | None]) -> AllowList:
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _urls(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
-    urls = [url.strip().rstrip("/") for url in environ.get(name, "").split(",") if url.strip()]
-    for url in urls:
-        if not _is_url(url) or re.search("[?#]", url):  # a path is put behind it
-            raise ConfigurationError(f"{name}={url!r}: must be a URL such as http://finetune-router:8081")
-    return tuple(urls)
-
-
-def _url(environ: Mapping[str, str], name: str) -> str | None:
-    urls = _urls(environ, name)
-    if len(urls) > 1:
-        raise ConfigurationError(f"{name}={environ[name]!r}: must be one URL")
-    return urls[0] if urls else None
-
-
-def _engine_endpoints(
-    environ: Mapping[str, str], name: str, *, configured: Sequence[str | None]
-) -> AllowList:
-    try:
-        return endpoints.parse(environ.get(name, ""), configured=[url for url in configured if url])
+        return endpoints.parse(variables.raw(name), configured=[url for url in configured if url])
     except ValueError as error:
-        raise ConfigurationError(f"{name}={environ[name]!r}: {error}") from error
+        raise ConfigurationError(f"{name}={variables.raw(name)!r}: {error}") from error
 
 
-def _folder(environ: Mapping[str, str], name: str) -> str | None:
+def _folder(variables: Variables, name: str) -> str | None:
     """A folder's URI without a slash at its end: the job's namespace and name follow."""
-    text = environ.get(name, "").strip()
+    text = variables.raw(name).strip()
     uri = text.rstrip("/")
     if text and not any(re.fullmatch(shape, f"{uri}/job") for shape, _ in uris.SHAPES.values()):
         choices = "; ".join(explanation for _, explanation in uris.SHAPES.values())
-        raise ConfigurationError(f"{name}={environ[name]!r}: must be one of: {choices}")
+        raise ConfigurationError(f"{name}={variables.raw(name)!r}: must be one of: {choices}")
     return uri or None
 
 
-def _namespaces(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(n.strip() for n in environ.get(name, "").split(",") if n.strip()))
+def _namespaces(variables: Variables, name: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(n.strip() for n in variables.raw(name).split(",") if n.strip()))
     for one in names:
         if not re.fullmatch(rules.NAMESPACE, one):
-            raise ConfigurationError(f"{name}={environ[name]!r}: {one!r} is no name of a namespace")
+            raise ConfigurationError(f"{name}={variables.raw(name)!r}: {one!r} is no name of a namespace")
     return names
 
 
-def _own_namespace(environ: Mapping[str, str]) -> str:
-    if named := _namespaces(environ, "FINETUNE_NAMESPACE"):
+def _own_namespace(variables: Variables) -> str:
+    if named := _namespaces(variables, "FINETUNE_NAMESPACE"):
         if len(named) > 1:
-            raise ConfigurationError(f"FINETUNE_NAMESPACE={environ['FINETUNE_NAMESPACE']!r}: must be one")
+            raise ConfigurationError(
+                f"FINETUNE_NAMESPACE={variables.raw('FINETUNE_NAMESPACE')!r}: must be one"
+            )
         return named[0]
     try:
         return IN_CLUSTER_NAMESPACE.read_text().strip() or DEFAULT_NAMESPACE
@@ -255,14 +176,14 @@ def _own_namespace(environ: Mapping[str, str]) -> str:
         return DEFAULT_NAMESPACE
 
 
-def _terms(environ: Mapping[str, str]) -> Terms:
+def _terms(variables: Variables) -> Terms:
     terms = Terms(
-        lease_seconds=_number(environ, "FINETUNE_LEASE_SECONDS", Terms.lease_seconds, low=1, high=3600),
-        renew_seconds=_number(
-            environ, "FINETUNE_LEASE_RENEW_SECONDS", Terms.renew_seconds, low=0.5, high=3600
+        lease_seconds=variables.number("FINETUNE_LEASE_SECONDS", Terms.lease_seconds, low=1, high=3600),
+        renew_seconds=variables.number(
+            "FINETUNE_LEASE_RENEW_SECONDS", Terms.renew_seconds, low=0.5, high=3600
         ),
-        retry_seconds=_number(
-            environ, "FINETUNE_LEASE_RETRY_SECONDS", Terms.retry_seconds, low=0.1, high=600
+        retry_seconds=variables.number(
+            "FINETUNE_LEASE_RETRY_SECONDS", Terms.retry_seconds, low=0.1, high=600
         ),
     )
     if not terms.lease_seconds > terms.renew_seconds > terms.retry_seconds:
@@ -276,61 +197,60 @@ def _terms(environ: Mapping[str, str]) -> Terms:
 
 def load(environ: Mapping[str, str]) -> OperatorConfig:
     """Read the configuration. Raises ConfigurationError."""
-    port = _whole(environ, "FINETUNE_STATUS_PORT", 8090, low=1, high=65535)
-    metrics_port = _whole(environ, "FINETUNE_METRICS_PORT", 8080, low=1, high=65535)
+    variables = Variables(environ)
+    port = variables.whole("FINETUNE_STATUS_PORT", 8090, low=1, high=65535)
+    metrics_port = variables.whole("FINETUNE_METRICS_PORT", 8080, low=1, high=65535)
     if metrics_port == port:
         raise ConfigurationError(f"FINETUNE_STATUS_PORT and FINETUNE_METRICS_PORT: both are {port}")
-    certificate = _file(environ, "FINETUNE_TLS_CERT_FILE")
-    key = _file(environ, "FINETUNE_TLS_KEY_FILE")
+    certificate = variables.file("FINETUNE_TLS_CERT_FILE")
+    key = variables.file("FINETUNE_TLS_KEY_FILE")
     if (certificate is None) != (key is None):
         raise ConfigurationError("FINETUNE_TLS_CERT_FILE and FINETUNE_TLS_KEY_FILE: set both or none")
     scheme = "https" if certificate else "http"
-    engine_url, agent_url = _url(environ, "FINETUNE_ENGINE_URL"), _url(environ, "FINETUNE_AGENT_URL")
+    engine_url, agent_url = variables.url("FINETUNE_ENGINE_URL"), variables.url("FINETUNE_AGENT_URL")
     return OperatorConfig(
-        namespaces=_namespaces(environ, "FINETUNE_NAMESPACES"),
-        submission_mode=_choice(
-            environ, "FINETUNE_SUBMISSION_MODE", "K8sJobMode", ("K8sJobMode", "SidecarMode", "HTTPMode")
+        namespaces=_namespaces(variables, "FINETUNE_NAMESPACES"),
+        submission_mode=variables.choice(
+            "FINETUNE_SUBMISSION_MODE", "K8sJobMode", ("K8sJobMode", "SidecarMode", "HTTPMode")
         ),
-        trainer_image=_text(
-            environ,
+        trainer_image=variables.text(
             "FINETUNE_TRAINER_IMAGE",
             "finetune-trainer:0.1.0",
             pattern="[A-Za-z0-9][A-Za-z0-9._:/@-]*",
             what="the reference of a container image, for example registry.example.com/team/trainer:1.0",
         ),
-        output_uri=_folder(environ, "FINETUNE_OUTPUT_URI"),
-        status_host=environ.get("FINETUNE_STATUS_HOST") or "0.0.0.0",  # noqa: S104 - a pod is reached from outside
+        output_uri=_folder(variables, "FINETUNE_OUTPUT_URI"),
+        status_host=variables.raw("FINETUNE_STATUS_HOST") or "0.0.0.0",  # noqa: S104 - a pod is reached from outside
         status_port=port,
-        status_url=_url(environ, "FINETUNE_STATUS_URL") or f"{scheme}://finetune-operator:{port}",
+        status_url=variables.url("FINETUNE_STATUS_URL") or f"{scheme}://finetune-operator:{port}",
         status_certificate=certificate,
         status_key=key,
-        status_authority=_authority(environ, "FINETUNE_TLS_CA_FILE"),
-        metrics_host=environ.get("FINETUNE_METRICS_HOST") or "0.0.0.0",  # noqa: S104
+        status_authority=_authority(variables, "FINETUNE_TLS_CA_FILE"),
+        metrics_host=variables.raw("FINETUNE_METRICS_HOST") or "0.0.0.0",  # noqa: S104
         metrics_port=metrics_port,
-        termination_grace_seconds=_whole(environ, "FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600),
-        pod_defaults=_pod_defaults(environ, "FINETUNE_POD_DEFAULTS_FILE"),
-        progress_seconds=_number(environ, "FINETUNE_PROGRESS_SECONDS", 10, low=0.1, high=3600),
-        json_logs=_choice(environ, "FINETUNE_LOG_FORMAT", "json", ("json", "plain")) == "json",
-        namespace=_own_namespace(environ),
-        router_admin_urls=_urls(environ, "FINETUNE_ROUTER_ADMIN_URLS"),
-        router_token_file=_file(environ, "FINETUNE_ROUTER_TOKEN_FILE"),
+        termination_grace_seconds=variables.whole("FINETUNE_TERMINATION_GRACE_SECONDS", 30, low=0, high=3600),
+        pod_defaults=_pod_defaults(variables, "FINETUNE_POD_DEFAULTS_FILE"),
+        progress_seconds=variables.number("FINETUNE_PROGRESS_SECONDS", 10, low=0.1, high=3600),
+        json_logs=variables.choice("FINETUNE_LOG_FORMAT", "json", ("json", "plain")) == "json",
+        namespace=_own_namespace(variables),
+        router_admin_urls=variables.urls("FINETUNE_ROUTER_ADMIN_URLS"),
+        router_token_file=variables.file("FINETUNE_ROUTER_TOKEN_FILE"),
         engine_url=engine_url,
         agent_url=agent_url,
-        agent_token_file=_file(environ, "FINETUNE_AGENT_TOKEN_FILE"),
+        agent_token_file=variables.file("FINETUNE_AGENT_TOKEN_FILE"),
         engine_endpoints=_engine_endpoints(
-            environ, "FINETUNE_ENGINE_ENDPOINTS", configured=(engine_url, agent_url)
+            variables, "FINETUNE_ENGINE_ENDPOINTS", configured=(engine_url, agent_url)
         ),
-        prices=_prices(environ, "FINETUNE_PRICES_FILE"),
-        accelerator_label=_text(
-            environ,
+        prices=_prices(variables, "FINETUNE_PRICES_FILE"),
+        accelerator_label=variables.text(
             "FINETUNE_ACCELERATOR_LABEL",
             "nvidia.com/gpu.product",
             pattern=LABEL_NAME,
             what="the name of a label such as nvidia.com/gpu.product",
         ),
-        alert_providers_file=_alert_providers(environ, "FINETUNE_ALERT_PROVIDERS_FILE"),
-        drain_seconds=_number(environ, "FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
-        leader_election=_choice(environ, "FINETUNE_LEADER_ELECTION", "false", ("true", "false")) == "true",
-        terms=_terms(environ),
-        pod_ip=_address(environ, "FINETUNE_POD_IP"),
+        alert_providers_file=_alert_providers(variables, "FINETUNE_ALERT_PROVIDERS_FILE"),
+        drain_seconds=variables.number("FINETUNE_DRAIN_SECONDS", 30, low=0, high=86400),
+        leader_election=variables.choice("FINETUNE_LEADER_ELECTION", "false", ("true", "false")) == "true",
+        terms=_terms(variables),
+        pod_ip=variables.address("FINETUNE_POD_IP"),
     )

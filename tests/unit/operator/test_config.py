@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune_operator import config
+from finetune_operator.variables import ConfigurationError
 
 
 def test_the_defaults_are_those_of_a_cluster() -> None:
@@ -48,30 +49,30 @@ def test_lists_and_folders_are_tidied() -> None:
     ],
 )
 def test_a_bad_value_is_named_with_its_variable(name: str, value: str) -> None:
-    with pytest.raises(config.ConfigurationError, match=f"{name}='{re.escape(value)}': "):
+    with pytest.raises(ConfigurationError, match=f"{name}='{re.escape(value)}': "):
         config.load({name: value})
 
 
 def test_an_authority_that_is_no_certificate_is_named(tmp_path: Path) -> None:
     file = tmp_path / "ca.crt"
     file.write_text("-----BEGIN CERTIFICATE-----")
-    with pytest.raises(config.ConfigurationError, match=r"FINETUNE_TLS_CA_FILE='.*': must hold"):
+    with pytest.raises(ConfigurationError, match=r"FINETUNE_TLS_CA_FILE='.*': must hold"):
         config.load({"FINETUNE_TLS_CA_FILE": str(file)})
 
 
 def test_two_servers_need_two_ports() -> None:
-    with pytest.raises(config.ConfigurationError, match="both are 8080"):
+    with pytest.raises(ConfigurationError, match="both are 8080"):
         config.load({"FINETUNE_STATUS_PORT": "8080"})
 
 
 def test_pod_defaults_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "defaults").write_bytes(b"\xd0\x00")
-    with pytest.raises(config.ConfigurationError, match="codec can't decode"):
+    with pytest.raises(ConfigurationError, match="codec can't decode"):
         config.load({"FINETUNE_POD_DEFAULTS_FILE": str(tmp_path / "defaults")})
 
 
 def test_a_leader_must_give_up_before_another_may_begin() -> None:
-    with pytest.raises(config.ConfigurationError, match="less than the one before"):
+    with pytest.raises(ConfigurationError, match="less than the one before"):
         config.load({"FINETUNE_LEASE_SECONDS": "10"})
     assert config.load({"FINETUNE_LEASE_SECONDS": "11"}).terms.lease_seconds == 11
 
@@ -79,7 +80,7 @@ def test_a_leader_must_give_up_before_another_may_begin() -> None:
 def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
     certificate = tmp_path / "tls.crt"
     certificate.touch()
-    with pytest.raises(config.ConfigurationError, match="set both or none"):
+    with pytest.raises(ConfigurationError, match="set both or none"):
         config.load({"FINETUNE_TLS_CERT_FILE": str(certificate)})
 
 
@@ -96,7 +97,7 @@ def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
 def test_bad_pod_defaults_are_named(tmp_path: Path, text: str, complaint: str) -> None:
     file = tmp_path / "defaults.json"
     file.write_text(text)
-    with pytest.raises(config.ConfigurationError, match=f"FINETUNE_POD_DEFAULTS_FILE=.*{complaint}"):
+    with pytest.raises(ConfigurationError, match=f"FINETUNE_POD_DEFAULTS_FILE=.*{complaint}"):
         config.load({"FINETUNE_POD_DEFAULTS_FILE": str(file)})
 
 
@@ -114,6 +115,6 @@ def test_bad_alert_providers_are_named_before_the_first_alert(
 ) -> None:
     file = tmp_path / "providers.json"
     file.write_text(text)
-    with pytest.raises(config.ConfigurationError, match=complaint) as told:
+    with pytest.raises(ConfigurationError, match=complaint) as told:
         config.load({"FINETUNE_ALERT_PROVIDERS_FILE": str(file)})
     assert "secret" not in str(told.value)

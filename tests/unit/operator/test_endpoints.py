@@ -6,6 +6,7 @@ import pytest
 
 from finetune_operator import config
 from finetune_operator.core import endpoints
+from finetune_operator.variables import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,13 @@ def test_what_the_operator_itself_is_configured_with_is_allowed() -> None:
 
 @pytest.mark.parametrize("text", ["http://engine", "engine:port", "pods/", "10.0.0.0/8", "a b"])
 def test_an_entry_that_means_nothing_is_refused_at_the_start(text: str) -> None:
-    with pytest.raises(config.ConfigurationError, match=r"FINETUNE_ENGINE_ENDPOINTS=.*is neither host"):
+    with pytest.raises(ConfigurationError, match=r"FINETUNE_ENGINE_ENDPOINTS=.*is neither host"):
         config.load({"FINETUNE_ENGINE_ENDPOINTS": text})
 
 
 @pytest.mark.parametrize("text", ["engine:0", "engine:99999", "engine:8000,[::1]:65536"])
 def test_a_port_that_cannot_be_is_refused_at_the_start(text: str) -> None:
-    with pytest.raises(config.ConfigurationError, match=r"FINETUNE_ENGINE_ENDPOINTS=.*from 1 to 65535"):
+    with pytest.raises(ConfigurationError, match=r"FINETUNE_ENGINE_ENDPOINTS=.*from 1 to 65535"):
         config.load({"FINETUNE_ENGINE_ENDPOINTS": text})
 
 

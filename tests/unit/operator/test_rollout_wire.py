@@ -34,6 +34,7 @@ from finetune_operator.api.adapterdeployment_status import (
 )
 from finetune_operator.reconcile import deployment_facts, facts, orphans
 from finetune_operator.reconcile.aliases import Aliases, Claim, key_of
+from finetune_operator.variables import ConfigurationError
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -210,7 +211,7 @@ def test_addresses_are_read_and_tidied(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_address_is_named_with_its_variable(name: str, value: str) -> None:
-    with pytest.raises(config.ConfigurationError, match=f"{name}='{value}': "):
+    with pytest.raises(ConfigurationError, match=f"{name}='{value}': "):
         config.load({name: value})
 
 
