@@ -41,9 +41,8 @@ from finetune_operator.reconcile.queue import CONCURRENCY
 from tests.integration.operators import small_job
 from tests.integration.rayjobs import rayjob
 
-QPS = (
-    1000  # requests per second that its client allows itself: with the default of 100 it would wait for that
-)
+# Requests per second that its client allows itself: with the default of 100 it would wait for that.
+QPS = 1000
 BY_KUBECTL = ", objects by `kubectl apply`"
 START_SECONDS = 8.0  # from its start until its caches are filled
 

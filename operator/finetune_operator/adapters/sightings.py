@@ -66,9 +66,8 @@ class Sightings:
         self._known: OrderedDict[Name, _Known] = OrderedDict()  # what was heard of last is at the end
         self._watches: OrderedDict[tuple[str, str, str], _Watch] = OrderedDict()
         """By API version, kind and namespace; the latest that told of anything is at the end."""
-        self._pods: dict[
-            tuple[str, str], dict[Name, _Known]
-        ] = {}  # by namespace and job; until they are deleted
+        self._pods: dict[tuple[str, str], dict[Name, _Known]] = {}
+        """By namespace and job; until they are deleted."""
         self._departed: OrderedDict[Name, _Known] = OrderedDict()  # pods that were taken away; oldest first
 
     def now(self) -> float:

@@ -143,9 +143,8 @@ __all__ = [
 
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
-MAX_NAME_LENGTH = (
-    40  # the RayJob's name gets a suffix, and KubeRay makes Service names (63 characters at most) of that
-)
+# The RayJob's name gets a suffix, and KubeRay makes Service names (63 characters at most) of that.
+MAX_NAME_LENGTH = 40
 
 
 # Top of `kubectl explain finetunejob`: enough to write the first job.

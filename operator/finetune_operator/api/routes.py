@@ -40,9 +40,7 @@ class Arm(StrEnum):
 class SignalEvent(StrEnum):
     """What a guardrail counts; at most once per response."""
 
-    ERROR = (
-        "error"  # 5xx, connection failure, timeout, broken stream; never the client's own 4xx or disconnect
-    )
+    ERROR = "error"  # 5xx, no connection, timeout, broken stream; no 4xx, and no client that went away
     TTFT_OVER = "ttft_over"  # first byte of the body later than `threshold` seconds
     LATENCY_OVER = "latency_over"  # whole answer later than `threshold` seconds
     SCHEMA_INVALID = "schema_invalid"  # the text is not JSON, or not valid against the route's output schema

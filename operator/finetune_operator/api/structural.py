@@ -165,9 +165,8 @@ class _Converter:
     def _convert_object(self, schema: Schema, result: Schema, path: str) -> None:
         properties = schema.get("properties")
         values = schema.get("additionalProperties")
-        if (
-            properties and values
-        ):  # False beside properties is dropped: unknown fields are pruned or refused anyway
+        # False beside properties is dropped: unknown fields are pruned or refused anyway.
+        if properties and values:
             _refuse(path, "properties and additionalProperties exclude each other")
         if properties:
             result["properties"] = {

@@ -34,13 +34,9 @@ class RolloutCondition(StrEnum):
     METRICS_AVAILABLE = "MetricsAvailable"  # evidence comes in
     ANALYSIS_PASSING = "AnalysisPassing"  # no guardrail, objective or metric is against the candidate
     SAMPLE_RATIO_OK = "SampleRatioOK"  # the sides have the shares of the users that they should have
-    BASE_MODEL_COMPATIBLE = (
-        "BaseModelCompatible"  # the engines serve the base model, and take the adapter's rank
-    )
+    BASE_MODEL_COMPATIBLE = "BaseModelCompatible"  # engines serve the base model, and take the rank
     CAPACITY_OK = "CapacityOK"  # the engines have room for what they should load
-    ROUTES_STORED = (
-        "RoutesStored"  # a router that starts finds the newest routes, also while the operator is away
-    )
+    ROUTES_STORED = "RoutesStored"  # a router that starts finds the newest routes
     INVALID_SPEC = "InvalidSpec"  # the operator cannot act on the spec
 
 

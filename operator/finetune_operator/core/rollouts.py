@@ -37,18 +37,16 @@ from finetune_operator.core.rollout_turns import Turn, clock
 NO_SPEC = AdapterDeploymentSpec.model_construct(
     base_model_ref=BaseModelReference.model_construct(name=""), adapter=AdapterReference.model_construct()
 )
-WATCH_SECONDS = (
-    15.0  # engines tell of nothing by themselves: an adapter that one lost is noticed within this time
-)
+# Engines tell of nothing by themselves: an adapter that one lost is noticed within this time.
+WATCH_SECONDS = 15.0
 
 
 def decide(seen: Observed, *, now: datetime) -> Plan:
     """The next step of a deployment. Pure: the same facts give the same plan."""
     deployment = replace(seen.deployment, status=pauses.not_ahead(seen.deployment.status, now))
     seen = replace(seen, deployment=deployment)
-    if (
-        deployment.deleting
-    ):  # no route; whatever is left in the engines has no owner then, see reconcile.orphans
+    # No route; whatever is left in the engines has no owner then, see reconcile.orphans.
+    if deployment.deleting:
         return Plan(status=deployment.status)
     if deployment.spec is None:
         return _announced(seen, _hold(seen, now), now)

@@ -15,9 +15,8 @@ from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobSpec
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.facts import Observed, PodFacts, RayJobFacts
 
-HEED_SECONDS = (
-    12.0  # KubeRay looks at a new RayJob within this time if it runs; it has taken 10 after its own start
-)
+# KubeRay looks at a new RayJob within this time if it runs; it has taken 10 after its own start.
+HEED_SECONDS = 12.0
 SLOW_SECONDS = 10.0  # less is ordinary
 PULL_GRACE = timedelta(minutes=10)  # registries have outages; an image that does not exist stays away longer
 NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})

@@ -43,9 +43,8 @@ class Aliases:
     def claim(self, claim: Claim) -> Key | None:
         """Note that a deployment wants its alias. Returns who has it, when that is another deployment."""
         before = self._claims.get(claim.key)
-        if (
-            before is not None and before.alias != claim.alias
-        ):  # made anew under its old name, with another alias
+        # Made anew under its old name, with another alias.
+        if before is not None and before.alias != claim.alias:
             self.release(claim.key)
         self._claims[claim.key] = claim
         holder = self._holders.setdefault(claim.alias, claim.key)
