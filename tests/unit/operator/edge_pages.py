@@ -213,20 +213,7 @@ def render_page() -> str:
         "",
         "## All of it at once",
         "",
-        "`make chaos` lets faults loose on two fleets, drawn from a seed that it prints (`make chaos",
-        "SEED=7 FAULTS=500`): one with real trainers, KubeRay and Ray, one with many played ones on a",
-        "real API server. Trainers are killed, preempted and hang, exit with every code; jobs are",
-        "suspended, resumed, cancelled and deleted; RayJobs, clusters and pods are deleted, held and",
-        "given up while their process lives; reports get lost; operator, KubeRay and API server are",
-        "killed. Beside them the same operator leads two rollouts under traffic: revisions follow one",
-        "another in mid-rollout, people pause, abort and retry, routers are away, restart, lie and",
-        "answer nonsense, engines are slow and refuse. No request is refused, and a revision that fails",
-        "all of its requests never becomes stable.",
-        "",
-        "All the time, by watches: only one attempt of a job has pods or processes, what has",
-        "ended stays as it is, no budget is overdrawn, no status goes back, every state has a reason. At",
-        "the end every job that nobody ended has succeeded with the artifact that was committed, and",
-        "nothing runs.",
+        "`make chaos` lets faults loose on many jobs at once, drawn from a seed: [operator.md](operator.md#chaos).",
     ]
     return "\n".join(lines) + "\n"
 
