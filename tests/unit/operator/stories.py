@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_operator.api.finetunejob import Attempt, FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.core import jobs
-from finetune_operator.core.facts import Defaults, JobFacts, Observed, Plan, RayJobFacts
+from finetune_operator.core.facts import Defaults, JobFacts, Observed, Plan, PodFacts, RayJobFacts
 from finetune_operator.core.reports import Report
 
 START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
@@ -116,3 +116,21 @@ def inspected(error_class: str, exit_code: int, message: str = "", **more: Any) 
     """What an inspection reports."""
     told = result(error_class, exit_code, message, **more)
     return told.model_copy(update={"finetune": told.finetune.model_copy(update={"inspection": True})})
+
+
+RUNNING = rayjob("Running", "RUNNING")
+QUICK: dict[str, Any] = {"retry": {"backoffSeconds": {"min": 0, "max": 0}}}
+OLD_POD = PodFacts("triage-a1-head", True, node="node-7")
+
+
+def second(deployment: str = "Running", job: str = "RUNNING", **more: Any) -> RayJobFacts:
+    """The RayJob of attempt 2."""
+    facts: dict[str, Any] = {"name": "triage-a2", "uid": "ray-uid-2", "ours": True} | more
+    return RayJobFacts(deployment_status=deployment, job_status=job, **facts)
+
+
+def fail(story: Story, error_class: str, code: int, **more: Any) -> Plan:
+    """The trainer reports how it ended; then the RayJob is over and its pods are gone."""
+    plan = story.step(rayjob=RUNNING, report=result(error_class, code, "broken", **more))
+    story.step(rayjob=rayjob("Failed", "FAILED"))
+    return plan

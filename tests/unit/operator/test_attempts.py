@@ -16,24 +16,26 @@ from finetune_operator.core.facts import (
     CreateRayJob,
     DeleteJob,
     DeleteRayJob,
-    Plan,
     PodFacts,
     RayJobFacts,
     WriteRunFile,
 )
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import ARTIFACT, Story, condition, rayjob, result, training
+from tests.unit.operator.stories import (
+    ARTIFACT,
+    OLD_POD,
+    QUICK,
+    RUNNING,
+    Story,
+    condition,
+    fail,
+    rayjob,
+    result,
+    second,
+    training,
+)
 
-QUICK: dict[str, Any] = {"retry": {"backoffSeconds": {"min": 0, "max": 0}}}
 GPU: dict[str, Any] = {"resources": {"gpusPerWorker": 1}}
-RUNNING = rayjob("Running", "RUNNING")
-OLD_POD = PodFacts("triage-a1-head", True, node="node-7")
-
-
-def second(deployment: str = "Running", job: str = "RUNNING", **more: Any) -> RayJobFacts:
-    """The RayJob of attempt 2."""
-    facts: dict[str, Any] = {"name": "triage-a2", "uid": "ray-uid-2", "ours": True} | more
-    return RayJobFacts(deployment_status=deployment, job_status=job, **facts)
 
 
 def current(story: Story) -> RayJobFacts:
@@ -41,13 +43,6 @@ def current(story: Story) -> RayJobFacts:
     number = story.attempt.number
     uid = story.attempt.uid or f"ray-uid-{number}"
     return RayJobFacts(f"triage-a{number}", uid, True, "Running", "RUNNING")
-
-
-def fail(story: Story, error_class: str, code: int, **more: Any) -> Plan:
-    """The trainer reports how it ended; then the RayJob is over and its pods are gone."""
-    plan = story.step(rayjob=RUNNING, report=result(error_class, code, "broken", **more))
-    story.step(rayjob=rayjob("Failed", "FAILED"))
-    return plan
 
 
 # ---------------------------------------------------------------- while the CRDs are newer than the operator
@@ -297,247 +292,6 @@ def test_gpu_seconds_are_those_in_which_the_pod_ran() -> None:
     assert story.job.status.attempts[0].gpu_seconds == 100
 
 
-# ---------------------------------------------------------------- memory
-
-
-@pytest.mark.parametrize(
-    ("hyper", "rows"),
-    [
-        ({"globalBatchSize": 16, "microBatchSize": 8}, [4, 2, 1]),
-        ({"globalBatchSize": 12, "microBatchSize": 6}, [3, 1]),
-        ({"globalBatchSize": 15}, [1]),
-        ({"globalBatchSize": 7, "microBatchSize": 1}, []),
-    ],
-)
-def test_too_little_gpu_memory_halves_the_micro_batch_until_it_is_one(
-    hyper: dict[str, int], rows: list[int]
-) -> None:
-    story = Story({**QUICK, "hyperparameters": hyper}).trained()
-    tried: list[int] = []
-    for _ in range(8):
-        plan = story.step(rayjob=current(story), report=result("GpuOutOfMemory", 80, "out of memory"))
-        if plan.status.phase is Phase.FAILED:
-            break
-        story.step(rayjob=None)
-        overrides = story.attempt.overrides
-        assert overrides is not None
-        assert overrides.micro_batch_size is not None
-        assert hyper["globalBatchSize"] % overrides.micro_batch_size == 0
-        tried.append(overrides.micro_batch_size)
-        story.step()
-    if "microBatchSize" in hyper:
-        assert tried == rows
-    else:
-        assert tried[-1:] == rows
-    assert "1 row per forward pass" in (story.job.status.message or "")
-
-
-def test_what_was_changed_for_lack_of_memory_stays_for_the_attempts_that_follow() -> None:
-    story = Story(QUICK).trained()
-    had = []
-    for error_class, code in (
-        ("HostOutOfMemory", 81), ("GpuOutOfMemory", 80), ("GpuOutOfMemory", 80), ("Storage", 74), ("Suspended", 0),
-    ):  # fmt: skip
-        if error_class == "Suspended":
-            story.change(suspend=True)
-            story.step(rayjob=current(story))
-            story.step()
-            story.change(suspend=False)
-        else:
-            story.step(rayjob=current(story), report=result(error_class, code, "broken"))
-        story.step()
-        assert story.attempt.overrides is not None
-        had.append((story.attempt.overrides.memory, story.attempt.overrides.micro_batch_size))
-    assert story.attempt.number == 6
-    assert had == [("8192Mi", None), ("8192Mi", 4), ("8192Mi", 2), ("8192Mi", 2), ("8192Mi", 2)]
-
-
-def test_too_little_memory_of_the_pod_is_doubled_once() -> None:
-    story = Story(QUICK).trained()
-    fail(story, "HostOutOfMemory", 81)
-    assert story.attempt.overrides is not None
-    assert story.attempt.overrides.memory == "8192Mi"
-    story.step()
-    plan = story.step(rayjob=second(), report=result("HostOutOfMemory", 81, "again"))
-    assert (plan.status.phase, "8192Mi already" in (plan.status.message or "")) == (Phase.FAILED, True)
-
-
-def test_a_killed_container_tells_of_its_memory_where_the_trainer_could_not() -> None:
-    story = Story(QUICK).trained()
-    killed = PodFacts("triage-a1-head", False, out_of_memory=True)
-    lost = rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="x")
-    assert story.step(rayjob=lost, pods=[killed]).status.reason == "HostOutOfMemory"
-
-
-def test_a_silent_trainer_is_given_the_authority_again_which_may_be_another_one_now() -> None:
-    story = Story(QUICK).trained()
-    heard, runs = story.now, rayjob("Running", "RUNNING")
-    plan = story.step(rayjob=runs, report=training(step=6), reported_at=heard, after=60)
-    assert plan.actions == ()
-    plan = story.step(rayjob=runs, report=training(step=6), reported_at=heard)
-    assert plan.actions == (WriteRunFile("triage-a1", 1),)
-
-
-def test_a_container_that_ended_under_the_trainer_is_told_instead_of_a_failed_submission_alone() -> None:
-    story = Story(QUICK).trained()
-    again = PodFacts("triage-a1-head", True, restarted="Error, exit code 137")
-    story.step(rayjob=rayjob("Failed", "RUNNING", reason="SubmissionFailed", message="x"), pods=[again])
-    assert story.attempt.error_class is ErrorClass.LOST
-    told = "the container of pod triage-a1-head ended: Error, exit code 137 (SubmissionFailed: x)"
-    assert story.attempt.message == told
-
-
-def test_a_container_that_ended_before_the_trainer_began_is_not_why_the_trainer_was_killed() -> None:
-    story = Story(QUICK).trained()
-    again = PodFacts("triage-a1-head", True, restarted="Error, exit code 1")
-    killed = "Job entrypoint command failed with exit code 137, last available logs: x"
-    story.step(rayjob=rayjob("Failed", "FAILED", reason="AppFailed", message=killed), pods=[again])
-    assert story.attempt.message == "the trainer was killed by SIGKILL"
-
-
-def test_a_container_whose_memory_does_not_even_let_it_start_is_not_waited_for() -> None:
-    story = Story(QUICK).started()
-    head = PodFacts("triage-a1-head", True, waiting_reason="CrashLoopBackOff", waiting_message="OOMKilled")
-    assert story.step(rayjob=rayjob("Initializing"), pods=[head]).status.reason == "CrashLoopBackOff"
-    plan = story.step(rayjob=rayjob("Initializing"), pods=[replace(head, out_of_memory=True)])
-    assert plan.status.reason == "HostOutOfMemory"
-    assert plan.status.next_overrides is not None
-    assert plan.status.next_overrides.memory == "8192Mi"
-    story.step()
-    full = PodFacts(
-        "triage-a2-head", False, waiting_reason="Unschedulable", waiting_message="Insufficient memory"
-    )
-    told = story.step(rayjob=replace(second(), deployment_status="Initializing"), pods=[full]).status.message
-    assert "8192Mi memory" in (told or ""), "what it asks for, and not what the spec does"
-
-
-@pytest.mark.parametrize("error_class", [("GpuOutOfMemory", 80), ("HostOutOfMemory", 81)])
-def test_out_of_memory_fails_the_job_where_the_spec_says_so(error_class: tuple[str, int]) -> None:
-    story = Story({"retry": {"onOutOfMemory": "Fail"}}).trained()
-    assert fail(story, *error_class).status.phase is Phase.FAILED
-
-
-@pytest.mark.parametrize(
-    ("memory", "doubled"),
-    [("4Gi", "8192Mi"), ("500M", "954Mi"), ("1.5Gi", "3072Mi"), ("1Ti", "2097152Mi"), ("4e9", "7630Mi"),
-     ("134217728000m", "256Mi"), ("1E3M", "1908Mi")],
-)  # fmt: skip
-def test_every_way_to_write_an_amount_of_memory_can_be_doubled(memory: str, doubled: str) -> None:
-    assert policies.grown(memory) == doubled
-
-
-# ---------------------------------------------------------------- suspend, cancel, deadlines
-
-
-def test_suspend_stops_and_resume_goes_on_without_a_retry() -> None:
-    story = Story().started()
-    story.step(rayjob=RUNNING, report=training(step=10, saved=10))
-    story.change(suspend=True)
-    stopping = story.step(rayjob=RUNNING, report=training(step=10, saved=10))
-    assert stopping.status.attempts[-1].error_class is ErrorClass.SUSPENDED
-    assert list(story.step(rayjob=RUNNING, pods=[OLD_POD]).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
-    assert story.step(pods=[OLD_POD]).status.phase is not Phase.SUSPENDED
-    assert story.step().status.phase is Phase.SUSPENDED
-    assert condition(story, "Suspended") == ("True", "Suspended")
-    assert story.step(after=100).requeue_after is None
-    story.change(suspend=False)
-    status = story.step().status
-    assert (story.attempt.number, status.retries) in ((2, None), (2, Retries()))
-    assert "from the checkpoint of step 10" in (status.message or "")
-    assert condition(story, "Suspended") == ("False", "Resumed")
-    assert status.suspended_seconds == 101
-
-
-def test_a_job_that_is_resumed_while_something_is_left_says_what_it_waits_for() -> None:
-    story = Story(QUICK).trained()
-    story.change(suspend=True)
-    story.step(rayjob=RUNNING)
-    story.step()
-    assert story.job.status.phase is Phase.SUSPENDED
-    story.change(suspend=False)
-    status = story.step(pods=[OLD_POD]).status
-    assert (status.phase, story.attempt.number) == (Phase.RETRYING, 1)
-    assert "waits until pod triage-a1-head" in (status.message or "")
-    assert condition(story, "Suspended") == ("False", "Resumed")
-
-
-def test_a_job_that_is_created_suspended_starts_nothing() -> None:
-    story = Story({"suspend": True})
-    assert story.step().status.phase is Phase.SUSPENDED
-    assert story.job.status.attempts == []
-    story.change(suspend=False)
-    story.step()
-    assert [a.number for a in story.job.status.attempts] == [1]
-
-
-def test_cancel_ends_a_job_in_every_phase() -> None:
-    fresh = Story()
-    fresh.act("cancel")
-    assert fresh.step().status.phase is Phase.CANCELLED
-    running = Story().trained()
-    running.act("cancel/1")
-    running.step(rayjob=RUNNING)
-    assert list(running.step(rayjob=RUNNING).actions) == [DeleteRayJob("triage-a1", "ray-uid")]
-    assert running.step(pods=[OLD_POD]).status.phase is not Phase.CANCELLED
-    assert running.step().status.phase is Phase.CANCELLED
-    assert running.job.status.last_action is not None
-    assert (running.job.status.last_action.refused, running.job.status.last_action.message) == (
-        False,
-        "cancelled",
-    )
-    due = Story().trained()
-    fail(due, "Storage", 74)
-    due.act("cancel")
-    due.step(rayjob=None)
-    assert due.step(rayjob=None).status.phase is Phase.CANCELLED
-    assert due.step(rayjob=None, after=9999).actions == ()
-
-
-def test_an_action_that_there_is_not_is_refused_once() -> None:
-    story = Story().started()
-    story.act("explode")
-    told = [event.reason for _ in range(3) for event in story.step(rayjob=RUNNING).events]
-    assert told.count("ActionRefused") == 1
-    assert story.job.status.last_action is not None
-    assert "there is cancel" in story.job.status.last_action.message
-
-
-def test_the_total_deadline_counts_over_attempts_and_not_while_suspended() -> None:
-    story = Story({**QUICK, "deadlines": {"totalSeconds": 100}}).started()
-    fail(story, "Storage", 74)
-    story.change(suspend=True)
-    story.step()
-    story.step(after=1000)
-    story.change(suspend=False)
-    story.step()
-    assert story.attempt.number in (2, 3), story.job.status.message
-    story.step(rayjob=second(name=story.attempt.ray_job), after=100)
-    plan = story.step(rayjob=second(name=story.attempt.ray_job))
-    assert plan.status.attempts[-1].error_class is ErrorClass.DEADLINE_EXCEEDED
-    story.step(rayjob=second(name=story.attempt.ray_job))
-    status = story.step().status
-    assert (status.phase, status.reason) == (Phase.FAILED, "DeadlineExceeded")
-    assert "totalSeconds (100)" in (status.message or "")
-
-
-def test_the_start_deadline_is_over_when_nothing_was_reported_in_time() -> None:
-    story = Story({"deadlines": {"startSeconds": 60}}).started()
-    waits = story.step(rayjob=rayjob("Initializing"), after=60)
-    assert waits.requeue_after is not None
-    story.step(rayjob=rayjob("Initializing"))
-    assert story.attempt.error_class is ErrorClass.DEADLINE_EXCEEDED
-    heard = Story({"deadlines": {"startSeconds": 60}}).started()
-    heard.step(rayjob=RUNNING, report=training(step=1), after=100)
-    assert heard.step(rayjob=RUNNING).status.phase is Phase.RUNNING
-
-
-def test_an_operator_that_has_just_started_gives_trainers_time_to_be_heard() -> None:
-    story = Story().trained()
-    story.now += timedelta(hours=5)
-    assert story.step(rayjob=RUNNING, listening_since=story.now).status.phase is Phase.RUNNING
-    assert story.step(rayjob=RUNNING).status.attempts[-1].error_class is ErrorClass.STALLED
-
-
 # ---------------------------------------------------------------- the end
 
 
@@ -588,3 +342,12 @@ def test_a_report_without_progress_of_ours_is_a_sign_of_life() -> None:
         is Phase.RUNNING
     )
     assert story.step(rayjob=RUNNING).status.phase is Phase.RUNNING
+
+
+def test_a_silent_trainer_is_given_the_authority_again_which_may_be_another_one_now() -> None:
+    story = Story(QUICK).trained()
+    heard, runs = story.now, rayjob("Running", "RUNNING")
+    plan = story.step(rayjob=runs, report=training(step=6), reported_at=heard, after=60)
+    assert plan.actions == ()
+    plan = story.step(rayjob=runs, report=training(step=6), reported_at=heard)
+    assert plan.actions == (WriteRunFile("triage-a1", 1),)

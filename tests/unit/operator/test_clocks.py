@@ -10,10 +10,9 @@ from finetune_operator.api.finetunejob import ErrorClass, Phase
 from finetune_operator.core import statuses
 from finetune_operator.reconcile import pod_facts
 from finetune_operator.reconcile.clocks import SteadyClock
-from tests.unit.operator.stories import START, Story, rayjob, result, training
+from tests.unit.operator.stories import RUNNING, START, Story, rayjob, result, training
 
 HOUR = timedelta(hours=1)
-RUNNING = rayjob("Running", "RUNNING")
 
 
 class Machine:

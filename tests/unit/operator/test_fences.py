@@ -11,9 +11,8 @@ import pytest
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.core import fences, jobs
 from finetune_operator.core.facts import DeleteJob, DeleteRayJob, Observed, PodFacts, RayJobFacts
-from tests.unit.operator.stories import START, Story, rayjob, result
+from tests.unit.operator.stories import RUNNING, START, Story, rayjob, result
 
-RUNNING = rayjob("Running", "RUNNING")
 INVALID = rayjob("ValidationFailed")
 GOING = PodFacts("triage-a1-head", True, terminating=True, node="node-7")
 HINT = "; if node node-7 is gone for good, delete its pods with --force"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from finetune_operator.api.finetunejob import ErrorClass, Phase
 from finetune_operator.core.facts import DeleteRayJob, PodFacts, RayJobFacts
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import START, Story, rayjob, result, training
+from tests.unit.operator.stories import QUICK, RUNNING, START, Story, rayjob, result, training
 
-QUICK: dict[str, Any] = {"retry": {"backoffSeconds": {"min": 0, "max": 0}}}
-RUNNING = rayjob("Running", "RUNNING")
 POD = PodFacts("triage-a1-head", True, terminating=True)
 
 
