@@ -12,25 +12,17 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from finetune_server import bases, downloads, threads, wanted
+from finetune_server import downloads, threads, verification, wanted
 from finetune_server.engine_client import EngineClient, EngineError, Facts
+from finetune_server.verification import Refused
 from finetune_server.wanted import Entry, Reason, State
 
-T = TypeVar("T")
 LOG = logging.getLogger("finetune_server.agent")
 POLL_SECONDS = 1.0
 PATIENCE = 2  # observations in a row that may fail before the engine counts as gone
 LISTED_SECONDS = 3.0  # an adapter that was loaded must be in the engine's list by then
-
-
-class Refused(Exception):  # noqa: N818  a decision, not a defect
-    """A load that ended; reason and message go to the status."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class Conflict(Exception):  # noqa: N818  as the API reports it
@@ -246,8 +238,11 @@ class Agent:
         """Downloads, verifies, loads and probes. Raises Refused, which says what was wrong."""
         self._check_capacity(entry)
         entry.message = "downloading"
-        artifact = await self._fetch(entry)
-        warning = await self._check_fit(artifact)
+        seconds = self.settings.download_timeout
+        artifact = await verification.fetch(entry, cache=self.settings.cache, seconds=seconds)
+        verification.check_rank(artifact, limit=self.settings.max_lora_rank)
+        root = self.settings.base_uri or (self._facts.root if self._facts else None)
+        warning = await verification.check_base(artifact, root, seconds=seconds)
         async with self._engine_lock:
             self._check_capacity(entry)  # another one may have come first
             entry.message = "loading"
@@ -260,43 +255,6 @@ class Agent:
                 raise
         entry.state, entry.reason, entry.message = State.LOADED, None, warning
         entry.since = asyncio.get_running_loop().time()
-
-    async def _read(self, what: str, call: Callable[[], T]) -> T:
-        """Returns what `call` returns, which reads storage. Raises Refused when that takes too long."""
-        seconds = self.settings.download_timeout
-        try:
-            async with asyncio.timeout(seconds):
-                return await threads.apart(call)
-        except TimeoutError:
-            raise Refused(Reason.DOWNLOAD_FAILED, f"{what} was not read within {seconds:g} s") from None
-
-    async def _fetch(self, entry: Entry) -> downloads.Artifact:
-        try:
-            return await self._read(
-                entry.uri, lambda: downloads.fetch(entry.uri, entry.digest, self.settings.cache)
-            )
-        except downloads.DownloadFailed as error:
-            raise Refused(Reason.DOWNLOAD_FAILED, str(error)) from error
-        except downloads.DigestMismatch as error:
-            raise Refused(Reason.DIGEST_MISMATCH, str(error)) from error
-        except downloads.NotServable as error:
-            raise Refused(Reason.LOAD_FAILED, str(error)) from error
-
-    async def _check_fit(self, artifact: downloads.Artifact) -> str:
-        """Returns what could not be checked; empty when all could. Raises Refused."""
-        rank, limit = artifact.manifest.get("rank"), self.settings.max_lora_rank
-        if limit and isinstance(rank, int) and rank > limit:
-            raise Refused(
-                Reason.RANK_TOO_LARGE,
-                f"the adapter has rank {rank}, the engine takes {limit}; raise --max-lora-rank or train smaller",
-            )
-        root = self.settings.base_uri or (self._facts.root if self._facts else None)
-        verdict = await self._read(
-            f"{root} or the adapter's own base model", lambda: bases.compare(artifact.manifest, root)
-        )
-        if verdict.match is bases.Match.DIFFERENT:
-            raise Refused(Reason.INCOMPATIBLE_BASE, verdict.message)
-        return verdict.message if verdict.match is bases.Match.UNKNOWN else ""
 
     def _max_loras(self) -> int:
         """Places for adapters; 0 where neither the settings nor the engine tell."""
