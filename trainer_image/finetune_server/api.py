@@ -16,11 +16,11 @@ import prometheus_client
 from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 
-from finetune_server import adapters, answers, errors, prompts, registry, threads, wire
+from finetune_server import adapters, answers, delivery, errors, prompts, registry, threads, wire
 from finetune_server.engine import Dead, Engine, QueueFull
 from finetune_server.ports import carries
 from finetune_server.sampling import Sampling
-from finetune_server.sequences import Finish, Piece, Sequence
+from finetune_server.sequences import Sequence
 
 MAX_BODY = 32 << 20  # bytes
 _ID = re.compile(r"[!-~]{1,512}")  # what X-Request-Id may be; another one is not used
@@ -190,8 +190,7 @@ class Api:
         is_chat: bool,
     ) -> web.StreamResponse:
         base = self.engine.base
-        inbox: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        inbox = delivery.Inbox()
 
         def build(index: int, prompt: list[int]) -> Sequence:
             limit = prompts.check_length(len(prompt), asked=wanted, longest=base.max_length, default=default)
@@ -202,7 +201,7 @@ class Api:
                 model=asked.model,
                 tokenizer=base.tokenizer.backend_tokenizer,
                 ends=base.ends,
-                sink=lambda piece: _send(loop, inbox, (index, piece)),
+                sink=lambda piece: inbox.put(index, piece),
             )
 
         sequences = [build(index, prompt) for index, prompt in enumerate(found)]
@@ -218,8 +217,8 @@ class Api:
         self._submit(sequences, asked.model)
         try:
             if asked.stream:
-                return await _stream(request, form, sequences, inbox, wants_usage=asked.wants_usage())
-            return await _collect(form, sequences, inbox)
+                return await delivery.stream(request, form, sequences, inbox, wants_usage=asked.wants_usage())
+            return await delivery.collect(form, sequences, inbox)
         finally:  # also when the client went away
             self.engine.cancel(sequences)
 
@@ -232,77 +231,6 @@ class Api:
             raise errors.TooMany(str(error)) from None
         except Dead as error:
             raise errors.Unavailable(str(error)) from None
-
-
-def _send(
-    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[tuple[int, Piece]], item: tuple[int, Piece]
-) -> None:
-    if not loop.is_closed():  # the process ends: nobody reads any more
-        loop.call_soon_threadsafe(inbox.put_nowait, item)
-
-
-async def _next(inbox: asyncio.Queue[tuple[int, Piece]]) -> tuple[int, Piece]:
-    """Returns the next piece. Raises ApiError for one that says that the engine failed."""
-    index, piece = await inbox.get()
-    if piece.finish is Finish.ERROR:
-        raise errors.ApiError(piece.message)
-    if piece.finish is Finish.ABORT:
-        raise errors.Unavailable("the engine is shutting down")
-    return index, piece
-
-
-async def _collect(
-    form: answers.Form, sequences: list[Sequence], inbox: asyncio.Queue[tuple[int, Piece]]
-) -> web.Response:
-    choices = [answers.Choice() for _ in sequences]
-    while any(choice.finish is None for choice in choices):
-        index, piece = await _next(inbox)
-        choices[index].add(piece)
-    document = form.whole(choices, prompt_tokens=sum(len(one.prompt) for one in sequences))
-    return web.json_response(document, dumps=_dumps)
-
-
-async def _stream(
-    request: web.Request,
-    form: answers.Form,
-    sequences: list[Sequence],
-    inbox: asyncio.Queue[tuple[int, Piece]],
-    *,
-    wants_usage: bool,
-) -> web.StreamResponse:
-    choices = [answers.Choice() for _ in sequences]
-    index, piece = await _next(inbox)  # before the headers: a request that fails at once gets a status
-    response = web.StreamResponse(
-        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-    )
-    try:
-        await response.prepare(request)
-        await response.write(b"".join(form.opening(number) for number in range(len(choices))))
-        while True:
-            chunk = form.chunk(index, piece, offset=len(choices[index].text))
-            choices[index].add(piece)
-            if chunk:
-                await response.write(chunk)
-            if all(choice.finish is not None for choice in choices):
-                break
-            try:
-                index, piece = await _next(inbox)
-            except errors.ApiError as error:  # too late for a status
-                await response.write(answers.event(error.document()) + answers.DONE)
-                return response
-        if wants_usage:
-            prompt_tokens = sum(len(one.prompt) for one in sequences)
-            tokens = sum(choice.tokens for choice in choices)
-            await response.write(form.usage_chunk(prompt_tokens=prompt_tokens, tokens=tokens))
-        await response.write(answers.DONE)
-        await response.write_eof()
-    except ConnectionResetError:  # the client went away; `_answer` cancels
-        pass
-    return response
-
-
-def _dumps(document: Any) -> str:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
 def _request_id(request: web.Request) -> str:
