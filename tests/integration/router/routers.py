@@ -46,6 +46,9 @@ SIGNALS = (
     Signal(name="loops", event=SignalEvent.REPETITION),
 )
 
+CANDIDATE = "ab12cd34"
+CHAT = "/v1/chat/completions"
+
 
 class Router:
     """One router process."""
@@ -167,3 +170,22 @@ def route(alias: str, stable: Target | None, candidate: Target | None = None, **
     """A route with all signals armed."""
     values: dict[str, Any] = {"salt": "salt", "signals": SIGNALS, "comparison": "c1", **more}
     return Route(alias=alias, owner="default/bot/uid", stable=stable, candidate=candidate, **values)
+
+
+def ask(model: str, user: str | None = None, **more: object) -> dict[str, Any]:
+    """The body of a chat."""
+    document: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "hi"}], **more}
+    return document if user is None else {**document, "user": user}
+
+
+async def arms_of(
+    session: aiohttp.ClientSession, router: Router, alias: str, users: list[str]
+) -> dict[str, str]:
+    """Which arm answers each user."""
+
+    async def one(user: str) -> tuple[str, str]:
+        async with session.post(router.url + CHAT, json=ask(alias, user)) as response:
+            assert response.status == 200
+            return user, response.headers["x-adapter-arm"]
+
+    return dict(await asyncio.gather(*(one(user) for user in users)))
