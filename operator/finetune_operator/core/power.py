@@ -112,35 +112,38 @@ def plan_power(
     spans: list[tuple[float, float]] = []
     powers = []
     for step in steps:
-        requests = step.seconds * requests_per_second
-        spans.append((step.weight / 100.0, requests))
-        needs, caught = [], {}
-        for guardrail in plan.guardrails:
-            harm = _checked(guardrail.name, harms.get(guardrail.name, Harm()))
-            log_needed = eprocesses.log_threshold(guardrail.alpha, tests=_sharing(plan))
-            needs.append(
-                _need(
-                    guardrail.name,
-                    step.weight,
-                    requests_per_second,
-                    *(
-                        _requests_until(
-                            quantile, step.weight / 100.0, harm, log_needed=log_needed, block=block
-                        )
-                        for quantile in (LIKELY, CERTAIN)
-                    ),
-                )
-            )
-            caught[guardrail.name] = chance(spans, harm, log_needed=log_needed, block=block)
-        powers.append(
-            StepPower(step, requests, tuple(needs), caught, tuple(_step_warnings(step, needs, harms)))
-        )
+        spans.append((step.weight / 100.0, step.seconds * requests_per_second))
+        powers.append(_step_power(plan, step, spans, harms, per_second=requests_per_second, block=block))
     objectives = [
         need
         for objective in plan.objectives
         if (need := _objective_need(objective, means, steps, requests_per_second=requests_per_second))
     ]
     return PowerPlan(tuple(powers), tuple(objectives), tuple(_plan_warnings(plan, powers, objectives, harms)))
+
+
+def _step_power(
+    plan: AnalysisPlan,
+    step: Step,
+    spans: Sequence[tuple[float, float]],
+    harms: Mapping[str, Harm],
+    *,
+    per_second: float,
+    block: float,
+) -> StepPower:
+    """The last one of `spans` is the step's own."""
+    share, requests = spans[-1]
+    needs, caught = [], {}
+    for guardrail in plan.guardrails:
+        harm = _checked(guardrail.name, harms.get(guardrail.name, Harm()))
+        log_needed = eprocesses.log_threshold(guardrail.alpha, tests=_sharing(plan))
+        likely, certain = (
+            _requests_until(quantile, share, harm, log_needed=log_needed, block=block)
+            for quantile in (LIKELY, CERTAIN)
+        )
+        needs.append(_need(guardrail.name, step.weight, per_second, likely, certain))
+        caught[guardrail.name] = chance(spans, harm, log_needed=log_needed, block=block)
+    return StepPower(step, requests, tuple(needs), caught, tuple(_step_warnings(step, needs, harms)))
 
 
 def chance(

@@ -93,16 +93,9 @@ def build_rayjob(
         "backoffLimit": 0,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 0,
-        "rayClusterSpec": {
-            "rayVersion": RAY_VERSION,
-            "headGroupSpec": {
-                "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - KubeRay connects from its own pod
-                "template": {
-                    "metadata": pods.metadata(naming.labels(owner.name, attempt), platform.pod_defaults),
-                    "spec": pod_spec,
-                },
-            },
-        },
+        "rayClusterSpec": _cluster_spec(
+            pods.metadata(naming.labels(owner.name, attempt), platform.pod_defaults), pod_spec
+        ),
     }
     if platform.submission_mode == "K8sJobMode":
         # With a second try the submitter would start the same job again from its beginning.
@@ -115,6 +108,17 @@ def build_rayjob(
         metadata["labels"] |= {naming.LABEL_QUEUE: queue}
         rayjob_spec["suspend"] = True
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": rayjob_spec}
+
+
+def _cluster_spec(metadata: dict[str, Any], pod_spec: dict[str, Any]) -> dict[str, Any]:
+    """One head pod, in which the trainer runs, and no workers."""
+    return {
+        "rayVersion": RAY_VERSION,
+        "headGroupSpec": {
+            "rayStartParams": {"dashboard-host": "0.0.0.0"},  # noqa: S104 - KubeRay connects from its own pod
+            "template": {"metadata": metadata, "spec": pod_spec},
+        },
+    }
 
 
 def _metadata(owner: Owner, name: str, attempt: int) -> dict[str, Any]:
