@@ -207,9 +207,8 @@ def _activations(model: Architecture, work: Workload) -> int:
         kept = model.layers * work.residual_width * model.hidden * work.tokens + layer
     else:
         kept = model.layers * layer
-    ends = (
-        (4 + 4 + work.width) * model.hidden * work.tokens
-    )  # the last norm, the loss' input and its gradient
+    # The last norm, the loss' input and its gradient.
+    ends = (4 + 4 + work.width) * model.hidden * work.tokens
     return int(kept + ends + _copies(model, work) + _cache(model, work))
 
 

@@ -27,9 +27,8 @@ MOST_ENGINES = 3  # tried for one revision
 # Bytes; an answer up to this size is complete before the user gets its first byte. Not above the mark where a
 # connection stops reading: it would wait for ever.
 BUFFERED_ANSWER = HIGH_WATER
-FIRST_EVENT = (
-    16 * 1024
-)  # bytes of a stream that are kept back at most, to see whether it begins with an error
+# Bytes of a stream that are kept back at most, to see whether it begins with an error.
+FIRST_EVENT = 16 * 1024
 SHORT_ANSWER = 16 * 1024  # bytes; whether it is an error is seen before the user gets it
 _EVENT_STREAM = b"text/event-stream"
 # What says to be text, or nothing at all, should be JSON as well; a file of `--extra-paths`, say of sound, says so.
