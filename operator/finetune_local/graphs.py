@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import graphlib
 import threading
 from collections.abc import Callable, Sequence
 
@@ -19,10 +20,10 @@ class Task:
 def run_all(tasks: Sequence[Task]) -> None:
     """Run every task; raise the first failure after all threads came to rest.
 
-    A need that is not among the tasks counts as done. Raises ValueError on a circle.
+    A need that is not among the tasks counts as done. Raises graphlib.CycleError.
     """
     names = {task.name for task in tasks}
-    _refuse_circles(tasks)
+    graphlib.TopologicalSorter({task.name: task.needs for task in tasks}).prepare()
     done = {name: threading.Event() for name in names}
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -52,13 +53,3 @@ def run_all(tasks: Sequence[Task]) -> None:
         stop.set()
     if failures:
         raise failures[0]
-
-
-def _refuse_circles(tasks: Sequence[Task]) -> None:
-    left = {task.name: set(task.needs) for task in tasks}
-    while left:
-        free = [name for name, needs in left.items() if not needs & left.keys()]
-        if not free:
-            raise ValueError(f"these tasks wait for one another: {', '.join(sorted(left))}")
-        for name in free:
-            del left[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import graphlib
 import json
 import os
 import signal
@@ -154,5 +155,5 @@ def test_a_failing_task_stops_those_that_wait_and_is_raised() -> None:
 
 def test_circles_are_refused() -> None:
     tasks = [graphs.Task("a", ("b",), lambda stop: None), graphs.Task("b", ("a",), lambda stop: None)]
-    with pytest.raises(ValueError, match="wait for one another: a, b"):
+    with pytest.raises(graphlib.CycleError, match=r"cycle.*'a', 'b'"):
         graphs.run_all(tasks)
