@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 
 from finetune_operator.reconcile.fleet import Fleet
+from finetune_operator.reconcile.followers import Followers
 from finetune_operator.reconcile.queue import Key
 
 EARLY_SECONDS = 0.1  # a poll that comes this little before the interval is over is not waited out
@@ -20,8 +21,8 @@ class Watchlist:
     def __init__(self, *, fleet: Fleet, wake: Callable[[Key], None]) -> None:
         self._fleet = fleet
         self._wake = wake
-        self._job_of: dict[Key, Key] = {}
-        self._deployments_of: dict[Key, set[Key]] = {}
+        self._followers = Followers()
+        self._followers.wake = wake
         self._intervals: dict[Key, float] = {}
         self._woken: dict[Key, float] = {}
         self.is_harmed: Callable[[Key], bool] = lambda deployment: False
@@ -30,22 +31,10 @@ class Watchlist:
 
     def refer(self, deployment: Key, job: Key | None) -> None:
         """The deployment waits for this job, or for none."""
-        before = self._job_of.get(deployment)
-        if before == job:
-            return
-        if before is not None:
-            self._deployments_of[before].discard(deployment)
-            if not self._deployments_of[before]:
-                del self._deployments_of[before]
-        if job is None:
-            self._job_of.pop(deployment, None)
-            return
-        self._job_of[deployment] = job
-        self._deployments_of.setdefault(job, set()).add(deployment)
+        self._followers.follow(deployment, () if job is None else (job,))
 
     def job_changed(self, job: Key) -> None:
-        for deployment in self._deployments_of.get(job, ()):
-            self._wake(deployment)
+        self._followers.changed(job)
 
     def collect(self, deployment: Key, interval: float | None) -> None:
         """Evidence is wanted every `interval` seconds; None: no more."""

@@ -1,4 +1,4 @@
-"""What a poll of the routers wakes: each deployment at its interval, and a harmed one at once."""
+"""What wakes a deployment: a poll of the routers at its interval, or at once where it is harmed, and its job."""
 
 from __future__ import annotations
 
@@ -38,3 +38,19 @@ async def test_a_harmed_deployment_does_not_wait_for_its_interval() -> None:
     watchlist.forget(SLOW)
     polls.on_poll()
     assert woken.count(SLOW) == 2
+
+
+async def test_a_deployment_is_woken_by_its_job_and_by_no_former_one() -> None:
+    woken: list[Key] = []
+    watchlist = Watchlist(fleet=cast("Fleet", Polls()), wake=woken.append)
+    former, job = ("team", "former"), ("team", "job")
+    watchlist.refer(SLOW, former)
+    watchlist.refer(SLOW, job)
+    watchlist.refer(QUICK, job)
+    watchlist.job_changed(former)
+    assert woken == []
+    watchlist.job_changed(job)
+    assert sorted(woken) == [QUICK, SLOW]
+    watchlist.forget(SLOW)
+    watchlist.job_changed(job)
+    assert woken.count(SLOW) == 1
