@@ -16,6 +16,7 @@ import transformers
 
 from finetune_trainer import (
     checkpoints,
+    disk_space,
     export,
     finite,
     fit,
@@ -23,7 +24,6 @@ from finetune_trainer import (
     prepared,
     pulse,
     resume,
-    room,
     saving,
     signals,
     summary,
@@ -59,7 +59,7 @@ def train(
     choices.explain("precision", precision)
     needs = fit.check(run, checked, device, precision=precision.value, length=_longest(run, encoded))
     if needs is not None:
-        room.check(run, needs, rows=len(encoded.train), work=work)
+        disk_space.check(run, needs, rows=len(encoded.train), work=work)
     head = Head.REWARD if run.objective is Objective.REWARD_MODEL else Head.LANGUAGE
     model = models.load_base(run, checked.model, device=device, precision=precision.value, head=head)
     _check_model(model, run, encoded)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune_fit import runs
-from finetune_trainer import lifecycle, room
+from finetune_trainer import disk_space, lifecycle
 from tests import tiny
 from tests.integration.trainer.conftest import Ended, Run
 from tests.integration.trainer.stopping import StopAt, schedule
@@ -38,13 +38,13 @@ def test_the_estimate_is_close_and_refuses_nothing_that_fits(
     optimizer: str,
 ) -> None:
     seen: list[runs.Disk] = []
-    check = room.check
+    check = disk_space.check
 
     def watch(run: Any, needs: runs.Disk, **facts: Any) -> None:
         seen.append(needs)
         check(run, needs, **facts)
 
-    monkeypatch.setattr(room, "check", watch)
+    monkeypatch.setattr(disk_space, "check", watch)
     parts = {
         "method": method,
         "hyperparameters": {**HYPER, "optimizer": optimizer},

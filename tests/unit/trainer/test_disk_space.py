@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from finetune_fit.runs import Disk as Needs
-from finetune_trainer import room, runfile
+from finetune_trainer import disk_space, runfile
 from finetune_trainer.failures import BadConfig, StorageFailed
 from tests import tiny
 
@@ -38,7 +38,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, free: int, *, total: int = 10_000 * M
 
 
 def check(run: runfile.RunFile, tmp_path: Path, *, rows: int = 40) -> None:
-    room.check(run, NEEDS, rows=rows, work=tmp_path)
+    disk_space.check(run, NEEDS, rows=rows, work=tmp_path)
 
 
 # While training: three checkpoints, and the copy of one. At the end: two, and the artifact twice.
@@ -141,4 +141,4 @@ def test_only_checkpoints_that_will_be_are_counted(
         checkpoint={"uri": f"file://{tmp_path}/ck", **schedule},
         hyperparameters={"globalBatchSize": 8, "maxLength": 64, **hyper},
     )
-    assert room.count_checkpoints(run, rows=40) == count
+    assert disk_space.count_checkpoints(run, rows=40) == count
