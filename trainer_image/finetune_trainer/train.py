@@ -60,8 +60,7 @@ def train(
     needs = fit.check(run, checked, device, precision=precision.value, length=_longest(run, encoded))
     if needs is not None:
         disk_space.check(run, needs, rows=len(encoded.train), work=work)
-    head = Head.REWARD if run.objective is Objective.REWARD_MODEL else Head.LANGUAGE
-    model = models.load_base(run, checked.model, device=device, precision=precision.value, head=head)
+    model = models.load_base(run, checked.model, device=device, precision=precision.value, head=_head(run))
     _check_model(model, run, encoded)
     train_set = prepared.build_train_set(run, encoded)
     chosen = settings.choose(
@@ -81,19 +80,8 @@ def train(
         before={} if resumption is None else resumption.checkpoint.manifest,
         counts_on=run.objective.samples,
     )
-    model, peft_config = _adapt(model, run, checked, head=head)
-    trainer = trainers.build(
-        trainers.Plan(
-            objective=run.objective,
-            model=model,
-            peft_config=peft_config,
-            arguments=settings.build_arguments(run, chosen, work),
-            tokenizer=encoded.tokenizer,
-            train_set=train_set,
-            eval_set=prepared.build_eval_set(encoded),
-            callbacks=[callback, *_early_stopping(run)],
-        ),
-        _load_judges(run, checked, encoded, chosen) if run.objective.samples else None,
+    trainer = _build_trainer(
+        run, checked, encoded, model, train_set, chosen=chosen, callback=callback, work=work
     )
     if store is not None and run.checkpoint is not None:
         saving.Saver(
@@ -112,6 +100,33 @@ def train(
     except NotFinite:
         finite.check_base(checked.model, uri=run.model.uri)
         raise
+
+
+def _build_trainer(
+    run: RunFile,
+    checked: Checked,
+    encoded: prepared.Encoded,
+    model: Any,
+    train_set: Any,
+    *,
+    chosen: settings.Settings,
+    callback: ProgressCallback,
+    work: Path,
+) -> Any:
+    model, peft_config = _adapt(model, run, checked, head=_head(run))
+    plan = trainers.Plan(
+        objective=run.objective,
+        model=model,
+        peft_config=peft_config,
+        arguments=settings.build_arguments(run, chosen, work),
+        tokenizer=encoded.tokenizer,
+        train_set=train_set,
+        eval_set=prepared.build_eval_set(encoded),
+        callbacks=[callback, *_early_stopping(run)],
+    )
+    return trainers.build(
+        plan, _load_judges(run, checked, encoded, chosen) if run.objective.samples else None
+    )
 
 
 def _export(
@@ -156,6 +171,10 @@ def _find_checkpoint(
             resumed_from_step=found.step, step=found.step, checkpoint=found.checkpoint.to_report()
         )
     return found
+
+
+def _head(run: RunFile) -> Head:
+    return Head.REWARD if run.objective is Objective.REWARD_MODEL else Head.LANGUAGE
 
 
 def _longest(run: RunFile, encoded: prepared.Encoded) -> int:
