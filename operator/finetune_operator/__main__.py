@@ -24,7 +24,7 @@ from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.kubeconfig import KubeconfigError
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.watched import WatchedKube
-from finetune_operator.endpoint import Desk
+from finetune_operator.endpoint import ReportEndpoint
 from finetune_operator.forwarding import Forwarder
 from finetune_operator.health import Health
 from finetune_operator.leadership import Leadership, LeadershipLostError
@@ -72,10 +72,15 @@ async def run(settings: config.OperatorConfig) -> None:
                 authority=settings.status_authority,
             )
         )
-        desk = Desk(answer=forwarder.answer, telemetry=telemetry)
-        await _listen(settings, stack, desk=desk, health=health)
+        report_endpoint = ReportEndpoint(answer=forwarder.answer, telemetry=telemetry)
+        await _listen(settings, stack, report_endpoint=report_endpoint, health=health)
         leading = leader.lead(
-            settings, kube=kube, telemetry=telemetry, desk=desk, health=health, may_push=may_push
+            settings,
+            kube=kube,
+            telemetry=telemetry,
+            report_endpoint=report_endpoint,
+            health=health,
+            may_push=may_push,
         )
         if election is None:
             telemetry.leads.set(1)
@@ -143,7 +148,11 @@ async def _election(
 
 
 async def _listen(
-    settings: config.OperatorConfig, stack: contextlib.AsyncExitStack, *, desk: Desk, health: Health
+    settings: config.OperatorConfig,
+    stack: contextlib.AsyncExitStack,
+    *,
+    report_endpoint: ReportEndpoint,
+    health: Health,
 ) -> None:
     """Open the two ports that every replica has."""
     files = None
@@ -155,7 +164,7 @@ async def _listen(
     with _blamed_on("FINETUNE_STATUS_HOST and FINETUNE_STATUS_PORT"):
         await stack.enter_async_context(
             endpoint.listening(
-                desk.application(),
+                report_endpoint.application(),
                 host=settings.status_host,
                 port=settings.status_port,
                 tls=files.context if files else None,

@@ -33,7 +33,7 @@ SWEEP_SECONDS = 5.0
 Answer: TypeAlias = Callable[[web.Request], Awaitable[web.Response]]
 
 
-class Desk:
+class ReportEndpoint:
     """Who answers reports at the moment: the leader itself, or the way to it."""
 
     def __init__(self, *, answer: Answer, telemetry: Telemetry) -> None:

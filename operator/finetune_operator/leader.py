@@ -12,7 +12,7 @@ from finetune_operator.adapters.watched import WatchedKube
 from finetune_operator.api import finetunejob
 from finetune_operator.config import OperatorConfig
 from finetune_operator.core.facts import Defaults
-from finetune_operator.endpoint import Desk
+from finetune_operator.endpoint import ReportEndpoint
 from finetune_operator.health import Health
 from finetune_operator.manifests.rayjobs import Platform
 from finetune_operator.reconcile import clocks
@@ -28,7 +28,7 @@ async def lead(
     *,
     kube: WatchedKube,
     telemetry: Telemetry,
-    desk: Desk,
+    report_endpoint: ReportEndpoint,
     health: Health,
     may_push: Callable[[], bool],
 ) -> None:
@@ -58,8 +58,8 @@ async def lead(
                 queue.add(key, priority=Priority.EARLY if is_untouched else Priority.ORDINARY)
             rollouts.watchlist.job_changed(key)
 
-        stand_by, login = desk.answer, handlers.Login(kube.server)
-        desk.answer, health.queues = reports.answer, (queue, rollouts.queue)
+        stand_by, login = report_endpoint.answer, handlers.Login(kube.server)
+        report_endpoint.answer, health.queues = reports.answer, (queue, rollouts.queue)
         watches = handlers.watch(
             settings.namespaces,
             notice=kube.sightings.notice,
@@ -80,7 +80,7 @@ async def lead(
             for task in done:
                 task.result()  # re-raises: an operator without its queue or its watches must end, and be restarted
         finally:
-            desk.answer, health.queues = stand_by, ()
+            report_endpoint.answer, health.queues = stand_by, ()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

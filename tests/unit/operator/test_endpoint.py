@@ -22,7 +22,7 @@ from finetune_operator import endpoint
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.adapters.tls import AuthorityFile, TlsFiles
 from finetune_operator.core.rates import Limiter, Rate
-from finetune_operator.endpoint import Answer, Desk
+from finetune_operator.endpoint import Answer, ReportEndpoint
 from finetune_operator.forwarding import Forwarder
 from finetune_operator.status_server import _claimed_audiences
 
@@ -37,8 +37,8 @@ async def echo(request: web.Request) -> web.Response:
 @contextlib.asynccontextmanager
 async def listening(answer: Answer, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     port = choose(("endpoint",), known={}, in_use_by_us=[])["endpoint"]
-    desk = Desk(answer=answer, telemetry=Telemetry(CollectorRegistry()))
-    async with endpoint.listening(desk.application(), host="127.0.0.1", port=port, tls=tls):
+    report_endpoint = ReportEndpoint(answer=answer, telemetry=Telemetry(CollectorRegistry()))
+    async with endpoint.listening(report_endpoint.application(), host="127.0.0.1", port=port, tls=tls):
         yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
 
 
