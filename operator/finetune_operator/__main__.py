@@ -20,6 +20,7 @@ from aiohttp import web
 
 from finetune_operator import config, endpoint, handlers, kopf_logging, leader, leadership
 from finetune_operator.adapters import tls
+from finetune_operator.adapters.environment import ConfigurationError
 from finetune_operator.adapters.kube import Kube
 from finetune_operator.adapters.kubeconfig import KubeconfigError
 from finetune_operator.adapters.telemetry import Telemetry
@@ -28,7 +29,6 @@ from finetune_operator.endpoint import ReportEndpoint
 from finetune_operator.forwarding import Forwarder
 from finetune_operator.health import Health
 from finetune_operator.leadership import Leadership, LeadershipLostError
-from finetune_operator.variables import ConfigurationError
 
 signal.signal(signal.SIGINT, _on_interrupt)
 

@@ -13,12 +13,12 @@ import yaml
 from pydantic import ValidationError
 
 from finetune_fit.prices import PriceTable
+from finetune_operator.adapters.environment import ConfigurationError, Variables, is_url
 from finetune_operator.api import rules, uris
 from finetune_operator.core import endpoints
 from finetune_operator.core.elections import Terms
 from finetune_operator.core.endpoints import AllowList
 from finetune_operator.manifests.pods import LABEL_NAME, PodDefaults
-from finetune_operator.variables import ConfigurationError, Variables, is_url
 
 IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "finetune-system"

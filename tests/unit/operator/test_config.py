@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune_operator import config
-from finetune_operator.variables import ConfigurationError
+from finetune_operator.adapters.environment import ConfigurationError
 
 
 def test_the_defaults_are_those_of_a_cluster() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from finetune_operator import config
+from finetune_operator.adapters.environment import ConfigurationError
 from finetune_operator.core import endpoints
-from finetune_operator.variables import ConfigurationError
 
 
 @pytest.mark.parametrize(

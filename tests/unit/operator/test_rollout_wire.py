@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from finetune_operator import config
 from finetune_operator.adapters import agents, fetching
 from finetune_operator.adapters.agents import Agents
+from finetune_operator.adapters.environment import ConfigurationError
 from finetune_operator.adapters.prometheus import Prometheus, QueryError
 from finetune_operator.adapters.rollout_telemetry import RolloutTelemetry
 from finetune_operator.adapters.webhooks import AlertError, Alerts, Webhooks
@@ -34,7 +35,6 @@ from finetune_operator.api.adapterdeployment_status import (
 )
 from finetune_operator.reconcile import deployment_facts, facts, orphans
 from finetune_operator.reconcile.aliases import Aliases, Claim, key_of
-from finetune_operator.variables import ConfigurationError
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
