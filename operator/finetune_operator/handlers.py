@@ -155,13 +155,10 @@ def build_registry(
         deployment_changed((namespace or "", name or ""))
 
     @kopf.on.event("ray.io", "v1", "rayjobs", labels=ours, registry=registry)
-    async def rayjob_changed(
+    @kopf.on.event("v1", "pods", labels=ours, registry=registry)
+    async def child_changed(
         event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any
     ) -> None:
-        job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
-
-    @kopf.on.event("v1", "pods", labels=ours, registry=registry)
-    async def pod_changed(event: kopf.RawEvent, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
         job_changed((namespace or "", labels[naming.LABEL_JOB]), notice(event["type"], event["object"]))
 
     # Without Kueue there is no such resource, and Kopf waits until there is one. Workloads do not carry labels of ours.

@@ -28,6 +28,7 @@ from tests.unit.operator.stories import (
     RUNNING,
     Story,
     condition,
+    current,
     fail,
     rayjob,
     result,
@@ -36,13 +37,6 @@ from tests.unit.operator.stories import (
 )
 
 GPU: dict[str, Any] = {"resources": {"gpusPerWorker": 1}}
-
-
-def current(story: Story) -> RayJobFacts:
-    """The RayJob of the last attempt, whose trainer runs."""
-    number = story.attempt.number
-    uid = story.attempt.uid or f"ray-uid-{number}"
-    return RayJobFacts(f"triage-a{number}", uid, True, "Running", "RUNNING")
 
 
 # ---------------------------------------------------------------- while the CRDs are newer than the operator

@@ -11,11 +11,11 @@ from finetune_operator.api.finetunejob import ErrorClass, Phase
 from finetune_operator.core import policies
 from finetune_operator.core.facts import (
     PodFacts,
-    RayJobFacts,
 )
 from tests.unit.operator.stories import (
     QUICK,
     Story,
+    current,
     fail,
     rayjob,
     result,
@@ -23,13 +23,6 @@ from tests.unit.operator.stories import (
 )
 
 GPU: dict[str, Any] = {"resources": {"gpusPerWorker": 1}}
-
-
-def current(story: Story) -> RayJobFacts:
-    """The RayJob of the last attempt, whose trainer runs."""
-    number = story.attempt.number
-    uid = story.attempt.uid or f"ray-uid-{number}"
-    return RayJobFacts(f"triage-a{number}", uid, True, "Running", "RUNNING")
 
 
 @pytest.mark.parametrize(
