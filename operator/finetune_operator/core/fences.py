@@ -77,11 +77,16 @@ def _text(seen: Observed, left: Sequence[str], *, now: datetime) -> str:
 
 
 def _stuck_finalizer(rayjob: RayJobFacts | None, *, now: datetime) -> str:
-    """KubeRay keeps its finalizer while it cannot reach the cluster's dashboard."""
+    """KubeRay keeps its finalizer while it cannot reach the cluster's dashboard; others may have added theirs."""
     if rayjob is None or rayjob.deleting_since is None:
         return ""
     if (now - rayjob.deleting_since).total_seconds() < STUCK_SECONDS:
         return ""
+    if not rayjob.known_to_kuberay:
+        return (
+            f"a finalizer that is not KubeRay's holds RayJob {rayjob.name}, and with it the pods: see whose it is "
+            f"(kubectl get rayjob {rayjob.name} -o jsonpath='{{.metadata.finalizers}}') and that its controller runs"
+        )
     return (
         f"KubeRay does not let RayJob {rayjob.name} go: see that its operator runs, or remove the finalizer "
         f"ray.io/rayjob-finalizer from it"

@@ -106,6 +106,13 @@ def test_a_job_that_is_deleted_takes_down_what_runs_unless_it_is_to_stay() -> No
             "waits until RayJob triage-a1, pod triage-a1-head are gone; KubeRay does not let RayJob triage-a1 go: see "
             "that its operator runs, or remove the finalizer ray.io/rayjob-finalizer from it",
         ),
+        (
+            {"rayjob": replace(STUCK, known_to_kuberay=False)},
+            0,
+            "waits until RayJob triage-a1 is gone; a finalizer that is not KubeRay's holds RayJob triage-a1, and with "
+            "it the pods: see whose it is (kubectl get rayjob triage-a1 -o jsonpath='{.metadata.finalizers}') and "
+            "that its controller runs",
+        ),
         ({"rayjob": replace(RUNNING, ours=False)}, 200, ""),
         ({"rayjob": rayjob("Complete", "SUCCEEDED")}, 200, ""),
     ],
