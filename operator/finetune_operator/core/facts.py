@@ -77,6 +77,11 @@ class PodFacts:
     running: bool
     waiting_reason: str | None = None
     waiting_message: str = ""
+    waiting_container: str | None = None
+    """The container that it waits for; None: it waits as a whole."""
+    beside: str = ""
+    """What its containers that are not the trainer's ask for: KubeRay's submitter, or what a platform adds."""
+    created: datetime | None = None
     scheduled_at: datetime | None = None
     gone: bool = False
     """Whether its containers have ended for good: such a pod does nothing any more."""

@@ -21,6 +21,8 @@ def refused(seen: Observed, plan: Plan, action: Action, message: str, *, now: da
     change it. An inspection has then found nothing."""
     match action:
         case CreateRayJob(inspect=False):
+            if waits.is_denied(message):
+                message = f"{waits.refusal(f'RayJob {action.name}', message)}, and create the job again"
             then = attempts.end(seen, Ending(ErrorClass.BAD_CONFIG, message, final=True), now=now)
         case CreateRayJob():
             then = inspections.none_found(seen, message, now=now)

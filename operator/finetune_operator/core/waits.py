@@ -18,11 +18,17 @@ from finetune_operator.core.facts import Observed, PodFacts, RayJobFacts
 # KubeRay looks at a new RayJob within this time if it runs; it has taken 10 after its own start.
 HEED_SECONDS = 12.0
 SLOW_SECONDS = 10.0  # less is ordinary
+RAY_SECONDS = 120.0  # from a pod's node to a Ray that is ready; less is ordinary, with the image there
 PULL_GRACE = timedelta(minutes=10)  # registries have outages; an image that does not exist stays away longer
 NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
 NOT_PULLED = NEVER_PULLED | {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable"}
 CRASHING = frozenset({"CrashLoopBackOff"})
 CONFIG_ERRORS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+VOLUME_ELSEWHERE = (
+    "PersistentVolume's node affinity",
+    "volume node affinity conflict",
+    "no available volume zone",
+)
 LONGEST = 700  # characters that are quoted of other programs' messages
 
 
@@ -75,10 +81,22 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
     if again is not None:
         ended = f"its container ended ({again.restarted}); kubectl logs --previous {again.name}"
         return Wait("Provisioning", f"pod {again.name} starts again: {ended}")
-    slow = next((pod for pod in seen.pods if _is_slow(pod, now=now)), None)
+    lost = next((pod for pod in seen.pods if _is_unscheduled(pod, now=now)), None)
+    if lost is not None:
+        text = (
+            f"pod {lost.name} has no node, and the scheduler does not say why: see that the scheduler that it names "
+            "runs, and that its PersistentVolumeClaims get their volumes (kubectl get pvc; kubectl describe pod "
+            f"{lost.name})"
+        )
+        return Wait("NotScheduled", text)
+    slow = next((pod for pod in seen.pods if not pod.running and _has_had(pod, SLOW_SECONDS, now=now)), None)
     if slow is not None:
         where = f"pod {slow.name} starts on node {slow.node}"
         return Wait("Provisioning", f"{where}; where its image is large and new there, that takes minutes")
+    unready = next((pod for pod in seen.pods if pod.running and _has_had(pod, RAY_SECONDS, now=now)), None)
+    if unready is not None and rayjob.deployment_status == "Initializing":
+        ray = f"pod {unready.name} runs on node {unready.node}, and Ray in it is not ready"
+        return Wait("Provisioning", f"{ray}; kubectl logs {unready.name} and kubectl describe pod say more")
     return Wait("Provisioning", f"RayJob {rayjob.name} starts")
 
 
@@ -103,11 +121,18 @@ def submission(seen: Observed, rayjob: RayJobFacts) -> Wait:
     return Wait("Submitting", f"the pods run; KubeRay submits the job of RayJob {rayjob.name}")
 
 
-def _is_slow(pod: PodFacts, *, now: datetime) -> bool:
-    """Whether a pod has a node and still does not run. The first seconds are worth no status of their own."""
-    if pod.running or pod.gone or pod.scheduled_at is None:
+def _has_had(pod: PodFacts, seconds: float, *, now: datetime) -> bool:
+    """Whether a pod has had its node for so long. The first seconds are worth no status of their own."""
+    if pod.gone or pod.scheduled_at is None:
         return False
-    return (now - pod.scheduled_at).total_seconds() >= SLOW_SECONDS
+    return (now - pod.scheduled_at).total_seconds() >= seconds
+
+
+def _is_unscheduled(pod: PodFacts, *, now: datetime) -> bool:
+    """Whether nobody has looked for a node, or found one and waits for a volume that is only then made."""
+    if pod.running or pod.gone or pod.node is not None or pod.created is None:
+        return False
+    return (now - pod.created).total_seconds() >= HEED_SECONDS
 
 
 def hopeless(seen: Observed, *, now: datetime) -> Ending | None:
@@ -132,27 +157,29 @@ def of_pod(pod: PodFacts, spec: FineTuneJobSpec | None) -> Wait:
     """Why a pod that exists does not run, by its scheduler's or its kubelet's words."""
     reason = pod.waiting_reason or ""
     told = _quoted(pod.waiting_message) or reason
+    whose = (
+        f"container {pod.waiting_container} of pod {pod.name}" if pod.waiting_container else f"pod {pod.name}"
+    )
     if reason == "Unschedulable":
         return _unscheduled(pod, told, spec)
     if reason == "SchedulingGated":
         gated = f"pod {pod.name} is held back by a scheduling gate: see who set it (kubectl get pod {pod.name} -o yaml)"
         return Wait(reason, gated)
     if reason in NOT_PULLED:
-        image = f" {spec.resources.image}" if spec and spec.resources.image else ""
         text = (
-            f"the image{image} of pod {pod.name} cannot be pulled: {told}; correct spec.resources.image, or see that "
-            f"the registry answers and the pull secret is right (after {int(PULL_GRACE.total_seconds() // 60)} minutes "
-            "the job fails)"
+            f"the image of {whose} cannot be pulled: {told}; correct spec.resources.image, or see that the registry "
+            f"answers and the pull secret is right (after {int(PULL_GRACE.total_seconds() // 60)} minutes the job "
+            "fails)"
         )
         return Wait(reason, text)
     if missing := _missing_object(pod.waiting_message):
         return missing(pod.name)
     if reason in CRASHING:
-        return Wait(
-            reason, f"the container of pod {pod.name} ends again and again: {told}; kubectl logs {pod.name}"
-        )
+        which = f" -c {pod.waiting_container}" if pod.waiting_container else ""
+        return Wait(reason, f"{whose} ends again and again: {told}; kubectl logs {pod.name}{which}")
     if reason in CONFIG_ERRORS:
-        return Wait(reason, f"the container of pod {pod.name} cannot be made: {told}; correct spec.resources")
+        remedy = "correct spec.resources, or have the platform's pod defaults corrected"
+        return Wait(reason, f"{whose} cannot be made: {told}; {remedy}")
     return Wait(reason, f"pod {pod.name} cannot start: {told}; kubectl describe pod {pod.name} says more")
 
 
@@ -167,8 +194,18 @@ def _unscheduled(pod: PodFacts, told: str, spec: FineTuneJobSpec | None) -> Wait
         return Wait("VolumeClaimUnbound", text)
     asked = _asked(spec)
     if "Insufficient" in told:
-        text = f"no node has room for pod {pod.name}{asked}: {told}; wait, add nodes, or ask for less in spec.resources"
+        more = f"; {pod.beside}" if pod.beside else ""
+        text = (
+            f"no node has room for pod {pod.name}{asked}: {told}{more}; wait, add nodes, or ask for less in "
+            "spec.resources"
+        )
         return Wait("Unschedulable", text)
+    if any(words in told for words in VOLUME_ELSEWHERE):
+        text = (
+            f"no node that pod {pod.name} may use reaches the volume of its PersistentVolumeClaim: {told}; see "
+            "kubectl get pvc,pv, and use a claim whose volume is where the job's nodes are"
+        )
+        return Wait("VolumeElsewhere", text)
     if "node affinity" in told or "node selector" in told:
         wanted = f" {spec.resources.accelerator_type}" if spec and spec.resources.accelerator_type else ""
         text = (
@@ -192,7 +229,8 @@ def _asked(spec: FineTuneJobSpec | None) -> str:
     return f" ({resources.cpu} CPU, {resources.memory} memory{gpus})"
 
 
-_SECRET = re.compile(r"""secrets? "?([^"\s]+?)"? not found|references non-existent secret key""")
+_SECRET = re.compile(r"""secrets? "?([^"\s]+?)"? not found""")
+_KEY = re.compile(r"couldn't find key (\S+) in (Secret|ConfigMap) (\S+)")
 _CONFIG_MAP = re.compile(r"""configmaps? "?([^"\s]+?)"? not found""")
 _CLAIM = re.compile(r"""persistentvolumeclaims? "?([^"\s]+?)"? (not found|is being deleted)""", re.IGNORECASE)
 
@@ -200,9 +238,13 @@ _CLAIM = re.compile(r"""persistentvolumeclaims? "?([^"\s]+?)"? (not found|is bei
 def _missing_object(message: str) -> Callable[[str], Wait] | None:
     """What to say of an object that the pod refers to and that is not there, or None."""
     if found := _SECRET.search(message):
-        name = (found.group(1) or "").rpartition("/")[2]
+        name = found.group(1).rpartition("/")[2]
         text = f"Secret {name} is missing: create it, or correct the secretRef in the spec that names it"
         return lambda pod: Wait("SecretMissing", f"pod {pod} cannot start: {text}")
+    if found := _KEY.search(message):
+        key, kind, name = found.group(1), found.group(2), found.group(3).rpartition("/")[2]
+        text = f"{kind} {name} has no key {key}: add it, or have the platform's pod defaults name another one"
+        return lambda pod: Wait(f"{kind}Missing", f"pod {pod} cannot start: {text}")
     if found := _CONFIG_MAP.search(message):
         name = found.group(1).rpartition("/")[2]
         text = f"ConfigMap {name} is missing: a run file is written again by itself, any other is yours to create"
@@ -245,13 +287,25 @@ REMEDIES = {
     "CountExceeded": "wait until others have finished, delete objects that nobody needs, or have the ResourceQuota of "
     "the namespace raised",
     "PodSecurity": "have the platform's pod defaults corrected, or use a namespace that allows such pods",
+    "Denied": "do what the policy asks for, in the spec or in the platform's pod defaults, or have such objects "
+    "exempted",
+    "WebhookAway": "have the webhook repaired, or the object exempted from it",
     "LimitRangeExceeded": "ask in spec.resources for what the LimitRange of the namespace allows, or have it changed",
 }
+
+
+def is_denied(problem: str) -> bool:
+    """Whether a policy or a webhook says no, which is mostly about the platform's rules and not about the spec."""
+    return "denied request: " in problem or "denied the request: " in problem
 
 
 def refusal(what: str, problem: str) -> str:
     """The sentence for it. `what` cannot be created."""
     reason = "CountExceeded" if _COUNTED.search(problem) else reason_of_refusal(problem, otherwise="")
+    if not reason:
+        reason = (
+            "Denied" if is_denied(problem) else "WebhookAway" if "failed calling webhook" in problem else ""
+        )
     remedy = REMEDIES.get(reason, "correct what the message names")
     # What stands before it names a pod, another one at each try.
     _, _, why_not = problem.rpartition(" is forbidden: ")

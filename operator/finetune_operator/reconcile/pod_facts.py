@@ -19,14 +19,15 @@ STUCK_SECONDS = 5.0  # a pod with a node that says nothing for this long: its ev
 def pod_facts(body: Json, *, attempt_start: datetime | None = None, warning: Json | None = None) -> PodFacts:
     """Whether a pod runs and, if not, why: what the scheduler says, what its containers wait for, or else the newest
     `warning` (core/v1 Event) about it, which is where a kubelet tells of volumes that it cannot mount. It was not
-    scheduled before the attempt began, whatever another machine's clock says."""
+    made or scheduled before the attempt began, whatever another machine's clock says."""
     metadata, status = body["metadata"], body.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
     containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
     disrupted = conditions.get("DisruptionTarget", {})
     scheduled = conditions.get("PodScheduled", {})
     running = status.get("phase") == "Running"
-    reason, message = (None, "") if running and not _crashes(containers) else _waiting(scheduled, containers)
+    waits = not running or _crashes(containers)
+    reason, message, container = _waiting(scheduled, containers) if waits else (None, "", None)
     if reason is None and warning is not None and not running:
         reason, message = str(warning.get("reason", "")) or None, str(warning.get("message", ""))
     return PodFacts(
@@ -34,7 +35,10 @@ def pod_facts(body: Json, *, attempt_start: datetime | None = None, warning: Jso
         running=running,
         waiting_reason=reason,
         waiting_message=message,
-        scheduled_at=_scheduled_at(scheduled, attempt_start),
+        waiting_container=container,
+        beside=_beside(body.get("spec", {})) if reason == "Unschedulable" else "",
+        created=_not_before(attempt_start, to_time(metadata.get("creationTimestamp"))),
+        scheduled_at=_not_before(attempt_start, _scheduled_at(scheduled)),
         gone=status.get("phase") in ("Succeeded", "Failed"),
         terminating="deletionTimestamp" in metadata,
         node=body.get("spec", {}).get("nodeName"),
@@ -70,20 +74,37 @@ def _event_time(event: Mapping[str, Any]) -> str:
     return next((str(time) for time in times if time), "")
 
 
-def _scheduled_at(scheduled: Mapping[str, Any], attempt_start: datetime | None) -> datetime | None:
-    time = to_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
+def _scheduled_at(scheduled: Mapping[str, Any]) -> datetime | None:
+    return to_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
+
+
+def _not_before(attempt_start: datetime | None, time: datetime | None) -> datetime | None:
     return max(time, attempt_start) if time and attempt_start else time
 
 
-def _waiting(scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
+def _waiting(
+    scheduled: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]
+) -> tuple[str | None, str, str | None]:
     if scheduled.get("status") == "False":
-        return scheduled.get("reason", "Unschedulable"), scheduled.get("message", "")
+        return scheduled.get("reason", "Unschedulable"), scheduled.get("message", ""), None
     for container in containers:
         waiting = container.get("state", {}).get("waiting")
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             ended = _last_end(container) if waiting["reason"] == CRASHING else ""
-            return waiting["reason"], ended or waiting.get("message", "")
-    return None, ""
+            return waiting["reason"], ended or waiting.get("message", ""), container.get("name")
+    return None, "", None
+
+
+def _beside(spec: Mapping[str, Any]) -> str:
+    """Init containers count where they run beside the others; those that end before have what is free then."""
+    stay = [one for one in spec.get("initContainers", []) if one.get("restartPolicy") == "Always"]
+    others = [one for one in (*spec.get("containers", []), *stay) if one["name"] != naming.HEAD_CONTAINER]
+    asked = [(one["name"], one.get("resources", {}).get("requests", {})) for one in others]
+    return "; ".join(
+        f"its container {name} asks for {', '.join(f'{amount} {what}' for what, amount in requests.items())} more"
+        for name, requests in asked
+        if requests
+    )
 
 
 def _last_end(container: Mapping[str, Any]) -> str:

@@ -419,6 +419,23 @@ async def test_a_webhook_that_refuses_at_length_is_told(error: Callable[[str], E
     assert len(stage.status["message"]) <= 4096
 
 
+async def test_a_policy_that_refuses_rayjobs_is_not_told_as_a_fault_of_the_spec_alone() -> None:
+    stage = Stage()
+    await stage.passes()
+    told = (
+        'POST /apis/ray.io/v1/namespaces/team/rayjobs: rayjobs.ray.io "triage-a1" is forbidden: '
+        "ValidatingAdmissionPolicy 'costs' with binding 'costs' denied request: every RayJob needs a label"
+    )
+    stage.api.before = failing("POST", "rayjobs", lambda path: InvalidError(told))
+    await stage.passes(4)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Failed", "BadConfig")
+    assert stage.status["message"] == (
+        "RayJob triage-a1 cannot be created: ValidatingAdmissionPolicy 'costs' with binding 'costs' denied request: "
+        "every RayJob needs a label; do what the policy asks for, in the spec or in the platform's pod defaults, or "
+        "have such objects exempted, and create the job again"
+    )
+
+
 async def test_an_upstream_of_which_old_news_are_kept_is_looked_up_before_the_job_fails() -> None:
     stage = Stage(model={"fineTuneJobRef": {"name": "base"}})
     upstream = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "base"}}

@@ -71,6 +71,14 @@ GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4", "fitChe
             "Unschedulable", NODES + "pod has unbound immediate PersistentVolumeClaims.",
             "VolumeClaimUnbound", ("no volume yet", "storage class"),
         ),
+        (
+            "Unschedulable", NODES + "1 node(s) didn't match PersistentVolume's node affinity.",
+            "VolumeElsewhere", ("reaches the volume", "kubectl get pvc,pv"),
+        ),
+        (
+            "Unschedulable", NODES + "3 node(s) had volume node affinity conflict.",
+            "VolumeElsewhere", ("reaches the volume",),
+        ),
         ("SchedulingGated", "", "SchedulingGated", ("scheduling gate",)),
         (
             "ImagePullBackOff", 'Back-off pulling image "trainer:2"',
@@ -79,6 +87,18 @@ GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4", "fitChe
         (
             "CreateContainerConfigError", 'secret "hf-token" not found',
             "SecretMissing", ("Secret hf-token is missing", "secretRef"),
+        ),
+        (
+            "CreateContainerConfigError", "couldn't find key token in Secret team/hf",
+            "SecretMissing", ("Secret hf has no key token: add it", "pod defaults"),
+        ),
+        (
+            "CreateContainerConfigError", "couldn't find key region in ConfigMap team/site",
+            "ConfigMapMissing", ("ConfigMap site has no key region",),
+        ),
+        (
+            "CreateContainerConfigError", "container has runAsNonRoot and image will run as root",
+            "CreateContainerConfigError", ("will run as root", "spec.resources", "pod defaults"),
         ),
         (
             "FailedMount", 'MountVolume.SetUp failed for volume "run-file" : configmap "triage-a1" not found',
@@ -127,6 +147,17 @@ def test_a_pod_that_does_not_start_says_why_and_what_to_do(
             "LimitRangeExceeded",
             "; ask in spec.resources for what the LimitRange of the namespace allows",
         ),
+        (
+            "ValidatingAdmissionPolicy 'costs' with binding 'costs' denied request: every pod needs a label",
+            "PodsNotCreated",
+            "; do what the policy asks for, in the spec or in the platform's pod defaults",
+        ),
+        (
+            'admission webhook "validate.example.com" denied the request: no label',
+            "PodsNotCreated",
+            "; do what the policy asks for",
+        ),
+        ('failed calling webhook "x": connection refused', "PodsNotCreated", "; have the webhook repaired"),
         ('serviceaccount "x" not found', "PodsNotCreated", "correct what the message names"),
     ],
 )
@@ -219,6 +250,68 @@ def test_a_pod_that_is_quick_costs_no_status_of_its_own() -> None:
         assert "starts on node" not in (
             story.step(rayjob=rayjob("Initializing"), pods=[quick]).status.message or ""
         )
+
+
+def test_what_other_containers_of_the_pod_ask_for_is_told_where_there_is_no_room() -> None:
+    submitter = {"name": "ray-job-submitter", "resources": {"requests": {"cpu": "500m", "memory": "200Mi"}}}
+    proxy = {"name": "proxy", "restartPolicy": "Always", "resources": {"requests": {"cpu": "100m"}}}
+    setup = {"name": "setup", "resources": {"requests": {"cpu": "1"}}}
+    head = {"name": "ray-head", "resources": {"requests": {"cpu": "1"}}}
+    scheduled = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": "Insufficient cpu",
+    }
+    pending = body({"conditions": [scheduled]}) | {
+        "spec": {
+            "containers": [head, submitter, {"name": "idle"}],
+            "initContainers": [setup, proxy],
+        }
+    }
+    _, text = told(pod_facts.pod_facts(pending))
+    asked = (
+        "its container ray-job-submitter asks for 500m cpu, 200Mi memory more; its container proxy asks for 100m cpu "
+        "more; wait"
+    )
+    assert asked in text
+
+
+@pytest.mark.parametrize(
+    ("waiting", "part"),
+    [
+        ({"reason": "CrashLoopBackOff"}, "container proxy of pod p ends again and again"),
+        ({"reason": "CrashLoopBackOff"}, "kubectl logs p -c proxy"),
+        ({"reason": "ErrImagePull", "message": "no proxy:1"}, "the image of container proxy of pod p cannot"),
+    ],
+)
+def test_the_container_that_does_not_run_is_named(waiting: dict[str, str], part: str) -> None:
+    statuses = [
+        {"name": "ray-head", "state": {"running": {}}},
+        {"name": "proxy", "state": {"waiting": waiting}},
+    ]
+    assert part in told(pod_facts.pod_facts(body({"containerStatuses": statuses})))[1]
+
+
+def test_a_pod_that_no_scheduler_speaks_of_says_what_to_look_at() -> None:
+    """Its scheduler does not run, or it found a node and waits for a volume that is made for it only then."""
+    story = Story().started()
+    silent = PodFacts("triage-a1-head", False, created=story.now)
+    assert story.step(rayjob=rayjob("Initializing"), pods=[silent], after=12).status.reason == "Provisioning"
+    status = story.step(rayjob=rayjob("Initializing"), pods=[silent]).status
+    assert status.reason == "NotScheduled"
+    assert "kubectl get pvc; kubectl describe pod triage-a1-head" in (status.message or "")
+    placed = replace(silent, node="n1")
+    assert story.step(rayjob=rayjob("Initializing"), pods=[placed]).status.reason == "Provisioning"
+
+
+def test_a_pod_in_which_ray_does_not_become_ready_is_named() -> None:
+    story = Story().started()
+    runs = PodFacts("triage-a1-head", True, scheduled_at=story.now, node="n1")
+    early = story.step(rayjob=rayjob("Initializing"), pods=[runs], after=120).status
+    assert early.message == "RayJob triage-a1 starts"
+    late = story.step(rayjob=rayjob("Initializing"), pods=[runs]).status
+    assert "pod triage-a1-head runs on node n1, and Ray in it is not ready" in (late.message or "")
 
 
 def test_a_pod_whose_container_was_started_again_says_how_it_ended() -> None:
