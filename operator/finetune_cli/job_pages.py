@@ -28,7 +28,8 @@ REMEDIES = {
     + AGAIN,
     "Collective": "Look for nodes or networks in trouble: kubectl get events -n {namespace}; " + AGAIN,
     "CheckpointCorrupt": "Look at the storage of the checkpoints (below), " + AGAIN,
-    "Stalled": "Read the log of the trainer for where it hangs, raise spec.deadlines.stallSeconds where such "
+    "Stalled": "Read the trainer's log for where it hangs (kubectl logs -n {namespace} job/{rayjob}), raise "
+    "spec.deadlines.stallSeconds where such "
     "silence is normal, " + AGAIN,
     "DeadlineExceeded": f"Raise the deadline that the message names, {AGAIN}",
     "UpstreamFailed": "See the job that the message names, " + AGAIN,
@@ -41,7 +42,7 @@ REMEDIES = {
     "delete the job and apply it again: kubectl delete ftj {name} -n {namespace}",
     "Lost": "The training process or its pod went away. Look for evictions and memory: "
     "kubectl get events -n {namespace}; " + AGAIN,
-    "Internal": "Read the trainer's log: kubectl logs -n {namespace} -l finetune.dev/job={name} --tail=100; "
+    "Internal": "Read the trainer's log: kubectl logs -n {namespace} job/{rayjob} --tail=100; "
     "on a laptop: finetune local logs ray",
 }
 WAITING = {
@@ -106,7 +107,9 @@ def next_step(job: Job) -> str:
     """What the user does now."""
     status, meta = status_of(job), job["metadata"]
     phase, reason = status.get("phase", "Pending"), status.get("reason", "")
-    names = {"name": meta["name"], "namespace": meta["namespace"]}
+    attempts = status.get("attempts") or [{}]
+    rayjob = attempts[-1].get("rayJob", f"{meta['name']}-a1")
+    names = {"name": meta["name"], "namespace": meta["namespace"], "rayjob": rayjob}
     if phase == "Succeeded":
         kind = "adapter" if (status.get("artifact") or {}).get("rank") else "model"
         return f"Use the {kind}: it is in the folder below, with manifest.json (hashes) and README.md (model card)."
@@ -116,6 +119,10 @@ def next_step(job: Job) -> str:
         return "Do what the message says; the operator tries again by itself."
     if phase in ("Pending", "Provisioning", "Queued") and reason not in ORDINARY:
         return "Do what the message says; the job goes on by itself then."
+    if reason == "TrainerSilent":
+        return (
+            "Look into what the message names; the attempt goes on, and is given up at the time that it says."
+        )
     if phase in WAITING:
         return WAITING[phase].format(**names)
     return f"Nothing; it runs. To follow it: finetune jobs watch {meta['name']} -n {meta['namespace']}"

@@ -47,14 +47,21 @@ def start_end(seen: Observed, attempt: Attempt) -> datetime | None:
     return _not_before_hearing(seen, end)
 
 
-def silent_end(seen: Observed, attempt: Attempt) -> datetime | None:
-    """When an attempt whose pod runs counts as stalled."""
-    spec = seen.job.spec
+def silent_since(seen: Observed, attempt: Attempt) -> datetime | None:
+    """The last sign of life of an attempt whose pod runs, as far as this operator could hear one."""
     running = statuses.holds_since(seen.job.status, ConditionType.RESOURCES_READY)
-    if spec is None or running is None:
+    if running is None:
         return None
     signs = [running, last_heard(seen, attempt), seen.listening_since]
-    return max(sign for sign in signs if sign) + timedelta(seconds=spec.deadlines.stall_seconds)
+    return max(sign for sign in signs if sign)
+
+
+def silent_end(seen: Observed, attempt: Attempt) -> datetime | None:
+    """When an attempt whose pod runs counts as stalled."""
+    spec, since = seen.job.spec, silent_since(seen, attempt)
+    if spec is None or since is None:
+        return None
+    return since + timedelta(seconds=spec.deadlines.stall_seconds)
 
 
 def last_heard(seen: Observed, attempt: Attempt) -> datetime | None:

@@ -43,10 +43,11 @@ ADVICE = {
     ErrorClass.COLLECTIVE: "See the nodes and their network, and create the job again.",
     ErrorClass.CHECKPOINT_CORRUPT: "See the storage of spec.checkpoint.uri, and create the job again.",
     ErrorClass.EVALUATION_GATE: "The artifact is kept but must not be deployed; see its evaluation.",
-    ErrorClass.INTERNAL: "See the log of the training pod; if it looks like a fault of the trainer, report it.",
+    ErrorClass.INTERNAL: "See the trainer's log (kubectl logs job/ and the attempt's rayJob); if it looks like a "
+    "fault of the trainer, report it.",
     ErrorClass.LOST: "The training process or its cluster went away; create the job again.",
-    ErrorClass.STALLED: "See the log of the training pod, raise spec.deadlines.stallSeconds where silence of that "
-    "length is normal, and create the job again.",
+    ErrorClass.STALLED: "See the trainer's log (kubectl logs job/ and the attempt's rayJob), raise "
+    "spec.deadlines.stallSeconds where silence of that length is normal, and create the job again.",
     ErrorClass.DEADLINE_EXCEEDED: "Raise the deadline and create the job again.",
     ErrorClass.CANCELLED: "Create the job again to start anew.",
 }

@@ -35,6 +35,9 @@ from finetune_operator.core.reports import Report
 RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
 WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
 FRESH_SECONDS = 30.0
+QUIET_SECONDS = (
+    180.0  # without a report before the status says so: a trainer tells each step and each piece of its work
+)
 
 PHASE_TEXTS = {
     Phase.VALIDATING: ("Validating", "the trainer checks configuration, model and data"),
@@ -147,12 +150,14 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
     phase = reports.phase_of(report) if report else _phase_without_report(known)
     training = phase is Phase.RUNNING
     reason, message = PHASE_TEXTS[phase]
+    claim = Claim(ConditionType.TRAINING, training, reason, message)
+    reason, message = _quiet(seen, attempt, rayjob, now=now) or (reason, message)
     updates: dict[str, Any] = {
         "attempts": statuses.with_last(known.attempts, uid=rayjob.uid),
     }
     claims = [
         Claim(ConditionType.RESOURCES_READY, True, "PodsRunning", "the training pod runs"),
-        Claim(ConditionType.TRAINING, training, reason, message),
+        claim,
         *queues.admitted(rayjob),
     ]
     if report is not None:
@@ -176,6 +181,20 @@ def _underway(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dat
     # It may not know our authority: that was replaced since it started, and it reads the file for each report.
     actions = (WriteRunFile(rayjob.name, attempt.number),) if silent else ()
     return Plan(status=status, actions=actions, requeue_after=again)
+
+
+def _quiet(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: datetime) -> tuple[str, str] | None:
+    """What to tell of a trainer that has not reported for some time: it may train all the same, and is about to be
+    given up."""
+    since, end = deadlines.silent_since(seen, attempt), deadlines.silent_end(seen, attempt)
+    if since is None or end is None or (now - since).total_seconds() < QUIET_SECONDS:
+        return None
+    text = (
+        f"no report since {since:%H:%M:%S} UTC: the trainer hangs, is at one step for so long, or cannot reach the "
+        "operator, as a NetworkPolicy may forbid (its log says then that progress could not be reported: kubectl logs "
+        f"job/{rayjob.name}); at {end:%H:%M:%S} UTC the attempt is given up (spec.deadlines.stallSeconds)"
+    )
+    return "TrainerSilent", text
 
 
 def _progress(report: Report, known: FineTuneJobStatus, *, at: datetime | None) -> Progress:

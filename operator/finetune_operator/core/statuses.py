@@ -107,5 +107,5 @@ def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
         return told
     waits = new.phase in (Phase.PENDING, Phase.PROVISIONING, Phase.QUEUED) and new.reason not in QUIET
     failed = new.phase is Phase.RETRYING and new.reason not in QUIET | {"Preempted", "Suspended"}
-    warning = new.phase is Phase.FAILED or waits or failed
+    warning = new.phase is Phase.FAILED or waits or failed or new.reason == "TrainerSilent"
     return [*told, Event(warning=warning, reason=new.reason, message=new.message or "")]

@@ -205,6 +205,17 @@ def test_every_way_to_fail_has_a_remedy_of_its_own(reason: str) -> None:
     assert "default" in text
 
 
+@pytest.mark.parametrize("reason", ["Internal", "Stalled"])
+def test_the_log_that_is_named_is_that_of_the_pod_which_follows_the_trainer(reason: str) -> None:
+    """The head pod's has Ray's own words alone, and is gone with the cluster."""
+    again = job(phase="Failed", reason=reason, attempts=[{"rayJob": "tickets-a1"}, {"rayJob": "tickets-a2"}])
+    assert "kubectl logs -n default job/tickets-a2" in job_pages.next_step(again)
+
+
+def test_a_trainer_that_is_not_heard_of_is_worth_a_look() -> None:
+    assert "what the message names" in job_pages.next_step(running(reason="TrainerSilent"))
+
+
 def rendered(one: dict[str, Any], **options: Any) -> str:
     console = Console(width=120, file=io.StringIO(), force_terminal=False)
     with console.capture() as capture:

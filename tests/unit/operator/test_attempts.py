@@ -345,3 +345,26 @@ def test_a_silent_trainer_is_given_the_authority_again_which_may_be_another_one_
     assert plan.actions == ()
     plan = story.step(rayjob=runs, report=training(step=6), reported_at=heard)
     assert plan.actions == (WriteRunFile("triage-a1", 1),)
+
+
+def test_a_trainer_that_is_not_heard_of_is_told_before_it_is_given_up() -> None:
+    """It may train all the same: a NetworkPolicy forbids its reports."""
+    story = Story().started()
+    runs = rayjob("Running", "RUNNING")
+    story.step(rayjob=runs, after=179)
+    assert story.step(rayjob=runs).status.reason == "Validating"
+    plan = story.step(rayjob=runs)
+    assert plan.status.phase is Phase.VALIDATING
+    assert plan.status.reason == "TrainerSilent"
+    assert "no report since 12:00:02 UTC" in (plan.status.message or "")
+    assert "kubectl logs job/triage-a1); at 12:30:02 UTC" in (plan.status.message or "")
+    assert [(event.warning, event.reason) for event in plan.events] == [(True, "TrainerSilent")]
+    assert condition(story, "Training") == ("False", "Validating")
+    assert story.step(rayjob=runs, report=training(step=1)).status.reason == "Training"
+    story.now += timedelta(seconds=180)
+    heard = story.now - timedelta(seconds=180)
+    assert (
+        story.step(rayjob=runs, report=training(step=1), reported_at=heard).status.reason == "TrainerSilent"
+    )
+    plan = story.step(rayjob=runs, report=training(step=1), reported_at=heard, listening_since=story.now)
+    assert plan.status.reason == "Training", "an operator that has just started could not hear it"
