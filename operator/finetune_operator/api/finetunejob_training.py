@@ -136,8 +136,8 @@ class ResourcesSpec(ApiModel):
     ) = None
     """Training image; it holds finetune-trainer and Ray. Absent: the operator's default."""
     cpu: CpuQuantity = "1"
-    """CPU request and limit of the training pod as a Kubernetes quantity: 4 (cores) or 500m (half a core).
-    Default 1."""
+    """CPU request and limit of the training pod as a Kubernetes quantity: 4 (cores) or 500m (half a core); one
+    and a half are 1500m, or "1.5" in quotes. Default 1."""
     memory: MemoryQuantity = "4Gi"
     """Memory request and limit of the training pod as a Kubernetes quantity, for example 16Gi. Default 4Gi."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
