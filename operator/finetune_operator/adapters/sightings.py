@@ -236,5 +236,17 @@ def _trimmed(body: Mapping[str, Any]) -> Json:
     if body["kind"] == "RayJob":
         rest["spec"] = {k: v for k, v in body.get("spec", {}).items() if k in ("suspend", "managedBy")}
     if body["kind"] == "Pod":
-        rest["spec"] = {k: v for k, v in body.get("spec", {}).items() if k == "nodeName"}
+        rest["spec"] = _placement(body.get("spec", {}))
     return {"metadata": metadata, **rest}
+
+
+def _placement(spec: Mapping[str, Any]) -> Json:
+    """The node of a pod, or what it asks for while it has none."""
+    if spec.get("nodeName"):
+        return {"nodeName": spec["nodeName"]}
+    asked = ("name", "resources", "restartPolicy")
+    return {
+        kind: [{k: v for k, v in one.items() if k in asked} for one in spec[kind]]
+        for kind in ("containers", "initContainers")
+        if kind in spec
+    }

@@ -24,6 +24,11 @@ NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
 NOT_PULLED = NEVER_PULLED | {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable"}
 CRASHING = frozenset({"CrashLoopBackOff"})
 CONFIG_ERRORS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+NO_VOLUME = (
+    "unbound immediate PersistentVolumeClaims",
+    "binding volumes: ",
+    "available persistent volumes to bind",
+)
 VOLUME_ELSEWHERE = (
     "PersistentVolume's node affinity",
     "volume node affinity conflict",
@@ -160,7 +165,7 @@ def of_pod(pod: PodFacts, spec: FineTuneJobSpec | None) -> Wait:
     whose = (
         f"container {pod.waiting_container} of pod {pod.name}" if pod.waiting_container else f"pod {pod.name}"
     )
-    if reason == "Unschedulable":
+    if reason in ("Unschedulable", "SchedulerError"):
         return _unscheduled(pod, told, spec)
     if reason == "SchedulingGated":
         gated = f"pod {pod.name} is held back by a scheduling gate: see who set it (kubectl get pod {pod.name} -o yaml)"
@@ -186,7 +191,7 @@ def of_pod(pod: PodFacts, spec: FineTuneJobSpec | None) -> Wait:
 def _unscheduled(pod: PodFacts, told: str, spec: FineTuneJobSpec | None) -> Wait:
     if missing := _missing_object(pod.waiting_message):
         return missing(pod.name)
-    if "unbound immediate PersistentVolumeClaims" in pod.waiting_message:
+    if any(words in pod.waiting_message for words in NO_VOLUME):
         text = (
             f"a PersistentVolumeClaim of pod {pod.name} has no volume yet: {told}; see kubectl get pvc, its storage "
             "class must be able to make one"

@@ -38,6 +38,16 @@ def pod(name: str, *, attempt: int) -> dict[str, Any]:
     }
 
 
+def test_of_a_pod_without_a_node_it_is_known_what_its_containers_ask_for() -> None:
+    """Why no node has room for it is told by that; thousands that run are kept without."""
+    seen, waiting = Sightings(), pod("x", attempt=1)
+    asked = {"name": "ray-head", "resources": {"requests": {"cpu": "1"}}}
+    waiting["spec"] = {"containers": [{**asked, "env": [1]}], "initContainers": [], "volumes": [1]}
+    seen.notice("ADDED", waiting)
+    labels = {"finetune.dev/job": "a"}
+    assert seen.pods("ns", labels)[0]["spec"] == {"containers": [asked], "initContainers": []}
+
+
 def test_our_own_write_is_no_news_when_it_comes_back() -> None:
     seen = Sightings()
     assert seen.notice(None, job(5))

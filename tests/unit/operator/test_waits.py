@@ -72,6 +72,14 @@ GPU = {"resources": {"gpusPerWorker": 1, "acceleratorType": "NVIDIA-L4", "fitChe
             "VolumeClaimUnbound", ("no volume yet", "storage class"),
         ),
         (
+            "SchedulerError", 'running PreBind plugin "VolumeBinding": binding volumes: context deadline exceeded',
+            "VolumeClaimUnbound", ("no volume yet", "kubectl get pvc"),
+        ),
+        (
+            "Unschedulable", NODES + "2 node(s) didn't find available persistent volumes to bind.",
+            "VolumeClaimUnbound", ("no volume yet",),
+        ),
+        (
             "Unschedulable", NODES + "1 node(s) didn't match PersistentVolume's node affinity.",
             "VolumeElsewhere", ("reaches the volume", "kubectl get pvc,pv"),
         ),
