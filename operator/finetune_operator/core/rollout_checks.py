@@ -26,6 +26,7 @@ from finetune_operator.core.rollout_turns import Turn, clock, first_three
 
 SETTLE_SECONDS = 60.0  # most answers have ended by then
 LEAST_SILENCE_SECONDS = 15.0  # a router that restarts is silent for a few seconds
+ROUTER_REMEDY = "see its pod (kubectl get pods -A -o wide), restart it, or remove it from the Service"
 ALARMS = {
     CheckKind.SAMPLE_RATIO: PauseReason.SAMPLE_RATIO_MISMATCH,
     CheckKind.DRIFT: PauseReason.DRIFT_DETECTED,
@@ -209,7 +210,7 @@ def evidence_gap(turn: Turn) -> str | None:
 
 def _silence(turn: Turn, since: datetime) -> str:
     silent = first_three(turn.seen.routing.silent)
-    which = f": {silent}; restart it, or remove it from the Service" if silent else ""
+    which = f": {silent}; {ROUTER_REMEDY}" if silent else ""
     return f"not every router has told its counters since {clock(since)}{which}"
 
 

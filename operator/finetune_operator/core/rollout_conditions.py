@@ -177,9 +177,7 @@ def behind(turn: Turn) -> tuple[str, str]:
             "does not publish them; restart the operator if it says nothing"
         )
     others = first_three(routing.behind) or "a router"
-    return "RoutersBehind", (
-        f"{told} since {clock(since)}; not so {others}: restart it, or remove it from the Service"
-    )
+    return "RoutersBehind", f"{told} since {clock(since)}; not so {others}: {checks.ROUTER_REMEDY}"
 
 
 def _routes_stored(turn: Turn) -> Claim:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 from prometheus_client import CollectorRegistry
 
-from finetune_local.pods import parse_quantity
 from finetune_operator import config
 from finetune_operator.adapters.telemetry import Telemetry
 from finetune_operator.api.finetunejob import INFRASTRUCTURE

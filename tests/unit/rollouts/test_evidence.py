@@ -79,7 +79,9 @@ def test_a_pause_for_missing_counters_names_the_router_and_what_to_do() -> None:
     world.evidence.mode, world.evidence.silent = "missing", ("http://router-2 (HTTP 503)",)
     world.run(60)
     pause = world.status.pause_conditions[-1]
-    assert ": http://router-2 (HTTP 503); restart it, or remove it from the Service" in (pause.message or "")
+    assert ": http://router-2 (HTTP 503); see its pod (kubectl get pods -A -o wide), restart it" in (
+        pause.message or ""
+    )
 
 
 def test_a_restarted_operator_first_hears_from_the_routers() -> None:
