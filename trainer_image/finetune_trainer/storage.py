@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -61,11 +62,14 @@ def is_hub(uri: str) -> bool:
 
 
 def open_filesystem(uri: str) -> tuple[Any, str]:
-    """Returns the file system and the path in it; credentials and AWS_ENDPOINT_URL come from the environment."""
+    """Returns the file system and the path in it; credentials and AWS_ENDPOINT_URL come from the environment.
+
+    Nothing that it has listed is remembered: another attempt may have written or removed it since.
+    """
     import fsspec  # a slow import, and local runs need none of it
 
     try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
+        filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except ImportError as error:
         raise BadConfig(f"{uri}: this image cannot read it ({error})") from error
     return filesystem, str(path)
@@ -224,7 +228,6 @@ class RemoteFolder:
         self.filesystem, self.path = open_filesystem(uri)
 
     def names(self) -> list[str]:
-        self.filesystem.invalidate_cache()
         # An object with a slash at its end holds nothing: so consoles make folders.
         names = [name for name in self.filesystem.find(self.path) if not name.endswith("/")]
         return sorted(os.path.relpath(name, self.path) for name in names)
@@ -248,7 +251,7 @@ class RemoteFolder:
         self.filesystem.pipe_file(f"{self.path}/{name}", content)
 
     def remove(self, name: str) -> None:
-        if self.filesystem.exists(f"{self.path}/{name}"):
+        with contextlib.suppress(FileNotFoundError):
             self.filesystem.rm_file(f"{self.path}/{name}")
 
     def remove_if_empty(self) -> None:

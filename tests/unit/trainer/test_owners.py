@@ -16,6 +16,7 @@ from finetune_trainer.checkpoints import Store
 from finetune_trainer.failures import BadConfig, Preempted, StorageFailed, TrainerError
 from finetune_trainer.owners import Owner
 from finetune_trainer.runfile import Job
+from tests.buckets import open_bucket, serve_bucket
 
 FIRST = Job(namespace="team", name="tune", uid="uid-1", attempt=1)
 SECOND = FIRST.model_copy(update={"attempt": 2})
@@ -174,6 +175,24 @@ def test_a_claim_that_was_taken_back_by_a_stopped_attempt_is_made_again(
 
 
 # ---------------------------------------------------------------- created again on an explicit output.uri
+
+
+def test_what_another_process_wrote_into_a_bucket_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_bucket("training") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        lost, successor = storage.open_folder("s3://training/out"), storage.open_folder("s3://training/out")
+        monkeypatch.setattr(successor, "filesystem", open_bucket(environment))  # as in another process
+        artifacts.claim_folder(lost, FIRST)
+        artifacts.claim_folder(successor, SECOND)
+        artifact = commit(successor, SECOND, tmp_path)
+        assert commit(lost, FIRST, tmp_path) == artifact
+        assert lost.read(owners.MARK) is None
+        owners.write(successor, SECOND)
+        with pytest.raises(Preempted, match="attempt 2 has taken over"):
+            owners.hold(lost, FIRST, field="output.uri")
 
 
 def test_a_job_created_again_takes_its_predecessors_folder_and_keeps_it(
