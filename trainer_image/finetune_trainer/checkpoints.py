@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -90,14 +90,13 @@ class Store:
         step: int,
         config_digest: str,
         facts: dict[str, Any],
-        pauses: Sequence[float] = storage.PAUSES,
     ) -> Checkpoint:
         """Copies local files (by their names in the checkpoint) and completes the checkpoint.
 
         Raises StorageFailed, and Preempted when a later attempt, or this job created again, owns the folder.
         """
         uri = self._uri(step)
-        retry = partial(storage.persist, what=f"{uri} could not be saved", pauses=pauses)
+        retry = partial(storage.persist, what=f"{uri} could not be saved")
         retry(self._hold)
         retry(lambda: self._remove(self._entries().get(step, {})))
         listed = []

@@ -12,7 +12,7 @@ import transformers
 
 from finetune_trainer import finite, randomness, signals, storage
 from finetune_trainer.checkpoints import Checkpoint, Store
-from finetune_trainer.failures import Preempted, StorageFailed
+from finetune_trainer.failures import Preempted
 from finetune_trainer.progress import Reporter, format_duration, say
 from finetune_trainer.runfile import Checkpoint as Schedule
 
@@ -21,7 +21,6 @@ STATE_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "tr
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json")
 BEST = "best"  # the weights that early stopping would export, where they are of an earlier step
 LONG_REST = 5.0  # seconds; a stop waits for the rest of a step that takes no longer than that
-HASTY_PAUSES = (0.5,)  # seconds between tries when the process is about to be killed
 
 
 class Saver(transformers.TrainerCallback):  # type: ignore[misc]
@@ -134,13 +133,11 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
         finite.check_optimizer(self.trainer.optimizer, step=step)
         folder = Path(args.output_dir) / f"checkpoint-{step}"
         files = collect(folder, best=_best_folder(state) if self.keep_best else None)
-        hasty = {"pauses": HASTY_PAUSES} if signals.stop_requested() else {}
         saved = self.store.save(
             files,
             step=step,
             config_digest=self.config_digest,
             facts={"totalSteps": state.max_steps, "reason": self._reason, **self.facts()},
-            **hasty,
         )
         self.saved_step, self._saved_at, self._reason = step, time.monotonic(), None
         self.reporter.update(checkpoint=saved.to_report())
@@ -152,12 +149,12 @@ class Saver(transformers.TrainerCallback):  # type: ignore[misc]
 
     def _prune(self, step: int) -> None:
         try:
-            storage.persist(
-                lambda: self.store.prune(step, keep=self.schedule.keep),
-                what=f"older checkpoints in {self.store.folder.uri} could not be removed",
-            )
-        except StorageFailed as error:  # what was to be saved is saved
-            say(f"{error}; training goes on")
+            self.store.prune(step, keep=self.schedule.keep)
+        except Exception as error:  # what was to be saved is saved, and the next save removes them
+            if not storage.is_failure(error):
+                raise
+            text = f"older checkpoints in {self.store.folder.uri} could not be removed"
+            say(f"{text} ({storage.describe_error(error)}); training goes on")
 
     def _stop(self, step: int) -> None:
         if self.saved_step == 0:

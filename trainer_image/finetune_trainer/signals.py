@@ -18,6 +18,7 @@ from types import FrameType
 from finetune_trainer.failures import Stopped
 
 POLL = 0.1  # seconds
+HASTE = 0.5  # seconds; no pause is longer when the process is about to be killed
 
 _deferred = False
 _breakable = False
@@ -103,6 +104,15 @@ def breakable() -> Iterator[None]:
 
 def stop_requested() -> bool:
     return _requested
+
+
+def pause(seconds: float) -> None:
+    """Sleeps, and only for a moment where SIGTERM was noted or comes meanwhile."""
+    end = time.monotonic() + seconds
+    while not _requested and time.monotonic() < end:
+        time.sleep(min(seconds, POLL))
+    if _requested:
+        time.sleep(min(seconds, HASTE))
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from finetune_trainer import pulse
+from finetune_trainer import pulse, signals
 from finetune_trainer.failures import BadConfig, StorageFailed, TrainerError, is_storage_trouble
 from finetune_trainer.progress import say
 
 REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
-PAUSES = (1.0, 4.0)  # seconds before a failed transfer is tried again
+PAUSES = (1.0, 4.0, 15.0, 30.0, 60.0)  # seconds before a failed transfer is tried again
 MORE_ROOM = "give the pod more ephemeral storage, or set TMPDIR to a larger volume"
 NO_WORK_FOLDER = (
     "no folder for temporary files can be written ({}); set TMPDIR to a volume that can be written"
@@ -272,9 +271,9 @@ def is_failure(error: Exception) -> bool:
     return isinstance(error, OSError) or is_storage_trouble(error)
 
 
-def persist(action: Callable[[], T], *, what: str, pauses: Sequence[float] = PAUSES) -> T:
+def persist(action: Callable[[], T], *, what: str) -> T:
     """Does a transfer, again after each pause while storage fails. Raises StorageFailed, which begins with `what`."""
-    waits = list(pauses)
+    waits = list(PAUSES)
     while True:
         try:
             return action()
@@ -285,4 +284,4 @@ def persist(action: Callable[[], T], *, what: str, pauses: Sequence[float] = PAU
                 raise StorageFailed(f"{what} ({describe_error(error)})") from error
             pause = waits.pop(0)
             say(f"{what} ({describe_error(error)}); trying again in {pause:g}s")
-            time.sleep(pause)
+            signals.pause(pause)

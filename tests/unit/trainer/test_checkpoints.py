@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer import checkpoints, storage
+from finetune_trainer import checkpoints, signals, storage
 from finetune_trainer.checkpoints import COMPLETE, CORRUPT, MANIFEST, Corrupt, Store
 from finetune_trainer.failures import BadConfig, Preempted, StorageFailed
 from finetune_trainer.runfile import Job
@@ -41,7 +41,7 @@ def save(store: Store, *steps: int, digest: str = DIGEST, keep: int | None = Non
         (work / "optimizer.pt").write_bytes(f"moments of step {step}".encode())
         (work / "weights").write_bytes(f"weights of step {step}".encode() * 1000)
         files = {"optimizer.pt": work / "optimizer.pt", "best/weights": work / "weights"}
-        store.save(files, step=step, config_digest=digest, facts={"trainSeconds": 1.5}, pauses=())
+        store.save(files, step=step, config_digest=digest, facts={"trainSeconds": 1.5})
         if keep is not None:
             store.prune(step, keep=keep)
 
@@ -286,17 +286,32 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_change(tmp_path: Path) 
 
 
 def test_a_transfer_is_tried_again_and_then_is_storage_trouble(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(storage, "PAUSES", (0.01, 0.01))
     (tmp_path / "weights").write_bytes(b"x")
     # A folder stands where the file should be written: the same error at each try.
     (tmp_path / "deep/out-checkpoints/checkpoint-5/weights/in/the/way").mkdir(parents=True)
     with pytest.raises(StorageFailed, match=r"checkpoint-5 could not be saved \(Is a directory\)"):
-        store.save(
-            {"weights": tmp_path / "weights"}, step=5, config_digest=DIGEST, facts={}, pauses=(0.01, 0.01)
-        )
+        store.save({"weights": tmp_path / "weights"}, step=5, config_digest=DIGEST, facts={})
     assert capsys.readouterr().out.count("trying again in 0.01s") == 2
     assert found(store) == []
+
+
+def test_an_outage_of_two_minutes_costs_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def pause(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def read() -> float:
+        if now < 100:
+            raise TimeoutError
+        return now
+
+    monkeypatch.setattr(signals, "pause", pause)
+    assert storage.persist(read, what="it") <= 120
 
 
 def test_what_is_not_storage_passes_through_at_once() -> None:

@@ -30,7 +30,7 @@ Inspect = Callable[[], int]
 def operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
     with serve() as server:
         monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", server.url)
-        monkeypatch.setattr(storage.persist, "__kwdefaults__", {"pauses": (0.0, 0.0)})
+        monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
         yield server
 
 

@@ -47,7 +47,7 @@ def commit(folder: storage.Folder, job: Job, tmp_path: Path, *, weights: str = "
 def save(store: Store, step: int, tmp_path: Path) -> None:
     file = tmp_path / "optimizer.pt"
     file.write_text(f"moments of step {step}")
-    store.save({"optimizer.pt": file}, step=step, config_digest="d", facts={}, pauses=())
+    store.save({"optimizer.pt": file}, step=step, config_digest="d", facts={})
 
 
 def found(store: Store) -> list[int]:
@@ -307,7 +307,7 @@ def test_trouble_with_the_mark_is_tried_again(
     def fail(*_: Any) -> bytes:
         raise TimeoutError("the store is slow")
 
-    monkeypatch.setattr(storage.persist, "__kwdefaults__", {"pauses": (0.0,)})
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
     monkeypatch.setattr(folder, "read", fail)
     with pytest.raises(StorageFailed, match=r"output.uri .* could not be written"):
         commit(folder, FIRST, tmp_path)

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,15 @@ def test_a_stop_that_a_library_swallowed_is_found_later(installed: None) -> None
         signals.check()
     signals.ignore_more()
     signals.check()
+
+
+def test_no_pause_is_long_once_a_stop_was_noted(installed: None) -> None:
+    began = time.monotonic()
+    with signals.noted():
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        signals.pause(60)
+        signals.pause(60)
+    assert time.monotonic() - began < 10
 
 
 def test_a_second_stop_leaves_nothing_in_the_work_folder(
