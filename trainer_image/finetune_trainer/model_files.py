@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer import storage
-from finetune_trainer.failures import ModelNotFound
+from finetune_trainer.failures import BadConfig, ModelNotFound
+from finetune_trainer.runfile import MethodType
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -44,6 +45,19 @@ def check_model_files(path: Path, *, uri: str) -> Path:
 def read_config(path: Path, *, uri: str) -> dict[str, Any]:
     """Returns the model's config.json. Raises ModelNotFound."""
     return _read_object(path / "config.json", uri=uri)
+
+
+def check_quantization(config: dict[str, Any], method: MethodType, *, uri: str) -> None:
+    """Raises BadConfig for weights that are quantized already, and not as the method has it."""
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or method is MethodType.LORA:
+        return
+    kind = found.get("quant_method", "bitsandbytes")
+    if method is MethodType.FULL or kind != "bitsandbytes":
+        raise BadConfig(
+            f"method.type: {method} cannot train {uri}, which is quantized already (quantization_config in "
+            f"config.json: {kind}); name the model that it was made from, or use LoRA"
+        )
 
 
 def has_chat_template(path: Path, *, uri: str) -> bool:

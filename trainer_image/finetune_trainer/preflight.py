@@ -110,6 +110,7 @@ def _check_adapter(run: RunFile, work: Path) -> tuple[upstreams.Artifact | None,
 
 def _check_model(run: RunFile, model: Path, lora: Lora | None, *, continued: bool) -> dict[str, Any]:
     config = model_files.read_config(model, uri=run.model.uri)
+    model_files.check_quantization(config, run.method.type, uri=run.model.uri)
     tensors = model_files.read_tensors(model, uri=run.model.uri)
     if lora is not None and not continued:
         targets.check_early(lora.target_modules, config, tensors)

@@ -250,6 +250,19 @@ def test_weights_that_cannot_be_loaded_are_the_models_fault(
     assert str(broken) in ended.result["message"]
 
 
+def test_weights_that_only_another_image_can_read_are_told(
+    tiny_model: Path, chat_file: Path, run: Run, tmp_path: Path
+) -> None:
+    quantized = shutil.copytree(tiny_model, tmp_path / "quantized")
+    known = json.loads((quantized / "config.json").read_text())
+    config = {**known, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (quantized / "config.json").write_text(json.dumps(config))
+    ended = run(quantized, chat_file)
+    assert (ended.code, ended.result["class"]) == (64, "BadConfig")
+    for part in (str(quantized), "optimum", "name the model that it was made from"):
+        assert part in ended.result["message"]
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

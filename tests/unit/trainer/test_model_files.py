@@ -11,6 +11,7 @@ import pytest
 from finetune_trainer import model_files
 from finetune_trainer.failures import BadConfig, ModelNotFound
 from finetune_trainer.methods import targets
+from finetune_trainer.runfile import MethodType
 
 URI = "file:///models/tiny"
 TOKENIZER: dict[str, Any] = {
@@ -98,6 +99,28 @@ def test_a_broken_tokenizer_is_named_with_a_remedy(tmp_path: Path, file: str, co
         model_files.check_tokenizer(tmp_path, uri=URI)
     for part in (file, URI, str(tmp_path), "copy the model's folder again"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "refused"),
+    [
+        (None, []),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["Full"]),
+        ({"load_in_4bit": True}, ["Full"]),
+        ({"quant_method": "awq", "bits": 4}, ["QLoRA", "Full"]),
+    ],
+)
+def test_weights_that_are_quantized_already_are_for_methods_that_can_use_them(
+    quantization: dict[str, Any] | None, refused: list[str]
+) -> None:
+    for method in MethodType:
+        if method not in refused:
+            model_files.check_quantization({"quantization_config": quantization}, method, uri=URI)
+            continue
+        with pytest.raises(
+            BadConfig, match=f"^method.type: {method} .*{URI}.* quantized already .* or use LoRA"
+        ):
+            model_files.check_quantization({"quantization_config": quantization}, method, uri=URI)
 
 
 @pytest.mark.parametrize(

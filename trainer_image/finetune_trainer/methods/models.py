@@ -142,6 +142,11 @@ def _load(
         raise ModelNotFound(
             f"{field}: the weights of {uri} cannot be loaded ({_first_line(error)})"
         ) from error
+    except ImportError as error:  # of what reads weights that are quantized in other ways
+        raise BadConfig(
+            f"{field}: {uri} needs a library that this image does not have ({_first_line(error)}); name the model that "
+            "it was made from, or an image that has it"
+        ) from error
     except (ValueError, KeyError) as error:
         raise BadConfig(
             f"{field}: {uri} is no {head} that transformers knows ({_first_line(error)}); "
