@@ -71,7 +71,6 @@ class Store:
             for files in self._entries().values():
                 if COMPLETE not in files and CORRUPT not in files:
                     self._remove(files)
-            self.folder.remove_if_empty()
         except Exception as error:
             if not storage.is_failure(error):
                 raise
@@ -130,7 +129,6 @@ class Store:
         whole = sorted(number for number, files in entries.items() if COMPLETE in files and number <= step)
         for number in sorted(set(entries) - set(whole[-keep:])):
             self._remove(entries[number])
-        self.folder.remove_if_empty()
 
     def clear(self) -> None:
         """Removes all checkpoints and the mark: the artifact is committed. Nothing where they are not ours any more."""

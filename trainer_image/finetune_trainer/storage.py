@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,9 +137,13 @@ class Folder(Protocol):
         """Writes a small file so that a reader sees all of it or nothing."""
         ...
 
-    def remove(self, name: str) -> None: ...
+    def remove(self, name: str) -> None:
+        """Removes a file, and the folder in this one in which it was the last one."""
+        ...
 
-    def remove_if_empty(self) -> None: ...
+    def remove_if_empty(self) -> None:
+        """Removes this folder where nothing is left in it."""
+        ...
 
 
 def open_folder(uri: str) -> Folder:
@@ -191,13 +194,14 @@ class LocalFolder:
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
+        top = self.path / Path(name).parts[0]
+        left = sorted(top.rglob("*"), reverse=True)  # deepest first
+        if all(item.is_dir() for item in left):
+            for folder in (*left, top):
+                _remove_folder_if_empty(folder)
 
     def remove_if_empty(self) -> None:
-        if self.path.is_dir():
-            # Deepest first: a folder is empty only after its own folders went.
-            for folder in sorted((item for item in self.path.rglob("*") if item.is_dir()), reverse=True):
-                _remove_folder_if_empty(folder)
-            _remove_folder_if_empty(self.path)
+        _remove_folder_if_empty(self.path)
 
 
 def part_of(name: str) -> str:
@@ -211,12 +215,8 @@ def _sync(writer: Any) -> None:
 
 
 def _remove_folder_if_empty(path: Path) -> None:
-    try:
-        if not any(path.iterdir()):
-            path.rmdir()
-    except OSError as error:  # another attempt has just written to it, or removed it
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-            raise
+    with contextlib.suppress(OSError):  # not empty, gone already, or not ours: a volume, a link
+        path.rmdir()
 
 
 class RemoteFolder:

@@ -244,16 +244,16 @@ def test_steps_of_a_course_that_was_given_up_go_with_the_next_save(store: Store)
 def test_an_attempt_may_begin_while_another_one_writes(
     store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The earlier one's file comes in the moment between a look at a folder and its removal."""
-    look = Path.iterdir
+    """The earlier one's file comes in the moment between the removal of another and that of its folder."""
+    unlink = Path.unlink
 
-    def write_behind(folder: Path) -> Iterator[Path]:
-        yield from look(folder)
-        if folder.name == "checkpoint-5":
-            (folder / "optimizer.pt").write_bytes(b"of the earlier attempt")
+    def write_behind(file: Path, **options: bool) -> None:
+        unlink(file, **options)
+        (file.parent / "optimizer.pt").write_bytes(b"of the earlier attempt")
 
     (root / "checkpoint-5").mkdir()
-    monkeypatch.setattr(Path, "iterdir", write_behind)
+    (root / "checkpoint-5/adapter_model.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(Path, "unlink", write_behind)
     make_store(root, JOB.model_copy(update={"attempt": 2}))
     assert (root / "checkpoint-5/optimizer.pt").exists()
 
@@ -269,8 +269,11 @@ def test_the_same_step_may_be_saved_again(store: Store, root: Path) -> None:
 def test_clear_leaves_nothing_and_no_stranger_is_touched(store: Store, root: Path) -> None:
     save(store, 5, 10)
     (root / "notes.txt").write_text("mine")
+    (root / "lost+found").mkdir()
+    store.claim()
     store.clear()
-    assert [path.name for path in root.iterdir()] == ["notes.txt"]
+    assert {path.name for path in root.iterdir()} == {"lost+found", "notes.txt"}
+    (root / "lost+found").rmdir()
     (root / "notes.txt").unlink()
     store.claim()
     save(store, 5)
