@@ -66,7 +66,9 @@ def _explained(uri: str, *, field: str, credentials: str) -> Iterator[None]:
             raise unreadable(f"{field}: {uri}", cause) from error
         raise ModelNotFound(f"{field}: there is nothing at {uri}; check bucket and path") from error
     except PermissionError as error:
-        raise ModelNotFound(f"{field}: {uri} may not be read; check the credentials {credentials}") from error
+        raise ModelNotFound(
+            f"{field}: {uri} may not be read ({storage.describe_error(error)}); check the credentials {credentials}"
+        ) from error
     except Exception as error:
         if not (storage.is_failure(error) or isinstance(error, ValueError)):
             raise

@@ -236,6 +236,10 @@ class RemoteFolder:
             return bytes(self.filesystem.cat_file(f"{self.path}/{name}"))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if not is_storage_trouble(error):
+                self.filesystem.find(self.path)  # what is refused says why: the answer to a HEAD has no words
+            raise
 
     def chunks(self, name: str) -> Iterator[bytes]:
         with self.filesystem.open(f"{self.path}/{name}", "rb") as file:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer import artifacts, owners, storage
+from finetune_trainer import artifacts, folders, owners, storage
 from finetune_trainer.checkpoints import Store
-from finetune_trainer.failures import BadConfig, Preempted, StorageFailed, TrainerError
+from finetune_trainer.failures import BadConfig, ModelNotFound, Preempted, StorageFailed, TrainerError
 from finetune_trainer.owners import Owner
 from finetune_trainer.runfile import Job
 from tests.buckets import open_bucket, serve_bucket
@@ -318,6 +318,10 @@ class _Refusing(BaseHTTPRequestHandler):
         self.send_response(403)
         self.end_headers()
 
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(b"<Error><Code>ExpiredToken</Code><Message>The token has expired</Message></Error>")
+
     def log_message(self, *_: Any) -> None:
         """pytest's output is enough."""
 
@@ -354,7 +358,15 @@ def test_a_refusal_is_the_users_at_first_and_may_pass_where_an_earlier_attempt_w
     for field, failure in zip(("output", "checkpoint"), claim_both("s3://training/out", job), strict=True):
         assert type(failure) is kind
         assert str(failure).startswith(f"{field}.uri s3://training/out cannot be written (")
+        assert "(PermissionError: The token has expired)" in str(failure)
         assert "the credentials in output.secretRef are valid" in str(failure)
+
+
+def test_a_model_that_may_not_be_read_is_told_with_the_stores_reason(refusing: None, tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelNotFound, match=r"^model\.uri: s3://models/tiny may not be read .*The token has expired"
+    ):
+        folders.fetch("s3://models/tiny", tmp_path, field="model.uri", credentials="in model.secretRef")
 
 
 def test_a_store_that_is_not_there_is_told_with_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
