@@ -75,8 +75,8 @@ def refused(folder: Folder, job: Job, error: Exception, *, field: str) -> Traine
     remedy = "choose a folder that the training process may write to"
     if local_path(folder.uri) is None:
         remedy = (
-            "check bucket and region, and that the credentials in output.secretRef are valid and may list, read and "
-            "write there"
+            "check bucket and region, and that the credentials in output.secretRef are valid and may list, read, "
+            "write and delete there"
         )
     text = f"{field} {folder.uri} cannot be written ({describe_error(error)})"
     if is_storage_trouble(error):

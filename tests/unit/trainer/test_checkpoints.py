@@ -41,7 +41,8 @@ def save(store: Store, *steps: int, digest: str = DIGEST, keep: int | None = Non
         (work / "optimizer.pt").write_bytes(f"moments of step {step}".encode())
         (work / "weights").write_bytes(f"weights of step {step}".encode() * 1000)
         files = {"optimizer.pt": work / "optimizer.pt", "best/weights": work / "weights"}
-        store.save(files, step=step, config_digest=digest, facts={"trainSeconds": 1.5})
+        saved = store.save(files, step=step, config_digest=digest, facts={"trainSeconds": 1.5})
+        assert saved.to_report() == {"step": step, "uri": f"{store.folder.uri}/checkpoint-{step}"}
         if keep is not None:
             store.prune(step, keep=keep)
 
