@@ -161,6 +161,9 @@ def test_a_manifest_without_its_files_is_replaced_by_the_owner_alone(
 def test_the_later_of_two_that_began_at_once_goes_on(folder: storage.Folder, tmp_path: Path) -> None:
     artifacts.claim_folder(folder, SECOND)
     owners.write(folder, FIRST)  # read before, written after the second's
+    assert owners.hold(folder, SECOND, field="output.uri")
+    with pytest.raises(Preempted, match="attempt 2 has taken over"):
+        owners.hold(folder, FIRST, field="output.uri")
     commit(folder, SECOND, tmp_path)
     assert artifacts.inspect(folder, SECOND)
 
