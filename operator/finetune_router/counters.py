@@ -9,11 +9,12 @@ import heapq
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from finetune_operator.api.routes import GROUPS, Arm, Route
+from finetune_router.outputs import WORD_BINS
 
 SAMPLE_LIMIT = 1024
 LENGTH_BINS = 16
@@ -65,7 +66,7 @@ class ArmState:
 
     __slots__ = (
         "alias", "arm", "events", "fallbacks", "lengths", "requests", "revision", "seconds", "tokens", "ttft",
-        "watched",
+        "watched", "words",
     )  # fmt: skip
 
     def __init__(self, alias: str, arm: Arm, revision: str) -> None:
@@ -79,6 +80,7 @@ class ArmState:
         self.ttft = RunningMoments()
         self.tokens = RunningMoments()
         self.lengths = [0] * LENGTH_BINS
+        self.words: list[int] = []
         self.fallbacks = 0
 
     def add_signals(self, fired: Collection[str], watched: Collection[str]) -> None:
@@ -91,6 +93,12 @@ class ArmState:
     def add_tokens(self, count: int, group: int | None = None) -> None:
         self.tokens.add(count, group)
         self.lengths[min(count.bit_length(), LENGTH_BINS - 1)] += 1
+
+    def add_words(self, bins: Iterable[int]) -> None:
+        if not self.words:
+            self.words = [0] * WORD_BINS
+        for index in bins:
+            self.words[index] += 1
 
     def wire(self) -> Wire:
         """An ArmCounters as JSON has it. Made by hand: thousands of them may have changed within a second."""
@@ -105,6 +113,7 @@ class ArmState:
             "ttftSeconds": self.ttft.wire(),
             "completionTokens": self.tokens.wire(),
             "lengthHistogram": self.lengths,
+            "wordHistogram": self.words,
             "fallbacks": self.fallbacks,
         }
 

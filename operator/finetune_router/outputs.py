@@ -7,9 +7,11 @@ events.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jsonschema_rs
@@ -40,6 +42,10 @@ _REFUSAL = re.compile(
 _REPEATS = 5  # equal pieces in a row at the end of the text ...
 _REPEATED_CHARACTERS = 60  # ... that together are at least this long
 _PROBE = 16
+WORD_BINS = 64
+_FIRST_WORDS, _FIRST_CHARACTERS = 32, 500  # of an answer, so that all count for about as much
+# A word, or a sign of a script that puts no blanks between words.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 @dataclass(slots=True)
@@ -275,6 +281,13 @@ def _shows(event: SignalEvent, choice: Choice, validator: jsonschema_rs.Validato
         case SignalEvent.REPETITION:
             return is_repetitive(choice.text)
     return False
+
+
+def word_bins(text: str) -> Iterator[int]:
+    """Bin of each of the first words. Nothing of the text can be read from counts of so few bins."""
+    words = _WORD.finditer(text[:_FIRST_CHARACTERS].lower())
+    for match in itertools.islice(words, _FIRST_WORDS):
+        yield zlib.crc32(match.group().encode("utf-8", "surrogatepass")) % WORD_BINS
 
 
 def is_valid(text: str, validator: jsonschema_rs.Validator | None) -> bool:

@@ -315,6 +315,9 @@ class Recorder:
                 state.ttft.add(seen.first_byte_at - seen.started_at, seen.group("ttft_seconds"))
             if tokens is not None:
                 state.add_tokens(tokens, seen.group("completion_tokens"))
+            if seen.route.counts_words and seen.output is not None:
+                for choice in seen.output.choices.values():
+                    state.add_words(outputs.word_bins(choice.text))
         if fired:
             names += tuple(name for name, event in watch.outputs if event in fired)
         self._count_request(seen, state, names, watched=watch.names)

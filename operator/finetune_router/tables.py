@@ -126,6 +126,7 @@ class Route:
     retry_stable: bool = True
     watch: Watch = Watch()
     validator: jsonschema_rs.Validator | None = None
+    counts_words: bool = False
     grouped: frozenset[str] = frozenset()
     """Quantities that are also summed by group of keys."""
     sample: Sample | None = None
@@ -279,6 +280,7 @@ def _route(route: wire.Route, *, upstreams: Upstreams, book: Book, schemas: Sche
         retry_stable=route.retry_stable,
         watch=Watch.build(route.signals),
         validator=None if route.output_schema is None else schemas.get(route.output_schema),
+        counts_words=route.counts_words,
         grouped=frozenset(route.grouped),
         sample=_sample(route, book),
         entry=_model_entry(route.alias),

@@ -100,6 +100,7 @@ def _is_plausible(arm: ArmCounters) -> bool:
         *arm.events.values(),
         *arm.watched.values(),
         *arm.length_histogram,
+        *arm.word_histogram,
     )
     return all(count >= 0 for count in counts) and all(_is_finite(item) for item in moments)
 

@@ -218,10 +218,11 @@ class SampleRatioSpec(ApiModel):
 
 
 class DriftSpec(ApiModel):
-    """Alarm when the candidate's answers have other lengths than the stable revision's."""
+    """Alarm when the candidate's answers have other lengths or words than the stable revision's, or are refusals or cut
+    off more often."""
 
     max_psi: Annotated[float, Field(gt=0, le=10)] = 0.25
-    """Population stability index of the answers' lengths from which on the rollout pauses. Default: 0.25."""
+    """Population stability index of lengths, or of first words, from which on the rollout pauses. Default: 0.25."""
     min_samples_per_arm: Annotated[int, Field(ge=50, le=100000000)] = 500
     """Answers per side before anything is said. Default: 500."""
 

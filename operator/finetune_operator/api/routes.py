@@ -116,6 +116,8 @@ class Route(RouteModel):
     signals: tuple[Signal, ...] = ()
     output_schema: dict[str, object] | None = None
     """JSON schema of the answer's text, for schema_invalid."""
+    counts_words: bool = False
+    """Whether the first words of answers are counted by hash, for drift."""
     grouped: tuple[str, ...] = ()
     """Quantities that are also summed by group of keys, for the objectives: `seconds`, `ttft_seconds`,
     `completion_tokens`, or `scores/<metric>`."""
@@ -169,6 +171,8 @@ class ArmCounters(RouteModel):
     completion_tokens: Moments = Moments()
     length_histogram: tuple[int, ...] = ()
     """Responses by completion tokens: [0, 1), [1, 2), [2, 4), ... powers of two, 16 bins, the last one open."""
+    word_histogram: tuple[int, ...] = ()
+    """The first 32 words of each response by hash, 64 bins; only where the route asks for it."""
     fallbacks: int = 0
     """Candidate requests that the stable arm answered in the end."""
     scores: dict[str, Moments] = Field(default_factory=dict)

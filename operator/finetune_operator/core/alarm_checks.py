@@ -72,6 +72,7 @@ def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
     chance = drift.chance_index(bins, stable_n=sum(stable), candidate_n=sum(candidate), alpha=plan.alpha)
     limit = max(plan.max_psi, chance * effect)
     found = [f"other lengths (index {index:.3g}, {limit:.3g} is the limit)"] if index > limit else []
+    found += [text] if (text := _word_change(evidence, plan, n, effect=effect)) else []
     found += [text for name in plan.signals if (text := _share_change(evidence, name, plan, effect=effect))]
     return Check(
         name=DRIFT,
@@ -84,6 +85,19 @@ def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
         if found
         else "the candidate's answers look alike",
     )
+
+
+def _word_change(evidence: Evidence, plan: DriftPlan, n: PerArm, *, effect: float) -> str | None:
+    """What is to be said of first words that are distributed otherwise. The words of one answer hang together, so each
+    answer is taken for a single draw: chance does less than that."""
+    strata = [(tallies.words(s.arm(Arm.STABLE)), tallies.words(_answers(s))) for s in evidence.strata]
+    stable, candidate = drift.standardize(strata)
+    bins = sum(bool(s or c) for s, c in zip(stable, candidate, strict=True))
+    if not bins:
+        return None
+    chance = drift.chance_index(bins, stable_n=n.stable, candidate_n=n.candidate, alpha=plan.alpha)
+    index, limit = drift.stability_index(stable, candidate), max(plan.max_psi, chance * effect)
+    return f"other words (index {index:.3g}, {limit:.3g} is the limit)" if index > limit else None
 
 
 def _design_effect(evidence: Evidence) -> float:

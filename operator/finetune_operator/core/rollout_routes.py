@@ -50,6 +50,7 @@ def build(turn: Turn) -> Route | None:
         retry_stable=spec.traffic.fallback.on_candidate_error is OnCandidateError.RETRY_STABLE,
         signals=_signals(plan),
         output_schema=spec.traffic.output_schema,
+        counts_words=plan.drift is not None,
         grouped=plan.grouped,
         comparison=_comparison(turn, weight),
     )

@@ -8,13 +8,14 @@ from finetune_operator.api import routes
 from finetune_operator.core.sequences import Moments
 
 # Names: `requests`, `fallbacks`, `events/<signal>`, `watched/<signal>` (requests of which it is known whether they have
-# it), `lengths/<bin>`, and for each quantity `<quantity>/n`, `<quantity>/sum`, `<quantity>/squares`, and, of each
-# group of keys, `<quantity>/<group>/n` and `<quantity>/<group>/sum`. A quantity is `seconds`, `ttft_seconds`,
-# `completion_tokens` or `scores/<metric>`.
+# it), `lengths/<bin>`, `words/<bin>`, and for each quantity `<quantity>/n`, `<quantity>/sum`, `<quantity>/squares`,
+# and, of each group of keys, `<quantity>/<group>/n` and `<quantity>/<group>/sum`. A quantity is `seconds`,
+# `ttft_seconds`, `completion_tokens` or `scores/<metric>`.
 Tally = Mapping[str, float]
 
 REQUESTS = "requests"
 LENGTH_BINS = 16
+WORD_BINS = 64
 # Sums are rounded on their way in, so that differences of what was stored add up to the very total.
 SUM_DIGITS = 10
 SIGNED = ("/sum", "/squares")  # may shrink: a later feedback value replaces the former
@@ -22,7 +23,8 @@ SIGNED = ("/sum", "/squares")  # may shrink: a later feedback value replaces the
 
 WATCHED = "watched/"
 BY_SIGNAL = ("events/", WATCHED)
-BY_LENGTH = ("lengths/", "seconds/", "ttft_seconds/", "completion_tokens/")  # longer answers have more
+# What longer answers have more of, or other than short ones.
+BY_LENGTH = ("lengths/", "words/", "seconds/", "ttft_seconds/", "completion_tokens/")
 
 
 def event(signal: str) -> str:
@@ -41,6 +43,7 @@ def tally_of(arm: routes.ArmCounters) -> dict[str, float]:
     numbers.update({event(name): count for name, count in arm.events.items()})
     numbers.update({watched(name): count for name, count in arm.watched.items()})
     numbers.update({f"lengths/{index}": count for index, count in enumerate(arm.length_histogram)})
+    numbers.update({f"words/{index}": count for index, count in enumerate(arm.word_histogram)})
     quantities = {
         "seconds": arm.seconds,
         "ttft_seconds": arm.ttft_seconds,
@@ -99,7 +102,12 @@ def count(tally: Tally, name: str) -> int:
 
 def lengths(tally: Tally) -> Sequence[int]:
     """Responses by length, `LENGTH_BINS` bins."""
-    return [int(tally.get(f"lengths/{index}", 0)) for index in range(LENGTH_BINS)]
+    return [count(tally, f"lengths/{index}") for index in range(LENGTH_BINS)]
+
+
+def words(tally: Tally) -> Sequence[int]:
+    """First words of the responses by hash, `WORD_BINS` bins."""
+    return [count(tally, f"words/{index}") for index in range(WORD_BINS)]
 
 
 def _rounded(number: float) -> float:

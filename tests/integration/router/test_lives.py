@@ -434,7 +434,9 @@ async def test_tokens_latency_lengths_and_keys_are_counted(
     router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
 ) -> None:
     candidate = target(CANDIDATE, engine.url)
-    await router.push(route(alias, target("base", engine.url), candidate, comparison="mine"))
+    await router.push(
+        route(alias, target("base", engine.url), candidate, comparison="mine", counts_words=True)
+    )
     engine.behaviours["base-model"] = Behaviour(text="five words are in here", delay=0.05, chunk_delay=0.02)
     for user in ("a", "b", "a"):
         for stream in (False, True):
@@ -446,6 +448,7 @@ async def test_tokens_latency_lengths_and_keys_are_counted(
     counters = await router.counters()
     arms = [arm for epoch in counters.epochs for arm in epoch.arms if arm.alias == alias]
     assert sum(arm.completion_tokens.n for arm in arms) == 7
+    assert sum(sum(arm.word_histogram) for arm in arms) == 7 * 5, "streams and whole answers alike"
     assert sum(arm.completion_tokens.sum for arm in arms) == 6 * 5 + 7  # without usage: events
     assert sum(arm.length_histogram[3] for arm in arms) == 7
     assert all(arm.ttft_seconds.sum >= 0.05 * arm.ttft_seconds.n for arm in arms)

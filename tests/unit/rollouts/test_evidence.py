@@ -125,8 +125,14 @@ def test_the_routers_sum_by_group_what_objectives_compare() -> None:
         {"name": "fast", "source": "router", "metric": "seconds", "direction": "Decrease"},
     ]
     world = canary(analysis={"objectives": objectives}, steps=[{"setWeight": 10}, {"pause": {}}])
-    assert world.routing.route is not None
-    assert world.routing.route.grouped == ("scores/helpful", "seconds")
+
+    def asked() -> tuple[list[str], bool]:
+        assert world.routing.route is not None
+        return list(world.routing.route.grouped), world.routing.route.counts_words
+
+    assert asked() == (["scores/helpful", "seconds"], False)
+    world.edit(lambda spec: spec["analysis"].update(drift={})).run(5)
+    assert asked() == (["scores/helpful", "seconds", "completion_tokens"], True)
 
 
 # ---------------------------------------------------------------- alarms

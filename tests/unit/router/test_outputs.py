@@ -66,6 +66,17 @@ def test_each_signal(body: bytes, event: str) -> None:
     assert event in fired(body)
 
 
+def test_words_are_counted_whatever_their_case_and_marks() -> None:
+    assert list(outputs.word_bins("Reset it, in the settings!")) == list(
+        outputs.word_bins("reset IT in the Settings")
+    )
+    assert len(list(outputs.word_bins("one two three"))) == 3
+    assert len(list(outputs.word_bins("設定でリセット"))) == 7, "a script without blanks between words"
+    assert list(outputs.word_bins(" \n")) == []
+    assert len(list(outputs.word_bins("word " * 100_000))) == 32
+    assert all(0 <= index < outputs.WORD_BINS for index in outputs.word_bins("half a pair \ud800 x"))
+
+
 @pytest.mark.parametrize(
     "text",
     [

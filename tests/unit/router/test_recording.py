@@ -302,3 +302,13 @@ async def test_quantities_that_the_route_names_are_summed_by_group_of_keys() -> 
     assert [number for number, (n, _) in enumerate(state.seconds.groups) if n] == [3, 7]
     assert state.seconds.groups[7][1] == pytest.approx(2.0, abs=0.5)
     assert state.ttft.groups == []
+
+
+async def test_words_are_counted_where_drift_asks_for_them() -> None:
+    desk = Desk(await build_route(counts_words=True))
+    desk.finish(desk.begin(ago=0.1), End.ANSWERED, text="Reset it in the settings")
+    desk.finish(desk.begin(ago=0.1), End.ERROR, 502)
+    assert sum(desk.state.words) == 5
+    other = Desk(await build_route())
+    other.finish(other.begin(ago=0.1), End.ANSWERED, text="Reset it in the settings")
+    assert other.state.words == []

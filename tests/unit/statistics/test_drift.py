@@ -142,6 +142,48 @@ def test_styles_of_users_are_no_drift(
     assert found[1] >= 3
 
 
+@pytest.mark.parametrize(
+    ("seed", "users", "change", "alarms"),
+    [
+        (50, 2_000, 0.0, (0, 0)),
+        (51, 200, 0.0, (0, 1)),
+        (52, 2_000, 0.4, (10, 10)),
+        (53, 20_000, 1.0, (10, 10)),
+    ],
+    ids=["topics of users", "few users", "every third word is another", "another language"],
+)
+def test_other_words_are_drift_and_topics_of_users_are_not(
+    seed: int, users: int, change: float, alarms: tuple[int, int]
+) -> None:
+    """Words by Zipf's law, three in ten of the user's own topic; `change` is the share of words from another list."""
+    rng, rollouts, requests, words = np.random.default_rng(seed), 10, 6_000, 32
+    frequencies = 1.0 / np.arange(1, users + 1) ** 1.2
+    found, message = 0, ""
+    for _ in range(rollouts):
+        who = rng.choice(users, requests, p=frequencies / frequencies.sum())
+        candidate = (rng.random(users) < 0.25)[who]
+        shape = (requests, words)
+        text = np.minimum(rng.zipf(1.3, shape), 3_000)
+        topic = who[:, None] * 50 + rng.integers(0, 50, shape) + 10_000
+        text = np.where(rng.random(shape) < 0.3, topic, text)
+        other = candidate[:, None] & (rng.random(shape) < change)
+        text = np.where(other, np.minimum(rng.zipf(1.3, shape), 3_000) + 5_000_000, text)
+        bins = text * 2_654_435_761 % 2**32 // 2**26
+        arms = []
+        for arm, part in ((Arm.STABLE, ~candidate), (Arm.CANDIDATE, candidate)):
+            counters = answers_of(arm, np.full(int(part.sum()), 40), who[part] % GROUPS)
+            histogram = np.bincount(bins[part].ravel(), minlength=64).tolist()
+            arms.append(counters.model_copy(update={"word_histogram": tuple(histogram)}))
+        evidence = folded(folded(None, answer(), plan=PLAN), answer(*arms), plan=PLAN)
+        check = assess(evidence, PLAN, weight=25.0).drift
+        assert check is not None
+        message = check.message or ""
+        found += check.phase is CheckPhase.FAILED
+        assert check.phase is not CheckPhase.FAILED or "other words" in message
+    print(f"seed {seed}: {found} alarms in {rollouts} rollouts, the last one: {message}")
+    assert alarms[0] <= found <= alarms[1]
+
+
 def answers_of(arm: Arm, tokens: Ints, groups: Ints | None) -> ArmCounters:
     bins = [min(int(count).bit_length(), 15) for count in tokens.tolist()]
     sums = [] if groups is None else [tokens[groups == group] for group in range(GROUPS)]
