@@ -295,6 +295,5 @@ def _says_nothing(reply: Reply, outgoing: Outgoing) -> bool:
 
 
 def _begins_with_error(reply: Reply) -> bool | None:
-    # The last line may have no end.
-    data = reply.first + b"\n" if reply.connection.complete and not reply.encoding else reply.first
-    return outputs.begins_with_error(data, reply.encoding, FIRST_EVENT)
+    is_whole = reply.connection.complete
+    return outputs.begins_with_error(reply.first, reply.encoding, FIRST_EVENT, is_whole=is_whole)

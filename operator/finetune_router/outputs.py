@@ -28,9 +28,7 @@ _DONE = b"[DONE]"
 _BLANK = b"\xef\xbb\xbf \t\r\n"  # and a byte order mark
 _BEGINNING = 256  # bytes in which an answer shows what it is
 _UNPACKED = 128 * 1024  # more than becomes of so many
-_FIRST_DATA = re.compile(rb"(?:^|[\r\n])data:")
-_OBJECT = re.compile(rb"[ \t]*+\{")
-_NOTHING = re.compile(rb"[ \t\r]*+(?:\[DONE\]|\Z)")
+_FIRST_DATA = re.compile(rb"(?:^|[\r\n])data:[ \t]*+([^ \t\r\n][^\r\n]*+)[\r\n]")
 # Possessive (`*+`): a text of blanks only, as loops make them, took 50 ms of trying each way to share them out.
 _REFUSAL = re.compile(
     r"\W*+(?:(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry\b|i apologi[sz]e|unfortunately)?"
@@ -72,6 +70,11 @@ class Choice:
     @property
     def text(self) -> str:
         return "".join(self._pieces)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is anything but its role."""
+        return bool(self._size or self.has_tool_call or self.refused or self.finish_reason)
 
 
 @dataclass(slots=True)
@@ -134,8 +137,6 @@ class EventReader:
         """Data of an event whose first line is no JSON of its own."""
         self._size = 0
         self.events = 0
-        self.is_silent = True
-        """Whether there was nothing but the end."""
 
     def feed(self, data: bytes, output: Output) -> None:
         lines = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
@@ -148,7 +149,6 @@ class EventReader:
             value = line[len(_DATA) :].strip()
             if not value or value.startswith(_DONE):
                 continue
-            self.is_silent = False
             if self._lines:
                 self._keep(value, output)
                 continue
@@ -177,8 +177,10 @@ class EventReader:
         self._lines, self._size = [], 0
 
     def end(self, output: Output) -> None:
-        """Nothing more comes: the last line may have no end."""
+        """Nothing more comes: the last line may have no end. What has said nothing until then has failed."""
         self.feed(b"\n\n", output)
+        is_begun = any(choice.is_begun for choice in output.choices.values())
+        output.error |= not self.events or (output.generative and not is_begun)
 
 
 def read_answer(body: bytes) -> Output:
@@ -200,8 +202,9 @@ def is_answer(body: bytes, encoding: str, target: str) -> bool:
     return plain is None or read_answer(plain).is_answer(target)
 
 
-def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
-    """Whether a stream begins with an error (the engine failed after it had sent its headers), or with no JSON.
+def begins_with_error(data: bytes, encoding: str, limit: int, *, is_whole: bool = False) -> bool | None:
+    """Whether a stream begins with an error (the engine failed after it had sent its headers), with no JSON, or with
+    its end.
 
     None as long as its first event is not there as a whole, for example behind a comment that keeps the line open.
     """
@@ -211,16 +214,11 @@ def begins_with_error(data: bytes, encoding: str, limit: int) -> bool | None:
         return True
     if plain is None:
         return False
-    match = _FIRST_DATA.search(plain)
-    start = match.end() if match is not None else len(plain)
-    end = plain.find(b"\n", start)
-    if end < 0:
-        end = plain.find(b"\r", start)
-    if end < 0:
-        return None if len(plain) < limit else False
-    if _OBJECT.match(plain, start, end) is None:
-        return _NOTHING.match(plain, start, end) is None
-    return plain.find(b'"error"', start, end) >= 0 and read_answer(plain[start:end]).error
+    match = _FIRST_DATA.search(plain + b"\n" if is_whole else plain)  # the last line may have no end
+    if match is None:
+        return is_whole or (None if len(plain) < limit else False)
+    value = match[1]
+    return not value.startswith(b"{") or (b'"error"' in value and read_answer(value).error)
 
 
 def begins_as_json(data: bytes, encoding: str) -> bool:

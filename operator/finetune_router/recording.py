@@ -259,8 +259,6 @@ class Recorder:
     def _count(self, seen: Observation) -> None:
         if seen.reader is not None and seen.output is not None:
             seen.reader.end(seen.output)
-        if seen.output is not None and seen.reader is not None and seen.reader.is_silent:
-            seen.output.generative = True  # a stream that says nothing is an empty answer
         if seen.end is End.ANSWERED and seen.output is not None and not seen.output.is_answer(seen.path):
             seen.end = End.ERROR
         tokens = self._tokens(seen)

@@ -208,7 +208,6 @@ def test_what_begins_with_no_error() -> None:
     assert outputs.begins_with_error(event({"error": None, "choices": []}), "", 1000) is False
     assert outputs.begins_with_error(b": " + b"x" * 1000, "", 1000) is False, "no longer kept back"
     assert outputs.begins_with_error(b"data:\n\n" + STREAM, "", 1000) is False, "a sign of life"
-    assert outputs.begins_with_error(b"data: [DONE]\r\n\r\n", "", 1000) is False, "an empty answer"
     assert outputs.begins_with_error(b'data: {\ndata: "choices": []}\n\n', "", 1000) is False, (
         "two lines of one"
     )
@@ -218,6 +217,20 @@ def test_a_stream_that_cannot_be_read_begins_with_an_error() -> None:
     assert outputs.begins_with_error(b"no gzip", "gzip", 1000) is True
     assert outputs.begins_with_error(b"data: loading\n\n", "", 1000) is True
     assert outputs.begins_with_error(b"data: load", "", 1000) is None
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+@pytest.mark.parametrize(
+    "stream", [b"", b": waiting\n\n", b"data:\n\n", b"data: [DONE]\r\n\r\n", b'data: {"error": 1}']
+)
+def test_a_stream_that_ends_before_it_begins_is_an_error(stream: bytes, encoding: str) -> None:
+    packed = gzip.compress(stream) if encoding else stream
+    assert outputs.begins_with_error(packed, encoding, 1000, is_whole=True) is True
+
+
+def test_a_whole_stream_may_end_without_the_end_of_its_line() -> None:
+    assert outputs.begins_with_error(b'data: {"choices": []}', "", 1000) is None
+    assert outputs.begins_with_error(b'data: {"choices": []}', "", 1000, is_whole=True) is False
 
 
 @pytest.mark.parametrize(

@@ -180,19 +180,23 @@ async def test_pinned_requests_are_not_watched(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "events"),
+    ("path", "body", "events"),
     [
-        (b"", {"invalid": 1}),
-        (b": ping\n\n", {"invalid": 1}),
-        (b"data: [DONE]\n\n", {"invalid": 1}),
-        (b'data: {"type": "response.created"}\n\n', {}),
-        (b"data: no json\n\n", {"errors": 1}),
+        ("/v1/responses", b"", {"errors": 1}),
+        ("/v1/responses", b": ping\n\n", {"errors": 1}),
+        ("/v1/responses", b"data: [DONE]\n\n", {"errors": 1}),
+        ("/v1/responses", b'data: {"type": "response.created"}\n\n', {}),
+        ("/v1/responses", b"data: no json\n\n", {"errors": 1}),
+        ("/v1/completions", b'data: {"choices": []}\n\n', {"errors": 1}),
+        ("/v1/completions", b'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n', {"errors": 1}),
+        ("/v1/completions", b'data: {"choices": [{"finish_reason": "stop"}]}\n\n', {"invalid": 1}),
+        ("/v1/completions", b'data: {"choices": [{"text": "{}"}]}\n\n', {}),
     ],
 )
-async def test_a_stream_that_says_nothing_is_an_empty_answer(
-    desk: Desk, body: bytes, events: dict[str, int]
+async def test_a_stream_that_says_nothing_has_failed_and_one_that_ends_without_text_is_empty(
+    desk: Desk, path: str, body: bytes, events: dict[str, int]
 ) -> None:
-    seen = desk.begin(ago=0.1, path="/v1/responses")
+    seen = desk.begin(ago=0.1, path=path)
     seen.is_stream = True
     desk.recorder.keep(seen, body)
     desk.recorder.finish(seen, End.ANSWERED, 200)
