@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from aiohttp import HttpVersion11, web
 
 from finetune_operator.api.routes import ARM_HEADER, FALLBACK_HEADER, REVISION_HEADER, Arm
-from finetune_router import errors
+from finetune_router import errors, paths
 from finetune_router.assignment import group_of
 from finetune_router.bodies import Body
 from finetune_router.choices import Choice
@@ -132,14 +133,17 @@ class Flight:
             group=0 if seen.sample_hash is None else group_of(seen.sample_hash),
             counted=seen.counted,
         )
-        patience = self._deadline
-        if arm is Arm.CANDIDATE and arrival.route.stable is not None and arrival.route.retry_stable:
-            now = time.perf_counter()
-            patience = now + _CANDIDATE_SHARE * (self._deadline - now)
+        patience = patience_with_candidate(arrival.route, self._deadline)
+        if arm is Arm.STABLE:
+            if seen.counted and patience < self._deadline:
+                seen.given_up_at = patience
+            patience = self._deadline
         request = outgoing(arrival, leg, self.headers, ticket, deadline=self._deadline, patience=patience)
         seen.attempt = attempt = Attempt()
         tools.recorder.begin(seen)
         await tools.forwarder.ask(leg, request, attempt)
+        if time.perf_counter() < seen.given_up_at:
+            seen.given_up_at = math.inf
         return Answer(arm, leg, ticket, attempt, seen, fell_back)
 
     async def _or_stables(self, answer: Answer, stable: Leg) -> Answer:
@@ -252,9 +256,17 @@ def note_beginning(recorder: Recorder, seen: Observation, reply: Reply) -> None:
     seen.first_byte_at = reply.connection.first_body_at
     seen.is_stream = reply.is_events
     seen.encoding = reply.encoding
-    seen.is_readable = reply.is_events or reply.is_json
+    seen.is_readable = reply.is_events or reply.is_json or paths.always_in_json(seen.path)
     if reply.status < 400:
         recorder.keep(seen, reply.first if reply.body is None else reply.body)
+
+
+def patience_with_candidate(route: Route, deadline: float) -> float:
+    """Until when a candidate's answer must begin: stable needs the rest of the time."""
+    if route.stable is None or route.candidate is None or not route.retry_stable:
+        return deadline
+    now = time.perf_counter()
+    return now + _CANDIDATE_SHARE * (deadline - now)
 
 
 def outgoing(

@@ -117,7 +117,8 @@ class Proxy:
         tools = self.tools
         ticket = tools.tickets.mint(arrival.route.alias_bytes, Arm.SHADOW, leg.revision_bytes, counted=False)
         deadline = seen.started_at + tools.forwarder.limits.total
-        request = flights.outgoing(arrival, leg, headers, ticket, deadline=deadline, patience=deadline)
+        patience = flights.patience_with_candidate(arrival.route, deadline)
+        request = flights.outgoing(arrival, leg, headers, ticket, deadline=deadline, patience=patience)
         seen.attempt = attempt = Attempt()
         tools.recorder.begin(seen)
         await tools.forwarder.ask(leg, request, attempt)

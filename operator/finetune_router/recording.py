@@ -51,9 +51,9 @@ class Observation:
 
     __slots__ = (
         "alarm_at", "answered_at", "attempt", "bytes_kept", "code", "counted", "encoding", "end", "fired",
-        "first_byte_at", "held_up", "is_counted", "is_readable", "is_stream", "metrics", "output", "overhead",
-        "path", "pending", "queued", "reader", "response_format", "route", "sample_bit", "sample_hash", "started_at",
-        "state",
+        "first_byte_at", "given_up_at", "held_up", "is_counted", "is_readable", "is_stream", "metrics", "output",
+        "overhead", "path", "pending", "queued", "reader", "response_format", "route", "sample_bit", "sample_hash",
+        "started_at", "state",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +80,9 @@ class Observation:
         """Where the request is now."""
         self.alarm_at = math.inf
         """When the next limit of a signal passes."""
+        self.given_up_at = math.inf
+        """When a candidate that had said nothing yet would have been given up: stable has more time for its answer,
+        but is not held to be better for that."""
         self.held_up = False
         """Whether it took so long because the client did not read."""
         self.is_counted = False
@@ -110,13 +113,15 @@ class Observation:
         return group_of(self.sample_hash)
 
     def late(self, now: float) -> tuple[str, ...]:
-        """Names of the signals whose limit has passed by then."""
+        """Names of the signals of time and of failure that have fired by then."""
         watch, seconds = self.route.watch, now - self.started_at
         first = self.first_byte_at or (self.attempt.first_byte_at if self.attempt is not None else 0.0)
         waited = first - self.started_at if first else seconds
         names = [name for name, limit in watch.ttft if waited > limit]
         if not (self.held_up or (self.attempt is not None and self.attempt.is_held_up)):
             names += [name for name, limit in watch.latency if seconds > limit]
+        if self.end is End.ERROR or now > self.given_up_at:
+            names += watch.errors
         return tuple(names)
 
     def set_alarm(self, now: float) -> None:
@@ -124,6 +129,8 @@ class Observation:
         seconds = now - self.started_at
         following = (limit for limit in self.route.watch.limits if limit >= seconds)
         self.alarm_at = self.started_at + next(following, math.inf)
+        if self.given_up_at >= now:
+            self.alarm_at = min(self.alarm_at, self.given_up_at)
 
 
 class Recorder:
@@ -141,10 +148,10 @@ class Recorder:
 
     def begin(self, seen: Observation) -> None:
         """The request is under way: from now on `sweep` looks whether it is late."""
-        limits = seen.route.watch.limits
-        if limits and seen.counted:
-            seen.alarm_at = seen.started_at + limits[0]
-            self._watched.add(seen)
+        if seen.counted:
+            seen.set_alarm(seen.started_at)
+            if seen.alarm_at < math.inf:
+                self._watched.add(seen)
 
     def sweep(self) -> None:
         """Count what is late by now. A candidate that hangs must be seen before its requests are given up."""
@@ -180,9 +187,9 @@ class Recorder:
 
     def finish(self, seen: Observation, end: End, code: int, *, at: float | None = None) -> None:
         """The request is over; `at` (time.perf_counter), where it was so before now."""
-        seen.end = end
         seen.code = code
         seen.answered_at = time.perf_counter() if at is None else at
+        seen.end = End.ERROR if seen.answered_at > seen.given_up_at else end
         self._watched.discard(seen)
         if seen.attempt is not None:  # its connection soon belongs to another request
             seen.first_byte_at = seen.first_byte_at or seen.attempt.first_byte_at
@@ -305,9 +312,7 @@ class Recorder:
             if names:
                 self._count_request(seen, state, names, watched=names)
             return
-        if seen.end is End.ERROR:
-            names += watch.errors
-        else:
+        if seen.end is not End.ERROR:
             state.seconds.add(seen.answered_at - seen.started_at, seen.group("seconds"))
             if seen.first_byte_at:
                 state.ttft.add(seen.first_byte_at - seen.started_at, seen.group("ttft_seconds"))

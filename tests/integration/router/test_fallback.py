@@ -114,6 +114,7 @@ async def test_text_that_is_no_json_is_an_error_and_json_by_any_name_is_none(
         (CHAT, "text/plain", b"It works!", 1),
         (CHAT, "", b"It works!", 1),
         (CHAT, "audio/mpeg", b"\xff\xfb", 1),
+        (CHAT, "application/octet-stream", b'{"choices": [{"mess', 1),
         ("/v1/embeddings", "application/octet-stream", b"\xff\xfb", 0),
     ):
         before = (await router.arm(alias, Arm.STABLE)).events.get("errors", 0)

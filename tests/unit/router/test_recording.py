@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -49,6 +50,7 @@ class Desk:
         ago: float,
         format: object = None,  # noqa: A002
         path: str = "/v1/chat/completions",
+        patience: float = math.inf,
         **exchange: Any,
     ) -> Observation:
         """A request that came so many seconds ago."""
@@ -61,6 +63,7 @@ class Desk:
             body=bodies.parse_body(data, frozenset()),
             started_at=time.perf_counter() - ago,
         )
+        seen.given_up_at = seen.started_at + patience
         seen.set_unit(7, Arm.CANDIDATE)
         seen.attempt = Attempt(connection=Exchange(**exchange))  # type: ignore[arg-type]
         self.recorder.begin(seen)
@@ -129,6 +132,22 @@ async def test_a_first_byte_in_time_is_not_late_however_long_the_rest_takes(desk
     desk.begin(ago=5.0, first_body_at=time.perf_counter() - 4.5)
     desk.recorder.sweep()
     assert desk.counted == (0, {})
+
+
+@pytest.mark.parametrize("end", [End.ANSWERED, End.CLIENT, End.GONE, End.ERROR])
+async def test_an_answer_that_takes_longer_than_a_candidate_may_is_an_error_from_then_on(
+    desk: Desk, end: End
+) -> None:
+    seen = desk.begin(ago=0.5, patience=0.4)
+    desk.recorder.sweep()
+    assert desk.counted == (1, {"errors": 1})
+    assert desk.state.watched == {"errors": 1}
+    desk.finish(seen, end, text="no json")
+    assert desk.counted == (1, {"errors": 1})
+    assert desk.state.watched == dict.fromkeys(("slow", "long", "errors", "invalid"), 1)
+    assert desk.state.seconds.n == 0
+    desk.finish(desk.begin(ago=0.5, patience=0.6), End.ANSWERED)
+    assert desk.counted == (2, {"errors": 1})
 
 
 @pytest.mark.parametrize(
