@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 RETRY_SECONDS = 2
+NOT_READY = "model_not_ready"
 
 
 @dataclass(eq=False)
@@ -87,7 +88,7 @@ def not_ready(alias: str) -> ApiError:
         503,
         f"`{alias}` has no revision ready to answer yet",
         "service_unavailable_error",
-        "model_not_ready",
+        NOT_READY,
         "model",
         RETRY_SECONDS,
     )

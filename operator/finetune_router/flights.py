@@ -27,8 +27,6 @@ from finetune_router.tickets import TicketOffice
 REQUEST_ID_HEADER = "x-request-id"
 SERVER = "finetune-router"
 CLIENT_GONE = 499  # as nginx calls a client that went away
-# Of a request that one revision refuses, another one may think otherwise; but not for these reasons.
-NOT_THE_REVISIONS = frozenset((401, 403, 408, 413, 429))
 _CANDIDATE_SHARE = 0.5  # of the time that is left; the rest is for stable
 _SLACK_SECONDS = 5.0  # after the deadline, or after a cut, for a client that is still reading
 
@@ -72,7 +70,7 @@ class Answer:
 class Flight:
     """One request under way."""
 
-    __slots__ = ("_arrival", "_choice", "_deadline", "_tools", "headers", "seen")
+    __slots__ = ("_arrival", "_choice", "_deadline", "_tools", "doubter", "headers", "seen")
 
     def __init__(self, tools: Tools, arrival: Arrival, choice: Choice) -> None:
         self._tools = tools
@@ -80,6 +78,8 @@ class Flight:
         self._choice = choice
         self._deadline = arrival.at + tools.forwarder.limits.total
         self.headers = tools.policy.build(arrival.request.headers)
+        self.doubter: Leg | None = None
+        """The candidate, where it is to be asked about stable's refusal; then `seen` is still to be finished."""
         self.seen = self._observe(choice.leg)
         if choice.draw is None:
             self.seen.counted = False
@@ -175,8 +175,7 @@ class Flight:
             self._tools.recorder.finish(answer.seen, *judge_end(answer.attempt), at=refused_at)
             answer.attempt.discard()
             raise
-        reply = second.attempt.reply
-        if second.attempt.failure is None and reply is not None and reply.status < 400:
+        if is_taken(second.attempt):
             self._leave(answer, End.ERROR, judge_end(answer.attempt)[1], at=refused_at)
             answer.attempt.discard()
             return second
@@ -210,9 +209,21 @@ class Flight:
         response = web.Response(status=reply.status, headers=headers, body=reply.body)
         now = time.perf_counter()
         seen.overhead = attempt.sent_at - self._arrival.at + now - connection.last_body_at
+        if is_refusal(attempt) and self._is_doubtful():
+            self.doubter = self._arrival.route.candidate
+        if self.doubter is not None:
+            seen.answered_at = now
+            seen.attempt = None  # its connection soon belongs to another request
+            return response
         end, code = judge_end(attempt)
         recorder.finish(seen, end, code)
         return response
+
+    def _is_doubtful(self) -> bool:
+        """Whether it is stable's answer, in a comparison in which a refusal of the candidate's may count."""
+        route = self._arrival.route
+        is_compared = route.mirror > 0 or (route.weight > 0 and route.retry_stable)
+        return is_compared and self._choice.arm is Arm.STABLE and self.seen.counted
 
     async def _stream(self, reply: Reply, own: dict[str, str], attempt: Attempt) -> web.StreamResponse:
         """An answer that is still coming. A break in it is a break for the client too: no clean end is faked."""
@@ -286,12 +297,13 @@ def outgoing(
 def is_refusal(attempt: Attempt) -> bool:
     """Whether the answer is a 4xx or 501 that may be the revision's fault, for example of its chat template."""
     reply = attempt.reply
-    return (
-        attempt.failure is None
-        and reply is not None
-        and reply.status >= 400
-        and reply.status not in NOT_THE_REVISIONS
-    )
+    return attempt.failure is None and reply is not None and reply.status >= 400
+
+
+def is_taken(attempt: Attempt) -> bool:
+    """Whether the revision gives what was asked for."""
+    reply = attempt.reply
+    return attempt.failure is None and reply is not None and reply.status < 400
 
 
 def judge_end(attempt: Attempt) -> tuple[End, int]:

@@ -6,12 +6,13 @@ import asyncio
 import functools
 import random
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from finetune_operator.api.routes import Arm
-from finetune_router import flights
+from finetune_router import errors, flights
 from finetune_router.choices import Choice
 from finetune_router.connections import UpstreamError
 from finetune_router.errors import ApiError
@@ -49,9 +50,12 @@ class Proxy:
         try:
             response = await flight.run()
             is_taken = response.status < 400
+            if flight.doubter is not None:
+                self._start_second_opinion(arrival, flight.doubter, flight, response.status)
             return response
         except ApiError as error:
-            self.tools.recorder.finish(flight.seen, End.ERROR, error.status)
+            is_missing = error.code == errors.NOT_READY  # no more a revision's fault than the candidate's
+            self.tools.recorder.finish(flight.seen, End.CLIENT if is_missing else End.ERROR, error.status)
             raise
         except (asyncio.CancelledError, ConnectionError):
             self.tools.recorder.finish(flight.seen, End.GONE, CLIENT_GONE)
@@ -69,22 +73,50 @@ class Proxy:
         metrics = leg.shadow_metrics
         if metrics is None:
             return None
-        size = len(arrival.body.data)
-        if len(self.mirrors) >= self.max_mirrors or self.mirrored_bytes + size > self.max_mirror_bytes:
+        if not self._has_room(arrival):
             metrics.mirrors["dropped"] = metrics.mirrors.get("dropped", 0) + 1
             self.tools.book.changed_metrics.add(metrics)
             return None
-        loop = asyncio.get_running_loop()
-        verdict: asyncio.Future[bool] = loop.create_future()
-        task = loop.create_task(self._mirror(arrival, leg, flight.headers, verdict))
+        verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._start(arrival, self._mirror(arrival, leg, flight.headers, verdict))
+        return verdict
+
+    def _has_room(self, arrival: Arrival) -> bool:
+        size = len(arrival.body.data)
+        return len(self.mirrors) < self.max_mirrors and self.mirrored_bytes + size <= self.max_mirror_bytes
+
+    def _start(self, arrival: Arrival, work: Coroutine[None, None, None]) -> None:
+        size = len(arrival.body.data)
+        task = asyncio.get_running_loop().create_task(work)
         self.mirrors.add(task)
         self.mirrored_bytes += size
         task.add_done_callback(functools.partial(self._end_mirror, size))
-        return verdict
 
     def _end_mirror(self, size: int, task: asyncio.Task[None]) -> None:
         self.mirrors.discard(task)
         self.mirrored_bytes -= size
+
+    def _start_second_opinion(self, arrival: Arrival, leg: Leg, flight: Flight, status: int) -> None:
+        """Ask the candidate about stable's refusal, as stable is asked about the candidate's, but beside the answer."""
+        if self._has_room(arrival):
+            self._start(arrival, self._second_opinion(arrival, leg, flight, status))
+        else:
+            self.tools.recorder.finish(flight.seen, End.CLIENT, status, at=flight.seen.answered_at)
+
+    async def _second_opinion(self, arrival: Arrival, leg: Leg, flight: Flight, status: int) -> None:
+        """What the candidate takes, stable should not have refused. The answer ends as soon as that is known."""
+        tools = self.tools
+        deadline = arrival.at + tools.forwarder.limits.total
+        ticket = tools.tickets.mint(arrival.route.alias_bytes, Arm.SHADOW, leg.revision_bytes, counted=False)
+        request = flights.outgoing(arrival, leg, flight.headers, ticket, deadline=deadline, patience=deadline)
+        attempt, end = Attempt(), End.CLIENT
+        try:
+            await tools.forwarder.ask(leg, request, attempt)
+            if flights.is_taken(attempt):
+                end = End.ERROR
+        finally:
+            attempt.discard()
+            tools.recorder.finish(flight.seen, end, status, at=flight.seen.answered_at)
 
     async def _mirror(
         self, arrival: Arrival, leg: Leg, headers: bytes, verdict: asyncio.Future[bool]

@@ -186,15 +186,85 @@ async def test_an_api_that_the_model_does_not_have_is_the_clients_mistake(
 
 
 @pytest.mark.parametrize("status", [401, 403, 408, 413])
-async def test_some_refusals_are_no_revisions_fault(
+async def test_no_refusal_is_left_to_the_candidate_alone(
     router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str, status: int
 ) -> None:
+    """Its engines may have a wrong key, or a lower limit; where stable refuses too, it says nothing of either."""
     engine.behaviours[f"bot--{CANDIDATE}"] = Behaviour(status=status)
     await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=100))
     async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        assert (response.status, response.headers["x-adapter-fallback"]) == (200, "true")
+    engine.behaviours["base-model"] = Behaviour(status=status)
+    async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
         assert response.status == status
-    assert engine.served("base-model") == 0
-    assert (await router.arm(alias, Arm.CANDIDATE)).requests == 0
+    candidate = await router.arm(alias, Arm.CANDIDATE)
+    assert (candidate.requests, candidate.events) == (1, {"errors": 1})
+
+
+@pytest.mark.parametrize(
+    ("more", "candidate", "errors"),
+    [
+        ({"weight": 1}, Behaviour(), 1),
+        ({"weight": 0, "mirror": 1e-9}, Behaviour(), 1),
+        ({"weight": 1}, Behaviour(status=422), 0),
+        ({"weight": 1}, Behaviour(status=500), 0),
+    ],
+    ids=["weight", "mirror", "neither takes it", "candidate fails"],
+)
+async def test_stable_that_refuses_what_the_candidate_takes_fails_too(
+    router: Router,
+    engine: Engine,
+    session: aiohttp.ClientSession,
+    alias: str,
+    more: dict[str, float],
+    candidate: Behaviour,
+    errors: int,
+) -> None:
+    engine.behaviours |= {f"bot--{CANDIDATE}": candidate, "base-model": Behaviour(status=400)}
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), **more))
+    async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        assert (response.status, response.headers["x-adapter-arm"]) == (400, "Stable")
+    async with asyncio.timeout(10):
+        while not engine.served(f"bot--{CANDIDATE}") or engine.open:
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.2)
+    stable = await router.arm(alias, Arm.STABLE)
+    assert (stable.requests, stable.events.get("errors", 0)) == (errors, errors)
+    for arm in (Arm.CANDIDATE, Arm.SHADOW):
+        assert (await router.arm(alias, arm)).requests == 0
+    assert f'alias="{alias}",arm="Stable",code="400",revision="base"}} 1.0' in await router.metrics()
+
+
+@pytest.mark.parametrize(
+    "more", [{"weight": 0}, {"weight": 1, "retry_stable": False}], ids=["no comparison", "no retry"]
+)
+async def test_stables_refusal_is_its_own_where_the_candidates_is(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str, more: dict[str, float]
+) -> None:
+    engine.behaviours["base-model"] = Behaviour(status=400)
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), **more))
+    async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        assert response.status == 400
+    await asyncio.sleep(0.2)
+    assert engine.served(f"bot--{CANDIDATE}") == 0
+    assert (await router.arm(alias, Arm.STABLE)).requests == 0
+
+
+async def test_the_rest_of_a_second_opinion_is_not_waited_for(
+    router: Router, engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    name = f"bot--{CANDIDATE}"
+    engine.behaviours |= {
+        name: Behaviour(text="word " * 100, chunk_delay=0.1),
+        "base-model": Behaviour(status=400),
+    }
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=1))
+    async with session.post(router.url + CHAT, json=ask(alias, "u", stream=True)) as response:
+        assert response.status == 400
+    async with asyncio.timeout(3):
+        while not engine.cancelled:
+            await asyncio.sleep(0.05)
+    assert (await router.arm(alias, Arm.STABLE)).events["errors"] == 1
 
 
 async def test_without_retry_the_candidates_refusal_is_shown(
