@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -35,6 +36,8 @@ class Behaviour:
     """A stream whose first event is an error."""
     usage: bool = True
     headers: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    """Of the requests that are answered so, by a draw that depends on the body alone; the others go well."""
 
 
 @dataclass
@@ -83,6 +86,8 @@ class Engine:
         if self.models is not None and model not in self.models:
             return web.json_response(_error(MISSING.format(model), 404), status=404)
         how = self.behaviours.get(model, Behaviour())
+        if random.Random(body).random() >= how.share:
+            how = Behaviour()
         await asyncio.sleep(how.delay)
         if how.break_after == 0:
             assert request.transport is not None
