@@ -40,11 +40,11 @@ class Arm(StrEnum):
 class SignalEvent(StrEnum):
     """What a guardrail counts; at most once per response."""
 
-    ERROR = "error"  # 5xx, no connection, timeout, broken stream; no 4xx, and no client that went away
+    ERROR = "error"  # 5xx, no connection, timeout, broken stream; no 4xx of both arms, and no client that went away
     TTFT_OVER = "ttft_over"  # first byte of the body later than `threshold` seconds
     LATENCY_OVER = "latency_over"  # whole answer later than `threshold` seconds
     SCHEMA_INVALID = "schema_invalid"  # the text is not JSON, or not valid against the route's output schema
-    EMPTY = "empty_output"  # no text and no tool call
+    EMPTY = "empty_output"  # whole, but no text and no tool call
     TRUNCATED = "truncated"  # finish_reason length
     REFUSAL = "refusal"  # the text begins like a refusal
     REPETITION = "repetition"  # the text repeats one piece over and over
