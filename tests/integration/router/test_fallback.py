@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+from collections.abc import Callable
 
 import aiohttp
 import pytest
@@ -248,6 +249,21 @@ async def test_stables_refusal_is_its_own_where_the_candidates_is(
     await asyncio.sleep(0.2)
     assert engine.served(f"bot--{CANDIDATE}") == 0
     assert (await router.arm(alias, Arm.STABLE)).requests == 0
+
+
+async def test_without_room_for_copies_nothing_is_asked_beside_an_answer(
+    own_router: Callable[..., Router], engine: Engine, session: aiohttp.ClientSession, alias: str
+) -> None:
+    router = own_router("--max-mirrors", "0")
+    await asyncio.to_thread(router.start)
+    engine.behaviours["base-model"] = Behaviour(status=400)
+    await router.push(route(alias, target("base", engine.url), target(CANDIDATE, engine.url), weight=1))
+    async with session.post(router.url + CHAT, json=ask(alias, "u")) as response:
+        assert response.status == 400
+    await asyncio.sleep(0.2)
+    assert engine.served(f"bot--{CANDIDATE}") == 0
+    assert (await router.arm(alias, Arm.STABLE)).requests == 0
+    assert f'alias="{alias}",arm="Stable",code="400",revision="base"}} 1.0' in await router.metrics()
 
 
 async def test_the_rest_of_a_second_opinion_is_not_waited_for(
