@@ -88,6 +88,7 @@ def _webhook(name: str, change: dict[str, Any], *expected: str) -> BadDeployment
     return _spec(name, {"webhooks": [webhook]}, "spec.webhooks[0]", *expected)
 
 
+URL = "http://gate:8080/ask"
 OBJECTIVE = {"name": "same", "metric": "helpful"}
 GUARDRAIL = {"name": "same", "event": "error"}
 
@@ -251,6 +252,17 @@ BAD_DEPLOYMENTS = [
     _webhook("webhook-type", {"type": "pre-rollout"}, "type", '"pre-rollout"', '"confirm-rollout"'),
     _webhook("webhook-url", {"url": "gate/ask"}, "url", "gate/ask", "http or https"),
     _webhook("webhook-timeout", {"timeoutSeconds": 600}, "timeoutSeconds", "less than or equal to 60"),
+    _webhook("webhook-long-timeout", {"timeout": "2m"}, "timeout", "2m", "must be a minute at most"),
+    _webhook("webhook-no-timeout", {"timeout": "10"}, "timeout", "10", "must be a duration"),
+    _webhook(
+        "webhook-timeout-twice", {"timeout": "5s", "timeoutSeconds": 5}, "timeoutSeconds", "says the same"
+    ),
+    _spec(
+        "webhooks-of-one-name",
+        {"webhooks": [{"type": "event", "url": URL}, {"name": "event", "type": "rollback", "url": URL}]},
+        "spec.webhooks",
+        "two webhooks have the same name",
+    ),
     _spec("alert-severity", {"alerts": [{"severity": "high", "providerRef": {"name": "a"}}]}, '"warn"'),
     _spec("alert-without-provider", {"alerts": [{"severity": "warn"}]}, "alerts[0].providerRef", "Required"),
     # spelling; kubectl's default (strict) field validation
@@ -258,5 +270,16 @@ BAD_DEPLOYMENTS = [
     _spec(
         "step-spelling", {"strategy": {"canary": {"stepz": []}}}, 'unknown field "spec.strategy.canary.stepz"'
     ),
-    _spec("provider", {"traffic": {"provider": "Router"}}, 'unknown field "spec.traffic.provider"'),
+    # names with one value
+    _spec(
+        "provider", {"traffic": {"provider": "HTTPRoute"}}, "spec.traffic.provider", '"HTTPRoute"', '"Router"'
+    ),
+    _spec("replicas", {"serving": {"replicas": "Most"}}, "spec.serving.replicas", '"Most"', '"All"'),
+    _guardrail("guardrail-source", {"source": "feedback"}, "source", '"feedback"', '"router"'),
+    _spec(
+        "answers-that-have-begun",
+        {"traffic": {"fallback": {"beforeFirstByteOnly": False}}},
+        "fallback.beforeFirstByteOnly",
+        "Unsupported value: false",
+    ),
 ]

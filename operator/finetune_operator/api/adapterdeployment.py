@@ -28,6 +28,7 @@ KIND = "AdapterDeployment"
 PLURAL = "adapterdeployments"
 SHORT_NAME = "adep"
 MAX_ALIAS_LENGTH = 63
+HOOK_NAME = "(has({0}.name) ? {0}.name : {0}.type)"
 
 # Top of `kubectl explain adapterdeployment`: enough to write the first one.
 DESCRIPTION = """\
@@ -114,9 +115,19 @@ class AdapterDeploymentSpec(ApiModel):
     """Which former revisions come back without steps."""
     revision_history_limit: Annotated[int, Field(ge=0, le=100)] = 10
     """Rollouts that status.history keeps. Default: 10."""
-    webhooks: Annotated[list[WebhookSpec], Field(max_length=16, json_schema_extra=keyed_list("name"))] = (
-        Field(default_factory=list)
-    )
+    # Not a keyed list: a key has to be there, and the name may be left out.
+    webhooks: Annotated[
+        list[WebhookSpec],
+        Field(
+            max_length=16,
+            json_schema_extra=rules(
+                rule(
+                    f"self.all(w, self.exists_one(v, {HOOK_NAME.format('v')} == {HOOK_NAME.format('w')}))",
+                    "two webhooks have the same name (absent, it is the type); give each one its own",
+                )
+            ),
+        ),
+    ] = Field(default_factory=list)
     """Who is asked or told. Absent: nobody."""
     alerts: Annotated[list[AlertSpec], Field(max_length=16)] = Field(default_factory=list)
     """Who gets a message. Absent: nobody."""

@@ -71,6 +71,10 @@ THRESHOLD = "^[0-9]{1,7}(ms|s)$"
 THRESHOLD_MESSAGE = "must be a time above zero such as 800ms or 2s"
 
 
+class GuardrailSource(StrEnum):
+    ROUTER = "router"
+
+
 class GuardrailSpec(ApiModel):
     """A kind of harm. The candidate is rolled back at once when it does more of it than the stable revision: a count
     e-process (Lindon and Malek 2022), valid however often one looks, needs no least number of samples."""
@@ -94,6 +98,8 @@ class GuardrailSpec(ApiModel):
 
     name: CheckName
     """Name in the status and in metrics."""
+    source: GuardrailSource | None = None
+    """Who counts it: router. Absent: the same."""
     event: SignalEvent
     """What is counted, at most once per answer: error, ttft_over, latency_over, schema_invalid, empty_output,
     truncated, refusal, repetition, flagged."""

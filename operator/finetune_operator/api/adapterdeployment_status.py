@@ -207,7 +207,10 @@ class Check(StatusModel):
     """Guardrail: answers with the event, per side."""
     estimate: float | None = None
     """Guardrail: rate of the candidate over that of the stable revision. Objective: difference of the means.
-    Metric: the last result. Drift: population stability index."""
+    Metric: the last result. Sample ratio: share of the users that came to the candidate. Drift: population stability
+    index."""
+    expected: float | None = None
+    """Sample ratio: share of the users that should have come to the candidate."""
     interval: Interval | None = None
     """Objective: confidence sequence of the estimate."""
     e_value: float | None = None
@@ -220,6 +223,17 @@ class Check(StatusModel):
     """The same in words."""
     measurements: Measurements | None = None
     """Metric: tally."""
+
+
+class SampleRatio(StatusModel):
+    """Whether the sides get the shares of the users that they should."""
+
+    expected: float | None = None
+    """Share of the users that should have come to the candidate, 0 to 1; absent before any is compared."""
+    observed: float | None = None
+    """Share of the users that came to it."""
+    e_value: float | None = None
+    """Evidence that the shares are wrong; the alarm is raised from 1/alpha on."""
 
 
 class EvaluationResult(StatusModel):
@@ -333,6 +347,8 @@ class AdapterDeploymentStatus(StatusModel):
         default_factory=list
     )
     """Guardrails, objectives, metrics and alarms as of the last look."""
+    sample_ratio: SampleRatio | None = None
+    """The numbers of the alarm sample-ratio in analysis."""
     evaluation: EvaluationResult | None = None
     """The evalGate step under way, or the last one."""
     rollout_start_time: datetime | None = None

@@ -235,15 +235,50 @@ class WebhookType(StrEnum):
 class WebhookSpec(ApiModel):
     """A URL that is asked (confirm-*, rollback) or told (event). The types are Flagger's."""
 
-    name: PartName
-    """Name for messages."""
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!(has(self.timeout) && has(self.timeoutSeconds))",
+                "says the same as timeout; remove one of them",
+                fieldPath=".timeoutSeconds",
+                reason=FORBIDDEN,
+            )
+        )
+    )
+
+    name: PartName | None = None
+    """Name for messages. Absent: its type."""
     type: WebhookType
     """confirm-rollout, confirm-traffic-increase and confirm-promotion: the rollout waits until the answer is 2xx.
     rollback: a 2xx answer aborts the rollout. event: is told of each transition."""
     url: Url
     """Where the JSON document is posted to: {name, namespace, alias, phase, stage, candidateRevision, ...}."""
-    timeout_seconds: Annotated[int, Field(ge=1, le=60)] = 10
-    """Longest time for an answer, in seconds. Default: 10."""
+    timeout: (
+        Annotated[
+            str,
+            Field(
+                min_length=1,
+                max_length=32,
+                json_schema_extra=rules(
+                    IS_DURATION,
+                    rule(
+                        f"!self.matches('{DURATION}') || duration(self) <= duration('1m')",
+                        "must be a minute at most, for example 10s",
+                    ),
+                ),
+            ),
+            DURATION_TEXT,
+        ]
+        | None
+    ) = None
+    """Longest time for an answer. Absent: 10s."""
+    timeout_seconds: Annotated[int, Field(ge=1, le=60)] | None = None
+    """The same in seconds, instead of timeout. Absent: see timeout."""
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others."""
+        return self.name or self.type
 
 
 class Severity(StrEnum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, WithJsonSchema
 
@@ -128,6 +128,10 @@ class PodSelector(ApiModel):
     """Labels that a pod must have, all of them."""
 
 
+class Replicas(StrEnum):
+    ALL = "All"
+
+
 class ServingSpec(ApiModel):
     """The engines that load the adapter. Beside each engine runs an agent (built into finetune-server; a sidecar of a
     vLLM pod) that downloads and verifies adapters. Nothing set: the operator's own default engine."""
@@ -163,6 +167,8 @@ class ServingSpec(ApiModel):
     """Port of the engine in a pod of podSelector. Default: 8000."""
     agent_port: Port = AGENT_PORT
     """Port of the agent, in a pod of podSelector or on the host of endpoint. Default: 8001."""
+    replicas: Replicas | None = None
+    """Engines that load the adapter: All of them. Absent: the same."""
 
 
 class StickinessType(StrEnum):
@@ -244,11 +250,19 @@ class FallbackSpec(ApiModel):
     on_candidate_error: OnCandidateError = OnCandidateError.RETRY_STABLE
     """RetryStable (default): the stable revision answers, if no byte was sent yet; the failure still counts against the
     candidate. Fail: the user gets the error."""
+    before_first_byte_only: Literal[True] | None = None
+    """true: an answer that has begun is never replaced. Absent: the same."""
+
+
+class TrafficProvider(StrEnum):
+    ROUTER = "Router"
 
 
 class TrafficSpec(ApiModel):
     """How requests for the alias are assigned to the stable revision and the candidate."""
 
+    provider: TrafficProvider | None = None
+    """Who splits the traffic: Router, the operator's own. Absent: the same."""
     stickiness: StickinessSpec = StickinessSpec()
     """How a user stays on one side."""
     match: Annotated[list[MatchSpec], Field(max_length=64)] = Field(default_factory=list)

@@ -45,6 +45,7 @@ def assess_sample_ratio(evidence: Evidence, plan: SampleRatioPlan, *, weight: fl
         phase=phase,
         n=n,
         estimate=rounded(keys.candidate / total) if total else None,
+        expected=rounded(keys.expected_candidate / total) if total else None,
         e_value=rounded(e_value(keys.log_evidence)),
         threshold=rounded(math.exp(needed)),
         message=message,

@@ -6,6 +6,7 @@ Alarms and missing evidence only ever stop: nothing is decided from what is not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,6 +18,7 @@ from finetune_operator.api.adapterdeployment_status import (
     CheckKind,
     CheckPhase,
     PauseReason,
+    SampleRatio,
 )
 from finetune_operator.core import rollout_metrics as metrics
 from finetune_operator.core import rollout_pauses as pauses
@@ -55,7 +57,16 @@ def refresh(turn: Turn) -> Turn:
     missing = None
     if _counted(turn) and not _heard(turn):
         missing = turn.status.evidence_missing_since or turn.now
-    return turn.update(analysis=checks[:64], evidence_missing_since=missing)
+    return turn.update(
+        analysis=checks[:64], sample_ratio=_sample_ratio(checks), evidence_missing_since=missing
+    )
+
+
+def _sample_ratio(checks: Sequence[Check]) -> SampleRatio | None:
+    for check in checks:
+        if check.kind is CheckKind.SAMPLE_RATIO:
+            return SampleRatio(expected=check.expected, observed=check.estimate, e_value=check.e_value)
+    return None
 
 
 def _acknowledged(check: Check, known: Check | None) -> Check:

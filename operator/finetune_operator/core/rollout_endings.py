@@ -90,6 +90,7 @@ def begin(turn: Turn, artifact: ArtifactFacts, *, fast: bool = False, barred: Ab
         pause_conditions=[],
         abort=barred,
         analysis=[],
+        sample_ratio=None,
         evaluation=None,
         rollout_start_time=_later(turn.now, turn.status.rollout_start_time),
         step_start_time=None,

@@ -83,7 +83,7 @@ def within_deadline(turn: Turn, reason: AbortReason) -> Turn:
 def confirm(turn: Turn, kind: WebhookType) -> tuple[Turn, bool]:
     """Whether all webhooks of a kind said yes just now. Asked anew until they do, within the deadline."""
     hooks = [hook for hook in turn.spec.webhooks if hook.type is kind]
-    answers = {hook.name: turn.seen.webhooks.get(hook.name) for hook in hooks}
+    answers = {hook.key: turn.seen.webhooks.get(hook.key) for hook in hooks}
     if all(answer is not None and answer.accepted for answer in answers.values()):
         return turn, True
     if any(answer is None for answer in answers.values()):

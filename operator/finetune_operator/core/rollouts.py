@@ -171,7 +171,7 @@ def _position(turn: Turn) -> tuple[object, ...]:
 
 def _rollback_answers(turn: Turn) -> str:
     """What the rollback webhooks that want the candidate back say."""
-    hooks = [hook.name for hook in turn.spec.webhooks if hook.type is WebhookType.ROLLBACK]
+    hooks = [hook.key for hook in turn.spec.webhooks if hook.type is WebhookType.ROLLBACK]
     answers = {name: turn.seen.webhooks[name] for name in hooks if name in turn.seen.webhooks}
     texts = [f"webhook {name} asks for it: {a.message}" for name, a in answers.items() if a.accepted]
     return "; ".join(texts)
@@ -294,7 +294,7 @@ def _has_rollback_hooks(spec: AdapterDeploymentSpec) -> bool:
 
 def _rollback_heard(turn: Turn) -> bool:
     """They were asked for this pass, so the next question is due an interval later."""
-    return any(h.name in turn.seen.webhooks for h in turn.spec.webhooks if h.type is WebhookType.ROLLBACK)
+    return any(h.key in turn.seen.webhooks for h in turn.spec.webhooks if h.type is WebhookType.ROLLBACK)
 
 
 def _announced(seen: Observed, plan: Plan, now: datetime) -> Plan:

@@ -62,7 +62,7 @@ WRITE_SECONDS = 1.0  # between two writes that only bring numbers up to date
 READ_SECONDS = 4.0
 OBSERVE_SECONDS = 12.0  # lookups, agents and the stored evidence, one after the other in the worst case
 OUTBOX = "announcements"
-NUMBERS = frozenset({"analysis", "message", "conditions", "evaluation", OUTBOX})
+NUMBERS = frozenset({"analysis", "sampleRatio", "message", "conditions", "evaluation", OUTBOX})
 """Fields of the status that may be written a little later."""
 Answer = TypeVar("Answer")
 

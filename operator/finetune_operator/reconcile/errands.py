@@ -16,11 +16,13 @@ from finetune_operator.adapters.prometheus import Prometheus, QueryError
 from finetune_operator.adapters.webhooks import AlertError, Alerts, Webhooks
 from finetune_operator.api.adapterdeployment_analysis import MetricSpec
 from finetune_operator.api.adapterdeployment_strategy import WebhookSpec
+from finetune_operator.core.durations import parse_duration
 from finetune_operator.core.rollout_facts import Measurement, WebhookAnswer
 from finetune_operator.reconcile.queue import Key
 
 logger = logging.getLogger(__name__)
 
+WEBHOOK_SECONDS = 10.0  # the default of spec.webhooks[].timeout
 ALERT_ATTEMPTS = 4
 ALERT_RETRY_SECONDS = 2.0  # doubled each time
 
@@ -121,15 +123,15 @@ class Errands:
         self, key: Key, webhooks: Sequence[WebhookSpec], payload: Mapping[str, Any], question: str
     ) -> None:
         answers = await asyncio.gather(
-            *(self._webhooks.ask(hook.url, payload, seconds=hook.timeout_seconds) for hook in webhooks)
+            *(self._webhooks.ask(hook.url, payload, seconds=_timeout(hook)) for hook in webhooks)
         )
         for hook, answer in zip(webhooks, answers, strict=True):
-            self._tray(key).webhooks[hook.name] = question, WebhookAnswer(answer.accepted, answer.message)
+            self._tray(key).webhooks[hook.key] = question, WebhookAnswer(answer.accepted, answer.message)
 
     async def _tell(self, key: Key, webhook: WebhookSpec, payload: Mapping[str, Any]) -> None:
-        answer = await self._webhooks.ask(webhook.url, payload, seconds=webhook.timeout_seconds)
+        answer = await self._webhooks.ask(webhook.url, payload, seconds=_timeout(webhook))
         if not answer.accepted:
-            logger.warning("%s/%s: webhook %s did not take the event: %s", *key, webhook.name, answer.message)
+            logger.warning("%s/%s: webhook %s did not take the event: %s", *key, webhook.key, answer.message)
 
     async def _alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> None:
         pause = ALERT_RETRY_SECONDS
@@ -165,3 +167,9 @@ class Errands:
         self._loose.add(task)  # the event loop itself keeps only a weak reference
         task.add_done_callback(self._loose.discard)
         return task
+
+
+def _timeout(webhook: WebhookSpec) -> float:
+    if webhook.timeout is not None:
+        return parse_duration(webhook.timeout)
+    return webhook.timeout_seconds or WEBHOOK_SECONDS

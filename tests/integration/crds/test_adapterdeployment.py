@@ -18,6 +18,7 @@ from finetune_operator.api.base import GROUP, VERSION
 from tests.clients import Json, Kubectl, KubectlError
 from tests.integration.bad_deployments import BAD_DEPLOYMENTS, DIGEST, GOOD, METRIC, BadDeployment
 from tests.integration.crds import offline
+from tests.integration.good_deployments import PROMISED
 from tests.patches import merged
 
 pytestmark = pytest.mark.integration
@@ -143,6 +144,13 @@ EVERYTHING: Json = {
 GOOD_SPECS: dict[str, Json] = {
     "least": {},
     "everything": EVERYTHING,
+    "promised": PROMISED["spec"],
+    "unnamed-webhooks": {
+        "webhooks": [
+            {"type": "event", "url": "http://log/all", "timeoutSeconds": 60},
+            {"type": "rollback", "url": "http://gate/stop", "timeout": "1m"},
+        ]
+    },
     "source": {
         "adapter": {"fineTuneJobRef": None, "source": {"uri": "hf://organization/a", "digest": DIGEST}}
     },
@@ -231,8 +239,17 @@ def full_status() -> Json:
                 "failures": {"stable": 1, "candidate": 0},
                 "eValue": 0.8,
                 "threshold": 100,
-            }
+            },
+            {
+                "name": "sample-ratio",
+                "kind": "SampleRatio",
+                "phase": "Successful",
+                "estimate": 0.24,
+                "expected": 0.25,
+                "eValue": 0.6,
+            },
         ],
+        "sampleRatio": {"expected": 0.25, "observed": 0.24, "eValue": 0.6},
         "rolloutStartTime": NOW,
         "conditions": [
             {
@@ -341,7 +358,7 @@ def test_kubectl_refuses_unknown_fields_by_itself(kubectl: Kubectl) -> None:
         kubectl("apply", "--validate=strict", "-f", "-", body=good(rollout={}))
 
 
-@pytest.mark.parametrize("spec", [{}, EVERYTHING], ids=["least", "everything"])
+@pytest.mark.parametrize("spec", [{}, EVERYTHING, PROMISED["spec"]], ids=["least", "everything", "promised"])
 def test_applying_the_same_file_again_changes_nothing(kubectl: Kubectl, spec: Json) -> None:
     assert "created" in kubectl("apply", "-f", "-", body=good(**spec))
     assert "unchanged" in kubectl("apply", "-f", "-", body=good(**spec))

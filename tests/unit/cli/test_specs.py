@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from finetune_cli import specs
 from finetune_cli.__main__ import app
 from finetune_cli.kinds import DEPLOYMENT, JOB
-from tests.integration import bad_deployments, bad_jobs
+from tests.integration import bad_deployments, bad_jobs, good_deployments
 from tests.patches import merged
 
 ROOT = Path(__file__).parents[3]
@@ -34,6 +34,7 @@ def job(spec: dict[str, Any] | None = None, **metadata: Any) -> dict[str, Any]:
 def test_good_objects_have_no_problems() -> None:
     assert specs.find_problems(JOB, job()) == []
     assert specs.find_problems(DEPLOYMENT, bad_deployments.GOOD) == []
+    assert specs.find_problems(DEPLOYMENT, good_deployments.PROMISED) == []
 
 
 def test_unknown_fields_and_broken_rules_are_told_together() -> None:

@@ -25,10 +25,12 @@ class Strangers:
     """Webhooks and a Prometheus that answer when they are let."""
 
     asked: list[Mapping[str, Any]] = field(default_factory=list)
+    patience: list[float] = field(default_factory=list)
     let: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def ask(self, url: str, payload: Mapping[str, Any], *, seconds: float) -> Answer:
         self.asked.append(payload)
+        self.patience.append(seconds)
         await self.let.wait()
         return Answer(accepted=True, message="HTTP 200")
 
@@ -75,6 +77,24 @@ async def test_a_yes_to_one_step_is_none_to_the_next() -> None:
     assert [answer.accepted for answer in answers.values()] == [True]
     errands.settle(KEY, (), answers)
     assert errands.answers(KEY, {first, second}) == {}
+
+
+async def test_webhooks_without_a_name_are_told_apart_by_their_types() -> None:
+    strangers = Strangers()
+    strangers.let.set()
+    errands = strangers.errands()
+    hooks = [
+        WebhookSpec.model_validate({"type": kind, "url": "http://hooks", **timeout})
+        for kind, timeout in (
+            (INCREASE, {}),
+            (WebhookType.ROLLBACK, {"timeout": "1m"}),
+            (WebhookType.CONFIRM_ROLLOUT, {"timeoutSeconds": 7}),
+        )
+    ]
+    errands.ask(KEY, hooks, {}, question="q")
+    await asyncio.sleep(0.01)
+    assert set(errands.answers(KEY, {"q"})) == {"confirm-traffic-increase", "rollback", "confirm-rollout"}
+    assert strangers.patience == [10.0, 60.0, 7.0]
 
 
 async def test_a_question_that_hangs_keeps_no_other_one_from_being_asked() -> None:

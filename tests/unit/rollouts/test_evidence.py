@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.adapterdeployment_analysis import MetricSpec
-from finetune_operator.api.adapterdeployment_status import CheckPhase, Stage
+from finetune_operator.api.adapterdeployment_status import CheckPhase, SampleRatio, Stage
 from finetune_operator.core import rollout_metrics
 from finetune_operator.core.rollout_facts import Measurement
 from tests.unit.rollouts.world import START, World, reached, revision, serving
@@ -165,7 +165,10 @@ def test_the_next_rollout_is_alarmed_anew() -> None:
     world.evidence.skewed = True
     world.run(20)
     world.say("resume").run(5)
-    world.deploy("c").run(40)
+    assert world.status.sample_ratio == SampleRatio(expected=0.1, observed=0.3)
+    world.deploy("c").run(1)
+    assert world.status.sample_ratio is None, "of the rollout before"
+    world.run(40)
     assert pauses(world) == ["SampleRatioMismatch"]
 
 

@@ -235,7 +235,7 @@ class World:
                 self.asked.append(kind)
                 for hook in self.spec.webhooks if self.spec else []:
                     if hook.type is kind:
-                        self._told[hook.name] = WebhookAnswer(self.answers(hook.name, kind), "because")
+                        self._told[hook.key] = WebhookAnswer(self.answers(hook.key, kind), "because")
             case Evaluate(_, identity, names, evaluation):
                 state = "Failed" if self.evaluation_fails else "Done"
                 self.evaluation_fails = max(0, self.evaluation_fails - 1)
@@ -364,7 +364,9 @@ class World:
             ("drift", CheckKind.DRIFT, evidence.drifting),
         ):
             phase = CheckPhase.FAILED if alarm and proof else CheckPhase.SUCCESSFUL
-            checks.append(Check(name=name, kind=kind, phase=phase, message=f"{name} is off"))
+            checks.append(
+                Check(name=name, kind=kind, phase=phase, estimate=0.3, expected=0.1, message=f"{name} is off")
+            )
         return EvidenceFacts(checks=checks, last_heard=evidence.heard)
 
     # ---------------------------------------------------------------- what people do

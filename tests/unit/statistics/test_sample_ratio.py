@@ -53,6 +53,7 @@ def test_without_stickiness_requests_are_the_units() -> None:
     )
     assert check.n is not None
     assert (check.n.stable, check.n.candidate) == (500, 500)
+    assert (check.estimate, check.expected) == (0.5, 0.1)
 
 
 def test_nobody_yet_is_inconclusive() -> None:
