@@ -58,14 +58,14 @@ class Alerts:
             )
         except UnreachableError as error:
             raise AlertError(f"provider {provider}: {str(error).replace(url, '<url>')}") from None
-        if not reply.ok:
-            raise AlertError(f"provider {provider}: {reply.summary()}")
+        if not reply.ok:  # not quoted: many a server says which path it does not know
+            raise AlertError(f"provider {provider}: {reply.summary(quote=False)}")
 
     def _url(self, provider: str) -> str:
         if self.providers is None:
             raise AlertError(
                 f"provider {provider}: the operator has no alert providers; "
-                "set FINETUNE_ALERT_PROVIDERS_FILE to a JSON file {name: URL}"
+                "FINETUNE_ALERT_PROVIDERS_FILE names no JSON file {name: URL}"
             )
         try:
             found = json.loads(self.providers.read_text())

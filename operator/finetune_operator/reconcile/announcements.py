@@ -8,10 +8,12 @@ have been told before: there the Event comes first, and only if none of that nam
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from finetune_operator.adapters.api_errors import ApiError, ConflictError, UnavailableError
 from finetune_operator.adapters.kube import Json, Kube
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 # The API server keeps Events for an hour (--event-ttl): of older ones nobody knows whether they were told.
 MEMORY = timedelta(minutes=50)
+PROVIDERS = (
+    "providers are configured with the operator: value alerts.existingSecret of its chart, or the file in "
+    "FINETUNE_ALERT_PROVIDERS_FILE"
+)
 DELIVERY_SECONDS = 5.0  # for alerts, before the Event is posted all the same; they are tried on
 
 
@@ -89,9 +95,7 @@ class Announcer:
                 told.done.add(item.name)
                 continue
             told.running.add(item.name)
-            task = asyncio.create_task(self._tell(subject, item, told))
-            self._tasks.add(task)  # the event loop itself keeps only a weak reference
-            task.add_done_callback(self._tasks.discard)
+            self._start(self._tell(subject, item, told))
 
     async def _tell(self, subject: Subject, item: Announcement, told: Told) -> None:
         try:
@@ -137,10 +141,31 @@ class Announcer:
         tasks = self._errands.tell(subject.key, hooks, payload)
         for recipient in spec.alerts:
             if messages.is_for(item.severity, recipient):
-                alert = messages.alert_payload(subject.deployment, subject.status, item)
-                tasks.append(self._errands.alert(subject.key, recipient.provider_ref.name, alert))
+                tasks.append(self._start(self._alert(subject, item, recipient.provider_ref.name)))
         if tasks:
             await asyncio.wait(tasks, timeout=DELIVERY_SECONDS)
+
+    async def _alert(self, subject: Subject, item: Announcement, provider: str) -> None:
+        """Tell a provider; what it did not get is an Event, whose name lets there be one at most."""
+        alert = messages.alert_payload(subject.deployment, subject.status, item)
+        problem = await self._errands.alert(subject.key, provider, alert)
+        if problem is None:
+            return
+        failure = Announcement(
+            name=f"{item.name}.{provider}",
+            time=self._clock(),
+            severity=Severity.WARN,
+            reason="AlertNotDelivered",
+            message=f"alert {item.reason}: {problem}; {PROVIDERS}",
+        )
+        with contextlib.suppress(UnavailableError):  # the log has it
+            await self._post(subject, failure)
+
+    def _start(self, telling: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(telling)
+        self._tasks.add(task)  # the event loop itself keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _of(self, key: Key) -> Told:
         return self._told.setdefault(key, Told())

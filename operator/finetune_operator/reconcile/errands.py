@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_operator.adapters.prometheus import Prometheus, QueryError
 from finetune_operator.adapters.webhooks import AlertError, Alerts, Webhooks
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 WEBHOOK_SECONDS = 10.0  # the default of spec.webhooks[].timeout
 ALERT_ATTEMPTS = 4
 ALERT_RETRY_SECONDS = 2.0  # doubled each time
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Errands:
         self._wake = wake
         self._trays: dict[Key, Tray] = {}
         self._running: dict[tuple[Key, str], asyncio.Task[None]] = {}
-        self._loose: set[asyncio.Task[None]] = set()
+        self._loose: set[asyncio.Task[Any]] = set()
 
     def measurements(self, key: Key, questions: Collection[str]) -> tuple[Measurement, ...]:
         """Those that were made for one of these questions: one that took its time may be about another candidate."""
@@ -105,8 +106,8 @@ class Errands:
         """Tell these webhooks of an event, each once."""
         return [self._start(self._tell(key, webhook, payload)) for webhook in webhooks]
 
-    def alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> asyncio.Task[None]:
-        """Tell a provider, in several attempts."""
+    def alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> asyncio.Task[str | None]:
+        """Tell a provider, in several attempts. Returns why it could not be told, None where it was."""
         return self._start(self._alert(key, provider, payload))
 
     async def _measure(self, metric: MetricSpec, values: Mapping[str, str]) -> Measurement:
@@ -133,16 +134,18 @@ class Errands:
         if not answer.accepted:
             logger.warning("%s/%s: webhook %s did not take the event: %s", *key, webhook.key, answer.message)
 
-    async def _alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> None:
-        pause = ALERT_RETRY_SECONDS
+    async def _alert(self, key: Key, provider: str, payload: Mapping[str, Any]) -> str | None:
+        problem = None
         for attempt in range(ALERT_ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(ALERT_RETRY_SECONDS * 2 ** (attempt - 1))
             try:
                 await self._alerts.send(provider, payload)
-                return
+                return None
             except AlertError as error:
-                logger.warning("%s/%s: alert not delivered (attempt %d): %s", *key, attempt + 1, error)
-            await asyncio.sleep(pause)
-            pause *= 2
+                problem = str(error)
+                logger.warning("%s/%s: alert not delivered (attempt %d): %s", *key, attempt + 1, problem)
+        return problem
 
     def _tray(self, key: Key) -> Tray:
         return self._trays.setdefault(key, Tray())
@@ -162,7 +165,7 @@ class Errands:
         self._running[key, purpose] = task
         task.add_done_callback(done)
 
-    def _start(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, errand: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.create_task(errand)
         self._loose.add(task)  # the event loop itself keeps only a weak reference
         task.add_done_callback(self._loose.discard)

@@ -75,6 +75,7 @@ def test_a_rollback_webhook_and_alerts_by_severity(lab: Lab, receiver: Receiver)
     (alert,) = receiver.at("/room")
     assert "RollbackWebhook" in alert["text"] or "brake" in alert["text"]
     assert alert["attachments"][0]["color"] == "danger"
+    lab.eventually(lambda: "AlertNotDelivered" in lab.told(), seconds=60)  # to the unknown one
 
 
 # -- people

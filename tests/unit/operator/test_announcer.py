@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp import web
 from kubernetes import aio
 
@@ -22,6 +23,7 @@ from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 from finetune_operator.api.adapterdeployment_status import AdapterDeploymentStatus, Announcement
 from finetune_operator.api.adapterdeployment_strategy import Severity
 from finetune_operator.core.rollout_facts import DeploymentFacts
+from finetune_operator.reconcile import errands
 from finetune_operator.reconcile.announcements import Announcer, Subject
 from finetune_operator.reconcile.errands import Errands
 
@@ -36,6 +38,7 @@ class World:
 
     events: dict[str, Any] = field(default_factory=dict)
     attempts: int = 0
+    refused: int = 0
     alerts: list[Any] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     status: int = 201
@@ -54,6 +57,10 @@ class World:
         self.order.append("event")
         return web.json_response(body, status=201)
 
+    async def refuse(self, request: web.Request) -> web.Response:
+        self.refused += 1
+        return web.Response(status=404, text=f"Cannot POST {request.path}")
+
     async def alert(self, request: web.Request) -> web.Response:
         self.alerts.append(await request.json())
         self.order.append("alert")
@@ -64,14 +71,14 @@ class World:
         """A new life of the operator."""
         client = aio.client.ApiClient(aio.client.Configuration(host=self.url))
         async with fetching.open_session() as session:
-            errands = Errands(
+            made = Errands(
                 prometheus=Prometheus(session),
                 webhooks=Webhooks(session),
                 alerts=Alerts(session, self.folder / "providers.json"),
                 wake=lambda key: None,
             )
             try:
-                yield Announcer(kube=Kube(client), errands=errands, clock=lambda: now)
+                yield Announcer(kube=Kube(client), errands=made, clock=lambda: now)
             finally:
                 await client.close()
 
@@ -82,11 +89,14 @@ async def world(folder: Path) -> AsyncIterator[World]:
     application = web.Application()
     application.router.add_post("/api/v1/namespaces/team/events", made.event)
     application.router.add_post("/room", made.alert)
+    application.router.add_post("/token-of-a-room", made.refuse)
     runner = web.AppRunner(application)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    (folder / "providers.json").write_text(json.dumps({"room": f"{made.url}/room"}))
+    (folder / "providers.json").write_text(
+        json.dumps({"room": f"{made.url}/room", "closed": f"{made.url}/token-of-a-room"})
+    )
     try:
         yield made
     finally:
@@ -99,12 +109,12 @@ def announcement(name: str, *, time: datetime = NOW) -> Announcement:
     )
 
 
-def subject(*items: Announcement) -> Subject:
+def subject(*items: Announcement, providers: Sequence[str] = ("room",)) -> Subject:
     spec = AdapterDeploymentSpec.model_validate(
         {
             "baseModelRef": {"name": "tiny"},
             "adapter": {"fineTuneJobRef": {"name": "j"}},
-            "alerts": [{"severity": "warn", "providerRef": {"name": "room"}}],
+            "alerts": [{"severity": "warn", "providerRef": {"name": name}} for name in providers],
         }
     )
     status = AdapterDeploymentStatus(announcements=list(items))
@@ -180,3 +190,28 @@ async def test_an_event_that_is_refused_is_given_up(tmp_path: Path) -> None:
         announcer.announce(subject(item), [item])
         await settled(announcer, "bot.1")
         assert (around.attempts, len(around.alerts)) == (1, 1)
+
+
+async def test_an_alert_that_cannot_be_delivered_is_one_event_per_provider(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errands, "ALERT_RETRY_SECONDS", 0.01)
+    item = announcement("bot.1")
+    about = subject(item, providers=["room", "closed", "unknown", "closed"])
+    async with world(tmp_path) as around:
+        for life in range(2):
+            async with around.announcer() as announcer:
+                announcer.announce(about, [item])
+                await settled(announcer, "bot.1")
+                assert around.refused == 2 * errands.ALERT_ATTEMPTS * (life + 1)
+        assert set(around.events) == {"bot.1", "bot.1.closed", "bot.1.unknown"}
+        refused, unknown = around.events["bot.1.closed"], around.events["bot.1.unknown"]
+        assert {(event["type"], event["reason"]) for event in (refused, unknown)} == {
+            ("Warning", "AlertNotDelivered")
+        }
+        assert refused["message"].startswith(
+            "alert GuardrailBreached: provider closed: HTTP 404; providers are"
+        )
+        assert "token" not in refused["message"], "the URL is a secret"
+        assert "provider unknown: not in the operator's file" in unknown["message"]
+        assert "alerts.existingSecret" in unknown["message"]
