@@ -74,8 +74,11 @@ def plan(
 
 
 def _print(name: str, planned: rollout_plans.RolloutPlan, assumptions: Assumptions) -> None:
-    total = format_duration(sum(one.seconds for one in planned.spans))
-    length = f"{total} with a candidate" if planned.spans else "no step gives the candidate requests"
+    length = f"{format_duration(planned.seconds)} in all"
+    if not any(one.span.weight for one in planned.spans):
+        length += ", and no step gives the candidate requests to compare"
+    elif planned.compared_seconds < planned.seconds:
+        length += f", {format_duration(planned.compared_seconds)} of it with answers of both sides to compare"
     typer.echo(f"{name}: {length}")
     tables = [rollout_plans.span_rows(planned), rollout_plans.objective_rows(planned)]
     for rows in tables:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,15 @@ class Span:
 
     steps: tuple[str, ...]
     weight: float
-    """Percent of the compared answers that are the candidate's, copies included."""
+    """Percent of the compared answers that are the candidate's, copies included; 0: nothing is compared."""
     seconds: float
     """By the clocks of its steps."""
     by_evidence: bool = False
     """Whether it lasts until the objectives are decided."""
     by_person: bool = False
     """Whether it lasts until somebody goes on."""
+    by_score: bool = False
+    """Whether it lasts until the rows of an evaluation are scored."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ class RolloutPlan:
     spans: tuple[PlannedSpan, ...]
     objectives: tuple[power.Need, ...]
     warnings: tuple[str, ...]
+    dry_run: frozenset[str]
+    """Guardrails and objectives that are only shown."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.spans)
+
+    @property
+    def compared_seconds(self) -> float:
+        return sum(one.seconds for one in self.spans if one.span.weight)
 
 
 def plan_rollout(spec: AdapterDeploymentSpec, assumptions: Assumptions) -> RolloutPlan:
@@ -111,24 +123,25 @@ def plan_rollout(spec: AdapterDeploymentSpec, assumptions: Assumptions) -> Rollo
     lengths = []
     for span in spans_of(spec.strategy.canary.steps):
         needs = compute([power.Step(span.weight, 1.0)]).objectives if span.by_evidence else ()
-        lengths.append(
-            (span, max(span.seconds, min(limit, max((n.seconds_likely for n in needs), default=0.0))))
-        )
+        waits = [need.seconds_likely for need in needs if need.name not in analysis.dry_run]
+        lengths.append((span, max(span.seconds, min(limit, max(waits, default=0.0)))))
     whole = compute([power.Step(span.weight, seconds) for span, seconds in lengths])
     spans = tuple(
-        PlannedSpan(span, seconds, step) for (span, seconds), step in zip(lengths, whole.steps, strict=True)
+        PlannedSpan(span, seconds, step if span.weight else dataclasses.replace(step, needs=()))
+        for (span, seconds), step in zip(lengths, whole.steps, strict=True)
     )
     about_objectives = [text for text in whole.warnings if text.partition(": ")[0] not in guardrails]
-    warnings = [*_short_spans(spans), *_missed_harm(spans), *about_objectives]
-    return RolloutPlan(spans, whole.objectives, tuple(warnings))
+    dry = analysis.dry_run
+    warnings = [*_short_spans(spans, dry), *_missed_harm(spans, dry), *about_objectives]
+    return RolloutPlan(spans, whole.objectives, tuple(warnings), dry)
 
 
-def _short_spans(spans: Sequence[PlannedSpan]) -> Iterator[str]:
-    """One sentence per span and time needed, for all guardrails that need it."""
+def _short_spans(spans: Sequence[PlannedSpan], dry_run: Collection[str]) -> Iterator[str]:
+    """One sentence per span and time needed, for all guardrails that need it and can roll back."""
     for one in spans:
         names: dict[float, list[str]] = {}
         for need in one.power.needs:
-            if one.seconds < need.seconds_certain:
+            if one.seconds < need.seconds_certain and need.name not in dry_run:
                 names.setdefault(need.seconds_certain, []).append(need.name)
         for seconds, short in names.items():
             remedy = "no length is enough"
@@ -141,11 +154,12 @@ def _short_spans(spans: Sequence[PlannedSpan]) -> Iterator[str]:
             )
 
 
-def _missed_harm(spans: Sequence[PlannedSpan]) -> Iterator[str]:
+def _missed_harm(spans: Sequence[PlannedSpan], dry_run: Collection[str]) -> Iterator[str]:
     """What may still be missed when the last step ends."""
     names: dict[str, list[str]] = {}
-    for name, caught in spans[-1].power.caught.items() if spans else ():
-        if caught < power.CERTAIN:
+    compared = any(one.span.weight for one in spans)
+    for name, caught in spans[-1].power.caught.items() if compared else ():
+        if caught < power.CERTAIN and name not in dry_run:
             names.setdefault(f"{caught:.0%}", []).append(name)
     for caught_percent, missed in names.items():
         yield f"all steps together catch a harm to {', '.join(missed)} with {caught_percent} only"
@@ -156,7 +170,7 @@ def _pick(values: Mapping[str, float], name: str, default: float) -> float:
 
 
 def spans_of(steps: Sequence[Step]) -> list[Span]:
-    """The spans in which the candidate answers anything, in order."""
+    """All steps in order."""
     spans, weight = [Span((), 0.0, 0.0)], 0.0
     for step in steps:
         text = step_text(step.model_dump(mode="json", by_alias=True, exclude_none=True))
@@ -171,7 +185,7 @@ def spans_of(steps: Sequence[Step]) -> list[Span]:
             spans.append(Span((), weight, 0.0))
         else:
             spans[-1] = _extend(spans[-1], step, text)
-    return [span for span in spans if span.steps and span.weight > 0.0]
+    return [span for span in spans if span.steps]
 
 
 def _extend(span: Span, step: Step, text: str) -> Span:
@@ -182,6 +196,7 @@ def _extend(span: Span, step: Step, text: str) -> Span:
         steps=(*span.steps, text),
         seconds=span.seconds + duration,
         by_evidence=span.by_evidence or step.analysis is not None,
+        by_score=span.by_score or step.eval_gate is not None,
         by_person=span.by_person
         or step.approval is not None
         or (step.pause is not None and step.pause.duration is None),
@@ -202,7 +217,7 @@ def span_rows(plan: RolloutPlan) -> list[list[str]]:
             rows.append(
                 [
                     *head,
-                    need.name,
+                    _shown(need.name, plan),
                     _count(need.requests_certain),
                     _time(need.seconds_certain),
                     f"{one.power.caught.get(need.name, 0.0):.0%}",
@@ -219,7 +234,12 @@ def objective_rows(plan: RolloutPlan) -> list[list[str]]:
     return [
         list(OBJECTIVE_HEADER),
         *(
-            [need.name, f"{need.weight:.3g}%", _count(need.requests_certain), _time(need.seconds_certain)]
+            [
+                _shown(need.name, plan),
+                f"{need.weight:.3g}%",
+                _count(need.requests_certain),
+                _time(need.seconds_certain),
+            ]
             for need in plan.objectives
         ),
     ]
@@ -252,6 +272,7 @@ def to_data(plan: RolloutPlan, assumptions: Assumptions) -> dict[str, Any]:
     def need(one: power.Need) -> dict[str, Any]:
         return {
             "name": one.name,
+            "dryRun": one.name in plan.dry_run,
             "candidatePercent": one.weight,
             "requestsLikely": _finite(one.requests_likely),
             "requestsCertain": _finite(one.requests_certain),
@@ -261,6 +282,7 @@ def to_data(plan: RolloutPlan, assumptions: Assumptions) -> dict[str, Any]:
 
     return {
         "assumptions": dataclasses.asdict(assumptions),
+        "seconds": plan.seconds,
         "spans": [
             {
                 "steps": list(one.span.steps),
@@ -268,6 +290,7 @@ def to_data(plan: RolloutPlan, assumptions: Assumptions) -> dict[str, Any]:
                 "seconds": one.seconds,
                 "untilEvidence": one.span.by_evidence,
                 "untilPerson": one.span.by_person,
+                "untilScored": one.span.by_score,
                 "requests": one.power.requests,
                 "guardrails": [
                     {**need(each), "caughtByThen": one.power.caught.get(each.name)}
@@ -282,9 +305,16 @@ def to_data(plan: RolloutPlan, assumptions: Assumptions) -> dict[str, Any]:
 
 
 def _length(one: PlannedSpan) -> str:
-    probable = one.span.by_evidence and one.seconds > one.span.seconds
-    text = ("about " if probable else "") + format_duration(one.seconds)
-    return f"{text} and until somebody goes on" if one.span.by_person else text
+    span = one.span
+    probable = span.by_evidence and one.seconds > span.seconds
+    parts = [("about " if probable else "") + format_duration(one.seconds)] if one.seconds else []
+    parts += ["until the rows are scored"] if span.by_score else []
+    parts += ["until somebody goes on"] if span.by_person else []
+    return " and ".join(parts) or format_duration(0)
+
+
+def _shown(name: str, plan: RolloutPlan) -> str:
+    return f"{name} (dry run)" if name in plan.dry_run else name
 
 
 def _time(seconds: float) -> str:

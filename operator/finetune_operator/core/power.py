@@ -278,10 +278,10 @@ def _plan_warnings(
             f"{name}: {_times(harms.get(name))} would be caught in {math.floor(caught * 100)} of 100 rollouts before "
             "the last step ends"
             for name, caught in steps[-1].caught.items()
-            if caught < CERTAIN
+            if caught < CERTAIN and name not in plan.dry_run
         ]
-    length = sum(power.step.seconds for power in steps)
-    for need in objectives:
+    length = sum(power.step.seconds for power in steps if power.step.weight > 0.0)
+    for need in (need for need in objectives if need.name not in plan.dry_run):
         if not math.isfinite(need.seconds_certain):
             warnings.append(
                 f"{need.name}: the assumed difference lies beyond the margin, so it is never proved"
@@ -291,7 +291,7 @@ def _plan_warnings(
                 f"{need.name} needs {format_duration(need.seconds_certain)} at {need.weight:g}% and all steps together "
                 f"last {format_duration(length)}: the analysis will wait or stay inconclusive"
             )
-    known = {need.name for need in objectives}
+    known = plan.dry_run.union(need.name for need in objectives)
     why = "not planned, because the spread of its values is not known (or its margin is relative)"
     if not any(0.0 < power.step.weight < 100.0 for power in steps):
         why = "no step has answers of both sides, so it is never decided"

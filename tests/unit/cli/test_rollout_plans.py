@@ -16,6 +16,7 @@ from finetune_cli.__main__ import app
 from finetune_cli.rollout_plans import Assumptions
 from finetune_operator.api.adapterdeployment import AdapterDeploymentSpec
 
+EXAMPLES = Path(__file__).parents[3] / "examples" / "rollouts"
 OBJECTIVE = {"name": "helpful", "metric": "helpful", "margin": 0.05}
 
 
@@ -62,10 +63,11 @@ def test_steps_of_one_weight_are_one_span() -> None:
         ).strategy.canary.steps
     )
     assert [(span.weight, span.seconds, span.by_evidence, span.by_person) for span in spans] == [
+        (0.0, 60.0, False, False),
         (5.0, 900.0, True, False),
         (50.0, 0.0, False, True),
     ]
-    assert spans[0].steps == ("setWeight 5%", "pause 5m", "analysis 10m")
+    assert spans[1].steps == ("setWeight 5%", "pause 5m", "analysis 10m")
 
 
 def test_copies_are_a_share_of_the_answers_that_are_compared() -> None:
@@ -160,8 +162,33 @@ def test_a_plan_without_a_candidates_share_says_so(file: Path) -> None:
     steps: list[dict[str, Any]] = [{"analysis": {}}]
     file.write_text(yaml.safe_dump(document(steps, objectives=[OBJECTIVE])), encoding="utf-8")
     text = run(file)
-    assert "bot: no step gives the candidate requests" in text
+    assert "bot: 0s in all, and no step gives the candidate requests to compare" in text
     assert "warning: helpful: no step has answers of both sides" in text
+
+
+def test_steps_without_a_candidate_take_their_time_too() -> None:
+    text = run(EXAMPLES / "per-tenant-pin.yaml")
+    assert "triage-tenants: 1d8h in all, 8h0m of it with answers of both sides to compare" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("setWeight")]
+    assert rows[0] == ["setWeight", "0%,", "pause", "24h", "0%", "1d0h", "864,000"]
+    assert "warning" not in text, "nothing is to be caught at weight 0"
+    text = run(EXAMPLES / "first-deployment.yaml")
+    assert "triage-first: 20m0s in all" in text
+    steps = [line.split("  ")[0] for line in text.splitlines()]
+    assert steps.index("evalGate golden") < steps.index("setWeight 10%, pause 10m")
+    assert "until the rows are scored" in text
+
+
+def test_what_is_only_shown_catches_nothing_and_is_waited_for_by_nobody() -> None:
+    steps: list[dict[str, Any]] = [{"setWeight": 50}, {"pause": {"duration": "1m"}}, {"analysis": {}}]
+    one = spec(steps, objectives=[OBJECTIVE], dryRun=["errors", "helpful"])
+    plan = rollout_plans.plan_rollout(one, assume())
+    assert plan.warnings == ()
+    assert plan.seconds == 60
+    assert rollout_plans.span_rows(plan)[1][4] == "errors (dry run)"
+    assert rollout_plans.objective_rows(plan)[1][0] == "helpful (dry run)"
+    (span,) = rollout_plans.to_data(plan, assume())["spans"]
+    assert [each["dryRun"] for each in span["guardrails"]] == [True]
 
 
 @pytest.mark.parametrize("output", ["json", "yaml"])
