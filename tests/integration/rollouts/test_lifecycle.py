@@ -41,6 +41,9 @@ def test_a_better_adapter_is_canaried_and_promoted(lab: Lab) -> None:
     status = lab.wait(serves(BETTER))
     (guardrail,) = [check for check in status["analysis"] if check["kind"] == "Guardrail"]
     assert min(guardrail["n"]["stable"], guardrail["n"]["candidate"]) > 20
+    assert status["sampleRatio"]["eValue"] == next(
+        check["eValue"] for check in status["analysis"] if check["kind"] == "SampleRatio"
+    )
     assert [entry["completionStatus"] for entry in status["history"]] == ["Promoted", "Promoted"]
     assert lab.failed_requests == 0
 
