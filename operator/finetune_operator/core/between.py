@@ -28,7 +28,7 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
     seen = attempts.with_news(seen, now=now)
     attempt = seen.job.status.attempts[-1]
     undecided = inspections.is_undecided(seen.job.status)
-    if undecided and seen.inspection is not None:
+    if undecided and seen.inspection is not None and seen.inspection.ours:
         return inspections.wait(seen, attempt, now=now)
     fence = fences.look(seen, attempt, now=now)
     if fence.left:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import Attempt, ErrorClass, FineTuneJobStatus
-from finetune_operator.core import attempts, failures, reports, statuses, texts
+from finetune_operator.api.finetunejob import Attempt, ErrorClass, FineTuneJobStatus, Phase
+from finetune_operator.core import attempts, failures, reports, statuses, texts, words
 from finetune_operator.core.facts import CreateRayJob, DeleteRayJob, Observed, Plan, RayJobFacts
 
 INTERVAL_SECONDS = 10.0
@@ -31,6 +31,8 @@ def wait(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         return _told_late(seen, result, now=now)
     if result is not None and _is_of_an_earlier_inspection(seen):
         result = None
+    if inspection is not None and not inspection.ours:
+        return _name_is_taken(seen, attempt, inspection, now=now)
     if _has_looked(inspection, result):
         found = result.message if result is not None else "its inspection found none"
         return none_found(seen, found, now=now)
@@ -44,6 +46,17 @@ def wait(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
         return Plan(status=seen.job.status, actions=again, requeue_after=INTERVAL_SECONDS)
     found = result.message if result is not None else "its inspection brought no result"
     return none_found(seen, found, now=now)
+
+
+def _name_is_taken(seen: Observed, attempt: Attempt, taken: RayJobFacts, *, now: datetime) -> Plan:
+    """A RayJob of its name is not ours: it tells nothing about the attempt, and is left alone."""
+    whose = "an earlier job of this name" if taken.of_a_namesake else "someone else"
+    found = f"RayJob {taken.name} exists and belongs to {whose}"
+    if attempt.end_time is not None and now - attempt.end_time > LIMIT:
+        return none_found(seen, found, now=now)
+    message = f"{words.told(attempt)}; no committed artifact can be looked for: {found}, delete it"
+    status = statuses.build(seen, Phase.EVALUATING, "NameTaken", message, claims=[], now=now)
+    return Plan(status=status, requeue_after=INTERVAL_SECONDS)
 
 
 def _has_looked(inspection: RayJobFacts | None, result: reports.Result | None) -> bool:

@@ -19,7 +19,7 @@ from finetune_operator.core.facts import (
     RayJobFacts,
 )
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import ARTIFACT, Story, inspected, rayjob, result, training
+from tests.unit.operator.stories import ARTIFACT, START, Story, inspected, rayjob, result, training
 
 NO_RETRIES = {"retry": {"maxInfraRetries": 0}}
 
@@ -232,6 +232,30 @@ def test_a_job_is_cancelled_while_an_inspection_looks(inspection: RayJobFacts | 
         assert list(plan.actions) == [DeleteRayJob("triage-i1", "inspection")]
         plan = story.step(rayjob=over)
     assert plan.status.phase is Phase.CANCELLED
+
+
+@pytest.mark.parametrize("taken", [("Running", "RUNNING"), ("Complete", "SUCCEEDED"), ("Failed", "FAILED")])
+@pytest.mark.parametrize("namesake", [True, False])
+def test_a_rayjob_that_has_an_inspections_name_and_is_not_ours_is_neither_read_nor_deleted(
+    taken: tuple[str, str], namesake: bool
+) -> None:
+    story = Story(NO_RETRIES).trained()
+    story.step(rayjob=rayjob("Complete", "SUCCEEDED"), after=70)
+    ended = "Job entrypoint command failed with exit code 1"
+    theirs: dict[str, Any] = {"name": "triage-i1", "uid": "theirs", "ours": False, "of_a_namesake": namesake}
+    other = rayjob(*taken, message=ended, created=START - timedelta(hours=1), **theirs)
+    plan = story.step(rayjob=rayjob("Running", "RUNNING"), inspection=other)
+    assert list(plan.actions) == [DeleteRayJob("triage-a1", "ray-uid")], "nothing of the attempt may be left"
+    plan = story.step(inspection=other, after=899)
+    assert (plan.status.phase, plan.status.reason, list(plan.actions)) == ("Evaluating", "NameTaken", [])
+    whose = "an earlier job of this name" if namesake else "someone else"
+    assert f"RayJob triage-i1 exists and belongs to {whose}, delete it" in (plan.status.message or "")
+    again = Story(NO_RETRIES)
+    again.job, again.now = story.job, story.now
+    assert list(again.step().actions) == [CreateRayJob("triage-i1", 1, inspect=True)], "it is gone"
+    plan = story.step(inspection=other)
+    assert (plan.status.phase, list(plan.actions)) == (Phase.FAILED, []), "the job is not held for ever"
+    assert f"RayJob triage-i1 exists and belongs to {whose}" in (plan.status.message or "")
 
 
 def test_no_inspection_begins_while_the_job_is_suspended() -> None:
