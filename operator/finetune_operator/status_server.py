@@ -91,7 +91,7 @@ class StatusServer:
         """The UID of the job that the sender may report for. Raises HTTPUnauthorized or HTTPNotFound."""
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
-        if scheme.lower() != "bearer" or not token:
+        if scheme.lower() != "bearer" or not token or not token.isascii():
             raise web.HTTPUnauthorized(text="send the projected token as Authorization: Bearer")
         now = asyncio.get_running_loop().time()
         entry = (key, hashlib.sha256(token.encode()).hexdigest())

@@ -24,7 +24,9 @@ from finetune_operator.adapters.tls import AuthorityFile, TlsFiles
 from finetune_operator.core.rates import Limiter, Rate
 from finetune_operator.endpoint import Answer, ReportEndpoint
 from finetune_operator.forwarding import Forwarder
-from finetune_operator.status_server import _claimed_audiences
+from finetune_operator.reconcile.mailbox import Mailbox
+from finetune_operator.status_server import StatusServer, _claimed_audiences
+from tests.unit.operator.memory_api import MemoryApi
 
 PATH = "/v1/namespaces/ns/finetunejobs/job/attempts/1/status"
 
@@ -35,9 +37,11 @@ async def echo(request: web.Request) -> web.Response:
 
 
 @contextlib.asynccontextmanager
-async def listening(answer: Answer, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+async def listening(
+    answer: Answer, *, tls: ssl.SSLContext | None = None, registry: CollectorRegistry | None = None
+) -> AsyncIterator[str]:
     port = choose(("endpoint",), known={}, in_use_by_us=[])["endpoint"]
-    report_endpoint = ReportEndpoint(answer=answer, telemetry=Telemetry(CollectorRegistry()))
+    report_endpoint = ReportEndpoint(answer=answer, telemetry=Telemetry(registry or CollectorRegistry()))
     async with endpoint.listening(report_endpoint.application(), host="127.0.0.1", port=port, tls=tls):
         yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
 
@@ -168,6 +172,27 @@ def token(claims: object) -> str:
 )
 def test_what_a_token_claims_is_read_without_trust(text: str, audiences: list[str]) -> None:
     assert _claimed_audiences(text) == audiences
+
+
+@pytest.mark.parametrize(
+    "header", [b"Bearer \xff\xfe", b"Bearer a.\xff.c", "Bearer a.\u00e9.c".encode(), b"\xff"]
+)
+async def test_a_token_that_is_no_text_is_refused_and_counted(
+    header: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = CollectorRegistry()
+    server = StatusServer(
+        kube=MemoryApi(), mailbox=Mailbox(), enqueue=lambda key, seconds, urgent: None, progress_seconds=10.0
+    )
+    async with listening(server.answer, registry=registry) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        request = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nAuthorization: "
+        writer.write(request.encode() + header + b"\r\n\r\n{}")
+        async with asyncio.timeout(5):
+            assert b" 401 " in await reader.readline()
+        writer.close()
+    assert registry.get_sample_value("finetune_reports_total", {"code": "401"}) == 1
+    assert not [record for record in caplog.records if record.exc_info], caplog.text
 
 
 @pytest.fixture
