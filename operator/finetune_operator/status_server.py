@@ -23,7 +23,7 @@ from finetune_operator import endpoint
 from finetune_operator.adapters.kube import Json, Kube
 from finetune_operator.api.base import API_VERSION
 from finetune_operator.api.finetunejob import KIND
-from finetune_operator.core import statuses
+from finetune_operator.core import failures, policies, statuses
 from finetune_operator.core.rates import Limiter, Rate
 from finetune_operator.core.reports import Report
 from finetune_operator.manifests import naming
@@ -71,7 +71,7 @@ class StatusServer:
                 text=f"more than {JOB_RATE.per_second:g} reports per second: send the latest one again later",
                 headers=endpoint.retry_after(wait),
             )
-        report = _parse(await endpoint.read_body(request))
+        report = _parse(await endpoint.read_body(request), attempt=attempt)
         if not await self._is_expected(key, uid=uid, attempt=attempt):
             return web.json_response({"accepted": False})
         urgent = self._mailbox.is_news(key, report, uid=uid)
@@ -138,14 +138,19 @@ class StatusServer:
         return attempt == current
 
 
-def _parse(body: bytes) -> Report:
+def _parse(body: bytes, *, attempt: int) -> Report:
     """Raises HTTPBadRequest that names the field."""
     try:
-        return Report.model_validate_json(body)
+        report = Report.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         path = ".".join(str(part) for part in first["loc"])
         raise web.HTTPBadRequest(text=f"{path or 'body'}: {first['msg']}") from error
+    result = report.result
+    if result and not failures.is_a_trainers(result.error_class, checks=attempt == policies.CHECK):
+        problem = f"{result.error_class} is not for the trainer of attempt {attempt} to say"
+        raise web.HTTPBadRequest(text=f"finetune.result.class: {problem}; send the class of its exit code")
+    return report
 
 
 def _claimed_audiences(token: str) -> list[str]:

@@ -204,6 +204,12 @@ def test_a_job_that_talks_too_much_is_told_when_to_come_back_and_others_are_not_
         ({"trainerStatus": {"metrics": [{"name": "x" * 200, "value": "1"}]}}, "trainerStatus.metrics.0.name"),
         ({"trainerStatus": {"metrics": [{"name": "a", "value": "1"}] * 65}}, "trainerStatus.metrics"),
         ({"finetune": {"result": {"class": "Magic", "exitCode": 0}}}, "finetune.result.class"),
+        # Each brought another attempt at once, out of no budget.
+        (
+            {"finetune": {"result": {"class": "Suspended", "exitCode": 75}}},
+            "finetune.result.class: Suspended",
+        ),
+        ({"finetune": {"result": {"class": "Checked", "exitCode": 0}}}, "finetune.result.class: Checked"),
     ],
     ids=lambda value: str(value)[:24],
 )

@@ -76,6 +76,12 @@ def class_of(exit_code: int | None) -> ErrorClass:
     return CLASS_OF_EXIT_CODE.get(exit_code, ErrorClass.INTERNAL)
 
 
+def is_a_trainers(error_class: ErrorClass, *, checks: bool) -> bool:
+    """Whether a trainer may report this class of itself: one that has an exit code, and Checked where it only `checks`.
+    The others are the operator's to say."""
+    return checks if error_class is ErrorClass.CHECKED else error_class in CLASS_OF_EXIT_CODE.values()
+
+
 def cause(rayjob: RayJobFacts, pods: Sequence[PodFacts]) -> tuple[ErrorClass, str] | None:
     """Why a process went away that could not say so itself, as far as Ray and its pods tell."""
     if _OUT_OF_MEMORY.match(rayjob.message):

@@ -28,6 +28,18 @@ def test_a_process_that_was_killed(code: str, number: int, name: str) -> None:
     assert told(code, "loss 2.3\nloss 2.2") == (number, ErrorClass.LOST, f"the trainer was killed by {name}")
 
 
+OUR_WORDS = {"Cancelled", "Suspended", "DeadlineExceeded", "Stalled", "Lost"}
+
+
+@pytest.mark.parametrize("error_class", list(ErrorClass))
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_trainer_says_no_more_of_itself_than_its_exit_code_does(
+    error_class: ErrorClass, checks: bool
+) -> None:
+    believed = error_class not in OUR_WORDS and (checks or error_class is not ErrorClass.CHECKED)
+    assert failures.is_a_trainers(error_class, checks=checks) is believed
+
+
 def test_what_the_trainer_wanted_to_report_is_in_its_log() -> None:
     result = json.dumps({"class": "Preempted", "exitCode": 75, "message": SAID})
     log = f"checked: 320 rows\nTRAINER_RESULT {result}\nresult could not be reported (connection refused)\n"
