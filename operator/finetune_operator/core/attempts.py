@@ -176,10 +176,7 @@ def _inspect(seen: Observed, *, now: datetime) -> Plan:
 
 def inspecting(seen: Observed, name: str, *, now: datetime) -> FineTuneJobStatus:
     """Nothing of the attempt runs any more, and the RayJob of that name looks for what it left."""
-    held = " once spec.suspend is false" if seen.job.spec is not None and seen.job.spec.suspend else ""
-    message = (
-        f"{words.told(seen.job.status.attempts[-1])}; RayJob {name} looks for a committed artifact{held}"
-    )
+    message = f"{words.told(seen.job.status.attempts[-1])}; RayJob {name} looks for a committed artifact"
     claims = [
         _released("Inspecting", message),
         Claim(ConditionType.TRAINING, False, "Inspecting", message),

@@ -41,6 +41,8 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
 
 def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: datetime) -> Plan:
     status, spec = seen.job.status, seen.job.spec
+    if spec is not None and spec.suspend and (undecided or status.next_attempt_time is not None):
+        return suspensions.suspended(seen, now=now)
     if undecided:
         return inspections.wait(seen, attempt, now=now)
     if status.next_attempt_time is None:
@@ -48,8 +50,6 @@ def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: 
         return attempts.last(seen, verdict if verdict and not verdict.retry else None, now=now)
     if spec is None:
         return attempts.wait_for_spec(seen, now=now)
-    if spec.suspend:
-        return suspensions.suspended(seen, now=now)
     over = deadlines.exceeded(seen, None, now=now)
     if over is not None:
         message = f"{over}; the last attempt ended {attempt.error_class}: {attempt.message}"

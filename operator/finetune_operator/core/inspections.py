@@ -71,10 +71,9 @@ def _has_looked(inspection: RayJobFacts | None, result: reports.Result | None) -
 
 
 def _begin(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
-    """Its RayJob, unless nothing may run now. The status may still tell of what had to be gone first."""
-    held = seen.job.spec is not None and seen.job.spec.suspend
+    """Its RayJob. The status may still tell of what had to be gone first."""
     name = attempt.inspection or ""
-    actions = [] if held or not seen.kuberay_installed else [CreateRayJob(name, attempt.number, inspect=True)]
+    actions = [] if not seen.kuberay_installed else [CreateRayJob(name, attempt.number, inspect=True)]
     status = attempts.inspecting(seen, name, now=now)
     return Plan(status=status, actions=actions, requeue_after=INTERVAL_SECONDS)
 

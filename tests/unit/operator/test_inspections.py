@@ -19,7 +19,7 @@ from finetune_operator.core.facts import (
     RayJobFacts,
 )
 from finetune_operator.core.reports import Report
-from tests.unit.operator.stories import ARTIFACT, START, Story, inspected, rayjob, result, training
+from tests.unit.operator.stories import ARTIFACT, START, Story, condition, inspected, rayjob, result, training
 
 NO_RETRIES = {"retry": {"maxInfraRetries": 0}}
 
@@ -258,13 +258,35 @@ def test_a_rayjob_that_has_an_inspections_name_and_is_not_ours_is_neither_read_n
     assert f"RayJob triage-i1 exists and belongs to {whose}" in (plan.status.message or "")
 
 
-def test_no_inspection_begins_while_the_job_is_suspended() -> None:
-    story = Story().trained()
+@pytest.mark.parametrize("heard", [None, result("NotFinite", 82, "loss is NaN", step=7)])
+def test_no_inspection_begins_while_the_job_is_suspended_and_that_time_does_not_count(
+    heard: Report | None,
+) -> None:
+    story = Story({"deadlines": {"totalSeconds": 60}}).trained()
     over = rayjob("Complete", "SUCCEEDED")
     story.step(rayjob=over)
     story.change(suspend=True)
-    plan = story.step(rayjob=over)
-    assert not plan.actions
-    assert (plan.status.message or "").endswith("looks for a committed artifact once spec.suspend is false")
+    for _ in range(2):
+        plan = story.step(rayjob=over, report=heard, after=500)
+        assert (plan.status.phase, list(plan.actions)) == (Phase.SUSPENDED, [])
+        assert condition(story, "Suspended") == ("True", "Suspended")
+    assert (plan.status.message or "").startswith("spec.suspend is true; set it to false to go on")
     story.change(suspend=False)
-    assert list(story.step(rayjob=over).actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
+    plan = story.step(rayjob=over)
+    assert (plan.status.phase, plan.status.reason) == (Phase.EVALUATING, "Inspecting")
+    assert list(plan.actions) == [CreateRayJob("triage-i1", 1, inspect=True)]
+    assert plan.status.suspended_seconds == 1000
+    assert condition(story, "Suspended") == ("False", "Resumed")
+
+
+def test_an_inspection_that_runs_may_end_before_the_job_is_suspended() -> None:
+    story = Story().trained()
+    over = rayjob("Complete", "SUCCEEDED")
+    story.step(rayjob=over)
+    story.step(rayjob=over)
+    story.change(suspend=True)
+    looks = rayjob("Running", "RUNNING", name="triage-i1", created=story.now)
+    assert story.step(rayjob=over, inspection=looks).status.reason == "Inspecting"
+    story.step(rayjob=over, inspection=looks, report=inspected("Internal", 1, "no manifest.json"))
+    assert story.step(rayjob=over).status.phase is Phase.SUSPENDED
+    assert story.attempt.number == 1
