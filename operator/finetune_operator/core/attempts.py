@@ -14,6 +14,7 @@ from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobStatus, Pha
 from finetune_operator.core import (
     accounts,
     conditions,
+    deadlines,
     endings,
     fences,
     policies,
@@ -140,12 +141,14 @@ def retrying(seen: Observed, verdict: policies.Verdict, *, now: datetime) -> Pla
     """Another attempt follows; from now on that is certain, and only its time may change."""
     attempt = seen.job.status.attempts[-1]
     error_class = attempt.error_class or ErrorClass.LOST
-    text = f"{words.told(attempt)}. Attempt {attempt.number + 1} follows ({verdict.why})"
+    over = deadlines.exceeded(seen, None, now=now)
+    follows = f"Attempt {attempt.number + 1} follows ({verdict.why}){words.from_where(seen)}"
+    text = f"{words.told(attempt)}. {f'No other attempt follows: {over}' if over else follows}"
     status = statuses.build(
         seen,
         words.phase_after(attempt),
         str(error_class),
-        text + words.from_where(seen),
+        text,
         claims=[
             _released(str(error_class), attempt.message or ""),
             Claim(ConditionType.TRAINING, False, str(error_class), attempt.message or ""),
@@ -176,7 +179,8 @@ def _inspect(seen: Observed, *, now: datetime) -> Plan:
 
 def inspecting(seen: Observed, name: str, *, now: datetime) -> FineTuneJobStatus:
     """Nothing of the attempt runs any more, and the RayJob of that name looks for what it left."""
-    message = f"{words.told(seen.job.status.attempts[-1])}; RayJob {name} looks for a committed artifact"
+    ended = f"{words.told(seen.job.status.attempts[-1])}{deadlines.told(seen, now=now)}"
+    message = f"{ended}; RayJob {name} looks for a committed artifact"
     claims = [
         _released("Inspecting", message),
         Claim(ConditionType.TRAINING, False, "Inspecting", message),

@@ -32,7 +32,9 @@ def decide(seen: Observed, *, now: datetime) -> Plan:
         return inspections.wait(seen, attempt, now=now)
     fence = fences.look(seen, attempt, now=now)
     if fence.left:
-        message = f"{words.told(attempt)}; {fence.text}"
+        due = undecided or seen.job.status.next_attempt_time is not None
+        over = deadlines.told(seen, now=now) if due else ""
+        message = f"{words.told(attempt)}{over}; {fence.text}"
         status = statuses.build(seen, None, seen.job.status.reason or "Stopping", message, claims=[], now=now)
         return Plan(status=status, actions=fence.actions, requeue_after=fences.FENCE_SECONDS)
     plan = _after_the_fence(seen, attempt, undecided=undecided, now=now)

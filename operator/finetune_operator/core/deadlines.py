@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import Attempt
+from finetune_operator.api.finetunejob import Attempt, ErrorClass
 from finetune_operator.core import statuses
 from finetune_operator.core.conditions import ConditionType
 from finetune_operator.core.facts import Observed
@@ -15,7 +15,7 @@ HEARING_SECONDS = 60  # an operator that has just started gives trainers this lo
 def exceeded(seen: Observed, attempt: Attempt | None, *, now: datetime) -> str | None:
     """Which deadline for the whole job or for the attempt's start is over, as a sentence; None: neither is."""
     spec = seen.job.spec
-    if spec is None:
+    if spec is None or spec.suspend:
         return None
     total = spec.deadlines.total_seconds
     end = total_end(seen)
@@ -26,6 +26,13 @@ def exceeded(seen: Observed, attempt: Attempt | None, *, now: datetime) -> str |
     if end is not None and now >= end:
         return f"spec.deadlines.startSeconds ({start}) are over and the trainer has not reported yet"
     return None
+
+
+def told(seen: Observed, *, now: datetime) -> str:
+    """That the job's time is over, behind how its last attempt ended; empty where that says it already."""
+    over = exceeded(seen, None, now=now)
+    said = seen.job.status.attempts[-1].error_class is ErrorClass.DEADLINE_EXCEEDED
+    return f"; {over}" if over and not said else ""
 
 
 def total_end(seen: Observed) -> datetime | None:

@@ -39,11 +39,12 @@ def wait(seen: Observed, attempt: Attempt, *, now: datetime) -> Plan:
     if inspection is None:
         return _begin(seen, attempt, now=now)
     age = now - inspection.created if inspection.created else timedelta()
+    status = attempts.inspecting(seen, inspection.name, now=now)
     if inspection.deleting_since or (result is None and not inspection.is_over and age <= LIMIT):
-        return Plan(status=seen.job.status, requeue_after=INTERVAL_SECONDS)
+        return Plan(status=status, requeue_after=INTERVAL_SECONDS)
     if attempt.end_time is not None and now - attempt.end_time <= LIMIT:
         again = [] if age < PAUSE else [DeleteRayJob(inspection.name, inspection.uid)]
-        return Plan(status=seen.job.status, actions=again, requeue_after=INTERVAL_SECONDS)
+        return Plan(status=status, actions=again, requeue_after=INTERVAL_SECONDS)
     found = result.message if result is not None else "its inspection brought no result"
     return none_found(seen, found, now=now)
 

@@ -15,6 +15,7 @@ from tests.unit.operator.stories import (
     Story,
     condition,
     fail,
+    inspected,
     rayjob,
     second,
     training,
@@ -110,6 +111,42 @@ def test_the_total_deadline_counts_over_attempts_and_not_while_suspended() -> No
     status = story.step().status
     assert (status.phase, status.reason) == (Phase.FAILED, "DeadlineExceeded")
     assert "totalSeconds (100)" in (status.message or "")
+
+
+def test_time_that_runs_out_while_something_is_left_is_told_and_ends_the_job_once_that_is_gone() -> None:
+    story = Story({"deadlines": {"totalSeconds": 600}}).trained()
+    fail(story, "Storage", 74)
+    waits = story.step(pods=[OLD_POD], after=600)
+    assert "totalSeconds" not in (waits.status.message or "")
+    plan = story.step(pods=[OLD_POD])
+    over = (
+        "attempt 1 ended: broken; spec.deadlines.totalSeconds (600) are over; waits until pod triage-a1-head"
+    )
+    assert (plan.status.message or "").startswith(over)
+    assert (plan.status.phase, story.attempt.number) == (Phase.RETRYING, 1), "two would write at once"
+    story.change(suspend=True)
+    assert "totalSeconds" not in (story.step(pods=[OLD_POD]).status.message or ""), (
+        "its clock will stand still"
+    )
+    story.change(suspend=False)
+    story.step(pods=[OLD_POD])
+    assert (story.step().status.phase, story.job.status.reason) == (Phase.FAILED, "DeadlineExceeded")
+
+
+def test_time_that_runs_out_while_an_inspection_looks_is_told_and_no_attempt_is_announced() -> None:
+    story = Story({"deadlines": {"totalSeconds": 600}}).trained()
+    story.step(rayjob=rayjob("Complete", "SUCCEEDED"))
+    looks = rayjob("Running", "RUNNING", name="triage-i1", created=story.now)
+    before = story.step(inspection=looks, after=600)
+    assert "totalSeconds" not in (before.status.message or "")
+    plan = story.step(inspection=looks)
+    assert plan.status.phase is Phase.EVALUATING
+    assert "; spec.deadlines.totalSeconds (600) are over; RayJob triage-i1" in (plan.status.message or "")
+    plan = story.step(inspection=looks, report=inspected("Internal", 1, "no manifest.json"))
+    assert [event.message.rpartition(". ")[2] for event in plan.events] == [
+        "No other attempt follows: spec.deadlines.totalSeconds (600) are over"
+    ]
+    assert (story.step().status.phase, story.job.status.reason) == (Phase.FAILED, "DeadlineExceeded")
 
 
 def test_the_start_deadline_is_over_when_nothing_was_reported_in_time() -> None:
