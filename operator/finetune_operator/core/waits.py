@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobSpec
+from finetune_operator.core import failures
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.facts import Observed, PodFacts, RayJobFacts
 
@@ -81,6 +82,8 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
         return Wait("KubeRayUnavailable", message)
     if rayjob.deployment_status in ("Retrying", "Waiting"):
         message = f"KubeRay starts RayJob {rayjob.name} again by itself: its backoffLimit was changed"
+        if rayjob.reason:  # wiped as it starts
+            message += f"; it had ended: {_quoted(failures.message_of(rayjob))}"
         return Wait("RayJobRetrying", message)
     again = next((pod for pod in seen.pods if pod.restarted and not pod.gone), None)
     if again is not None:

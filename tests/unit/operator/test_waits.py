@@ -190,6 +190,15 @@ def test_a_rayjob_that_nobody_looks_at_names_kuberay_within_15_seconds() -> None
     assert label in (plan.status.message or "")
 
 
+def test_kuberays_own_retry_is_told_with_the_failure_that_it_is_for() -> None:
+    log = "Job entrypoint command failed with exit code 74, last available logs:\ns3://bucket: timed out"
+    reason, message = told(deployment="Retrying", job="FAILED", reason="AppFailed", message=log)
+    text = "KubeRay starts RayJob triage-a1 again by itself: its backoffLimit was changed"
+    assert reason == "RayJobRetrying"
+    assert message == f"{text}; it had ended: the trainer ended with exit code 74: s3://bucket: timed out"
+    assert told(deployment="Retrying")[1] == text
+
+
 def test_a_job_is_looked_at_only_as_often_as_time_alone_can_change_why_it_waits() -> None:
     story = Story().started()
     quiet = story.step(rayjob=rayjob("Initializing", created=story.now), after=12)
