@@ -95,7 +95,8 @@ class JobObserver:
         return replace(
             self._base(key, job),
             rayjob=rayjob,
-            inspection=await self._rayjob(job, inspection, fresh=fresh) if inspection else None,
+            # The watches do not tell when one of its name goes that is not ours: it has not our label.
+            inspection=await self._rayjob(job, inspection, fresh=True) if inspection else None,
             pods=[await self._pod(job, attempt, body) for body in pods],
             clusters=[body["metadata"]["name"] for body in clusters],
             kuberay_installed=rayjob is not None or await self.kube.has_group_version("ray.io/v1"),

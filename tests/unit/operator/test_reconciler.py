@@ -325,6 +325,21 @@ async def test_a_configmap_of_somebody_else_is_not_taken_over() -> None:
     assert "ownerReferences" not in kept["metadata"]
 
 
+async def test_an_inspection_begins_once_somebody_elses_rayjob_of_its_name_is_gone() -> None:
+    stage = await running()
+    stage.api.put(
+        {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "triage-i1"}}, told=False
+    )
+    stage.kuberay("Complete", "SUCCEEDED")
+    await stage.passes(3, after=10)
+    assert (stage.status["phase"], stage.status["reason"]) == ("Evaluating", "NameTaken")
+    stage.api.remove("rayjobs", "triage-i1", told=False)
+    await stage.passes(after=10)
+    assert stage.status["reason"] == "Inspecting"
+    owner = stage.api.objects["rayjobs", "triage-i1"]["metadata"]["ownerReferences"][0]
+    assert owner["name"] == "triage"
+
+
 async def test_a_rayjob_whose_owner_somebody_took_away_is_still_the_attempts_own() -> None:
     stage = await running()
     del stage.api.objects["rayjobs", "triage-a1"]["metadata"]["ownerReferences"]
