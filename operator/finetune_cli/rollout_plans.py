@@ -261,7 +261,10 @@ def assumption_lines(assumptions: Assumptions) -> list[str]:
         f"(--base-rate), and the candidate's {assumptions.relative_risk:g} times as often (--relative-risk)",
         f"feedback to {100 * assumptions.answered:.3g}% of the requests (--feedback-share), with a standard deviation "
         f"of {each(assumptions.deviations, 0.5, percent=False)} (--deviation)",
-        "as many users as values; of a few who ask most it takes more, by the design effect (docs/statistics.md)",
+        "the candidate's share of the requests is its weight; of sticky users of whom a few ask most it is often "
+        "less, and a guardrail needs about twice the requests (docs/statistics.md)",
+        "for objectives, as many users as values; of a few who ask most it takes more, by the design effect "
+        "(docs/statistics.md)",
         "a need is met with a probability of 95%",
     ]
 

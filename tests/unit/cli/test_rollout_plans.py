@@ -156,6 +156,7 @@ def test_plan_of_a_file(file: Path) -> None:
     assert "1,500" in text
     assert "warning: setWeight 5%, pause 5m: less than 95%" in text
     assert "5 requests/s for the alias (--requests-per-second)" in text
+    assert "of sticky users of whom a few ask most it is often less" in text
 
 
 def test_a_plan_without_a_candidates_share_says_so(file: Path) -> None:
