@@ -18,9 +18,9 @@ test: setup ## unit, integration (real API server, KubeRay, Ray), end to end; th
 	@$(BIN)/python -m finetune_local.models
 	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
-test-faults: setup ## kills at named points and KILLS (default 50) random ones, API faults, leadership, JOBS (default 3000) passing through: an hour
+test-faults: setup ## kills at named points and KILLS (default 50) random ones, API faults, OUTAGE (default 600 s) of the API server, leadership, JOBS (default 3000) passing through: over an hour
 	@$(BIN)/finetune local build
-	@FINETUNE_TEST_KILLS=$(or $(KILLS),50) FINETUNE_TEST_JOBS=$(or $(JOBS),3000) $(PYTEST) -m faults
+	@FINETUNE_TEST_KILLS=$(or $(KILLS),50) FINETUNE_TEST_JOBS=$(or $(JOBS),3000) FINETUNE_OUTAGE_SECONDS=$(or $(OUTAGE),600) $(PYTEST) -m faults
 
 test-unit: setup ## the tests that need no cluster and train nothing
 	@$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder tests/unit

@@ -197,6 +197,15 @@ class Lab(Serving):
         """The same while nothing can be asked of the API server."""
         wait_until(holds, seconds=seconds, what=lambda: self.log()[-6000:])
 
+    def end_job(self, name: str, revision: str) -> None:
+        """A FineTuneJob has succeeded, with an artifact of that revision."""
+        digest = "sha256:" + revision.ljust(64, "0")
+        artifact = {"uri": "file:///a", "digest": digest, "sizeBytes": 1, "baseModel": "m", "rank": 8}
+        # With its time, or else the operator takes the phase back.
+        status = {"phase": "Succeeded", "completionTime": "2026-11-01T12:00:00Z", "artifact": artifact}
+        patch = json.dumps({"status": status})
+        self.kubectl("patch", "ftj", name, "--subresource=status", "--type=merge", "-p", patch)
+
     def annotate(self, action: str, *, name: str = "bot") -> None:
         self.kubectl("annotate", "adep", name, f"finetune.dev/action={action}", "--overwrite")
 
@@ -218,6 +227,20 @@ def deployment(name: str, revision: str, /, **spec: Any) -> Json:
             "strategy": {"canary": {"steps": [{"setWeight": 50}, {"pause": {"duration": "2s"}}]}},
             "analysis": {"interval": "1s"},
             **spec,
+        },
+    }
+
+
+def training(name: str) -> Json:
+    """A FineTuneJob."""
+    return {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": "file:///models/m"},
+            "method": {"type": "LoRA"},
+            "dataset": {"sources": [{"uri": "file:///data/d.jsonl"}]},
         },
     }
 

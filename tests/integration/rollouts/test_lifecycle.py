@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,7 @@ import pytest
 from finetune_operator.api.routes import Route, Snapshot
 from tests.clients import Json
 from tests.integration.rollout_lab import Router
-from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, serves
+from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, serves, training
 
 pytestmark = pytest.mark.integration
 
@@ -276,34 +275,11 @@ def test_an_alias_belongs_to_whoever_had_it_first(lab: Lab) -> None:
 
 
 def test_a_deployment_of_a_job_begins_when_the_job_has_succeeded(lab: Lab) -> None:
-    job = {
-        "apiVersion": "finetune.dev/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": "tickets"},
-        "spec": {
-            "model": {"uri": "file:///models/m"},
-            "method": {"type": "LoRA"},
-            "dataset": {"sources": [{"uri": "file:///data/d.jsonl"}]},
-        },
-    }
     lab.deploy(GOOD, adapter={"fineTuneJobRef": {"name": "tickets"}})
     lab.wait(lambda s: s.get("reason") == "FineTuneJobNotFound")
-    lab.kubectl.apply(job)
+    lab.kubectl.apply(training("tickets"))
     lab.wait(lambda s: s.get("reason") == "WaitingForFineTuneJob")
-    artifact = {
-        "uri": "file:///a",
-        "digest": "sha256:" + "d" * 64,
-        "sizeBytes": 1,
-        "baseModel": "m",
-        "rank": 8,
-    }
-    # With its time, or else the operator takes the phase back.
-    succeeded = {
-        "status": {"phase": "Succeeded", "completionTime": "2026-11-01T12:00:00Z", "artifact": artifact}
-    }
-    lab.kubectl(
-        "patch", "ftj", "tickets", "--subresource=status", "--type=merge", "-p", json.dumps(succeeded)
-    )
+    lab.end_job("tickets", "d" * 8)
     status = lab.wait(serves("d" * 8), seconds=10)  # woken: it does not wait for the next look
     assert status["history"][0]["fineTuneJob"] == "tickets"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.clients import Json
-from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, serves
+from tests.integration.rollout_operator import BAD, BETTER, GOOD, Lab, serves, training
 from tests.integration.rollouts.webhooks import Receiver
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
@@ -70,11 +71,29 @@ def listen(lab: Lab, _: Receiver) -> None:
     lab.routers[1].deaf = False
 
 
+def end_job(lab: Lab, _: Receiver) -> None:
+    lab.kubectl.apply(training("tickets"))
+    lab.end_job("tickets", BETTER)
+
+
+def unload_now(lab: Lab, _: Receiver) -> None:
+    """The former revision, which is loaded until now, is not kept any longer."""
+    assert lab.engine.unloads == []
+    delays = {"scaleDownDelaySeconds": 0, "abortScaleDownDelaySeconds": 0}
+    spec = {"strategy": {"canary": delays}}
+    lab.kubectl("patch", "adep", "bot", "--type=merge", "-p", json.dumps({"spec": spec}))
+    lab.wait(lambda s: s.get("stage") == "Succeeded")
+    assert lab.engine.unloads == [f"bot--{GOOD}"]
+
+
 def nothing(lab: Lab, _: Receiver) -> None:
     return
 
 
 ROWS: dict[str, Row] = {
+    "Initializing": Row(
+        [{"setWeight": 30}], nothing, end_job, spec={"adapter": {"fineTuneJobRef": {"name": "tickets"}}}
+    ),
     "Loading": Row([{"setWeight": 30}], slow_load, load_now),
     "Validating": Row(
         [GATE, {"setWeight": 30}], endless_evaluation, end_evaluation, spec={"evaluations": EVALUATIONS}
@@ -84,6 +103,7 @@ ROWS: dict[str, Row] = {
     "WaitingPromotion": Row([{"setWeight": 30}], refuse, accept, spec={"webhooks": "confirm-promotion"}),
     "Promoting": Row([{"setWeight": 30}], lag, listen),
     "Aborting": Row([{"setWeight": 30}, {"pause": {}}], lag, listen, revision=BAD, ends=GOOD),
+    "Finalising": Row([{"setWeight": 30}], nothing, unload_now),
 }
 
 
@@ -109,6 +129,8 @@ def test_the_operator_may_be_killed_in_every_stage(lab: Lab, receiver: Receiver,
         before = lab.wait(lambda s: s["weights"]["candidate"] == 100)
     elif stage == "Canary":
         before = lab.wait(lambda s: s["weights"]["candidate"] == 30 and s["weights"]["verified"])
+    elif stage == "Finalising":
+        before = lab.wait(lambda s: s["stableRevision"] == BETTER and s["weights"]["verified"])
     routes = [router.route("bot") for router in lab.routers]
     lab.kill()
     time.sleep(1)

@@ -332,6 +332,48 @@ def test_an_unloaded_adapter_is_gone_and_the_base_is_as_before(client: openai.Op
     assert ask(client, served.base).choices[0].message.content == before
 
 
+def test_answers_stay_right_while_an_adapter_comes_and_goes(
+    client: openai.OpenAI, served: Served, adapters: list[str]
+) -> None:
+    """Its weights come and go beside those that answer; itself it answers rightly, or is not there."""
+    kept, changing = adapters
+
+    def text(model: str) -> str | None:
+        try:
+            return str(ask(client, model, extra_body={"ignore_eos": True}).choices[0].message.content)
+        except openai.NotFoundError:
+            return None
+
+    def change(verb: str, **more: str) -> bool:
+        body = {"lora_name": changing, **more}
+        return call("POST", f"{served.url}/v1/{verb}_lora_adapter", body, headers=JSON)[0] == 200
+
+    right = {model: text(model) for model in (served.base, kept, changing)}
+    end = time.monotonic() + 5
+    cycles = 0
+
+    def keep_asking(model: str) -> list[str | None]:
+        answers = []
+        while time.monotonic() < end:
+            answers.append(text(model))
+        return answers
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = {model: pool.submit(keep_asking, model) for model in right}
+        while time.monotonic() < end:
+            assert change("unload")
+            # Its place is free when its last answer has ended.
+            wait_until(lambda: change("load", lora_path=served.adapters[1]), seconds=20)
+            cycles += 1
+        found = {model: set(answers.result()) for model, answers in asking.items()}
+    print(f"{cycles} cycles")
+    assert cycles > 3
+    assert found[changing] <= {right[changing], None}
+    assert {model: found[model] for model in (served.base, kept)} == {
+        model: {right[model]} for model in (served.base, kept)
+    }
+
+
 def test_wrong_adapter_calls_are_told_apart(served: Served, adapters: list[str], tmp_path: Path) -> None:
     def load(name: str, path: str) -> tuple[int, dict[str, Any]]:
         body = {"lora_name": name, "lora_path": path}
