@@ -23,6 +23,7 @@ class RouteKeeper:
         self._file = routes_file
         self._workers = workers
         self._current: Snapshot | None = None
+        self._stored = True
         self._looked_at: tuple[int, int, int] | None = None
         self._lock = asyncio.Lock()
 
@@ -46,7 +47,8 @@ class RouteKeeper:
         await self._look()
 
     async def offer(self, snapshot: Snapshot) -> bool:
-        """Put a snapshot in force; False when a newer one is. The same version once more changes nothing.
+        """Put a snapshot in force; False when a newer one is. The same version once more changes nothing: it only tries
+        again what did not succeed the first time.
 
         Raises ValueError for a snapshot with an upstream that is no URL.
         """
@@ -56,8 +58,11 @@ class RouteKeeper:
                 return False
             if snapshot.version > self.version:
                 await self._take(snapshot, write=True)
-            elif self._workers.version() < snapshot.version and self._current is not None:
-                await self._workers.apply(self._current)  # a worker did not manage the first time
+            elif self._current is not None:
+                if self._workers.version() < snapshot.version:
+                    await self._workers.apply(self._current)
+                if not self._stored:
+                    await asyncio.to_thread(self._store, self._current)
             return True
 
     async def watch(self) -> None:
@@ -92,7 +97,9 @@ class RouteKeeper:
     def _store(self, snapshot: Snapshot) -> None:
         try:
             storage.write_mirror(self._folder, snapshot)
+            self._stored = True
         except OSError as error:
+            self._stored = False
             logger.error("snapshot %d is in force but not on disk: %s", snapshot.version, error)
 
 

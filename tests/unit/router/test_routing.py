@@ -1,4 +1,4 @@
-"""The routes file, which is looked at every other second."""
+"""The routes file, which is looked at every other second, and the mirror on disk."""
 
 from __future__ import annotations
 
@@ -48,3 +48,17 @@ async def test_a_file_of_no_use_is_told_of_once_and_a_better_one_is_taken(
     file.write_text(Snapshot(version=7).model_dump_json(by_alias=True))
     await until(lambda: keeper.version == 7)
     watching.cancel()
+
+
+async def test_a_snapshot_that_found_the_disk_full_is_stored_when_it_comes_again(tmp_path: Path) -> None:
+    folder = tmp_path / "state"  # not there yet: nothing can be written into it
+    keeper = RouteKeeper(folder=folder, routes_file=None, workers=cast("Fleet", Workers()))
+    assert await keeper.offer(Snapshot(version=7))
+    folder.mkdir()
+    assert await keeper.offer(Snapshot(version=7))
+    stored = storage.read_mirror(folder)
+    assert stored is not None
+    assert stored.version == 7
+    (folder / "routes.json").unlink()
+    assert await keeper.offer(Snapshot(version=7))
+    assert storage.read_mirror(folder) is None, "what is stored is not written again"
