@@ -182,9 +182,7 @@ def parse(content: bytes, kind: type[T]) -> T:
     for name, neutral in _REFUSED.items():
         if document.get(name) not in neutral:
             raise BadRequest(_describe_refused(name), name)
-    response_format = document.get("response_format")
-    if response_format is not None and response_format != {"type": "text"}:
-        raise BadRequest(_describe_refused("response_format"), "response_format")
+    _check_format(document.get("response_format"))
     try:
         return kind.model_validate(document)
     except ValidationError as error:
@@ -193,6 +191,24 @@ def parse(content: bytes, kind: type[T]) -> T:
         first = next((one for one in told if one["type"].endswith(("too_long", "too_short"))), told[0])
         place = ".".join(str(part) for part in first["loc"])
         raise BadRequest(f"{place}: {first['msg']}", str(first["loc"][0]) if first["loc"] else None) from None
+
+
+def _check_format(asked: Any) -> None:
+    """A schema that is not strict is a wish, as in OpenAI's API: the router or the client looks whether it came true.
+
+    Raises BadRequest for what promises something of the answer, and nothing here can force it.
+    """
+    if asked is None or asked == {"type": "text"}:
+        return
+    wish = (
+        asked.get("json_schema") if isinstance(asked, dict) and asked.get("type") == "json_schema" else None
+    )
+    if not isinstance(wish, dict) or not isinstance(wish.get("schema"), dict) or wish.get("strict"):
+        raise BadRequest(
+            "response_format: this engine cannot force an answer into a form; leave it out, send a json_schema with "
+            "its schema and without strict, which the answer may differ from, or use vLLM",
+            "response_format",
+        )
 
 
 def _describe_refused(name: str) -> str:

@@ -18,6 +18,10 @@ def chat(**more: Any) -> wire.ChatRequest:
     return wire.parse(json.dumps({"model": "m", "messages": MESSAGES, **more}).encode(), wire.ChatRequest)
 
 
+def schema_format(**more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, **more}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -25,6 +29,10 @@ def chat(**more: Any) -> wire.ChatRequest:
         ({"n": 0}, "n"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+        ({"response_format": schema_format(strict=True)}, "response_format"),
+        ({"response_format": ["json_schema"]}, "response_format"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"guided_json": {}}, "guided_json"),
@@ -131,3 +139,8 @@ def test_contents_of_several_text_parts_are_one_text() -> None:
 def test_completions_take_texts_and_tokens(prompt: Any, expected: list[Any]) -> None:
     body = json.dumps({"model": "m", "prompt": prompt}).encode()
     assert wire.parse(body, wire.CompletionRequest).prompts() == expected
+
+
+@pytest.mark.parametrize("more", [{}, {"strict": False}, {"strict": None}])
+def test_a_schema_that_is_not_strict_promises_nothing_and_is_taken(more: dict[str, Any]) -> None:
+    assert chat(response_format=schema_format(**more)).model == "m"
