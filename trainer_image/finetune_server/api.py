@@ -57,6 +57,10 @@ class Api:
         try:
             if request.path.startswith("/v1/") and not carries(request, self.api_key):
                 raise errors.Unauthorized("the API key is missing or wrong")
+            if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise errors.BadRequest(
+                    "Content-Encoding: packed bodies are not read; send the body as it is"
+                )
             return await handler(request)
         except errors.ApiError as error:
             return error.response()

@@ -25,7 +25,11 @@ async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[tu
     Raises BadConfig for an address that cannot be had.
     """
     logging.getLogger("aiohttp.server").addFilter(_is_ours)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_SECONDS)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_SECONDS,
+        # It would unpack without a pause also what was refused already.
+        auto_decompress=False,
+    )  # fmt: skip
     await runner.setup()
     try:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,24 @@ def test_bodies_that_are_broken_in_transfer_are_refused_and_not_in_the_log(
         log = process.log.read_text()
         assert "What colour" not in log
         assert "Traceback" not in log
+
+
+def test_what_unpacks_to_a_hundred_times_its_size_holds_up_nobody(tiny_model: Path, tmp_path: Path) -> None:
+    """Packed bodies are not unpacked, as with vLLM: four gibibytes took seconds in which nothing else was answered."""
+    bomb = gzip.compress(bytes(2**30), compresslevel=1)
+    with engine(tiny_model, tmp_path) as process:
+        process.wait_healthy()
+        url = process.url + "/v1/chat/completions"
+        waits: list[float] = []
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(call, "POST", url, bomb, headers={"Content-Encoding": "gzip"})
+            while not waits or not asked.done():
+                began = time.monotonic()
+                assert call("GET", f"{process.url}/health")[0] == 200
+                waits.append(time.monotonic() - began)
+        status, document = asked.result()
+        assert (status, document["error"]["code"]) == (400, 400)
+        assert max(waits) < 1.0
 
 
 def test_a_wrong_model_is_told_in_one_line(tmp_path: Path) -> None:
