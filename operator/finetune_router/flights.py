@@ -11,16 +11,16 @@ from typing import NamedTuple
 from aiohttp import HttpVersion11, web
 
 from finetune_operator.api.routes import ARM_HEADER, FALLBACK_HEADER, REVISION_HEADER, Arm
-from finetune_router import errors, paths
+from finetune_router import paths, verdicts
 from finetune_router.assignment import group_of
 from finetune_router.bodies import Body
 from finetune_router.choices import Choice
 from finetune_router.connections import UpstreamError, UpstreamTimeoutError
 from finetune_router.counters import Book
-from finetune_router.errors import ApiError
 from finetune_router.forwarding import Attempt, Failure, Forwarder, Outgoing, Reply
 from finetune_router.headers import HeaderPolicy, answer_headers
-from finetune_router.recording import End, Observation, Recorder
+from finetune_router.observations import End, Observation
+from finetune_router.recording import Recorder
 from finetune_router.tables import Leg, Route
 from finetune_router.tickets import TicketOffice
 
@@ -103,7 +103,7 @@ class Flight:
         reply = attempt.reply
         if reply is None or attempt.failure is Failure.MISSING:
             attempt.discard()
-            error = no_answer(route, attempt.failure)
+            error = verdicts.no_answer(route, attempt.failure)
             error.request_id = answer.ticket
             raise error
         try:
@@ -156,10 +156,14 @@ class Flight:
         if time.perf_counter() >= self._deadline:
             return answer
         if attempt.failure is None:
-            return await self._second_opinion(answer, stable) if retry and is_refusal(attempt) else answer
+            return (
+                await self._second_opinion(answer, stable)
+                if retry and verdicts.is_refusal(attempt)
+                else answer
+            )
         if not retry and attempt.failure is not Failure.MISSING:
             return answer
-        self._leave(answer, *judge_end(attempt))
+        self._leave(answer, *verdicts.judge_end(attempt))
         attempt.discard()
         self.seen = self._in_place(stable)
         return await self._ask(Arm.STABLE, stable, self.seen, fell_back=True)
@@ -172,14 +176,14 @@ class Flight:
         try:
             second = await self._ask(Arm.STABLE, stable, self.seen, fell_back=True)
         except BaseException:  # the client left
-            self._tools.recorder.finish(answer.seen, *judge_end(answer.attempt), at=refused_at)
+            self._tools.recorder.finish(answer.seen, *verdicts.judge_end(answer.attempt), at=refused_at)
             answer.attempt.discard()
             raise
-        if is_taken(second.attempt):
-            self._leave(answer, End.ERROR, judge_end(answer.attempt)[1], at=refused_at)
+        if verdicts.is_taken(second.attempt):
+            self._leave(answer, End.ERROR, verdicts.judge_end(answer.attempt)[1], at=refused_at)
             answer.attempt.discard()
             return second
-        self._tools.recorder.finish(second.seen, *judge_end(second.attempt))
+        self._tools.recorder.finish(second.seen, *verdicts.judge_end(second.attempt))
         second.attempt.discard()
         return answer
 
@@ -209,13 +213,13 @@ class Flight:
         response = web.Response(status=reply.status, headers=headers, body=reply.body)
         now = time.perf_counter()
         seen.overhead = attempt.sent_at - self._arrival.at + now - connection.last_body_at
-        if is_refusal(attempt) and self._is_doubtful():
+        if verdicts.is_refusal(attempt) and self._is_doubtful():
             self.doubter = self._arrival.route.candidate
         if self.doubter is not None:
             seen.answered_at = now
             seen.attempt = None  # its connection soon belongs to another request
             return response
-        end, code = judge_end(attempt)
+        end, code = verdicts.judge_end(attempt)
         recorder.finish(seen, end, code)
         return response
 
@@ -237,7 +241,7 @@ class Flight:
         response.content_length = reply.length
         if reply.length is None and request.version < HttpVersion11:
             response.force_close()  # there are no chunks: only the connection's end can tell the answer's
-        end, code = judge_end(attempt)
+        end, code = verdicts.judge_end(attempt)
         try:
             async with asyncio.timeout(self._deadline + _SLACK_SECONDS - time.perf_counter()):
                 await response.prepare(request)
@@ -292,45 +296,6 @@ def outgoing(
         deadline=deadline,
         patience=patience,
     )
-
-
-def is_refusal(attempt: Attempt) -> bool:
-    """Whether the answer is a 4xx or 501 that may be the revision's fault, for example of its chat template."""
-    reply = attempt.reply
-    return attempt.failure is None and reply is not None and reply.status >= 400
-
-
-def is_taken(attempt: Attempt) -> bool:
-    """Whether the revision gives what was asked for."""
-    reply = attempt.reply
-    return attempt.failure is None and reply is not None and reply.status < 400
-
-
-def judge_end(attempt: Attempt) -> tuple[End, int]:
-    """How an attempt counts, and the status that stands for it."""
-    reply = attempt.reply
-    match attempt.failure:
-        case None if reply is not None:
-            return (End.ANSWERED if reply.status < 400 else End.CLIENT), reply.status
-        case Failure.MISSING:
-            return End.CLIENT, 404
-        case Failure.BUSY if reply is not None:
-            return (End.ERROR if reply.status >= 500 else End.CLIENT), reply.status
-        case Failure.ERROR if reply is not None:
-            return End.ERROR, max(reply.status, 500)
-        case Failure.TIMEOUT:
-            return End.ERROR, 504
-    return End.ERROR, 502
-
-
-def no_answer(route: Route, failure: Failure | None) -> ApiError:
-    """What the client is told when no engine answered."""
-    match failure:
-        case Failure.MISSING:
-            return errors.not_ready(route.alias)
-        case Failure.TIMEOUT:
-            return errors.engine_too_slow()
-    return errors.engine_unreachable()
 
 
 def cut(request: web.BaseRequest, *, patience: float) -> None:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from finetune_operator.api.routes import Arm
-from finetune_router import errors, flights
+from finetune_router import errors, flights, verdicts
 from finetune_router.choices import Choice
 from finetune_router.connections import UpstreamError
 from finetune_router.errors import ApiError
 from finetune_router.flights import CLIENT_GONE, Arrival, Flight, Tools
 from finetune_router.forwarding import Attempt
-from finetune_router.recording import End, Observation
+from finetune_router.observations import End, Observation
 from finetune_router.tables import Leg
 
 
@@ -112,7 +112,7 @@ class Proxy:
         attempt, end = Attempt(), End.CLIENT
         try:
             await tools.forwarder.ask(leg, request, attempt)
-            if flights.is_taken(attempt):
+            if verdicts.is_taken(attempt):
                 end = End.ERROR
         finally:
             attempt.discard()
@@ -155,7 +155,7 @@ class Proxy:
         tools.recorder.begin(seen)
         await tools.forwarder.ask(leg, request, attempt)
         outcome = "answered" if attempt.failure is None else "failed"
-        end, code = flights.judge_end(attempt)
+        end, code = verdicts.judge_end(attempt)
         try:
             await self._read(seen, attempt)
         except UpstreamError:
@@ -163,7 +163,7 @@ class Proxy:
         ended_at = time.perf_counter()
         tools.recorder.forget(seen)
         seen.attempt = None
-        if flights.is_refusal(attempt) and await verdict:
+        if verdicts.is_refusal(attempt) and await verdict:
             end = End.ERROR
         tools.recorder.finish(seen, end, code, at=ended_at)
         return outcome

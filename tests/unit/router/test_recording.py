@@ -14,7 +14,8 @@ from finetune_operator.api.routes import GROUPS, Arm, Signal, SignalEvent
 from finetune_router import bodies, outputs
 from finetune_router.counters import ArmState, Book
 from finetune_router.forwarding import Attempt
-from finetune_router.recording import End, Observation, Recorder
+from finetune_router.observations import End, Observation
+from finetune_router.recording import Recorder
 from finetune_router.tables import Change, Route, SchemaCache, TableBuilder
 from finetune_router.upstreams import Upstreams
 
