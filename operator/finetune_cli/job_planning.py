@@ -15,6 +15,7 @@ import yaml
 from finetune_cli import job_plans, model_files, screens, shared, specs
 from finetune_cli.job_plans import Assumptions, JobPlan
 from finetune_cli.kinds import JOB
+from finetune_fit import verdicts
 from finetune_fit.architectures import UnknownArchitectureError
 from finetune_fit.prices import PriceTable
 from finetune_fit.verdicts import Fit
@@ -22,6 +23,7 @@ from finetune_operator.api.finetunejob import FineTuneJobSpec
 
 TOO_LARGE = 3
 NOT_KNOWN = 4
+MAY_RUN_OUT = 5
 
 
 def plan(
@@ -49,7 +51,8 @@ def plan(
     """Estimate what a FineTuneJob needs: GPU memory, disk, steps, time and cost. Asks no cluster.
 
     Exit code 0: it fits, perhaps narrowly, or no GPU is named. 1: the file is not valid. 2: it cannot be read.
-    3: it does not fit. 4: the model's config.json cannot be read from here, so nothing was estimated.
+    3: it does not fit. 4: the model's config.json cannot be read from here, or the GPU is not in the table.
+    5: by the estimate it needs more memory than there is.
     """
     table = _read_prices(prices)
     code, results = 0, []
@@ -65,7 +68,7 @@ def plan(
             if output is shared.WatchOutput.TEXT:
                 typer.secho(f"{name}: not estimated: {error}", fg="yellow")
             continue
-        code = max(code, TOO_LARGE if planned.verdict.fit is Fit.TOO_LARGE else 0)
+        code = max(code, _exit_code(planned))
         results.append({"name": name, **job_plans.to_data(planned)})
         if output is shared.WatchOutput.TEXT:
             _print(name, planned)
@@ -79,10 +82,19 @@ def _plan(spec: FineTuneJobSpec, folder: Path | None, known: Assumptions) -> Job
     return job_plans.plan_job(spec, found.config, found.tensors, known)
 
 
+def _exit_code(planned: JobPlan) -> int:
+    verdict = planned.verdict
+    if verdict.fit is Fit.TOO_LARGE:
+        return TOO_LARGE
+    if verdict.capacity is None:
+        return NOT_KNOWN if planned.named else 0
+    return MAY_RUN_OUT if verdict.estimate.total > verdict.capacity else 0
+
+
 COLOURS = {Fit.TOO_LARGE: "red", Fit.TIGHT: "yellow"}
 WORDS = {
     Fit.FITS: "fits",
-    Fit.TIGHT: "may run out of memory",
+    Fit.TIGHT: verdicts.MAY_RUN_OUT,
     Fit.TOO_LARGE: "does not fit",
     Fit.UNKNOWN: "memory",
 }

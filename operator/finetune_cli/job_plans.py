@@ -36,6 +36,8 @@ class JobPlan:
     work: Workload
     verdict: Verdict
     device: str
+    named: bool
+    """Whether somebody named a kind of GPU."""
     accelerator: Accelerator | None
     smallest: Accelerator | None
     """The smallest GPU of the table that it fits into."""
@@ -83,6 +85,7 @@ def plan_job(
         work=work,
         verdict=verdict,
         device=device,
+        named=on_gpu and bool(name),
         accelerator=accelerator,
         smallest=_smallest(verdict.estimate.total) if on_gpu else None,
         methods=memory.methods(model, work),

@@ -9,6 +9,7 @@ from finetune_fit.architectures import Architecture
 from finetune_fit.memory import GIB, Estimate, Option, Workload, estimate, options
 
 MARGIN = 0.9  # of the memory: an estimate below that is taken for fitting
+MAY_RUN_OUT = "may run out of memory"
 NAMED = 2  # ways out that a message names
 
 

@@ -27,6 +27,7 @@ def document(uri: str = "hf://acme/llama", **spec: Any) -> dict[str, Any]:
             "model": {"uri": uri},
             "dataset": {"sources": [{"uri": "pvc://files/train.jsonl"}]},
             "resources": GPU,
+            "hyperparameters": {"maxLength": 256, "microBatchSize": 1},
             **spec,
         },
     }
@@ -50,7 +51,7 @@ def run(tmp_path: Path, body: dict[str, Any], *arguments: str, code: int = 0, **
 
 
 def test_a_job_that_does_not_fit_says_what_would(tmp_path: Path, model: Path) -> None:
-    text = run(tmp_path, document(f"file://{model}", method={"type": "Full"}), code=3)
+    text = run(tmp_path, document(f"file://{model}", method={"type": "Full"}, hyperparameters={}), code=3)
     assert "triage: does not fit: weights, gradients and optimizer states alone need 119.7 GiB" in text
     assert "NVIDIA-L4 has 22.5 GiB" in text
     assert "method QLoRA" in text
@@ -93,7 +94,17 @@ def test_a_gpu_that_is_named_on_the_command_line(tmp_path: Path, model: Path) ->
     body = document(f"file://{model}", resources={"gpusPerWorker": 1})
     assert "name one with --accelerator" in run(tmp_path, body)
     assert "NVIDIA-H100-80GB-HBM3 has 79.6 GiB" in run(tmp_path, body, "--accelerator", "h100")
-    assert "abacus is not in the table" in run(tmp_path, body, "--accelerator", "abacus")
+    text = run(tmp_path, body, "--accelerator", "abacus", code=4)
+    assert "abacus is not in the table" in text
+
+
+def test_a_job_that_may_run_out_of_memory_does_not_pass_for_one_that_fits(
+    tmp_path: Path, model: Path
+) -> None:
+    body = document(f"file://{model}", hyperparameters={"maxLength": 1024})
+    assert "triage: may run out of memory: needs about 87.2 GiB" in run(tmp_path, body, code=5)
+    narrow = document(f"file://{model}", hyperparameters={"maxLength": 512, "microBatchSize": 1})
+    assert "triage: may run out of memory: " in run(tmp_path, narrow)
 
 
 def test_a_job_on_the_cpu_is_compared_with_the_pods_memory(tmp_path: Path, model: Path) -> None:
@@ -179,7 +190,7 @@ def test_what_the_api_server_would_refuse_is_not_planned(
 
 def test_whole_numbers_may_be_written_as_kubectl_reads_them(tmp_path: Path, model: Path) -> None:
     file = tmp_path / "job.yaml"
-    numbers = {"maxSteps": "STEPS", "epochs": 3, "learningRate": 1}
+    numbers = {"maxSteps": "STEPS", "epochs": 3, "learningRate": 1, "microBatchSize": 1}
     body = document(f"file://{model}", hyperparameters=numbers, resources={"cpu": 2, "memory": "1e11"})
     file.write_text(yaml.safe_dump(body).replace("STEPS", "2e1"), encoding="utf-8")
     done = CliRunner().invoke(app, ["plan", "-f", str(file)])
