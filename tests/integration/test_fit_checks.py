@@ -34,6 +34,20 @@ def test_a_job_that_fits_is_told_so_and_then_waits_for_its_gpu(
     assert len(gpus_asked_for(kubectl)) == 1
 
 
+def test_a_job_that_may_run_out_of_memory_is_warned_of_and_tried(
+    kubectl: Kubectl, tiny_model: Path, tiny_rows: Path
+) -> None:
+    many = {"maxSteps": 4, "globalBatchSize": 4096, "microBatchSize": 4096, "maxLength": 2048}
+    kubectl.apply(finetunejob("tight", tiny_model, tiny_rows, resources=GPU, hyperparameters=many))
+    status = kubectl.wait_job("tight", lambda s: s.get("reason") == "NoMatchingNode")["status"]
+    check = status["attempts"][0]
+    assert check["class"] == "Checked"
+    assert check["message"].startswith("may run out of memory: needs about ")
+    told = [event for event in kubectl.events("tight") if event["reason"] == "MayRunOutOfMemory"]
+    assert [event["type"] for event in told] == ["Warning"]
+    assert "NVIDIA-L4 has 22.5 GiB" in told[0]["message"]
+
+
 def test_bad_data_is_found_without_a_gpu(kubectl: Kubectl, tiny_model: Path, tmp_path: Path) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"messages": "none"}])
     kubectl.apply(finetunejob("bad", tiny_model, rows, resources=GPU, retry={"maxUserRetries": 2}))

@@ -44,6 +44,8 @@ def check(run: RunFile, work: Path) -> str:
             f"method.type: {run.method.type} of this model does not fit: {verdict.message}. No GPU was asked for; "
             "resources.fitCheck: Skip would ask all the same"
         )
+    if verdict.fit is verdicts.Fit.TIGHT:
+        return f"{verdicts.MAY_RUN_OUT}: {verdict.message}"
     return verdict.message
 
 

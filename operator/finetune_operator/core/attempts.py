@@ -140,18 +140,18 @@ def is_far_from_its_end(seen: Observed, *, now: datetime) -> bool:
 def retrying(seen: Observed, verdict: policies.Verdict, *, now: datetime) -> Plan:
     """Another attempt follows; from now on that is certain, and only its time may change."""
     attempt = seen.job.status.attempts[-1]
-    error_class = attempt.error_class or ErrorClass.LOST
+    reason = words.reason_after(attempt)
     over = deadlines.exceeded(seen, None, now=now)
     follows = f"Attempt {attempt.number + 1} follows ({verdict.why}){words.from_where(seen)}"
     text = f"{words.told(attempt)}. {f'No other attempt follows: {over}' if over else follows}"
     status = statuses.build(
         seen,
         words.phase_after(attempt),
-        str(error_class),
+        reason,
         text,
         claims=[
-            _released(str(error_class), attempt.message or ""),
-            Claim(ConditionType.TRAINING, False, str(error_class), attempt.message or ""),
+            _released(reason, attempt.message or ""),
+            Claim(ConditionType.TRAINING, False, reason, attempt.message or ""),
             words.checkpoint_claim(seen),
         ],
         now=now,

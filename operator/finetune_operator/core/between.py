@@ -71,12 +71,12 @@ def _after_the_fence(seen: Observed, attempt: Attempt, *, undecided: bool, now: 
 
 
 def _waiting_for_its_time(seen: Observed, attempt: Attempt, *, now: datetime) -> FineTuneJobStatus:
-    reason = str(attempt.error_class or ErrorClass.LOST)
     when = seen.job.status.next_attempt_time
     at = f" at {when:%H:%M:%S} UTC" if when else ""
     message = f"{words.told(attempt)}. Attempt {attempt.number + 1} starts{at}"
+    message += words.from_where(seen)
     return statuses.build(
-        seen, words.phase_after(attempt), reason, message + words.from_where(seen), claims=[], now=now
+        seen, words.phase_after(attempt), words.reason_after(attempt), message, claims=[], now=now
     )
 
 

@@ -58,6 +58,14 @@ BUDGETS = {
 }
 
 
+# What a check finds wrong stays wrong, and one that was lost says nothing against training.
+OF_A_CHECK = {
+    Budget.USER: Budget.NONE,
+    Budget.INFRASTRUCTURE: Budget.NEXT,
+    Budget.PREEMPTION: Budget.NEXT,
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What follows on an attempt."""
@@ -77,9 +85,10 @@ def judge(error_class: ErrorClass, *, spec: FineTuneJobSpec, status: FineTuneJob
     """What follows on the last attempt of `status`, which ended with this class."""
     retries = status.retries or Retries()
     attempt = status.attempts[-1]
-    if attempt.number == CHECK and BUDGETS[error_class] is Budget.USER:
-        return Verdict(False, "", retries)
-    match BUDGETS[error_class]:
+    budget = BUDGETS[error_class]
+    if attempt.number == CHECK:
+        budget = OF_A_CHECK.get(budget, budget)
+    match budget:
         case Budget.NONE:
             return Verdict(False, "", retries)
         case Budget.NEXT:

@@ -15,6 +15,7 @@ from finetune_operator.api.finetunejob import ErrorClass, FineTuneJobSpec
 from finetune_operator.core import failures
 from finetune_operator.core.attempts import Ending
 from finetune_operator.core.facts import Observed, PodFacts, RayJobFacts
+from finetune_operator.core.policies import CHECK
 
 # KubeRay looks at a new RayJob within this time if it runs; it has taken 10 after its own start.
 HEED_SECONDS = 12.0
@@ -109,8 +110,11 @@ def why(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Wait:
 
 
 def _spec_of_attempt(seen: Observed) -> FineTuneJobSpec | None:
-    """The spec with what the attempt was given instead."""
+    """The spec with what the attempt was given instead. A check has no GPU."""
     spec, attempts = seen.job.spec, seen.job.status.attempts
+    if spec is not None and attempts and attempts[-1].number == CHECK:
+        less = {"gpus_per_worker": 0, "accelerator_type": None}
+        return spec.model_copy(update={"resources": spec.resources.model_copy(update=less)})
     given = attempts[-1].overrides if attempts else None
     if spec is None or given is None or given.memory is None:
         return spec

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from finetune_fit import verdicts
 from finetune_operator.api.finetunejob import Attempt, ErrorClass, Phase, ResumePolicy
 from finetune_operator.core.conditions import Claim, ConditionType
 from finetune_operator.core.facts import Observed
+from finetune_operator.core.policies import CHECK
 
 
 def told(attempt: Attempt) -> str:
     """How an attempt ended, as the beginning of a sentence."""
     if attempt.error_class is ErrorClass.CHECKED:
         return f"checked: {(attempt.message or '').rstrip('.')}"
-    return f"attempt {attempt.number} ended: {(attempt.message or '').rstrip('.')}"
+    which = "the check" if attempt.number == CHECK else f"attempt {attempt.number}"
+    return f"{which} ended: {(attempt.message or '').rstrip('.')}"
+
+
+def reason_after(attempt: Attempt) -> str:
+    """The job's reason between this attempt and the next one."""
+    checked = attempt.error_class is ErrorClass.CHECKED
+    if checked and (attempt.message or "").startswith(verdicts.MAY_RUN_OUT):
+        return "MayRunOutOfMemory"
+    return str(attempt.error_class or ErrorClass.LOST)
 
 
 def phase_after(attempt: Attempt) -> Phase:

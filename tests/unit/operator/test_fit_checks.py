@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec, Phase, Retries
-from finetune_operator.core.facts import CreateRayJob, DeleteRayJob
+from finetune_operator.core.facts import CreateRayJob, DeleteRayJob, PodFacts
 from finetune_operator.manifests import rayjobs
 from finetune_operator.manifests.runfiles import Places
 from tests.unit.operator.stories import SPEC, Story, rayjob, result, training
@@ -59,6 +59,18 @@ def test_what_the_check_finds_ends_the_job_whatever_retries_a_user_allows(told: 
     assert [attempt.number for attempt in status.attempts] == [0]
 
 
+def test_a_job_that_may_run_out_of_memory_is_warned_of() -> None:
+    story = checking()
+    tight = "may run out of memory: needs about 87.2 GiB, and NVIDIA-L4 has 22.5 GiB"
+    plans = [story.step(rayjob=WORK, report=result("Checked", 0, tight))]
+    status = plans[0].status
+    assert (status.phase, status.reason) == (Phase.PROVISIONING, "MayRunOutOfMemory")
+    assert f"checked: {tight}. Attempt 1 follows" in (status.message or "")
+    plans += [story.step(rayjob=WORK, after=0.1), story.step(rayjob=DONE, after=0.1), story.step(after=2)]
+    told = [(event.reason, event.warning) for plan in plans for event in plan.events]
+    assert told == [("MayRunOutOfMemory", True), ("Starting", False), ("Provisioning", False)]
+
+
 @pytest.mark.parametrize(
     ("end", "left"),
     [
@@ -67,21 +79,47 @@ def test_what_the_check_finds_ends_the_job_whatever_retries_a_user_allows(told: 
             ("Lost", None, "AppFailed: Ray head pod not found."),
         ),
         (
+            rayjob(
+                "Failed",
+                "FAILED",
+                reason="AppFailed",
+                message="Job entrypoint command failed with exit code 74",
+            ),
+            ("Storage", 74, "the trainer ended with exit code 74"),
+        ),
+        (
             rayjob("Complete", "SUCCEEDED"),
             ("Checked", 0, "nothing was found that speaks against training"),
         ),
     ],
 )
 def test_a_check_that_did_not_say_anything_does_not_hold_the_job_up(end: Any, left: Any) -> None:
-    story = checking({"retry": {"backoffSeconds": {"min": 0, "max": 0}}})
+    story = checking({"retry": {"maxInfraRetries": 0}})
     for _ in range(4):
         story.step(rayjob=end, after=2)
         if story.attempt.number == 1:
             break
     assert story.attempt.number == 1
+    assert story.job.status.retries == Retries(), "it costs nothing"
     check = story.job.status.attempts[0]
     assert (check.error_class, check.exit_code, check.message) == left
     assert check.inspection is None, "there is no artifact to look for"
+
+
+def test_a_check_that_was_preempted_costs_nothing() -> None:
+    story = checking({"retry": {"preemptions": 0}})
+    status = story.step(rayjob=WORK, report=result("Preempted", 75, "stopped by SIGTERM")).status
+    assert (status.phase, status.retries) == (Phase.RETRYING, Retries())
+    assert status.message == "the check ended: stopped by SIGTERM. Attempt 1 follows (which asks for the GPU)"
+
+
+def test_a_check_that_waits_for_room_asks_for_no_gpu() -> None:
+    story = Story(GPU).started()
+    pod = PodFacts(
+        "triage-check-head", False, "Unschedulable", "0/1 nodes are available: 1 Insufficient cpu."
+    )
+    status = story.step(rayjob=rayjob("Initializing", name="triage-check"), pods=[pod]).status
+    assert "(1 CPU, 4Gi memory)" in (status.message or "")
 
 
 def test_an_image_of_an_older_version_which_has_no_check_trains_all_the_same() -> None:

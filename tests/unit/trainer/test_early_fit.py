@@ -52,6 +52,21 @@ def test_where_no_gpu_is_named_that_is_said(tiny_model: Path, tmp_path: Path) ->
     assert "no GPU is named, so that was compared with nothing" in found
 
 
+def test_a_job_that_may_run_out_of_memory_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eight_billion = LARGE | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    numbers = {"maxSteps": 4, "globalBatchSize": 8, "maxLength": 1024}
+    with serve_bucket("models") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        open_bucket(environment).pipe("models/llama/config.json", json.dumps(eight_billion).encode())
+        found = early_fit.check(
+            run_file(tmp_path, "s3://models/llama", hyperparameters=numbers), tmp_path / "work"
+        )
+    assert found.startswith("may run out of memory: needs about ")
+
+
 def test_data_and_model_are_checked_too(tiny_model: Path, tmp_path: Path) -> None:
     run = run_file(tmp_path, f"file://{tiny_model}")
     (tmp_path / "chat.jsonl").write_text('{"messages": 1}\n')
