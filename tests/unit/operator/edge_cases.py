@@ -33,6 +33,7 @@ PROVOKED = {
     "17b": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "18": "test_a_quota_is_named_and_waited_for",
     "19a": "cluster/states.an_image_that_cannot_be_pulled_is_named",
+    "20": "test_kueue.test_a_full_queue_lets_the_next_one_in_when_there_is_room",
     "21": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "23": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
     "25": "test_what_ends_a_process_and_how_the_job_goes_on",
@@ -42,7 +43,25 @@ PROVOKED = {
     "29": "test_a_killed_job_comes_to_its_end_and_time_to_live_removes_all_but_the_artifact",
     "30": "test_kuberay_is_away_when_it_is_needed",
     "32": "test_what_happens_to_its_objects_and_how_the_job_goes_on",
+    "33": "test_kueue.test_a_stopped_queue_is_named_and_holds_what_runs",
     "35": "cluster/test_sidecar.a_job_that_fails_at_once_does_not_hang",
+}
+# What it would take for the others.
+NEEDS = {
+    "2": "a correction in the moment before the RayJob is deleted",
+    "5": "KubeRay's grace period to run out while the trainer has ended",
+    "7b": "a GPU",
+    "7c": "minutes of a store that is away",
+    "7d": "a loss that is not finite",
+    "8a": "a trainer that is stopped before it hears signals; 8b is what happens else",
+    "9": "KubeRay's grace period to run out while the trainer has ended",
+    "12b": "KubeRay 1.7",
+    "17a": "a trainer that goes without a word, and a KubeRay that is quicker than its deletion is seen",
+    "19b": "ten minutes",
+    "22": "a changed backoffLimit, and a suspension in the moment of the retry",
+    "24": "a changed backoffLimit",
+    "31": "a message that has become untrue since",
+    "34": "a second cluster",
 }
 LOGS = "last available logs (truncated to 20,000 chars):\n"
 

@@ -18,7 +18,7 @@ from finetune_operator.core.facts import CreateRayJob, DeleteJob, DeleteRayJob, 
 from finetune_operator.core.reports import Report
 from finetune_operator.reconcile import facts, pod_facts
 from tests.patches import merged
-from tests.unit.operator.edge_cases import EDGE_CASES, PROVOKED, SEEN, EdgeCase
+from tests.unit.operator.edge_cases import EDGE_CASES, NEEDS, PROVOKED, SEEN, EdgeCase
 from tests.unit.operator.stories import ARTIFACT, Story, rayjob, result, training
 
 FILE = "failure-modes.md"
@@ -205,7 +205,8 @@ def render_page() -> str:
         "*seen*: recorded from KubeRay 1.6.2 with real pods; *read*: from the source of KubeRay 1.7.",
         "",
         f"{len(PROVOKED)} of the {len(EDGE_CASES)} are also brought about with a real KubeRay, Ray and trainer, on the",
-        "laptop cluster or (cluster/) with real pods, by the test in the last column; the others need a rare moment.",
+        "laptop cluster or (cluster/) with real pods, by the test in the last column; of the others it says what that",
+        "would need.",
         "",
         "| # | what happens | KubeRay shows | what becomes of the job | why | `.status.message` | provoked by |",
         "|---|---|---|---|---|---|---|",
@@ -252,7 +253,9 @@ def _row(case: EdgeCase, play: Play) -> str:
         play.outcome.replace(" -> ", "; then "),
         case.meaning,
         play.message,
-        PROVOKED.get(case.id, "").removeprefix("test_").replace("_", " "),
+        PROVOKED[case.id].removeprefix("test_").replace("_", " ")
+        if case.id in PROVOKED
+        else f"needs {NEEDS[case.id]}",
     )
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.operator import edge_pages
-from tests.unit.operator.edge_cases import EDGE_CASES, PROVOKED, EdgeCase
+from tests.unit.operator.edge_cases import EDGE_CASES, NEEDS, PROVOKED, EdgeCase
 
 
 @pytest.mark.parametrize("case", EDGE_CASES, ids=[f"{case.id} {case.title}" for case in EDGE_CASES])
@@ -27,6 +27,10 @@ def test_the_tests_that_provoke_a_case_exist(case: str, test: str) -> None:
     folder, _, module = place.rpartition("/")
     file = Path(__file__).parents[2] / (folder or "integration") / f"{module or 'test_attempts'}.py"
     assert f"def {name}(" in file.read_text(encoding="utf-8")
+
+
+def test_a_case_is_provoked_or_says_what_that_would_need() -> None:
+    assert sorted([*PROVOKED, *NEEDS]) == sorted(case.id for case in EDGE_CASES)
 
 
 def test_the_committed_page_is_current() -> None:
