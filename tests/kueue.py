@@ -2,7 +2,8 @@
 
 Its webhooks are not registered: the API server would call them by a Service, which no network leads to here. So its
 CRDs get only the version that it works with (the others need a webhook that converts), and what its webhooks would set
-in a RayJob, our operator sets itself. The visibility API, which tells positions, is off for the same reason.
+in a RayJob, our operator sets itself. The visibility API, which tells positions, is reached by a Service that is a
+name: localhost. The API server has no certificate to show there, so it comes as nobody, who may read there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -25,11 +27,9 @@ from tests.waiting import wait_until
 
 GROUP, VERSION = "kueue.x-k8s.io", "v1beta2"
 SYSTEM = "kueue-system"
-# The path of its certificates is fixed; a private /etc needs no rights on this machine's.
-START = (
-    "mount -t tmpfs none /etc && mkdir -p /etc/kueue/metrics && ln -s {certificates} /etc/kueue/metrics/certs && "
-    "exec {program} --config {config}"
-)
+VISIBILITY, VISIBILITY_PORT = f"visibility.{GROUP}", 8082  # the port is fixed
+# So are the paths of its certificates, in a root of its own therefore.
+START = "mount --bind {program} {root}/kueue && exec unshare --root={root} /kueue --config /kueue.yaml"
 
 
 @contextlib.contextmanager
@@ -42,20 +42,25 @@ def started(cluster: Cluster, folder: Path) -> Iterator[None]:
         kubectl("apply", "--server-side", "-f", "-", body=crd)
     kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
     kubectl("create", "namespace", SYSTEM)
-    (health,) = pick(1)
-    script = START.format(
-        certificates=_certificates(cluster, folder),
-        program=found.programs["kueue"],
-        config=_config(folder, health),
+    kubectl("create", "serviceaccount", "kueue")
+    kubectl(
+        "create",
+        "clusterrolebinding",
+        "kueue",
+        "--clusterrole=cluster-admin",
+        f"--serviceaccount={SYSTEM}:kueue",
     )
+    (health,) = pick(1)
+    _show_positions(kubectl)
+    root = _root(cluster, kubectl, folder, health)
+    script = START.format(program=found.programs["kueue"], root=root)
     log = folder / "kueue.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
             ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
             env={
-                "KUBECONFIG": str(cluster.kubeconfig),
-                "HOME": str(folder),
-                "USER": "kueue",
+                "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+                "KUBERNETES_SERVICE_PORT": str(cluster.ports["kube-apiserver"]),
                 "PATH": os.defpath,
             },
             stdout=stream,
@@ -102,16 +107,53 @@ def _crds(folder: Path) -> Iterator[Json]:
         yield crd
 
 
-def _certificates(cluster: Cluster, folder: Path) -> Path:
+def _show_positions(kubectl: Kubectl) -> None:
+    """Register the visibility API, as Kueue's manifests do."""
+    name = "visibility"
+    service = {"type": "ExternalName", "externalName": "localhost"}
+    kubectl.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": service})
+    where = {"name": name, "namespace": SYSTEM, "port": VISIBILITY_PORT}
+    spec = {"group": VISIBILITY, "version": VERSION, "service": where, "insecureSkipTLSVerify": True}
+    kubectl.apply(
+        {
+            "apiVersion": "apiregistration.k8s.io/v1",
+            "kind": "APIService",
+            "metadata": {"name": f"{VERSION}.{VISIBILITY}"},
+            "spec": {**spec, "groupPriorityMinimum": 100, "versionPriority": 100},
+        }
+    )
+    rules = [
+        {"apiGroups": [VISIBILITY], "resources": ["localqueues/pendingworkloads"], "verbs": ["get"]},
+        {"nonResourceURLs": ["/apis", f"/apis/{VISIBILITY}/*", "/openapi/*"], "verbs": ["get"]},
+    ]
+    kubectl.apply(
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "ClusterRole",
+            "metadata": {"name": name},
+            "rules": rules,
+        }
+    )
+    kubectl("create", "clusterrolebinding", name, f"--clusterrole={name}", "--user=system:anonymous")
+
+
+def _root(cluster: Cluster, kubectl: Kubectl, folder: Path, health: int) -> Path:
     made = certificates.pair(cluster.layout.pki, "kube-apiserver")
-    place = folder / "certificates"
-    place.mkdir()
-    (place / "tls.crt").symlink_to(made.certificate)
-    (place / "tls.key").symlink_to(made.key)
-    return place
+    root = folder / "root"
+    for place in (root / "etc/kueue/metrics/certs", root / "visibility"):
+        place.mkdir(parents=True)
+        shutil.copy(made.certificate, place / "tls.crt")
+        shutil.copy(made.key, place / "tls.key")
+    account = root / "var/run/secrets/kubernetes.io/serviceaccount"
+    account.mkdir(parents=True)
+    shutil.copy(cluster.layout.pki / "ca.crt", account)
+    (account / "token").write_text(kubectl("create", "token", "kueue").strip())
+    (root / "kueue").touch()
+    (root / "kueue.yaml").write_text(_config(health))
+    return root
 
 
-def _config(folder: Path, health: int) -> Path:
+def _config(health: int) -> str:
     (webhook,) = pick(1)
     config = {
         "apiVersion": f"config.{GROUP}/{VERSION}",
@@ -119,15 +161,12 @@ def _config(folder: Path, health: int) -> Path:
         "namespace": SYSTEM,
         "health": {"healthProbeBindAddress": f"127.0.0.1:{health}"},
         "metrics": {"bindAddress": "0"},
-        "webhook": {"host": "127.0.0.1", "port": webhook, "certDir": str(folder / "certificates")},
+        "webhook": {"host": "127.0.0.1", "port": webhook, "certDir": "/visibility"},
         "leaderElection": {"leaderElect": False},
         "internalCertManagement": {"enable": False},
-        "featureGates": {"VisibilityOnDemand": False},
         "integrations": {"frameworks": ["ray.io/rayjob"]},
     }
-    path = folder / "kueue.yaml"
-    path.write_text(json.dumps(config))
-    return path
+    return json.dumps(config)
 
 
 def _answers(url: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -41,6 +41,10 @@ def has_its_pods(status: Json) -> bool:
     return is_true("ResourcesReady", status)
 
 
+def has_place(place: int) -> Callable[[Json], bool]:
+    return lambda status: bool(status.get("queue", {}).get("position") == place)
+
+
 def test_a_full_queue_lets_the_next_one_in_when_there_is_room(kubectl: Kubectl) -> None:
     kueue.queue(kubectl, "team", cpu="500m")
     kubectl.apply(queued("first"))
@@ -59,6 +63,20 @@ def test_a_full_queue_lets_the_next_one_in_when_there_is_room(kubectl: Kubectl) 
     # Kueue reserves the quota, and lets the RayJob go a moment later.
     status = kubectl.wait_job("second", lambda s: is_let_in(s) and "queue" not in s, seconds=60)["status"]
     assert len(status["attempts"]) == 1
+
+
+def test_the_place_in_the_queue_is_told_within_15_seconds(kubectl: Kubectl) -> None:
+    kueue.queue(kubectl, "team", cpu="500m")
+    kubectl.apply(queued("first"))
+    kubectl.wait_job("first", is_let_in, seconds=30)
+    for place, name in enumerate(("second", "third"), start=1):
+        kubectl.apply(queued(name))
+        kubectl.wait_job(name, lambda s: bool(s.get("queue", {}).get("workload")), seconds=30)
+        status = kubectl.wait_job(name, has_place(place), seconds=15)["status"]
+        assert f"(position {place})" in status["message"]
+    kubectl("delete", "ftj", "first")
+    kubectl.wait_job("second", is_let_in, seconds=60)
+    kubectl.wait_job("third", has_place(1), seconds=15)
 
 
 def test_a_job_that_is_too_large_for_its_queue_is_told_so(kubectl: Kubectl) -> None:

@@ -108,8 +108,7 @@ def test_a_quota_of_which_kuberay_tells_by_events_alone(kubectl: Kubectl, resour
     kubectl("create", "quota", "none", f"--hard={resource}=0")
     kubectl("wait", "quota", "none", "--for=jsonpath={.status.used}", "--timeout=60s")
     kubectl.apply(job("unmade"))
-    status = kubectl.wait_job("unmade", lambda s: s.get("reason") == "QuotaExceeded")["status"]
-    assert f"exceeded quota: none, requested: {resource}=1" in status["message"]
+    told(kubectl, "unmade", "QuotaExceeded", f"exceeded quota: none, requested: {resource}=1")
 
 
 def test_a_limit_range(kubectl: Kubectl) -> None:

@@ -16,7 +16,9 @@ from finetune_operator.core.facts import Observed, RayJobFacts, WorkloadFacts
 
 ACTIVATE = """--type=merge -p '{"spec":{"active":true}}'"""
 WORKLOAD_SECONDS = 10.0  # Kueue makes a Workload within this time if it runs
-LOOK_SECONDS = 30.0  # a queue's news arrive as watch events; only the position in it does not
+LOOK_SECONDS = 10.0  # a queue's news arrive as watch events; only the position in it does not
+YOUNG_SECONDS = 60.0  # a job that has no position by then gets none: Kueue does not serve them
+UNPLACED_LOOK_SECONDS = 30.0
 LONGEST_LOOK_SECONDS = 300.0
 
 
@@ -50,8 +52,11 @@ def look(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Place:
     return Place("Queued" if reason in ("Pending", "Waiting") else reason, message, queue)
 
 
-def next_look(workload: WorkloadFacts) -> float:
+def next_look(workload: WorkloadFacts, rayjob: RayJobFacts, *, now: datetime) -> float:
     """Seconds until the position is asked for again: further back it tells less, and more jobs ask for theirs."""
+    old = rayjob.created is not None and (now - rayjob.created).total_seconds() >= YOUNG_SECONDS
+    if workload.position is None and old:
+        return UNPLACED_LOOK_SECONDS
     return min(LONGEST_LOOK_SECONDS, LOOK_SECONDS + (workload.position or 0))
 
 

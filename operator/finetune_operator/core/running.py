@@ -244,7 +244,7 @@ def _held_back(seen: Observed, rayjob: RayJobFacts, *, now: datetime) -> Plan:
         retries=retries if retries != Retries() else known.retries,
         queue=place.queue,
     )
-    again = queues.next_look(seen.workload) if seen.workload else WAITING_SECONDS
+    again = queues.next_look(seen.workload, rayjob, now=now) if seen.workload else WAITING_SECONDS
     return Plan(status=status, requeue_after=again)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -202,12 +203,16 @@ def test_what_a_workload_says_is_told_in_these_words(
         "Stalled": ("False", reason),
         "Training": ("False", reason),
     }
-    assert plan.requeue_after == 30 + (found.position or 0)
+    assert plan.requeue_after == 10 + (found.position or 0)
 
 
 def test_far_back_in_a_queue_the_position_is_asked_for_less_often() -> None:
-    waits = [queues.next_look(WorkloadFacts(name="w", position=position)) for position in (None, 0, 100, 900)]
-    assert waits == [30, 30, 130, 300]
+    def seconds(position: int | None, *, age: int = 0) -> float:
+        workload = WorkloadFacts(name="w", position=position)
+        return queues.next_look(workload, held(), now=START + timedelta(seconds=age))
+
+    assert [seconds(position) for position in (None, 1, 5, 100, 900)] == [10, 11, 15, 110, 300]
+    assert [seconds(position, age=90) for position in (None, 1)] == [30, 11]
 
 
 def test_without_kueue_the_job_says_so() -> None:
