@@ -163,6 +163,13 @@ def progress_of(report: Report, *, at: datetime | None) -> Progress:
     )
 
 
+def seconds_per_step(progress: Progress | None) -> float:
+    """By the trainer's own estimate of what is left; 0 where there is none."""
+    if progress is None or progress.estimated_remaining_seconds is None or not progress.total_steps:
+        return 0.0
+    return progress.estimated_remaining_seconds / max(progress.total_steps - (progress.step or 0), 1)
+
+
 def checkpoint_of(
     report: Report, *, known: Checkpoint | None, attempt_start: datetime, now: datetime
 ) -> Checkpoint | None:

@@ -35,9 +35,9 @@ from finetune_operator.core.reports import Report
 RESYNC_SECONDS = 60.0  # an active job is looked at again even if every watch event was lost
 WAITING_SECONDS = 10.0  # so that a reason to wait shows in the status within 15 s
 FRESH_SECONDS = 30.0
-QUIET_SECONDS = (
-    180.0  # without a report before the status says so: a trainer tells each step and each piece of its work
-)
+# Without a report before the status says so: a trainer tells each step and each piece of its work.
+QUIET_SECONDS = 180.0
+QUIET_STEPS = 2.0  # the same in steps, where each takes minutes
 
 PHASE_TEXTS = {
     Phase.VALIDATING: ("Validating", "the trainer checks configuration, model and data"),
@@ -187,7 +187,8 @@ def _quiet(seen: Observed, attempt: Attempt, rayjob: RayJobFacts, *, now: dateti
     """What to tell of a trainer that has not reported for some time: it may train all the same, and is about to be
     given up."""
     since, end = deadlines.silent_since(seen, attempt), deadlines.silent_end(seen, attempt)
-    if since is None or end is None or (now - since).total_seconds() < QUIET_SECONDS:
+    usual = max(QUIET_SECONDS, QUIET_STEPS * reports.seconds_per_step(seen.job.status.progress))
+    if since is None or end is None or (now - since).total_seconds() < usual:
         return None
     text = (
         f"no report since {since:%H:%M:%S} UTC: the trainer hangs, is at one step for so long, or cannot reach the "

@@ -368,3 +368,12 @@ def test_a_trainer_that_is_not_heard_of_is_told_before_it_is_given_up() -> None:
     )
     plan = story.step(rayjob=runs, report=training(step=1), reported_at=heard, listening_since=story.now)
     assert plan.status.reason == "Training", "an operator that has just started could not hear it"
+
+
+def test_a_trainer_whose_steps_take_minutes_is_not_silent_between_two() -> None:
+    """By its own estimate the last of ten steps takes 200 s."""
+    story, runs = Story().started(), rayjob("Running", "RUNNING")
+    heard, report = story.now, training(step=9)
+    story.step(rayjob=runs, report=report, after=399)
+    assert story.step(rayjob=runs, report=report, reported_at=heard).status.reason == "Training"
+    assert story.step(rayjob=runs, report=report, reported_at=heard).status.reason == "TrainerSilent"
