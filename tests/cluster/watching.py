@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 import subprocess
 import threading
@@ -28,6 +29,8 @@ RAYJOBS = "/apis/ray.io/v1/namespaces/{}/rayjobs?labelSelector=" + naming.LABEL_
 JOB_NAME = "batch.kubernetes.io/job-name"
 SUBMITTERS = "/api/v1/namespaces/{}/pods?labelSelector=" + JOB_NAME.replace("/", "%2F")
 START_SECONDS = 20
+# It only reads, so one that was lost before it told anything is made again under its name.
+_INSPECTION = re.compile(r"-i[0-9]+(?: of |$)")
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Watcher(observers.Observer):
         seen = self.started[f"{what} {attempt}"]
         if identity not in seen:
             seen.add(identity)
-            if len(seen) > 1:
+            if len(seen) > 1 and _INSPECTION.search(attempt) is None:
                 self.wrong.append(f"{what} of {attempt}: {len(seen)} of them")
 
 
