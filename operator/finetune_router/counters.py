@@ -13,11 +13,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from finetune_operator.api.routes import GROUPS, Arm, Route
-from finetune_router.outputs import WORD_BINS
+from finetune_operator.api.routes import GROUPS, LENGTH_BINS, WORD_BINS, Arm, Route
 
 SAMPLE_LIMIT = 1024
-LENGTH_BINS = 16
 KEEP_GONE_SECONDS = 3600.0  # counters of a revision that no route names any more
 STABLE_BIT, CANDIDATE_BIT = 1, 2
 

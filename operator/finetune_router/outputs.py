@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import jsonschema_rs
 
-from finetune_operator.api.routes import SignalEvent
+from finetune_operator.api.routes import WORD_BINS, SignalEvent
 from finetune_router import paths
 from finetune_router.documents import read_json
 
@@ -40,7 +40,6 @@ _REFUSAL = re.compile(
 _REPEATS = 5  # equal pieces in a row at the end of the text ...
 _REPEATED_CHARACTERS = 60  # ... that together are at least this long
 _PROBE = 16
-WORD_BINS = 64
 _FIRST_WORDS, _FIRST_CHARACTERS = 32, 500  # of an answer, so that all count for about as much
 # A word, or a sign of a script that puts no blanks between words.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from finetune_operator.api.adapterdeployment_strategy import DURATION, DURATION_TEXT, IS_DURATION
+from finetune_operator.api.adapterdeployment_strategy import DURATION_TEXT, duration_of_at_most
 from finetune_operator.api.adapterdeployment_traffic import Url
 from finetune_operator.api.base import ApiModel
 from finetune_operator.api.routes import SignalEvent
@@ -270,19 +270,7 @@ class AnalysisSpec(ApiModel):
     )
 
     interval: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=32,
-            json_schema_extra=rules(
-                IS_DURATION,
-                rule(
-                    f"!self.matches('{DURATION}') || duration(self) <= duration('1h')",
-                    "must be an hour at most, for example 5s",
-                ),
-            ),
-        ),
-        DURATION_TEXT,
+        str, duration_of_at_most("1h", "must be an hour at most, for example 5s"), DURATION_TEXT
     ] = "5s"
     """Time between two looks at the evidence. Default: 5s."""
     # Not a keyed list: server-side apply would leave the default one in it beside those that the user names.

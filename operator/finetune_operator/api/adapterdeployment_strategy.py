@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -23,6 +23,14 @@ DURATION_TEXT = read_as(DURATION, DURATION_MESSAGE)
 Duration = Annotated[
     str, Field(min_length=1, max_length=32, json_schema_extra=rules(IS_DURATION)), DURATION_TEXT
 ]
+
+
+def duration_of_at_most(limit: str, message: str) -> Any:
+    """Field of a duration with an upper bound."""
+    bound = rule(f"!self.matches('{DURATION}') || duration(self) <= duration('{limit}')", message)
+    return Field(min_length=1, max_length=32, json_schema_extra=rules(IS_DURATION, bound))
+
+
 Percent = Annotated[int, Field(ge=0, le=100)]
 Score = Annotated[float, Field(ge=0, le=1)]
 
@@ -254,21 +262,7 @@ class WebhookSpec(ApiModel):
     url: Url
     """Where the JSON document is posted to: {name, namespace, alias, phase, stage, candidateRevision, ...}."""
     timeout: (
-        Annotated[
-            str,
-            Field(
-                min_length=1,
-                max_length=32,
-                json_schema_extra=rules(
-                    IS_DURATION,
-                    rule(
-                        f"!self.matches('{DURATION}') || duration(self) <= duration('1m')",
-                        "must be a minute at most, for example 10s",
-                    ),
-                ),
-            ),
-            DURATION_TEXT,
-        ]
+        Annotated[str, duration_of_at_most("1m", "must be a minute at most, for example 10s"), DURATION_TEXT]
         | None
     ) = None
     """Longest time for an answer. Absent: 10s."""

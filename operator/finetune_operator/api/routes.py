@@ -21,6 +21,8 @@ COUNTERS_VERSION: Literal["counters/v1"] = "counters/v1"
 ROUTES_PATH = "/admin/v1/routes"
 COUNTERS_PATH = "/admin/v1/counters"
 
+LENGTH_BINS = 16  # of responses by completion tokens: powers of two, the last one open
+WORD_BINS = 64  # of words by hash
 GROUPS = 32  # of keys, by hash; what is summed by group shows how much the values of one user are alike
 
 # Headers that every answer carries. A client that sends the revision asks for it.

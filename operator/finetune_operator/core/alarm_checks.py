@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from finetune_operator.api.adapterdeployment_status import Check, CheckKind, CheckPhase, PerArm
 from finetune_operator.api.routes import Arm
@@ -68,10 +69,7 @@ def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
         )
     effect = min(_design_effect(evidence), n.candidate)
     stable, candidate = drift.standardize(both)
-    index = drift.stability_index(stable, candidate)
-    bins = sum(bool(s or c) for s, c in zip(stable, candidate, strict=True))
-    chance = drift.chance_index(bins, stable_n=sum(stable), candidate_n=sum(candidate), alpha=plan.alpha)
-    limit = max(plan.max_psi, chance * effect)
+    index, limit = _shift(stable, candidate, (sum(stable), sum(candidate)), plan, effect=effect)
     found = [f"other lengths (index {index:.3g}, {limit:.3g} is the limit)"] if index > limit else []
     found += [text] if (text := _word_change(evidence, plan, n, effect=effect)) else []
     found += [text for name in plan.signals if (text := _share_change(evidence, name, plan, effect=effect))]
@@ -88,16 +86,28 @@ def assess_drift(evidence: Evidence, plan: DriftPlan) -> Check:
     )
 
 
+def _shift(
+    stable: Sequence[float],
+    candidate: Sequence[float],
+    draws: tuple[float, float],
+    plan: DriftPlan,
+    *,
+    effect: float,
+) -> tuple[float, float]:
+    """Stability index of two histograms of so many draws, and its limit: what matters, and what chance does."""
+    bins = sum(bool(s or c) for s, c in zip(stable, candidate, strict=True))
+    chance = drift.chance_index(bins, stable_n=draws[0], candidate_n=draws[1], alpha=plan.alpha)
+    return drift.stability_index(stable, candidate), max(plan.max_psi, chance * effect)
+
+
 def _word_change(evidence: Evidence, plan: DriftPlan, n: PerArm, *, effect: float) -> str | None:
     """What is to be said of first words that are distributed otherwise. The words of one answer hang together, so each
     answer is taken for a single draw: chance does less than that."""
     strata = [(tallies.words(s.arm(Arm.STABLE)), tallies.words(_answers(s))) for s in evidence.strata]
     stable, candidate = drift.standardize(strata)
-    bins = sum(bool(s or c) for s, c in zip(stable, candidate, strict=True))
-    if not bins:
+    if not stable:
         return None
-    chance = drift.chance_index(bins, stable_n=n.stable, candidate_n=n.candidate, alpha=plan.alpha)
-    index, limit = drift.stability_index(stable, candidate), max(plan.max_psi, chance * effect)
+    index, limit = _shift(stable, candidate, (n.stable, n.candidate), plan, effect=effect)
     return f"other words (index {index:.3g}, {limit:.3g} is the limit)" if index > limit else None
 
 

@@ -14,8 +14,6 @@ from finetune_operator.core.sequences import Moments
 Tally = Mapping[str, float]
 
 REQUESTS = "requests"
-LENGTH_BINS = 16
-WORD_BINS = 64
 # Sums are rounded on their way in, so that differences of what was stored add up to the very total.
 SUM_DIGITS = 10
 SIGNED = ("/sum", "/squares")  # may shrink: a later feedback value replaces the former
@@ -101,13 +99,13 @@ def count(tally: Tally, name: str) -> int:
 
 
 def lengths(tally: Tally) -> Sequence[int]:
-    """Responses by length, `LENGTH_BINS` bins."""
-    return [count(tally, f"lengths/{index}") for index in range(LENGTH_BINS)]
+    """Responses by length, `routes.LENGTH_BINS` bins."""
+    return [count(tally, f"lengths/{index}") for index in range(routes.LENGTH_BINS)]
 
 
 def words(tally: Tally) -> Sequence[int]:
-    """First words of the responses by hash, `WORD_BINS` bins."""
-    return [count(tally, f"words/{index}") for index in range(WORD_BINS)]
+    """First words of the responses by hash, `routes.WORD_BINS` bins."""
+    return [count(tally, f"words/{index}") for index in range(routes.WORD_BINS)]
 
 
 def _rounded(number: float) -> float:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_operator.api.routes import SignalEvent
+from finetune_operator.api.routes import WORD_BINS, SignalEvent
 from finetune_router import outputs, tables
 from finetune_router.outputs import EventReader, Output
 
@@ -74,7 +74,7 @@ def test_words_are_counted_whatever_their_case_and_marks() -> None:
     assert len(list(outputs.word_bins("設定でリセット"))) == 7, "a script without blanks between words"
     assert list(outputs.word_bins(" \n")) == []
     assert len(list(outputs.word_bins("word " * 100_000))) == 32
-    assert all(0 <= index < outputs.WORD_BINS for index in outputs.word_bins("half a pair \ud800 x"))
+    assert all(0 <= index < WORD_BINS for index in outputs.word_bins("half a pair \ud800 x"))
 
 
 @pytest.mark.parametrize(
